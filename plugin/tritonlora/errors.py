@@ -1,0 +1,103 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""Every error that tritonlora raises.
+
+* TritonLoraError
+  - AdapterError              an adapter directory, while it is read or converted
+    - InvalidAdapter          broken: truncated, contradictory, not PEFT
+    - UnsupportedAdapter      sound, but something in it cannot be carried to the engine exactly
+    - EngineMismatch          sound, but not for this engine
+  - ConfigError               a config.pbtxt that cannot be read or edited; carries line and column
+  - RepositoryError           a model repository that is not in the state the command needs
+    - AdapterTableError       adapters.json is malformed
+  - ServerError               tritonserver cannot be found, did not start, or answered with an error
+  - RequestError              one inference request; `code` names the Triton error code of the answer
+    - InvalidRequest          INVALID_ARG
+    - UnknownAdapter          NOT_FOUND
+    - AdapterUnavailable      UNAVAILABLE
+
+An error is raised once with all the problems found, a line each, and each line names the thing and,
+where there is one, the remedy.
+
+This file runs inside a plain Triton container: standard library only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class TritonLoraError(Exception):
+    """All errors that this package raises on purpose."""
+
+
+class AdapterError(TritonLoraError):
+    """An adapter directory cannot be read or converted."""
+
+
+class InvalidAdapter(AdapterError):
+    """The adapter is broken: truncated, contradictory, or not a PEFT adapter."""
+
+
+class UnsupportedAdapter(AdapterError):
+    """The adapter is sound, but part of it cannot be carried to the engine exactly."""
+
+
+class EngineMismatch(AdapterError):
+    """The adapter is sound, but it is not for this engine."""
+
+
+class ConfigError(TritonLoraError):
+    """A config.pbtxt cannot be read, or cannot be edited as asked.
+
+    `line` and `column` count from 1; both are 0 where the error is not at one place.
+    """
+
+    def __init__(self, message: str, *, line: int = 0, column: int = 0) -> None:
+        super().__init__(f"line {line}, column {column}: {message}" if line else message)
+        self.line = line
+        self.column = column
+
+
+class RepositoryError(TritonLoraError):
+    """A model repository is not in the state that the command needs."""
+
+
+class AdapterTableError(RepositoryError):
+    """adapters.json is malformed."""
+
+
+class ServerError(TritonLoraError):
+    """A tritonserver cannot be found, did not start, or answered with an error."""
+
+
+class RequestError(TritonLoraError):
+    """One inference request cannot be answered. `code` is a name in `pb_utils.TritonError`."""
+
+    code = "INTERNAL"
+
+
+class InvalidRequest(RequestError):
+    """The request contradicts itself or the wire."""
+
+    code = "INVALID_ARG"
+
+
+class UnknownAdapter(RequestError):
+    """No adapter is registered under that lora_name or lora_task_id."""
+
+    code = "NOT_FOUND"
+
+
+class AdapterUnavailable(RequestError):
+    """The adapter is registered, but cannot be served now."""
+
+    code = "UNAVAILABLE"
+
+
+def one_message(heading: str, problems: Iterable[str]) -> str:
+    """`heading`, then all the problems: on the same line when there is one, else a line each."""
+    lines = list(problems)
+    if len(lines) == 1:
+        return f"{heading}: {lines[0]}"
+    return "\n  ".join([f"{heading}:", *lines])
