@@ -1,0 +1,290 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""Find a tritonserver, launch it on a model repository, wait until it is ready, stop it.
+
+A tritonserver on PATH wins. Otherwise the one inside the PyPI wheel `nvidia-pytriton` is used; that wheel keeps the
+server, its shared libraries and a Python backend stub per Python version in separate places, so they are put together
+in a directory of symbolic links first.
+
+Rule: whoever launches stops. A `Server` is a context manager, and leaving it, for whatever reason, leaves no process
+and no shared-memory region behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.client
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+import platformdirs
+
+from tritonlora.errors import ServerError
+
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  Triton's Python backend keeps its regions here
+LOG_LINES_KEPT = 400
+LOG_LINES_SHOWN = 50
+READY_POLL_SECONDS = 0.05
+EXIT_TIMEOUT_SECONDS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Tritonserver:
+    """An installed tritonserver: what to execute, and what that one needs."""
+
+    executable: Path
+    arguments: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Ports:
+    """The TCP ports of one server."""
+
+    http: int = 8000
+    grpc: int = 8001
+    metrics: int = 8002
+
+
+def find_tritonserver() -> Tritonserver:
+    """The tritonserver on PATH, else the one in the wheel `nvidia-pytriton`; ServerError when there is neither."""
+    on_path = shutil.which("tritonserver")
+    if on_path:
+        return Tritonserver(Path(on_path))
+    package = importlib.util.find_spec("pytriton")
+    if package is None or package.origin is None:
+        raise ServerError(
+            "no tritonserver found on PATH, nor in the Python package nvidia-pytriton; "
+            "run inside a Triton container, or: pip install --no-deps nvidia-pytriton"
+        )
+    return _embedded(Path(package.origin).parent)
+
+
+def _embedded(package: Path) -> Tritonserver:
+    """The tritonserver of the wheel whose `pytriton` package directory is `package`."""
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    triton = package / "tritonserver"
+    backend = triton / "backends" / "python"
+    members = {path.name: path for path in backend.glob("*") if path.is_file()}
+    members["triton_python_backend_stub"] = triton / "python_backend_stubs" / version / "triton_python_backend_stub"
+    # Its stub reads numpy's structs by the layout of numpy 1: under numpy 2 every output tensor silently arrives empty.
+    numpy_version = importlib.metadata.version("numpy")
+    if int(numpy_version.split(".", 1)[0]) >= 2:
+        raise ServerError(
+            f"the tritonserver in nvidia-pytriton needs numpy 1, and numpy {numpy_version} is installed; "
+            "run: pip install 'numpy<2'"
+        )
+    missing = [str(path) for path in (triton / "bin" / "tritonserver", *members.values()) if not path.is_file()]
+    if missing:
+        raise ServerError(f"the tritonserver in nvidia-pytriton does not support Python {version}: no {missing[0]}")
+
+    key = hashlib.sha256(f"{package.resolve()} {version}".encode()).hexdigest()[:16]
+    backends = platformdirs.user_cache_path("tritonlora") / "backends" / key
+    for name, path in members.items():
+        _link(backends / "python" / name, path.resolve())
+    # The stub embeds libpython, and takes its prefix from the first python3 on PATH: the environment that runs us.
+    libraries = [str(package.parent / "nvidia_pytriton.libs"), str(sysconfig.get_config_var("LIBDIR"))]
+    return Tritonserver(
+        executable=triton / "bin" / "tritonserver",
+        arguments=(f"--backend-directory={backends}",),
+        environment={
+            "LD_LIBRARY_PATH": os.pathsep.join([*libraries, *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]),
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
+        },
+    )
+
+
+def _link(link: Path, target: Path) -> None:
+    """Make `link` point to `target`, also while another process does the same."""
+    if link.is_symlink() and link.readlink() == target:
+        return
+    link.parent.mkdir(parents=True, exist_ok=True)
+    temporary = link.with_name(f"{link.name}.{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target)
+    temporary.replace(link)
+
+
+def free_ports() -> Ports:
+    """Three ports that were free a moment ago."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(3)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return Ports(*(one.getsockname()[1] for one in sockets))
+
+
+def server_command(
+    tritonserver: Tritonserver,
+    repository: Path,
+    ports: Ports,
+    *,
+    address: str | None = None,
+    shm_prefix: str | None = None,
+    extra: Sequence[str] = (),
+) -> list[str]:
+    """The command line that serves `repository`; `extra` comes last, so that it has the last word.
+
+    Like TensorRT-LLM's launch script it switches the completion of configs off: a config.pbtxt here is whole.
+    """
+    address_arguments = [f"--{kind}-address={address}" for kind in ("http", "grpc", "metrics")] if address else []
+    shm_arguments = [f"--backend-config=python,shm-region-prefix-name={shm_prefix}"] if shm_prefix else []
+    return [
+        str(tritonserver.executable),
+        *tritonserver.arguments,
+        f"--model-repository={repository}",
+        f"--http-port={ports.http}",
+        f"--grpc-port={ports.grpc}",
+        f"--metrics-port={ports.metrics}",
+        f"--exit-timeout-secs={EXIT_TIMEOUT_SECONDS}",
+        "--disable-auto-complete-config",
+        *address_arguments,
+        *shm_arguments,
+        *extra,
+    ]
+
+
+class Server:
+    """A running tritonserver. Use it in a `with` statement."""
+
+    def __init__(
+        self,
+        repository: Path,
+        *,
+        ports: Ports | None = None,
+        address: str | None = "127.0.0.1",
+        extra: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+        on_log: Callable[[str], None] | None = None,
+    ) -> None:
+        """Launch at once; `on_log` gets every line of the server's log (from a thread of its own).
+
+        `ports` default to free ones, and `address` to this machine only (None: every interface).
+        """
+        tritonserver = find_tritonserver()
+        self.ports = ports or free_ports()
+        self._address = address or "127.0.0.1"
+        self._shm_prefix = f"tritonlora_{os.getpid()}_{self.ports.http}_"
+        self.command = server_command(
+            tritonserver, repository, self.ports, address=address, shm_prefix=self._shm_prefix, extra=extra
+        )
+        self._log: deque[str] = deque(maxlen=LOG_LINES_KEPT)
+        self._on_log = on_log
+        self._started = time.monotonic()
+        # A session of its own: Ctrl-C on the terminal reaches us alone, and we end the server in order.
+        self._process = subprocess.Popen(
+            self.command,
+            env={**os.environ, **tritonserver.environment, **(environment or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+        self._log_reader = threading.Thread(target=self._read_log, name="tritonserver-log", daemon=True)
+        self._log_reader.start()
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    @property
+    def pid(self) -> int:
+        """Process id of tritonserver, which is also the id of its process group."""
+        return self._process.pid
+
+    @property
+    def http_url(self) -> str:
+        """HOST:PORT of the HTTP endpoint."""
+        return f"{self._address}:{self.ports.http}"
+
+    @property
+    def grpc_url(self) -> str:
+        """HOST:PORT of the gRPC endpoint."""
+        return f"{self._address}:{self.ports.grpc}"
+
+    @property
+    def metrics_url(self) -> str:
+        """HOST:PORT of the metrics endpoint."""
+        return f"{self._address}:{self.ports.metrics}"
+
+    def log(self) -> list[str]:
+        """The last lines of the server's log."""
+        return list(self._log)
+
+    def _read_log(self) -> None:
+        if self._process.stdout is None:  # it is a pipe, always: this narrows the type
+            return
+        with self._process.stdout as lines:
+            for line in lines:
+                self._log.append(line.rstrip("\n"))
+                if self._on_log:
+                    self._on_log(line.rstrip("\n"))
+
+    def wait_until_ready(self, timeout: float = 600.0) -> None:
+        """Return when every model is ready; ServerError with the end of the log when that does not come about."""
+        while not self._is_ready():
+            if self._process.poll() is not None:
+                raise self._failure(f"exited with status {self._process.returncode} before it was ready")
+            if time.monotonic() - self._started > timeout:
+                raise self._failure(f"was not ready within {timeout:.0f} s")
+            time.sleep(READY_POLL_SECONDS)
+
+    def _is_ready(self) -> bool:
+        connection = http.client.HTTPConnection(self._address, self.ports.http, timeout=5)
+        try:
+            connection.request("GET", "/v2/health/ready")
+            return connection.getresponse().status == http.client.OK
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            connection.close()
+
+    def _failure(self, what: str) -> ServerError:
+        self.stop()
+        tail = "\n".join(f"  | {line}" for line in list(self._log)[-LOG_LINES_SHOWN:])
+        return ServerError(f"tritonserver (pid {self.pid}) {what}; the end of its log:\n{tail}")
+
+    def wait(self) -> int:
+        """Wait for the server to end by itself; its exit status."""
+        return self._process.wait()
+
+    def send_signal(self, number: int) -> None:
+        """Pass a signal on to tritonserver."""
+        self._process.send_signal(number)
+
+    def stop(self) -> None:
+        """End the server: in order, then by force. Safe to call twice."""
+        try:
+            if self._process.poll() is None:
+                self._process.send_signal(signal.SIGTERM)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(EXIT_TIMEOUT_SECONDS + 5)
+        finally:
+            # Python backend stubs share the server's process group, and outlive it when it was killed.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._log_reader.join(timeout=5)
+            for region in SHARED_MEMORY.glob(f"{self._shm_prefix}*"):
+                region.unlink(missing_ok=True)

@@ -1,0 +1,139 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""server.py against the real tritonserver."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import socket
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tritonlora import server as server_module
+from tritonlora.errors import ServerError
+from tritonlora.server import Server, find_tritonserver
+
+CONFIG = """
+backend: "python"
+max_batch_size: 0
+input [ { name: "x" data_type: TYPE_INT32 dims: [ 1 ] } ]
+output [ { name: "y" data_type: TYPE_INT32 dims: [ 1 ] } ]
+instance_group [ { count: 1 kind: KIND_CPU } ]
+"""
+ECHO = """
+import triton_python_backend_utils as pb_utils
+class TritonPythonModel:
+    def execute(self, requests):
+        return [
+            pb_utils.InferenceResponse([pb_utils.Tensor("y", pb_utils.get_input_tensor_by_name(r, "x").as_numpy() + 1)])
+            for r in requests
+        ]
+"""
+BROKEN = """
+class TritonPythonModel:
+    def initialize(self, args):
+        raise RuntimeError("the flux capacitor is empty")
+"""
+
+
+def _model(repository: Path, name: str, code: str) -> Path:
+    version = repository / name / "1"
+    version.mkdir(parents=True)
+    (repository / name / "config.pbtxt").write_text(CONFIG)
+    (version / "model.py").write_text(code)
+    return repository
+
+
+def _group(pid: int) -> list[psutil.Process]:
+    return [p for p in psutil.process_iter() if _in_group(p, pid)]
+
+
+def _in_group(process: psutil.Process, pid: int) -> bool:
+    try:
+        return os.getpgid(process.pid) == pid and process.status() != psutil.STATUS_ZOMBIE
+    except (ProcessLookupError, psutil.NoSuchProcess):
+        return False
+
+
+def test_a_ready_server_answers_on_its_ports_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    """The whole life of a server."""
+    with Server(_model(tmp_path, "echo", ECHO)) as server:
+        server.wait_until_ready(60)
+        connection = http.client.HTTPConnection(server.http_url, timeout=10)
+        body = '{"inputs":[{"name":"x","datatype":"INT32","shape":[1],"data":[7]}]}'
+        connection.request("POST", "/v2/models/echo/infer", body)
+        answer = connection.getresponse().read().decode()
+        connection.close()
+        regions = list(server_module.SHARED_MEMORY.glob(f"{server._shm_prefix}*"))
+        assert len(_group(server.pid)) >= 2, "tritonserver and one stub"
+
+    assert '"data":[8]' in answer
+    assert regions
+    assert [] == _group(server.pid)
+    assert [] == list(server_module.SHARED_MEMORY.glob(f"{server._shm_prefix}*"))
+    server.stop()  # a second time is harmless
+
+
+def test_a_model_that_fails_to_load_is_named_with_the_end_of_the_log(tmp_path: Path) -> None:
+    """The user sees why, and no process stays."""
+    with Server(_model(tmp_path, "broken", BROKEN)) as server:
+        with pytest.raises(ServerError, match="(?s)exited with status 1 before it was ready.*flux capacitor"):
+            server.wait_until_ready(60)
+
+        assert [] == _group(server.pid)
+
+
+def test_a_taken_port_is_reported(tmp_path: Path) -> None:
+    """The server's own message about the port reaches the user."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        free = server_module.free_ports()
+        ports = server_module.Ports(http=port, grpc=free.grpc, metrics=free.metrics)
+        with (
+            Server(_model(tmp_path, "echo", ECHO), ports=ports) as server,
+            pytest.raises(ServerError, match=f"(?s)before it was ready.*{port}"),
+        ):
+            server.wait_until_ready(60)
+
+
+def test_a_killed_server_leaves_no_stub_behind(tmp_path: Path) -> None:
+    """SIGKILL on tritonserver orphans its stubs; stop() ends those too."""
+    with Server(_model(tmp_path, "echo", ECHO)) as server:
+        server.wait_until_ready(60)
+        psutil.Process(server.pid).kill()
+        server.wait()
+
+    assert [] == _group(server.pid)
+
+
+def test_a_tritonserver_on_path_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inside a Triton container its own server is used, with nothing added."""
+    executable = tmp_path / "tritonserver"
+    executable.write_text("#!/bin/sh\n")
+    executable.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+    assert server_module.Tritonserver(executable) == find_tritonserver()
+
+
+def test_no_tritonserver_at_all_is_an_error_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither PATH nor the wheel."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+
+    with pytest.raises(ServerError, match="pip install --no-deps nvidia-pytriton"):
+        find_tritonserver()
+
+
+def test_the_embedded_tritonserver_refuses_numpy_2(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under numpy 2 its Python backend answers with empty tensors, so it must not even start."""
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "2.4.6")
+
+    with pytest.raises(ServerError, match="needs numpy 1, and numpy 2.4.6 is installed"):
+        find_tritonserver()
