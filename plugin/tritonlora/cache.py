@@ -1,0 +1,326 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""TensorRT-LLM's LoRA host cache: how many pages an adapter takes, and which adapter goes when pages run out.
+
+One implementation for the planner, which must predict it, and the CPU engine, which must behave like it. Its
+oddities are kept on purpose, each marked "sic".
+
+    slot   page_width elements: the smallest (in + out) of the engine's LoRA modules
+    row    one (module, layer) of lora_config; it takes whole slots and never spans pages
+    page   slots_per_page slots: room for one adapter of optimal_adapter_size on every module and layer
+    task   a cached adapter, under its lora_task_id; it takes whole pages
+
+Sources: TensorRT-LLM cpp/tensorrt_llm/runtime/loraCache.cpp (pages, lists, eviction) and
+cpp/tensorrt_llm/batch_manager/peftCacheManager.cpp (geometry, which request pins what).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from tritonlora.errors import TritonLoraError
+from tritonlora.modules import ModuleDims
+
+ELEMENT_SIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+LoraConfigRow = Sequence[int]  # (module_id, layer, adapter_size), or with a fourth value: 1 where the row has DoRA
+
+Value = TypeVar("Value")
+
+
+class LoraCacheError(TritonLoraError):
+    """The engine's own words for a request that the cache cannot take."""
+
+
+class TaskNotCachedError(LoraCacheError):
+    """A request named a task without sending weights, and the task is not cached."""
+
+
+# Parameters
+
+
+@dataclass(frozen=True, slots=True)
+class CacheParameters:
+    """The engine's lora_cache_* parameters that are in effect."""
+
+    optimal_adapter_size: int = 8
+    max_adapter_size: int = 64
+    host_memory_bytes: int = 1024**3
+
+
+PARAMETER_NAMES = {
+    "optimal_adapter_size": "lora_cache_optimal_adapter_size",
+    "max_adapter_size": "lora_cache_max_adapter_size",
+    "host_memory_bytes": "lora_cache_host_memory_bytes",
+}
+
+
+def parse_parameters(parameters: Mapping[str, str]) -> tuple[CacheParameters, tuple[str, ...]]:
+    """(what is in effect, a remark for each value that had to be ignored), from config.pbtxt's `parameters`.
+
+    A parameter that is absent, empty or a template's unfilled `${...}` has the engine's default, as upstream's
+    `getPeftCacheConfigFromParams` has it.
+    """
+    given = {}
+    remarks = []
+    for attribute, name in PARAMETER_NAMES.items():
+        text = parameters.get(name, "").strip()
+        if not text or text.startswith("${"):
+            continue
+        if text.isascii() and text.isdigit() and int(text) > 0:
+            given[attribute] = int(text)
+        else:
+            remarks.append(f"{name} is {text!r}, expected a whole number above 0: the engine's default is assumed")
+    return CacheParameters(**given), tuple(remarks)
+
+
+# Geometry
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where one row of lora_config lies."""
+
+    page: int
+    slot: int
+    slots: int
+
+
+@dataclass(frozen=True, slots=True)
+class PageGeometry:
+    """The pages of one process of the engine, that is of one (tensor-parallel, pipeline-parallel) rank."""
+
+    local_dims: Mapping[int, tuple[int, int]]  # module id -> (in, out) on this rank
+    layers: range  # the layers on this rank
+    page_width: int  # elements in a slot
+    slots_per_page: int
+    element_size: int  # bytes
+    min_total_slots: int  # what one adapter of the max size takes; with fewer the engine does not load
+    host_slots: int
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page."""
+        return self.slots_per_page * self.page_width * self.element_size
+
+    @property
+    def host_pages(self) -> int:
+        """Pages of the host cache: rounded up, so it may take up to a page more than it was given."""
+        return _ceil_div(self.host_slots, self.slots_per_page)
+
+    @property
+    def min_host_bytes(self) -> int:
+        """The least lora_cache_host_memory_bytes with which the engine loads."""
+        return self.min_total_slots * self.page_width * self.element_size
+
+    def row_slots(self, row: LoraConfigRow) -> int:
+        """Slots that one row takes. KeyError if the engine has no LoRA for its module."""
+        module_id, _, adapter_size = row[:3]
+        in_features, out_features = self.local_dims[module_id]
+        magnitude = out_features if len(row) > 3 and row[3] else 0
+        return _ceil_div(adapter_size * (in_features + out_features) + magnitude, self.page_width)
+
+    def place(self, rows: Sequence[LoraConfigRow]) -> Iterator[Placement]:
+        """Where each row of this rank lies: in the order given, without going back to fill a gap."""
+        page = slot = 0
+        for row in rows:
+            if row[1] not in self.layers:
+                continue
+            slots = self.row_slots(row)
+            if slot + slots > self.slots_per_page:
+                page, slot = page + 1, 0
+            yield Placement(page, slot, slots)
+            slot += slots
+
+    def pages(self, rows: Sequence[LoraConfigRow]) -> int:
+        """Pages that an adapter takes: at least one, even where no row is for this rank (sic)."""
+        last = 0
+        for placement in self.place(rows):
+            last = placement.page
+        return last + 1
+
+    def too_small(self) -> str | None:
+        """The engine's words when it refuses to load with so little memory, else None."""
+        if self.host_slots >= self.min_total_slots:
+            return None
+        return (
+            "Not enough space allocated to host LoRA cache to hold 1 max sized LoRA "
+            f"{self.host_slots} < {self.min_total_slots}"
+        )
+
+
+def layer_ranges(num_layers: int, pp_size: int) -> tuple[range, ...]:
+    """The layers of each pipeline-parallel rank; the first ranks take the remainder."""
+    each, remainder = divmod(num_layers, pp_size)
+    ends = [each * (rank + 1) + min(rank + 1, remainder) for rank in range(pp_size)]
+    return tuple(range(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True))
+
+
+def page_geometry(
+    modules: Mapping[str, ModuleDims],
+    *,
+    layers: range,
+    max_lora_rank: int,
+    parameters: CacheParameters,
+    element_size: int = 2,
+    tp_size: int = 1,
+) -> PageGeometry:
+    """The pages of a rank that has `layers`, for an engine with `modules` (not empty).
+
+    Upstream: `PeftCacheManager::getPageManagerConfig` and `getMaxNumSlots`.
+    """
+    local_dims = {dims.module.id: dims.local(tp_size) for dims in modules.values()}
+    sizes = [in_features + out_features for in_features, out_features in local_dims.values()]
+    optimal = min(parameters.optimal_adapter_size, max_lora_rank)
+    largest = min(parameters.max_adapter_size, max_lora_rank)
+
+    page_width = min(sizes)
+    slots_per_layer = sum(optimal * _ceil_div(size, page_width) for size in sizes)
+    return PageGeometry(
+        local_dims=local_dims,
+        layers=layers,
+        page_width=page_width,
+        slots_per_page=max(slots_per_layer * len(layers), _ceil_div(largest * max(sizes), page_width)),
+        element_size=element_size,
+        min_total_slots=_ceil_div(largest * len(layers) * sum(sizes), page_width),
+        host_slots=parameters.host_memory_bytes // (page_width * element_size),
+    )
+
+
+def _ceil_div(dividend: int, divisor: int) -> int:
+    return -(-dividend // divisor)
+
+
+# The cache
+
+
+@dataclass(slots=True)
+class _Task(Generic[Value]):
+    value: Value
+    pages: list[int]
+    loaded: bool = False
+    done: bool = False
+
+
+@dataclass(slots=True)
+class LoraCache(Generic[Value]):
+    """Tasks, their pages, and the two lists that decide about eviction. Not thread-safe: one thread owns it.
+
+    `value` is whatever the caller keeps for a cached task: it goes when the task is evicted.
+    """
+
+    total_pages: int
+    free_pages: deque[int] = field(init=False)
+    tasks: dict[int, _Task[Value]] = field(init=False, default_factory=dict)
+    # Both lists have their newest entry last; dicts, because a task leaves from anywhere in them.
+    in_progress: dict[int, None] = field(init=False, default_factory=dict)
+    done: dict[int, None] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.free_pages = deque(range(self.total_pages))
+
+    def __contains__(self, task_id: int) -> bool:
+        """Whether the task has an entry, loaded or not."""
+        return task_id in self.tasks
+
+    def value(self, task_id: int) -> Value:
+        """What was stored with the task."""
+        return self.tasks[task_id].value
+
+    def pages(self, task_id: int) -> tuple[int, ...]:
+        """The pages of a cached task."""
+        return tuple(self.tasks[task_id].pages)
+
+    def put(self, task_id: int, pages: int, value: Value) -> None:
+        """Give the task `pages` pages, evicting as needed; a task that is cached is only bumped, its value stays (sic).
+
+        LoraCacheError: the task is not cached. Others may have been evicted all the same (sic).
+        """
+        if task_id in self.tasks:
+            self.bump(task_id)
+            return
+        self.tasks[task_id] = _Task(value, self._claim_with_evict(pages))
+        self.in_progress[task_id] = None
+
+    def bump(self, task_id: int) -> None:
+        """Back in progress, as the newest; nothing for a task that is not cached."""
+        if task_id in self.tasks:
+            self.done.pop(task_id, None)
+            self.in_progress.pop(task_id, None)
+            self.in_progress[task_id] = None
+            self.tasks[task_id].done = False
+
+    def mark_loaded(self, task_id: int) -> None:
+        """The weights are in the pages. A task that was marked done meanwhile can now be evicted."""
+        task = self.tasks[task_id]
+        task.loaded = True
+        if task.done:
+            self.mark_done(task_id)
+
+    def mark_done(self, task_id: int) -> None:
+        """No request uses the task: it stays cached and can be evicted, the least recently done first."""
+        task = self.tasks.get(task_id)
+        if task is None:
+            return
+        task.done = True
+        if task.loaded and task_id in self.in_progress:
+            del self.in_progress[task_id]
+            self.done[task_id] = None
+
+    def _claim_with_evict(self, pages: int) -> list[int]:
+        if pages > len(self.free_pages):
+            # sic: only an empty list counts as full. With too few pages to gain, everything that is done goes first
+            # and the claim fails after that, because upstream's loop hides the iterator that its check looks at.
+            if not self.done:
+                raise LoraCacheError("Cache is full. There are no done tasks to evict")
+            self._evict(pages - len(self.free_pages))
+        if pages > len(self.free_pages):
+            raise LoraCacheError("[TensorRT-LLM][ERROR] Assertion failed: pageIds.has_value()")
+        return [self.free_pages.popleft() for _ in range(pages)]
+
+    def _evict(self, pages: int) -> None:
+        freed: list[int] = []
+        while self.done and len(freed) < pages:
+            task_id = next(iter(self.done))
+            del self.done[task_id]
+            freed += self.tasks.pop(task_id).pages
+        self.free_pages.extendleft(freed)
+
+
+@dataclass(slots=True)
+class PeftCache(Generic[Value]):
+    """Which requests use which task: a task is pinned from the moment a request for it is taken until the last ends.
+
+    Upstream: `PeftCacheManager::addRequestPeft` and `updateTaskState`, with loading done at once.
+    """
+
+    cache: LoraCache[Value]
+    requests: dict[int, set[int]] = field(init=False, default_factory=dict)  # task id -> the requests that use it
+
+    def add(self, task_id: int, request_id: int, pages: int | None = None, value: Value | None = None) -> None:
+        """Take a request for a task: with `pages` and `value` if it carries weights, else the task must be cached.
+
+        TaskNotCachedError and LoraCacheError carry the engine's text; the request is then not taken.
+        """
+        if pages is None and task_id not in self.cache:
+            raise TaskNotCachedError(f"LoRA task {task_id} not found in cache. Please send LoRA weights with request")
+        if pages is None or value is None:
+            self.cache.bump(task_id)
+        else:
+            try:
+                self.cache.put(task_id, pages, value)
+            except LoraCacheError as error:
+                raise LoraCacheError(f"Error storing task={task_id} in PEFT cache -- {error}") from error
+            self.cache.mark_loaded(task_id)
+        self.requests.setdefault(task_id, set()).add(request_id)
+
+    def finish(self, task_id: int, request_id: int) -> None:
+        """The request has ended, however it ended."""
+        users = self.requests.get(task_id, set())
+        users.discard(request_id)
+        if not users:
+            self.requests.pop(task_id, None)
+            self.cache.mark_done(task_id)
