@@ -1,0 +1,268 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""The plan against worked-out figures, and against the cache itself on random adapters."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tritonlora.cache import CacheParameters, LoraCache, LoraCacheError, PeftCache, layer_ranges, page_geometry
+from tritonlora.engine import EngineProfile
+from tritonlora.errors import EngineMismatch, TritonLoraError
+from tritonlora.modules import BY_NAME, ModuleDims
+from tritonlora.plan import CachePlan, Entry, choose_warm, plan_cache, what_if
+
+MIB = 2**20
+
+
+def profile_of(
+    dims: dict[str, tuple[int, int]], *, num_layers: int, tp_size: int = 1, pp_size: int = 1, max_lora_rank: int = 64
+) -> EngineProfile:
+    modules = {name: ModuleDims(BY_NAME[name], *in_out) for name, in_out in dims.items()}
+    return EngineProfile(
+        "an engine", "LlamaForCausalLM", "bfloat16", num_layers, modules, max_lora_rank, tp_size, pp_size
+    )
+
+
+LLAMA_2_7B = profile_of(
+    {
+        "attn_q": (4096, 4096),
+        "attn_k": (4096, 4096),
+        "attn_v": (4096, 4096),
+        "attn_dense": (4096, 4096),
+        "mlp_h_to_4h": (4096, 11008),
+        "mlp_4h_to_h": (11008, 4096),
+        "mlp_gate": (4096, 11008),
+    },
+    num_layers=32,
+)  # a page of 40 MiB for rank 8; 26 of them in the default 1 GiB
+
+
+def llama_adapter(
+    name: str, rank: int, modules: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7), *, warm: bool = True
+) -> Entry:
+    rows = tuple((module, layer, rank) for layer in range(32) for module in modules)
+    return Entry(name, rows, len(rows) * rank * (4096 + 11008) * 2, warm)
+
+
+def recommended(plan: CachePlan) -> dict[str, str]:
+    return {item.parameter: str(item.value) for item in plan.recommendations}
+
+
+def test_adapters_that_fit_are_told_so_and_nothing_changes() -> None:
+    """Three ranks on Llama-2-7B with no parameter set: 1, 2 and 8 of 26 pages, and the defaults stay."""
+    plan = plan_cache([llama_adapter("a", 8), llama_adapter("b", 16), llama_adapter("c", 64)], LLAMA_2_7B, {})
+
+    assert plan.fits
+    assert [("a", 1), ("b", 2), ("c", 8)] == [(adapter.name, adapter.pages) for adapter in plan.adapters]
+    assert (40 * MIB, 26, 11, 15) == (
+        plan.tightest.page_bytes,
+        plan.tightest.host_pages,
+        plan.tightest.pages,
+        plan.tightest.free_pages,
+    )
+    assert [(item.in_effect, item.in_effect) for item in plan.recommendations] == [
+        (item.in_effect, item.value) for item in plan.recommendations
+    ]
+
+
+def test_room_says_how_many_more_fit() -> None:
+    """One of 26 pages is taken: 25 more of rank 8, 12 of rank 16, 6 of rank 32, 3 of rank 64."""
+    plan = plan_cache([llama_adapter("a", 8)], LLAMA_2_7B, {})
+
+    assert {8: 25, 16: 12, 32: 6, 64: 3} == plan.room
+
+
+def test_adapters_that_do_not_fit_get_parameters_with_which_they_do() -> None:
+    """Thirty adapters of rank 8 take 30 pages of 40 MiB; the parameters recommended hold exactly these."""
+    entries = [llama_adapter(f"a{number}", 8) for number in range(30)]
+    plan = plan_cache(entries, LLAMA_2_7B, {"lora_cache_host_memory_bytes": "${lora_cache_host_memory_bytes}"})
+    applied = plan_cache(entries, LLAMA_2_7B, recommended(plan))
+
+    assert not plan.fits
+    assert {
+        "lora_cache_optimal_adapter_size": "8",
+        "lora_cache_max_adapter_size": "8",
+        "lora_cache_host_memory_bytes": str(30 * 40 * MIB),
+    } == recommended(plan)
+    assert [40 * MIB, 39_976_960, 30 * 40 * MIB] == [item.cost_bytes for item in plan.recommendations]
+    assert (True, 0) == (applied.fits, applied.tightest.free_pages)
+
+
+def test_pages_made_for_larger_adapters_are_recommended_away_before_memory() -> None:
+    """Pages for rank 64 hold 4 adapters of rank 8 in 1 GiB; pages for rank 8 hold all ten in the same memory."""
+    entries = [llama_adapter(f"a{number}", 8) for number in range(10)]
+    plan = plan_cache(entries, LLAMA_2_7B, {"lora_cache_optimal_adapter_size": "64"})
+
+    assert (False, 4) == (plan.fits, plan.tightest.host_pages)
+    assert ["8", "8", str(2**30)] == list(recommended(plan).values())
+
+
+def test_adapters_on_few_modules_get_smaller_pages() -> None:
+    """Only q and v of seven modules at rank 8: a page for rank 2 on all modules is what one fills."""
+    entries = [llama_adapter(f"a{number}", 8, (1, 3)) for number in range(100)]
+    plan = plan_cache(entries, LLAMA_2_7B, {})
+
+    assert {"lora_cache_optimal_adapter_size": "2", "lora_cache_host_memory_bytes": str(2**30)}.items() <= recommended(
+        plan
+    ).items()
+
+
+def test_an_engine_that_would_not_load_does_not_fit() -> None:
+    """Less memory than one adapter of the max size takes is refused in the engine's words."""
+    plan = plan_cache([], LLAMA_2_7B, {"lora_cache_host_memory_bytes": "1000000"})
+
+    assert not plan.fits
+    assert "Not enough space allocated to host LoRA cache to hold 1 max sized LoRA 61 < 19520" == plan.tightest.refusal
+    assert {8: 0, 16: 0, 32: 0, 64: 0} == plan.room
+
+
+def test_loading_and_resending_have_their_price() -> None:
+    """Loading holds the files of all warm adapters; a re-send needs the largest adapter in /dev/shm."""
+    entries = [llama_adapter("a", 8), llama_adapter("b", 16), llama_adapter("c", 32, warm=False)]
+    plan = plan_cache(entries, LLAMA_2_7B, {})
+
+    assert sum(224 * (rank * 15104 * 2 + 12) for rank in (8, 16)) == plan.load_bytes
+    assert 224 * (32 * 15104 * 2 + 12) + 2 * MIB == plan.resend_shm_bytes
+
+
+def test_warm_adapters_are_counted_apart() -> None:
+    """Thirty adapters do not fit in 26 pages, twenty of them warm do."""
+    entries = [llama_adapter(f"a{number}", 8, warm=number < 20) for number in range(30)]
+    plan = plan_cache(entries, LLAMA_2_7B, {})
+
+    assert (False, True, 20) == (plan.fits, plan.warm_fits, plan.tightest.warm_pages)
+
+
+def test_what_if_adds_adapters_on_all_modules() -> None:
+    """25 more of rank 8 fit next to one, 26 do not."""
+    fits = [what_if([llama_adapter("a", 8)], LLAMA_2_7B, {}, rank=8, count=count).fits for count in (25, 26)]
+
+    assert [True, False] == fits
+
+
+def test_processes_of_all_ranks_are_counted_and_planned() -> None:
+    """Two pipeline ranks with three and two layers, each split in two: four caches with pages of two sizes."""
+    profile = profile_of({"attn_q": (64, 64)}, num_layers=5, tp_size=2, pp_size=2)
+    parameters = {"lora_cache_max_adapter_size": "8", "lora_cache_host_memory_bytes": "100000"}
+    plan = plan_cache([Entry("a", ((1, 0, 8), (1, 3, 8), (1, 4, 16)), 4096)], profile, parameters)
+
+    assert [(3 * 8 * 96 * 2, 22, 1), (2 * 8 * 96 * 2, 33, 2)] == [
+        (rank.page_bytes, rank.host_pages, rank.pages) for rank in plan.ranks
+    ]
+    assert (4, 2, 2 * (22 * 4608 + 33 * 3072)) == (
+        plan.processes,
+        plan.adapters[0].pages,
+        plan.recommendations[-1].cost_bytes,
+    )
+
+
+def test_a_plan_is_json() -> None:
+    """`asdict` of a plan goes through json."""
+    plan = plan_cache([llama_adapter("a", 8)], LLAMA_2_7B, {})
+
+    assert ["attn_q", "attn_k", "attn_v", "attn_dense", "mlp_h_to_4h", "mlp_4h_to_h", "mlp_gate"] == json.loads(
+        json.dumps(asdict(plan))
+    )["adapters"][0]["modules"]
+
+
+def test_an_engine_without_lora_is_refused() -> None:
+    """Such an engine takes every adapter and ignores it."""
+    with pytest.raises(EngineMismatch, match="the engine has no LoRA modules, it would ignore every adapter"):
+        plan_cache([], profile_of({}, num_layers=2), {})
+
+
+def test_rows_that_are_not_the_engines_are_all_named() -> None:
+    """Module, layer and rank of every adapter, in one error."""
+    profile = profile_of({"attn_q": (64, 64)}, num_layers=2)
+    with pytest.raises(EngineMismatch) as refused:
+        plan_cache([Entry("a", ((7, 0, 8), (1, 2, 8)), 0), Entry("b", ((99, 0, 65),), 0)], profile, {})
+
+    assert [
+        "adapters that are not for the engine of an engine:",
+        "  'a': module mlp_gate is not enabled in the engine",
+        "  'a': layer 2 of 2 layers",
+        "  'b': module 99 is not enabled in the engine",
+        "  'b': rank 65, the engine takes 1 to 64",
+    ] == str(refused.value).splitlines()
+
+
+def test_the_busiest_adapters_stay_warm() -> None:
+    """30 of one page for 26: one page stays free for a cold one, so 25 are warm, and the rest carry weights."""
+    entries = [llama_adapter(f"a{number:02}", 8) for number in range(30)]
+    traffic = {f"a{number:02}": float(number) for number in range(30)}
+    choice = choose_warm(plan_cache(entries, LLAMA_2_7B, {}), traffic)
+
+    assert {f"a{number:02}" for number in range(5, 30)} == set(choice.warm)
+    assert 10 / 435 == choice.resend_share
+    assert pytest.approx(10 / 435 * entries[0].nbytes) == choice.resend_bytes
+
+
+def test_everything_stays_warm_when_everything_fits() -> None:
+    """Without traffic too."""
+    choice = choose_warm(plan_cache([llama_adapter("a", 8), llama_adapter("b", 8)], LLAMA_2_7B, {}), {})
+
+    assert (("a", "b"), (), 0.0) == (choice.warm, choice.cold, choice.resend_share)
+
+
+def test_traffic_of_unknown_adapters_is_refused() -> None:
+    """A misspelt name would otherwise count as no traffic."""
+    with pytest.raises(TritonLoraError, match="not registered: 'b'"):
+        choose_warm(plan_cache([llama_adapter("a", 8)], LLAMA_2_7B, {}), {"b": 1.0})
+
+
+SMALL = {"attn_q": (16, 16), "attn_k": (16, 8), "attn_v": (16, 8), "attn_dense": (16, 16), "mlp_4h_to_h": (48, 16)}
+LAYERS = 4
+
+
+@st.composite
+def adapters(draw: st.DrawFn) -> list[Entry]:
+    module_ids = [BY_NAME[name].id for name in SMALL]
+    row = st.tuples(st.sampled_from(module_ids), st.integers(0, LAYERS - 1), st.integers(1, 16))
+    rows = draw(st.lists(st.lists(row, min_size=1, max_size=20, unique_by=lambda row: row[:2]), max_size=8))
+    return [Entry(f"a{number}", tuple(each), 0) for number, each in enumerate(rows)]
+
+
+def all_stay(entries: list[Entry], profile: EngineProfile, parameters: CacheParameters) -> bool:
+    """Whether the caches of all pipeline ranks take all adapters with a request open on each."""
+    for layers in layer_ranges(profile.num_layers, profile.pp_size):
+        geometry = page_geometry(
+            profile.modules,
+            layers=layers,
+            max_lora_rank=profile.max_lora_rank,
+            parameters=parameters,
+            tp_size=profile.tp_size,
+        )
+        cache = PeftCache(LoraCache[str](geometry.host_pages))
+        try:
+            for number, entry in enumerate(entries):
+                cache.add(number, number, geometry.pages(entry.rows), entry.name)
+        except LoraCacheError:
+            return False
+    return True
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    entries=adapters(),
+    tp_size=st.sampled_from([1, 2, 4]),
+    pp_size=st.sampled_from([1, 2, 3]),
+    optimal=st.integers(1, 20),
+    memory=st.integers(20_000, 200_000),
+)
+def test_plan_and_cache_agree(entries: list[Entry], tp_size: int, pp_size: int, optimal: int, memory: int) -> None:
+    """A plan says that all fit exactly when the cache takes all of them at once; what it recommends always fits."""
+    profile = profile_of(SMALL, num_layers=LAYERS, tp_size=tp_size, pp_size=pp_size, max_lora_rank=16)
+    parameters = {"lora_cache_optimal_adapter_size": str(optimal), "lora_cache_host_memory_bytes": str(memory)}
+    plan = plan_cache(entries, profile, parameters)
+    better = plan_cache(entries, profile, recommended(plan))
+
+    assert all_stay(entries, profile, plan.parameters) == all(rank.free_pages >= 0 for rank in plan.ranks)
+    assert better.fits
+    assert all_stay(entries, profile, better.parameters)
+    assert better.parameters.host_memory_bytes >= plan.parameters.host_memory_bytes
