@@ -245,7 +245,7 @@ def running(*tasks: int, pages: int = 3) -> PeftCache[str]:
     """A cache in which each task has one page and one request, with the task's id as request id."""
     cache = PeftCache(LoraCache[str](pages))
     for task in tasks:
-        cache.add(task, task, 1, f"weights of {task}")
+        cache.add(task, task, (1, f"weights of {task}".__str__))
     return cache
 
 
@@ -254,7 +254,7 @@ def test_a_new_task_is_refused_when_every_task_is_in_use() -> None:
     cache = running(1, 2, 3)
 
     with pytest.raises(LoraCacheError) as refused:
-        cache.add(4, 4, 1, "weights of 4")
+        cache.add(4, 4, (1, lambda: "weights of 4"))
 
     assert "Error storing task=4 in PEFT cache -- Cache is full. There are no done tasks to evict" == str(refused.value)
     assert {1, 2, 3} == set(cache.cache.tasks)
@@ -264,7 +264,7 @@ def test_a_finished_task_makes_room() -> None:
     """Scenario 2: task 1 goes for task 4, is then missed, and task 4 answers to its id alone."""
     cache = running(1, 2, 3)
     cache.finish(1, 1)
-    cache.add(4, 4, 1, "weights of 4")
+    cache.add(4, 4, (1, lambda: "weights of 4"))
     cache.add(4, 5)
 
     with pytest.raises(TaskNotCachedError) as missed:
@@ -281,7 +281,7 @@ def test_the_least_recently_finished_task_goes_first() -> None:
         cache.finish(task, task)
     cache.add(1, 4)
     cache.finish(1, 4)
-    cache.add(4, 5, 1, "weights of 4")
+    cache.add(4, 5, (1, lambda: "weights of 4"))
 
     assert {1, 3, 4} == set(cache.cache.tasks)
 
@@ -294,7 +294,7 @@ def test_finished_tasks_are_lost_even_when_they_do_not_make_enough_room() -> Non
     with pytest.raises(
         LoraCacheError, match=r"^Error storing task=5 in PEFT cache -- .*Assertion failed: pageIds\.has_value\(\)"
     ):
-        cache.add(5, 5, 2, "weights of 5")
+        cache.add(5, 5, (2, lambda: "weights of 5"))
 
     assert {2, 3} == set(cache.cache.tasks)
     assert 1 == len(cache.cache.free_pages)
@@ -304,7 +304,7 @@ def test_new_weights_under_a_cached_id_are_ignored() -> None:
     """Scenario 5: the first weights stay until the task is evicted."""
     cache = running(1)
     cache.finish(1, 1)
-    cache.add(1, 2, 1, "other weights")
+    cache.add(1, 2, (1, lambda: "other weights"))
 
     assert "weights of 1" == cache.cache.value(1)
 
@@ -313,7 +313,7 @@ def test_warming_more_tasks_than_fit_leaves_the_first_ones_out() -> None:
     """Scenario 6: four tasks one after the other through three pages; none fails, and the first is missed after."""
     cache = running()
     for task in (1, 2, 3, 4):
-        cache.add(task, task, 1, f"weights of {task}")
+        cache.add(task, task, (1, f"weights of {task}".__str__))
         cache.finish(task, task)
 
     with pytest.raises(TaskNotCachedError, match="LoRA task 1 not found in cache"):
@@ -327,16 +327,16 @@ def test_a_task_stays_pinned_until_its_last_request_ends() -> None:
     cache.finish(1, 1)
 
     with pytest.raises(LoraCacheError, match="There are no done tasks to evict"):
-        cache.add(2, 3, 1, "weights of 2")
+        cache.add(2, 3, (1, lambda: "weights of 2"))
 
 
 def test_a_refused_request_pins_nothing() -> None:
     """A task that could not be stored can be stored later and becomes evictable when its request ends."""
     cache = running(1, pages=1)
     with pytest.raises(LoraCacheError, match="no done tasks"):
-        cache.add(2, 2, 1, "weights of 2")
+        cache.add(2, 2, (1, lambda: "weights of 2"))
     cache.finish(1, 1)
-    cache.add(2, 3, 1, "weights of 2")
+    cache.add(2, 3, (1, lambda: "weights of 2"))
     cache.finish(2, 3)
 
     assert [2] == list(cache.cache.done)
@@ -346,11 +346,11 @@ def test_freed_pages_are_used_again_last_freed_first() -> None:
     """Claims come from the front of the free list and releases go there."""
     cache = LoraCache[None](6)
     for task, pages in ((1, 2), (2, 3)):
-        cache.put(task, pages, None)
-        cache.mark_loaded(task)
+        cache.put(task, pages)
+        cache.load(task, None)
         cache.mark_done(task)
     first = cache.pages(2)
-    cache.put(3, 5, None)
+    cache.put(3, 5)
 
     assert (2, 3, 4) == first
     assert (4, 3, 2, 1, 0) == cache.pages(3)
@@ -359,10 +359,10 @@ def test_freed_pages_are_used_again_last_freed_first() -> None:
 def test_a_task_that_is_done_before_it_is_loaded_becomes_evictable_when_it_is_loaded() -> None:
     """markTaskDone on a task that still loads is only noted."""
     cache = LoraCache[None](1)
-    cache.put(1, 1, None)
+    cache.put(1, 1)
     cache.mark_done(1)
     before = list(cache.done)
-    cache.mark_loaded(1)
+    cache.load(1, None)
 
     assert ([], [1]) == (before, list(cache.done))
 
@@ -383,7 +383,7 @@ class AnyUse(RuleBasedStateMachine):
         self.requests += 1
         cached = task in self.cache.cache
         try:
-            self.cache.add(task, self.requests, pages, None if pages is None else pages)
+            self.cache.add(task, self.requests, None if pages is None else (pages, lambda: task))
         except TaskNotCachedError:
             assert not cached
             assert pages is None

@@ -8,7 +8,7 @@ import json
 from dataclasses import asdict
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tritonlora.cache import CacheParameters, LoraCache, LoraCacheError, PeftCache, layer_ranges, page_geometry
@@ -241,13 +241,14 @@ def all_stay(entries: list[Entry], profile: EngineProfile, parameters: CachePara
         cache = PeftCache(LoraCache[str](geometry.host_pages))
         try:
             for number, entry in enumerate(entries):
-                cache.add(number, number, geometry.pages(entry.rows), entry.name)
+                cache.add(number, number, (geometry.pages(entry.rows), entry.name.__str__))
         except LoraCacheError:
             return False
     return True
 
 
 @settings(max_examples=150, deadline=None)
+@example(entries=[], tp_size=1, pp_size=1, optimal=17, memory=20_000)
 @given(
     entries=adapters(),
     tp_size=st.sampled_from([1, 2, 4]),

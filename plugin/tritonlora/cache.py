@@ -17,7 +17,7 @@ cpp/tensorrt_llm/batch_manager/peftCacheManager.cpp (geometry, which request pin
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -199,17 +199,17 @@ def _ceil_div(dividend: int, divisor: int) -> int:
 
 @dataclass(slots=True)
 class _Task(Generic[Value]):
-    value: Value
     pages: list[int]
     loaded: bool = False
     done: bool = False
+    value: Value | None = None
 
 
 @dataclass(slots=True)
 class LoraCache(Generic[Value]):
     """Tasks, their pages, and the two lists that decide about eviction. Not thread-safe: one thread owns it.
 
-    `value` is whatever the caller keeps for a cached task: it goes when the task is evicted.
+    A value is whatever the caller keeps for a task: it comes when the task is loaded and goes when it is evicted.
     """
 
     total_pages: int
@@ -226,23 +226,23 @@ class LoraCache(Generic[Value]):
         """Whether the task has an entry, loaded or not."""
         return task_id in self.tasks
 
-    def value(self, task_id: int) -> Value:
-        """What was stored with the task."""
+    def value(self, task_id: int) -> Value | None:
+        """What a cached task was loaded with."""
         return self.tasks[task_id].value
 
     def pages(self, task_id: int) -> tuple[int, ...]:
         """The pages of a cached task."""
         return tuple(self.tasks[task_id].pages)
 
-    def put(self, task_id: int, pages: int, value: Value) -> None:
-        """Give the task `pages` pages, evicting as needed; a task that is cached is only bumped, its value stays (sic).
+    def put(self, task_id: int, pages: int) -> None:
+        """Give the task `pages` pages, evicting as needed; a task that is cached is only bumped (sic).
 
         LoraCacheError: the task is not cached. Others may have been evicted all the same (sic).
         """
         if task_id in self.tasks:
             self.bump(task_id)
             return
-        self.tasks[task_id] = _Task(value, self._claim_with_evict(pages))
+        self.tasks[task_id] = _Task(self._claim_with_evict(pages))
         self.in_progress[task_id] = None
 
     def bump(self, task_id: int) -> None:
@@ -253,10 +253,12 @@ class LoraCache(Generic[Value]):
             self.in_progress[task_id] = None
             self.tasks[task_id].done = False
 
-    def mark_loaded(self, task_id: int) -> None:
-        """The weights are in the pages. A task that was marked done meanwhile can now be evicted."""
+    def load(self, task_id: int, value: Value) -> None:
+        """The weights are in the pages: from now on the task can be evicted when it is done. Once only (sic)."""
         task = self.tasks[task_id]
-        task.loaded = True
+        if task.loaded:
+            return
+        task.value, task.loaded = value, True
         if task.done:
             self.mark_done(task_id)
 
@@ -300,21 +302,24 @@ class PeftCache(Generic[Value]):
     cache: LoraCache[Value]
     requests: dict[int, set[int]] = field(init=False, default_factory=dict)  # task id -> the requests that use it
 
-    def add(self, task_id: int, request_id: int, pages: int | None = None, value: Value | None = None) -> None:
-        """Take a request for a task: with `pages` and `value` if it carries weights, else the task must be cached.
+    def add(self, task_id: int, request_id: int, weights: tuple[int, Callable[[], Value]] | None = None) -> None:
+        """Take a request for a task. `weights`, if it carries any: the pages they take, and what loads them.
 
-        TaskNotCachedError and LoraCacheError carry the engine's text; the request is then not taken.
+        Weights for a cached task are not even loaded (sic). TaskNotCachedError and LoraCacheError carry the engine's
+        text; the request is then not taken.
         """
-        if pages is None and task_id not in self.cache:
+        if weights is None and task_id not in self.cache:
             raise TaskNotCachedError(f"LoRA task {task_id} not found in cache. Please send LoRA weights with request")
-        if pages is None or value is None:
+        if weights is None or task_id in self.cache:
             self.cache.bump(task_id)
         else:
+            pages, load = weights
+            value = load()  # first: a task that has pages but could not be loaded would be pinned for ever
             try:
-                self.cache.put(task_id, pages, value)
+                self.cache.put(task_id, pages)
             except LoraCacheError as error:
                 raise LoraCacheError(f"Error storing task={task_id} in PEFT cache -- {error}") from error
-            self.cache.mark_loaded(task_id)
+            self.cache.load(task_id, value)
         self.requests.setdefault(task_id, set()).add(request_id)
 
     def finish(self, task_id: int, request_id: int) -> None:

@@ -285,7 +285,7 @@ def _cheapest(entries: Sequence[Entry], profile: EngineProfile, in_effect: Cache
             candidates.add(max(1, -(-slots // geometry.slots_per_page)))
 
     options = []
-    for optimal in sorted(size for size in candidates if size <= profile.max_lora_rank):
+    for optimal in {min(size, profile.max_lora_rank) for size in candidates}:
         option = replace(in_effect, optimal_adapter_size=optimal, max_adapter_size=largest)
         options.append(replace(option, host_memory_bytes=_needed(entries, profile, option)))
     best = min(options, key=lambda option: (option.host_memory_bytes, -option.optimal_adapter_size))
