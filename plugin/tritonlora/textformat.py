@@ -166,7 +166,7 @@ class _Parser:
     def fields(self, closer: str, depth: int) -> tuple[Field, ...]:
         """All fields up to and with `closer`, or up to the end of the text."""
         if depth > MAX_DEPTH:
-            raise error_at(self.text, self.previous, f"expected at most {MAX_DEPTH} messages inside each other")
+            raise error_at(self.text, self.previous - 1, f"expected at most {MAX_DEPTH} messages inside each other")
         fields = []
         while not (closer and self.take(closer)):
             if self.kind is None and not closer:

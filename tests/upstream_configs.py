@@ -1,0 +1,46 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""The config.pbtxt files of triton-inference-server/tensorrtllm_backend, and protobuf's view of a config."""
+
+from __future__ import annotations
+
+import string
+from pathlib import Path
+from typing import Any
+
+from google.protobuf import text_format
+from tritonclient.grpc.model_config_pb2 import ModelConfig  # type: ignore[import-untyped]
+
+ROOT = Path(__file__).parent / "upstream"
+PATHS = sorted(ROOT.glob("*/*/config.pbtxt"))
+NAMES = [f"{path.parent.parent.name}-{path.parent.name}" for path in PATHS]
+VERSIONS = sorted(path.name for path in ROOT.iterdir())
+
+VALUES = {
+    "triton_backend": "tensorrtllm",
+    "triton_max_batch_size": "4",
+    "decoupled_mode": "True",
+    "max_queue_delay_microseconds": "0",
+    "max_queue_size": "0",
+    "logits_datatype": "TYPE_FP32",
+    "encoder_input_features_data_type": "TYPE_FP16",
+    "preprocessing_instance_count": "1",
+    "postprocessing_instance_count": "1",
+    "bls_instance_count": "1",
+}
+
+
+def upstream(version: str, model: str) -> str:
+    """An upstream config as it is, with its templates."""
+    with (ROOT / version / model / "config.pbtxt").open(newline="") as file:
+        return file.read()
+
+
+def fill(text: str, **values: str) -> str:
+    """What upstream's tools/fill_template.py makes of a template; string parameters stay unfilled."""
+    return string.Template(text).safe_substitute({**VALUES, **values})
+
+
+def protobuf(text: str) -> Any:
+    """The config as protobuf's own parser sees it."""
+    return text_format.Parse(text, ModelConfig())
