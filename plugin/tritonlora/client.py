@@ -1,0 +1,89 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""Ask a running server for text by adapter name, over Triton's generate extension (HTTP, server-sent events).
+
+Source: triton-inference-server/server, docs/protocol/extension_generate.md.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import urllib.parse
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from tritonlora.errors import ServerError
+
+DEFAULT_URL = "localhost:8000"
+DEFAULT_MODEL = "ensemble"
+TIMEOUT_SECONDS = 600.0
+
+
+def request_body(prompt: str, lora_name: str | None, max_tokens: int, inputs: Mapping[str, Any]) -> bytes:
+    """The JSON that a client sends: an adapter's name, and nothing else of the adapter."""
+    name = {} if lora_name is None else {"lora_name": lora_name}
+    return json.dumps({"text_input": prompt, "max_tokens": max_tokens, **name, **inputs}).encode()
+
+
+def generate(
+    prompt: str,
+    *,
+    lora_name: str | None = None,
+    max_tokens: int = 64,
+    url: str = DEFAULT_URL,
+    model: str = DEFAULT_MODEL,
+    inputs: Mapping[str, Any] | None = None,
+    timeout: float = TIMEOUT_SECONDS,
+) -> Iterator[str]:
+    """The pieces of the answer's text as the server sends them.
+
+    `url` is HOST:PORT of the HTTP endpoint; `inputs` are further inputs of `model`, by name. Raises ServerError with
+    the server's own words, or when the server cannot be reached. Closing the iterator cancels the request.
+    """
+    body = request_body(prompt, lora_name, max_tokens, {"stream": True, **(inputs or {})})
+    for event in _events(url, f"/v2/models/{urllib.parse.quote(model, safe='')}/generate_stream", body, timeout):
+        if "error" in event:
+            raise ServerError(str(event["error"]))
+        text = event.get("text_output", "")
+        yield "".join(text) if isinstance(text, list) else str(text)
+
+
+def _events(url: str, path: str, body: bytes, timeout: float) -> Iterator[dict[str, Any]]:
+    """The JSON objects of a stream of server-sent events."""
+    connection = _connection(url, timeout)
+    try:
+        connection.request("POST", path, body, {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        if response.status != http.client.OK:
+            raise ServerError(_error_text(response))
+        for line in response:
+            if line.startswith(b"data:"):
+                yield json.loads(line[len(b"data:") :])
+    except (OSError, http.client.HTTPException) as error:
+        raise ServerError(f"no answer from {url}: {error or type(error).__name__}; is the server running?") from None
+    except json.JSONDecodeError as error:
+        raise ServerError(f"{url} answered something that is not JSON: {error}") from None
+    finally:
+        connection.close()
+
+
+def _connection(url: str, timeout: float) -> http.client.HTTPConnection:
+    parts = urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
+    try:
+        port = parts.port or (443 if parts.scheme == "https" else 8000)
+    except ValueError:
+        raise ServerError(f"{url!r} is not HOST:PORT") from None
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ServerError(f"{url!r} is not HOST:PORT")
+    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    return kind(parts.hostname, port, timeout=timeout)
+
+
+def _error_text(response: http.client.HTTPResponse) -> str:
+    """Triton's own words for an error status."""
+    body = response.read().decode(errors="replace")
+    try:
+        return str(json.loads(body)["error"])
+    except (ValueError, KeyError, TypeError):
+        return f"HTTP status {response.status}: {body[:200].strip() or response.reason}"
