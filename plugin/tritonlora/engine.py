@@ -1,13 +1,25 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""What an engine accepts: dims, dtype, target modules, max rank, parallelism."""
+"""What an engine accepts: dims, dtype, target modules, max rank, parallelism.
+
+It is read from the config.json of a TensorRT-LLM engine (`trtllm-build`, v0.10 and later) or from that of a Hugging
+Face model. This file does not import torch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from tritonlora.modules import ModuleDims
+from tritonlora.errors import EngineMismatch, one_message
+from tritonlora.families import ARCHITECTURES, T5, Architecture
+from tritonlora.modules import BY_NAME, ModuleDims
+
+DTYPES = ("bfloat16", "float16", "float32")
+_MAX_CONFIG_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,3 +35,293 @@ class EngineProfile:
     tp_size: int = 1
     pp_size: int = 1
     max_beam_width: int = 1
+    num_heads: int = 0  # 0 where it is not known; fused attention layers cannot be taken apart then
+    num_kv_heads: int = 0
+    head_size: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    mlp: int
+    experts: int = 0
+
+
+# Module -> (in, out), as names of `_Dims` entries. TensorRT-LLM cpp/tensorrt_llm/runtime/loraModule.cpp,
+# `createLoraModules`; `attention` is heads * head_size.
+_MODULE_DIMS: Mapping[str, tuple[str, str]] = {
+    "attn_qkv": ("hidden", "qkv"),
+    "attn_q": ("hidden", "attention"),
+    "attn_k": ("hidden", "kv"),
+    "attn_v": ("hidden", "kv"),
+    "attn_dense": ("attention", "hidden"),
+    "mlp_h_to_4h": ("hidden", "mlp"),
+    "mlp_4h_to_h": ("mlp", "hidden"),
+    "mlp_gate": ("hidden", "mlp"),
+    "cross_attn_qkv": ("hidden", "qkv"),
+    "cross_attn_q": ("hidden", "attention"),
+    "cross_attn_k": ("hidden", "kv"),
+    "cross_attn_v": ("hidden", "kv"),
+    "cross_attn_dense": ("attention", "hidden"),
+    "moe_h_to_4h": ("hidden_by_expert", "mlp_by_expert"),
+    "moe_4h_to_h": ("mlp_by_expert", "hidden_by_expert"),
+    "moe_gate": ("hidden_by_expert", "mlp_by_expert"),
+    "moe_router": ("hidden", "experts"),
+    "mlp_router": ("hidden", "one"),
+    "mlp_gate_up": ("hidden", "two_mlp"),
+}
+# config.json's spellings of one size, most usual first. A family may have its own in front.
+_SPELLINGS: Mapping[str, tuple[str, ...]] = {
+    "hidden": ("hidden_size", "n_embd", "d_model", "n_embed"),
+    "layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+    "heads": ("num_attention_heads", "n_head", "n_heads", "num_heads"),
+    "kv_heads": ("num_key_value_heads", "num_kv_heads"),
+    "head_size": ("head_dim", "d_kv", "head_size"),
+    "mlp": ("intermediate_size", "ffn_dim", "ffn_hidden_size", "d_ff", "n_inner"),
+}
+# Missing means four times the hidden size in these; nowhere else is a missing size made up.
+_FOUR_TIMES_HIDDEN = frozenset({"GPT2LMHeadModel", "GPTJForCausalLM", "BloomForCausalLM", "FalconForCausalLM"})
+
+
+def load_profile(path: Path) -> EngineProfile:
+    """The profile of a TensorRT-LLM engine or a Hugging Face model: `path` is its directory or its config.json.
+
+    Raises EngineMismatch where it is neither.
+    """
+    file = _config_file(path)
+    try:
+        if file.stat().st_size > _MAX_CONFIG_BYTES:
+            raise EngineMismatch(f"{str(file)!r} is larger than any config.json; expected at most 16 MiB")
+        config = json.loads(file.read_bytes())
+    except OSError as error:
+        raise EngineMismatch(f"cannot read {str(file)!r}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise EngineMismatch(f"{str(file)!r} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise EngineMismatch(f"{str(file)!r} is not a JSON object")
+    if "pretrained_config" in config or "builder_config" in config or "build_config" in config:
+        return profile_from_engine(config, str(path))
+    return profile_from_hf(config, str(path))
+
+
+def profile_from_hf(
+    config: Mapping[str, Any],
+    source: str,
+    *,
+    max_lora_rank: int = 64,
+    target_modules: Iterable[str] | None = None,
+    dtype: str | None = None,
+) -> EngineProfile:
+    """The profile of a Hugging Face model's config.json.
+
+    `target_modules` are names of LoRA modules ("attn_q"); None stands for all that the architecture has, fused layers
+    taken apart. `dtype` overrides the model's. Raises EngineMismatch, naming everything that is missing or unknown.
+    """
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
+    architecture = ARCHITECTURES.get(name)
+    if architecture is None:
+        raise EngineMismatch(f"{source!r}: unknown architecture {name!r}; known: {', '.join(sorted(ARCHITECTURES))}")
+    nested = config.get("text_config")
+    text: Mapping[str, Any] = nested if isinstance(nested, dict) else config
+    problems: list[str] = []
+    sizes = _hf_sizes(text, architecture, problems)
+    found = dtype or next((c[k] for c in (text, config) for k in ("dtype", "torch_dtype") if c.get(k)), None)
+    if found not in DTYPES:
+        problems.append(f"dtype is {found!r}, expected one of {', '.join(DTYPES)}; give it explicitly")
+    targets = sorted(_hf_modules(text, architecture) if target_modules is None else set(target_modules))
+    problems += [
+        f"unknown LoRA module {target!r}; known: {', '.join(BY_NAME)}" for target in targets if target not in BY_NAME
+    ]
+    if sizes is None or problems:
+        raise EngineMismatch(one_message(f"{source!r} does not describe the model", problems))
+    return EngineProfile(
+        source=source,
+        architecture=name,
+        dtype=str(found),
+        num_layers=sizes.layers,
+        modules=_modules(targets, sizes, dense_in=sizes.heads * sizes.head_size),
+        max_lora_rank=max_lora_rank,
+        num_heads=sizes.heads,
+        num_kv_heads=sizes.kv_heads,
+        head_size=sizes.head_size,
+    )
+
+
+def profile_from_engine(config: Mapping[str, Any], source: str) -> EngineProfile:
+    """The profile of a TensorRT-LLM engine's config.json (`pretrained_config` and `build_config`, v0.10 and later).
+
+    An engine without the LoRA plugin has no `modules`. Raises EngineMismatch, naming everything missing or unknown.
+    """
+    pretrained, build = config.get("pretrained_config"), config.get("build_config")
+    if not isinstance(pretrained, dict) or not isinstance(build, dict):
+        raise EngineMismatch(
+            f"{source!r} is an engine of an unknown layout (version {config.get('version', 'not given')!r}): expected "
+            "`pretrained_config` and `build_config`; build the engine with TensorRT-LLM v0.10 or later"
+        )
+    problems: list[str] = []
+    mapping = _section(pretrained, "mapping", "pretrained_config", problems)
+    lora = _section(build, "lora_config", "build_config", problems)
+    plugins = _section(build, "plugin_config", "build_config", problems)
+    hidden = _size(pretrained, ("hidden_size",), problems)
+    heads = _size(pretrained, ("num_attention_heads",), problems)
+    sizes = _Sizes(
+        hidden=hidden,
+        layers=_size(pretrained, ("num_hidden_layers",), problems),
+        heads=heads,
+        kv_heads=_size(pretrained, ("num_key_value_heads",), problems, missing=heads),
+        head_size=_size(pretrained, ("head_size",), problems, missing=hidden // max(heads, 1)),
+        mlp=_size(pretrained, ("intermediate_size",), problems, missing=4 * hidden),
+        experts=_experts(pretrained, problems),
+    )
+    dtype = pretrained.get("dtype")
+    if dtype not in DTYPES:
+        problems.append(f"pretrained_config.dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+    # trtllm-build writes null (or leaves the key out) where LoRA is off.
+    targets = _engine_targets(lora.get("lora_target_modules"), problems) if plugins.get("lora_plugin") else []
+    profile = EngineProfile(
+        source=source,
+        architecture=str(pretrained.get("architecture", "")),
+        dtype=str(dtype),
+        num_layers=sizes.layers,
+        # createLoraModules takes attn_dense to be hidden x hidden, whatever the heads are.
+        modules=_modules(targets, sizes, dense_in=sizes.hidden),
+        max_lora_rank=_size(lora, ("max_lora_rank",), problems, missing=64),
+        tp_size=_size(mapping, ("tp_size",), problems, missing=1),
+        pp_size=_size(mapping, ("pp_size",), problems, missing=1),
+        max_beam_width=_size(build, ("max_beam_width",), problems, missing=1),
+        num_heads=sizes.heads,
+        num_kv_heads=sizes.kv_heads,
+        head_size=sizes.head_size,
+    )
+    if problems:
+        raise EngineMismatch(
+            one_message(f"{source!r} does not describe an engine that LoRA can be planned for", problems)
+        )
+    return profile
+
+
+def _config_file(path: Path) -> Path:
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise EngineMismatch(f"{str(path)!r} is neither a directory nor a config.json")
+    # An encoder-decoder engine is a directory with one engine for each; LoRA tensors go to the decoder's.
+    for file in (path / "config.json", path / "decoder" / "config.json"):
+        if file.is_file():
+            return file
+    raise EngineMismatch(
+        f"there is no config.json in {str(path)!r}; give an engine's or a Hugging Face model's directory"
+    )
+
+
+def _modules(names: Iterable[str], sizes: _Sizes, *, dense_in: int) -> dict[str, ModuleDims]:
+    dims = {
+        "one": 1,
+        "hidden": sizes.hidden,
+        "attention": sizes.heads * sizes.head_size,
+        "kv": sizes.kv_heads * sizes.head_size,
+        "qkv": (sizes.heads + 2 * sizes.kv_heads) * sizes.head_size,
+        "mlp": sizes.mlp,
+        "two_mlp": 2 * sizes.mlp,
+        "experts": sizes.experts,
+        "hidden_by_expert": sizes.hidden * sizes.experts,
+        "mlp_by_expert": sizes.mlp * sizes.experts,
+    }
+    found = {}
+    for name in sorted(names, key=lambda name: BY_NAME[name].id):
+        inward, outward = _MODULE_DIMS[name]
+        in_features = dense_in if name in ("attn_dense", "cross_attn_dense") else dims[inward]
+        found[name] = ModuleDims(BY_NAME[name], in_features, dims[outward])
+    return found
+
+
+def _engine_targets(names: object, problems: list[str]) -> list[str]:
+    if not isinstance(names, Sequence) or isinstance(names, str) or not names:
+        problems.append(
+            "the engine has the LoRA plugin but build_config.lora_config.lora_target_modules is "
+            f"{names!r}; build it with --lora_target_modules"
+        )
+        return []
+    unknown = [name for name in names if name not in BY_NAME]
+    problems += [
+        f"unknown LoRA module {name!r} in lora_target_modules; known: {', '.join(BY_NAME)}" for name in unknown
+    ]
+    targets = {str(name) for name in names if name in BY_NAME}
+    # `get_missing_qkv_modules` in TensorRT-LLM tensorrt_llm/lora_manager.py: one of them brings in the others.
+    for trio in (("attn_q", "attn_k", "attn_v"), ("cross_attn_q", "cross_attn_k", "cross_attn_v")):
+        if targets.intersection(trio):
+            targets.update(trio)
+    return sorted(targets)
+
+
+def _experts(pretrained: Mapping[str, Any], problems: list[str]) -> int:
+    moe = pretrained.get("moe")
+    if isinstance(moe, dict):
+        return _size(moe, ("num_experts",), problems, missing=0)
+    return _size(pretrained, ("moe_num_experts",), problems, missing=0)
+
+
+def _hf_modules(config: Mapping[str, Any], architecture: Architecture) -> frozenset[str]:
+    if architecture.family is T5 and not str(config.get("feed_forward_proj", "relu")).startswith("gated"):
+        return architecture.family.modules - {"mlp_gate"}
+    return architecture.family.modules
+
+
+def _hf_sizes(config: Mapping[str, Any], architecture: Architecture, problems: list[str]) -> _Sizes | None:
+    known = {**architecture.defaults, **{key: value for key, value in config.items() if value is not None}}
+    # A null is the model's own "derive it", which is not the same as a missing key with a default.
+    known = {key: value for key, value in known.items() if not (key in config and config[key] is None)}
+    names = {what: architecture.family.sizes.get(what, spellings) for what, spellings in _SPELLINGS.items()}
+    before = len(problems)
+    hidden = _size(known, names["hidden"], problems)
+    heads = _size(known, names["heads"], problems)
+    layers = _size(known, names["layers"], problems)
+    if len(problems) > before:
+        return None
+    mlp = None
+    if architecture.name in _FOUR_TIMES_HIDDEN:
+        mlp = 4 * hidden
+    elif "expansion_ratio" in known:
+        mlp = hidden * _size(known, ("expansion_ratio",), problems)
+    kv_heads = heads
+    if architecture.name == "FalconForCausalLM" and not known.get("new_decoder_architecture"):
+        # The first Falcons ignore num_kv_heads: one key-value head, or one for each head.
+        kv_heads = 1 if known.get("multi_query", True) else heads
+    else:
+        kv_heads = _size(known, names["kv_heads"], problems, missing=heads)
+    return _Sizes(
+        hidden=hidden,
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_size=_size(known, names["head_size"], problems, missing=hidden // heads),
+        mlp=_size(known, names["mlp"], problems, missing=mlp),
+    )
+
+
+def _section(config: Mapping[str, Any], key: str, where: str, problems: list[str]) -> Mapping[str, Any]:
+    value = config.get(key)
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        problems.append(f"{where}.{key} is {value!r}, expected an object")
+        return {}
+    return value
+
+
+def _size(config: Mapping[str, Any], keys: Sequence[str], problems: list[str], missing: int | None = None) -> int:
+    key = next((key for key in keys if config.get(key) is not None), None)
+    if key is None:
+        if missing is None:
+            problems.append(f"{' or '.join(repr(key) for key in keys)} is missing")
+        return missing or 0
+    value = config[key]
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 1 << 31:
+        problems.append(f"{key!r} is {value!r}, expected a positive integer")
+        return missing or 0
+    return value

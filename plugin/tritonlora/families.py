@@ -1,0 +1,227 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""Which linear layers each Hugging Face architecture has, and which LoRA modules of the engine they are.
+
+A new architecture that is built like one of the families below is one line in `ARCHITECTURES`.
+
+Trap: TensorRT-LLM's `mlp_h_to_4h` is the branch that goes through the activation, so it is `gate_proj`, and its
+`mlp_gate` is `up_proj` (`get_default_trtllm_modules_to_hf_modules` in TensorRT-LLM tensorrt_llm/lora_manager.py).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """One linear layer of the Hugging Face model: its outputs belong to one LoRA module, or to several in turn."""
+
+    modules: tuple[str, ...]  # in the order of the outputs
+    fused: str = ""  # the engine's module for all of them together
+    fused_order: tuple[str, ...] = ()  # the order of the outputs in that module
+    by_head_group: bool = False  # outputs come as (q heads, k head, v head) for one key-value head after the other
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Architectures whose layers have the same names."""
+
+    name: str
+    stems: tuple[str, ...]  # what stands before the layer number
+    leaves: Mapping[str, Leaf]  # what stands after it
+    sizes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # config.json keys where they are unusual
+
+    @property
+    def modules(self) -> frozenset[str]:
+        """Every LoRA module of the family, fused layers taken apart."""
+        return frozenset(module for leaf in self.leaves.values() for module in leaf.modules)
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """One line of the table: a class name in config.json's `architectures`."""
+
+    name: str
+    family: Family
+    defaults: Mapping[str, int] = field(default_factory=dict)  # what a missing key of config.json means
+
+
+def _leaves(prefix: str, **names: str) -> dict[str, Leaf]:
+    return {f"{prefix}.{name}" if prefix else name: Leaf((module,)) for module, name in names.items()}
+
+
+# The three parts of attention, in the order that every fused layer has them.
+_QKV = ("attn_q", "attn_k", "attn_v")
+_QKV_IN_TURN = Leaf(_QKV, "attn_qkv", _QKV)
+_QKV_BY_HEAD_GROUP = Leaf(_QKV, "attn_qkv", _QKV, by_head_group=True)
+# Phi-3 has gate before up; TensorRT-LLM's fused layer has the linear half first and the activated half second
+# (`swiglu` in TensorRT-LLM tensorrt_llm/functional.py).
+_GATE_UP = Leaf(("mlp_h_to_4h", "mlp_gate"), "mlp_gate_up", ("mlp_gate", "mlp_h_to_4h"))
+
+_SEPARATE_ATTENTION = _leaves("self_attn", attn_q="q_proj", attn_k="k_proj", attn_v="v_proj", attn_dense="o_proj")
+_SEPARATE_OUT_PROJ = _leaves("self_attn", attn_q="q_proj", attn_k="k_proj", attn_v="v_proj", attn_dense="out_proj")
+_CROSS_OUT_PROJ = _leaves(
+    "encoder_attn",
+    cross_attn_q="q_proj",
+    cross_attn_k="k_proj",
+    cross_attn_v="v_proj",
+    cross_attn_dense="out_proj",
+)
+_GATED_MLP = _leaves("mlp", mlp_h_to_4h="gate_proj", mlp_gate="up_proj", mlp_4h_to_h="down_proj")
+_C_MLP = _leaves("mlp", mlp_h_to_4h="c_fc", mlp_4h_to_h="c_proj")
+_DENSE_MLP = _leaves("mlp", mlp_h_to_4h="dense_h_to_4h", mlp_4h_to_h="dense_4h_to_h")
+_FC1_FC2 = {"fc1": Leaf(("mlp_h_to_4h",)), "fc2": Leaf(("mlp_4h_to_h",))}
+
+# The second and third stem are how vision-language models hold their text model.
+_MODEL_LAYERS = ("model.layers", "model.language_model.layers", "language_model.model.layers", "layers")
+_TRANSFORMER_H = ("transformer.h", "h")
+_DECODER_LAYERS = ("model.decoder.layers", "decoder.layers")
+
+LLAMA = Family("Llama", _MODEL_LAYERS, _SEPARATE_ATTENTION | _GATED_MLP)
+# The expert layers are not here: their LoRA cannot be sent in a row per module.
+MIXTURE = Family("Mixture of experts", _MODEL_LAYERS, _SEPARATE_ATTENTION)
+PHI3 = Family(
+    "Phi-3",
+    _MODEL_LAYERS,
+    {
+        "self_attn.qkv_proj": _QKV_IN_TURN,
+        "self_attn.o_proj": Leaf(("attn_dense",)),
+        "mlp.gate_up_proj": _GATE_UP,
+        "mlp.down_proj": Leaf(("mlp_4h_to_h",)),
+    },
+)
+PHI = Family(
+    "Phi",
+    _MODEL_LAYERS,
+    _leaves("self_attn", attn_q="q_proj", attn_k="k_proj", attn_v="v_proj", attn_dense="dense")
+    | _leaves("mlp", mlp_h_to_4h="fc1", mlp_4h_to_h="fc2"),
+)
+STARCODER2 = Family("StarCoder2", _MODEL_LAYERS, _SEPARATE_ATTENTION | _C_MLP)
+GPT_NEOX = Family(
+    "GPT-NeoX",
+    ("gpt_neox.layers", "layers"),
+    {"attention.query_key_value": _QKV_BY_HEAD_GROUP, "attention.dense": Leaf(("attn_dense",))} | _DENSE_MLP,
+)
+# Falcon's three generations differ only in the number of key-value heads.
+FALCON = Family(
+    "Falcon and Bloom",
+    _TRANSFORMER_H,
+    {"self_attention.query_key_value": _QKV_BY_HEAD_GROUP, "self_attention.dense": Leaf(("attn_dense",))} | _DENSE_MLP,
+)
+GPT2 = Family("GPT-2", _TRANSFORMER_H, {"attn.c_attn": _QKV_IN_TURN, "attn.c_proj": Leaf(("attn_dense",))} | _C_MLP)
+GPTJ = Family(
+    "GPT-J",
+    _TRANSFORMER_H,
+    _leaves("attn", attn_q="q_proj", attn_k="k_proj", attn_v="v_proj", attn_dense="out_proj")
+    | _leaves("mlp", mlp_h_to_4h="fc_in", mlp_4h_to_h="fc_out"),
+)
+MPT = Family(
+    "MPT",
+    ("transformer.blocks", "blocks"),
+    {"attn.Wqkv": _QKV_IN_TURN, "attn.out_proj": Leaf(("attn_dense",))}
+    | _leaves("ffn", mlp_h_to_4h="up_proj", mlp_4h_to_h="down_proj"),
+)
+OPT = Family("OPT", _DECODER_LAYERS, _SEPARATE_OUT_PROJ | _FC1_FC2)
+BART = Family(
+    "BART and Whisper decoders",
+    _DECODER_LAYERS,
+    _SEPARATE_OUT_PROJ | _CROSS_OUT_PROJ | _FC1_FC2,
+    {"layers": ("decoder_layers",), "heads": ("decoder_attention_heads",), "mlp": ("decoder_ffn_dim",)},
+)
+T5 = Family(
+    "T5 decoder",
+    ("decoder.block",),
+    _leaves("layer.0.SelfAttention", attn_q="q", attn_k="k", attn_v="v", attn_dense="o")
+    | _leaves("layer.1.EncDecAttention", cross_attn_q="q", cross_attn_k="k", cross_attn_v="v", cross_attn_dense="o")
+    | {
+        "layer.2.DenseReluDense.wi": Leaf(("mlp_h_to_4h",)),
+        "layer.2.DenseReluDense.wi_0": Leaf(("mlp_h_to_4h",)),  # wi_0 is the half that is activated
+        "layer.2.DenseReluDense.wi_1": Leaf(("mlp_gate",)),
+        "layer.2.DenseReluDense.wo": Leaf(("mlp_4h_to_h",)),
+    },
+    {"layers": ("num_decoder_layers", "num_layers")},
+)
+
+_GEMMA2 = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256}
+_TABLE = (
+    Architecture("LlamaForCausalLM", LLAMA),
+    Architecture("MistralForCausalLM", LLAMA, {"num_key_value_heads": 8}),
+    Architecture("Qwen2ForCausalLM", LLAMA, {"num_key_value_heads": 32}),
+    Architecture("Qwen3ForCausalLM", LLAMA, {"num_key_value_heads": 32, "head_dim": 128}),
+    Architecture("GemmaForCausalLM", LLAMA, {"num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 256}),
+    Architecture("Gemma2ForCausalLM", LLAMA, _GEMMA2),
+    Architecture("Gemma3ForCausalLM", LLAMA, _GEMMA2),
+    Architecture("Gemma3ForConditionalGeneration", LLAMA, _GEMMA2),
+    Architecture("GraniteForCausalLM", LLAMA),
+    Architecture("OlmoForCausalLM", LLAMA),
+    Architecture("Olmo2ForCausalLM", LLAMA),
+    Architecture("CohereForCausalLM", LLAMA),
+    Architecture("Cohere2ForCausalLM", LLAMA, {"head_dim": 128}),
+    Architecture("Phi3ForCausalLM", PHI3),
+    Architecture("PhiForCausalLM", PHI),
+    Architecture("Starcoder2ForCausalLM", STARCODER2, {"num_key_value_heads": 2}),
+    Architecture("GPTNeoXForCausalLM", GPT_NEOX),
+    Architecture("FalconForCausalLM", FALCON),
+    Architecture("BloomForCausalLM", FALCON),
+    Architecture("GPT2LMHeadModel", GPT2),
+    Architecture("GPTJForCausalLM", GPTJ),
+    Architecture("MptForCausalLM", MPT, {"expansion_ratio": 4}),
+    Architecture("OPTForCausalLM", OPT),
+    Architecture("MixtralForCausalLM", MIXTURE, {"num_key_value_heads": 8}),
+    Architecture("Qwen2MoeForCausalLM", MIXTURE, {"num_key_value_heads": 16}),
+    Architecture("Qwen3MoeForCausalLM", MIXTURE, {"num_key_value_heads": 4}),
+    Architecture("T5ForConditionalGeneration", T5),
+    Architecture("BartForConditionalGeneration", BART),
+    Architecture("WhisperForConditionalGeneration", BART),
+)
+ARCHITECTURES: Mapping[str, Architecture] = {architecture.name: architecture for architecture in _TABLE}
+
+# First match wins; the last line always matches.
+_WHY_NOT = (
+    (r"(^|\.)(lm_head|embed_out|proj_out)$", "TensorRT-LLM has no LoRA for the output embedding"),
+    (r"(^|\.)(embed_tokens|wte|word_embeddings|shared|embed_in)$", "TensorRT-LLM has no LoRA for embeddings"),
+    (r"experts?(\.|$)|block_sparse_moe|shared_mlp", "LoRA on expert layers cannot be sent to a TensorRT-LLM engine"),
+    (r"(^|\.)mlp\.(gate|shared_expert_gate)$", "LoRA on an expert router is not supported"),
+    (
+        r"(^|\.)(vision|visual|vision_tower|vision_model|multi_modal_projector|audio_tower)",
+        "not a part of the text model",
+    ),
+    (r"(^|\.)encoder\.", "an encoder's LoRA has no place in the tensors of the decoder's engine"),
+    (r"(^|\.)(score|classifier|qa_outputs)$", "a classification head is not a part of a text-generation engine"),
+    (r"", "not a linear layer that TensorRT-LLM has a LoRA for"),
+)
+
+
+def locate(path: str) -> tuple[int, Leaf] | None:
+    """(layer, leaf) of the module `path` of a Hugging Face model; None where the engine has no LoRA for it.
+
+    `path` is as PEFT sees it: "model.layers.3.self_attn.q_proj".
+    """
+    parts = path.split(".")
+    for position, part in enumerate(parts):
+        if part.isascii() and part.isdecimal() and part == str(int(part[:9])):
+            leaf = _LEAVES.get((".".join(parts[:position]), ".".join(parts[position + 1 :])))
+            return (int(part), leaf) if leaf else None
+    return None
+
+
+def why_not(path: str) -> str:
+    """Why `locate(path)` finds nothing, with the remedy."""
+    reason = next(reason for pattern, reason in _WHY_NOT if re.search(pattern, path))
+    return (
+        f"{reason}; train without it (`target_modules` or `exclude_modules`), or merge the adapter into the base model"
+    )
+
+
+def _all_leaves() -> Iterator[tuple[tuple[str, str], Leaf]]:
+    for architecture in _TABLE:
+        for stem in architecture.family.stems:
+            for tail, leaf in architecture.family.leaves.items():
+                yield (stem, tail), leaf
+
+
+# No two families disagree about a name (a test holds that), so an adapter's own keys say what they are.
+_LEAVES: Mapping[tuple[str, str], Leaf] = dict(_all_leaves())

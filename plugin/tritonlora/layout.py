@@ -1,0 +1,243 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""Which rows an adapter becomes, decided from shapes alone, and every reason why it cannot.
+
+One row for each (layer, module), sorted by (layer, module id). A fused layer of the base model becomes the engine's
+fused row where its target modules have one, else one row for each part: these share A and divide the rows of B, which
+is exact. With tensor parallelism the engine gives each rank one contiguous piece of a fused row, so its parts are
+interleaved by rank (`interleave_fused_lora_weights_for_tp` in TensorRT-LLM tensorrt_llm/lora_manager.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tritonlora.errors import AdapterError, EngineMismatch, UnsupportedAdapter, one_message
+from tritonlora.modules import BY_NAME, LoraModule
+
+if TYPE_CHECKING:
+    from tritonlora.engine import EngineProfile
+    from tritonlora.peft import Adapter, AdapterModule
+
+ITEMSIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What one row of lora_config says."""
+
+    module: LoraModule
+    layer: int
+    adapter_size: int  # r
+    dora: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Some outputs of a linear layer: `out.view(groups, -1)[first:last, start:stop]`, in that order."""
+
+    groups: int
+    first: int
+    last: int
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        """The number of outputs."""
+        return (self.last - self.first) * (self.stop - self.start)
+
+    def divides_by(self, ranks: int) -> bool:
+        """Whether `share` can make `ranks` equal shares of whole heads."""
+        return (self.groups if self.groups > 1 else self.stop - self.start) % ranks == 0
+
+    def share(self, rank: int, ranks: int) -> Piece:
+        """The `rank`-th of `ranks` equal shares of a piece that spans all groups."""
+        if self.groups > 1:
+            groups = self.groups // ranks
+            return Piece(self.groups, rank * groups, (rank + 1) * groups, self.start, self.stop)
+        width = (self.stop - self.start) // ranks
+        start = self.start + rank * width
+        return Piece(1, 0, 1, start, start + width)
+
+
+@dataclass(frozen=True, slots=True)
+class RowSource:
+    """Where a row's values come from."""
+
+    path: str  # of the AdapterModule
+    pieces: tuple[Piece, ...] = ()  # the outputs taken, in order; empty: all of them as they are
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The shape of an adapter's two tensors, known before a byte of weights is read."""
+
+    rows: tuple[Row, ...]
+    width: int  # W: elements in a row
+    dtype: str  # "bfloat16", "float16", "float32"
+    sources: tuple[RowSource, ...] = ()  # one for each row
+
+    @property
+    def weights_shape(self) -> tuple[int, int]:
+        """(n, W)."""
+        return (len(self.rows), self.width)
+
+    @property
+    def config_shape(self) -> tuple[int, int]:
+        """(n, 3), or (n, 4) where a row carries DoRA."""
+        return (len(self.rows), 4 if any(row.dora for row in self.rows) else 3)
+
+    @property
+    def weights_nbytes(self) -> int:
+        """Bytes of lora_weights."""
+        return len(self.rows) * self.width * ITEMSIZES[self.dtype]
+
+
+def plan_layout(
+    adapter: Adapter, *, dtype: str, profile: EngineProfile | None = None, base: Path | None = None
+) -> Layout:
+    """The rows `adapter` becomes.
+
+    `base` is the base model's checkpoint, which only DoRA needs. Raises UnsupportedAdapter or EngineMismatch with every
+    reason why the adapter cannot be converted.
+    """
+    problems = _Problems()
+    if dtype not in ITEMSIZES:
+        problems.engine.append(f"dtype is {dtype!r}, expected one of {', '.join(ITEMSIZES)}")
+    if profile is not None and profile.dtype != dtype:
+        problems.engine.append(f"dtype is {dtype!r}, but the engine takes only its own, {profile.dtype!r}")
+    if base is None and any(module.magnitude is not None for module in adapter.modules.values()):
+        problems.unsupported.append("DoRA needs the base model's weights; give them with --base CHECKPOINT")
+    planned: list[tuple[Row, RowSource]] = []
+    width = 0
+    for module in adapter.modules.values():
+        for row, source, out_features in _rows_of(module, profile, problems):
+            if profile is not None:
+                _check_row(row, module, out_features, profile, problems)
+            planned.append((row, source))
+            magnitude = out_features if row.dora else 0
+            width = max(width, row.adapter_size * (int(module.lora_A.shape[1]) + out_features) + magnitude)
+    planned.sort(key=lambda item: (item[0].layer, item[0].module.id))
+    for (row, first), (other, second) in pairwise(planned):
+        if (row.layer, row.module) == (other.layer, other.module):
+            problems.unsupported.append(
+                f"{first.path!r} and {second.path!r} are both {row.module.name} of layer {row.layer}"
+            )
+    problems.raise_any(adapter, profile)
+    return Layout(tuple(row for row, _ in planned), width, dtype, tuple(source for _, source in planned))
+
+
+@dataclass(slots=True)
+class _Problems:
+    unsupported: list[str] = field(default_factory=list)
+    engine: list[str] = field(default_factory=list)
+    by_layer: dict[str, list[int]] = field(default_factory=dict)  # the same text for many layers is one line
+
+    def raise_any(self, adapter: Adapter, profile: EngineProfile | None) -> None:
+        engine = [*self.engine, *(f"{text} ({_layers(layers)})" for text, layers in self.by_layer.items())]
+        if not self.unsupported and not engine:
+            return
+        kind: type[AdapterError] = UnsupportedAdapter if self.unsupported else EngineMismatch
+        into = f" for {profile.source!r}" if profile is not None else ""
+        heading = f"cannot convert the adapter in {str(adapter.directory)!r}{into}"
+        raise kind(one_message(heading, [*self.unsupported, *engine]))
+
+
+def _layers(layers: Sequence[int]) -> str:
+    ordered = sorted(layers)
+    if len(ordered) > 2 and ordered == list(range(ordered[0], ordered[-1] + 1)):
+        return f"layers {ordered[0]} to {ordered[-1]}"
+    return f"layer{'s' if len(ordered) > 1 else ''} {', '.join(map(str, ordered))}"
+
+
+def _rows_of(
+    module: AdapterModule, profile: EngineProfile | None, problems: _Problems
+) -> Iterator[tuple[Row, RowSource, int]]:
+    """(row, source, outputs) for each row that `module` becomes."""
+    leaf, out_features = module.leaf, int(module.lora_B.shape[0])
+    dora = module.magnitude is not None
+    if len(leaf.modules) == 1:
+        row = Row(BY_NAME[leaf.modules[0]], module.layer, module.r, dora)
+        yield row, RowSource(module.path), out_features
+        return
+    tail = module.path.rpartition(".")[2]
+    parts = _parts(module, profile)
+    if isinstance(parts, str):
+        problems.by_layer.setdefault(f"{tail}: {parts}", []).append(module.layer)
+        return
+    if profile is not None and leaf.fused in profile.modules:
+        shares = [parts[name] for name in leaf.fused_order]
+        if any(not piece.divides_by(profile.tp_size) for piece in shares):
+            text = f"{tail}: its parts do not divide by the engine's tp_size, {profile.tp_size}"
+            problems.by_layer.setdefault(text, []).append(module.layer)
+            return
+        pieces = tuple(piece.share(rank, profile.tp_size) for rank in range(profile.tp_size) for piece in shares)
+        yield Row(BY_NAME[leaf.fused], module.layer, module.r, dora), RowSource(module.path, pieces), out_features
+        return
+    for name, piece in parts.items():
+        yield Row(BY_NAME[name], module.layer, module.r, dora), RowSource(module.path, (piece,)), piece.size
+
+
+def _parts(module: AdapterModule, profile: EngineProfile | None) -> dict[str, Piece] | str:
+    """The outputs of a fused layer by module, or why they cannot be told apart."""
+    leaf, out_features = module.leaf, int(module.lora_B.shape[0])
+    if leaf.fused == "mlp_gate_up":
+        if out_features % 2:
+            return f"lora_B has {out_features} outputs, expected two equal halves"
+        sizes, groups = (out_features // 2, out_features // 2), 1
+    else:
+        if profile is None or not profile.head_size:
+            return (
+                "a fused layer, which only the number of heads can take apart; give the config.json of the engine or "
+                "of the base model (--base)"
+            )
+        heads, kv_heads, head_size = profile.num_heads, profile.num_kv_heads, profile.head_size
+        if out_features != (heads + 2 * kv_heads) * head_size:
+            return (
+                f"lora_B has {out_features} outputs, but {heads} heads and {kv_heads} key-value heads of {head_size} "
+                f"make {(heads + 2 * kv_heads) * head_size}; the adapter is of another base model"
+            )
+        groups = kv_heads if leaf.by_head_group else 1
+        sizes = (heads * head_size // groups, *[kv_heads * head_size // groups] * 2)
+    parts, start = {}, 0
+    for name, size in zip(leaf.modules, sizes, strict=True):
+        parts[name] = Piece(groups, 0, groups, start, start + size)
+        start += size
+    return parts
+
+
+def _check_row(row: Row, module: AdapterModule, out_features: int, profile: EngineProfile, problems: _Problems) -> None:
+    name, in_features = row.module.name, int(module.lora_A.shape[1])
+    texts = []
+    dims = profile.modules.get(name)
+    if dims is None:
+        enabled = ", ".join(profile.modules) or "none"
+        texts.append(f"{name} is not a LoRA target module of the engine, which has: {enabled}")
+    elif (in_features, out_features) != (dims.in_features, dims.out_features):
+        texts.append(
+            f"{name} is {in_features} -> {out_features} in the adapter, but {dims.in_features} -> {dims.out_features} "
+            f"in the engine; {_likely_cause(name, in_features, profile)}"
+        )
+    if row.adapter_size > profile.max_lora_rank:
+        texts.append(
+            f"{name} has rank {row.adapter_size}, the engine's max_lora_rank is {profile.max_lora_rank}; build the "
+            "engine with a larger one"
+        )
+    if row.layer >= profile.num_layers:
+        texts.append(f"{name} is in a layer the engine does not have: it has {profile.num_layers}")
+    for text in texts:
+        problems.by_layer.setdefault(text, []).append(row.layer)
+
+
+def _likely_cause(name: str, in_features: int, profile: EngineProfile) -> str:
+    if name in ("attn_dense", "cross_attn_dense") and in_features == profile.num_heads * profile.head_size:
+        return (
+            "TensorRT-LLM takes this module to be hidden x hidden, which this model's is not; train without that layer "
+            "(o_proj)"
+        )
+    return "the adapter was most likely trained on another base model"

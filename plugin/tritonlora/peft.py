@@ -1,0 +1,260 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""A PEFT adapter directory -> Adapter.
+
+What is not understood is refused, and one error names all of it: a tensor that is dropped changes the answers.
+Shapes are never turned round: PEFT stores A as (r, in) and B as (out, r), for Conv1D layers too.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from tritonlora.errors import AdapterError, InvalidAdapter, UnsupportedAdapter, one_message
+from tritonlora.families import Leaf, locate, why_not
+from tritonlora.peft_config import AdapterConfig, parse_config
+from tritonlora.safetensors_file import load_tensors
+
+_MAX_CONFIG_BYTES = 16 << 20
+_WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterModule:
+    """The LoRA of one linear layer. The tensors are views of a mapped file; nothing is read before it is used."""
+
+    path: str  # in the base model: "model.layers.0.self_attn.q_proj"
+    layer: int
+    leaf: Leaf
+    lora_A: torch.Tensor  # noqa: N815  (r, in); PEFT's name
+    lora_B: torch.Tensor  # noqa: N815  (out, r)
+    scaling: float
+    magnitude: torch.Tensor | None = None  # (out,), DoRA
+
+    @property
+    def r(self) -> int:
+        """The rank."""
+        return int(self.lora_A.shape[0])
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """A PEFT adapter, checked, with nothing in it that is not understood."""
+
+    directory: Path
+    config: AdapterConfig
+    modules: Mapping[str, AdapterModule]  # by path
+
+
+def load_adapter(path: Path) -> Adapter:
+    """Read the adapter in the directory `path`.
+
+    Raises InvalidAdapter where it is broken and UnsupportedAdapter where it is sound but cannot be carried over; either
+    lists all that is wrong.
+    """
+    directory = _adapter_directory(path)
+    config = parse_config(_read_config(_file_inside(directory, "adapter_config.json")))
+    return adapter_from_tensors(directory, config, _load_weights(directory))
+
+
+def adapter_from_tensors(directory: Path, config: AdapterConfig, tensors: Mapping[str, torch.Tensor]) -> Adapter:
+    """Sort a PEFT state dict into modules. Raises as `load_adapter` does."""
+    groups: dict[str, _Group] = {}
+    unsupported: list[str] = []
+    problems: list[str] = []
+    for key in sorted(tensors):
+        match = _LORA_KEY.fullmatch(key)
+        if match is None:
+            unsupported.append(f"{key!r}: {_why_not_key(key)}")
+            continue
+        group = groups.setdefault(match["path"], _Group())
+        group.names.add(match["name"] or match["magnitude_name"] or "")
+        what = match["matrix"] or "magnitude"
+        if what in group.tensors:
+            problems.append(f"{match['path']!r} has more than one {what}, the second is {key!r}")
+        group.tensors[what] = tensors[key]
+    names = {name for group in groups.values() for name in group.names}
+    if len(names) > 1:
+        problems.append(f"tensors of several adapters: {', '.join(map(repr, sorted(names)))}; save each on its own")
+    modules = {}
+    for path, group in groups.items():
+        place = locate(path)
+        if place is None:
+            unsupported.append(f"{path!r}: {why_not(path)}")
+            continue
+        found = _tensor_problems(path, group.tensors, config)
+        problems += found
+        if not found:
+            rank = int(group.tensors["A"].shape[0])
+            modules[path] = AdapterModule(
+                path=path,
+                layer=place[0],
+                leaf=place[1],
+                lora_A=group.tensors["A"],
+                lora_B=group.tensors["B"],
+                scaling=config.scaling_of(path, rank),
+                magnitude=group.tensors.get("magnitude"),
+            )
+    if not groups and not unsupported:
+        problems.append("there is no LoRA tensor in it")
+    if problems or unsupported:
+        kind: type[AdapterError] = InvalidAdapter if problems else UnsupportedAdapter
+        raise kind(one_message(f"cannot use the adapter in {str(directory)!r}", [*problems, *unsupported]))
+    return Adapter(directory, config, modules)
+
+
+_LORA_KEY = re.compile(
+    r"(?:base_model\.model\.)?(?P<path>.+)\."
+    r"(?:lora_(?P<matrix>[AB])(?:\.(?P<name>[^.]+))?\.weight"
+    r"|lora_magnitude_vector(?:\.(?!weight$)(?P<magnitude_name>[^.]+))?(?:\.weight)?)"
+)
+# First match wins; the last line always matches.
+_WHY_NOT_KEY = (
+    (r"\.lora_embedding_[AB]", "LoRA on an embedding; train without it"),
+    (r"\.lora_B\.(\w+\.)?bias$", "a bias of lora_B; train with lora_bias=False"),
+    (r"\.bias$", "a trained bias; train with bias='none'"),
+    (r"\.(modules_to_save|original_module)\.", "a module trained in full; train without modules_to_save"),
+    (r"\.(trainable_tokens|token_adapter)", "trained token embeddings; merge the adapter into the base model"),
+    (r"\.weight_m_wdecomp\.", "DoRA as NVIDIA's converter stores it; give PEFT's own files"),
+    (r"\.(hada_|lokr_|vera_|ia3_|oft_|boft_|lora_E|prompt_)", "not LoRA; merge the adapter into the base model"),
+    (
+        r"",
+        "not a LoRA tensor; a module saved in full is not sent to the engine: train without modules_to_save, and save "
+        "with save_embedding_layers=False",
+    ),
+)
+
+
+@dataclass(slots=True)
+class _Group:
+    names: set[str] = field(default_factory=set)
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def _why_not_key(key: str) -> str:
+    return next(reason for pattern, reason in _WHY_NOT_KEY if re.search(pattern, key))
+
+
+def _tensor_problems(path: str, tensors: Mapping[str, torch.Tensor], config: AdapterConfig) -> list[str]:
+    missing = [f"{path!r}: lora_{matrix} is missing" for matrix in "AB" if matrix not in tensors]
+    if missing:
+        return missing
+    a, b, magnitude = tensors["A"], tensors["B"], tensors.get("magnitude")
+    problems = [
+        f"{path!r}: {what} is {tensor.dtype}, expected float32, bfloat16 or float16"
+        for what, tensor in tensors.items()
+        if tensor.dtype not in _WEIGHT_DTYPES
+    ]
+    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or 0 in (*a.shape, *b.shape):
+        problems.append(f"{path!r}: lora_A is {_shape(a)} and lora_B {_shape(b)}, expected (r, in) and (out, r)")
+    elif a.shape[0] != config.rank_of(path):
+        problems.append(f"{path!r}: lora_A is {_shape(a)}, but adapter_config.json says r = {config.rank_of(path)}")
+    if (magnitude is None) == config.use_dora:
+        problems.append(f"{path!r}: use_dora is {config.use_dora}, which its tensors contradict")
+    elif magnitude is not None and b.dim() == 2 and magnitude.numel() != b.shape[0]:
+        problems.append(f"{path!r}: lora_magnitude_vector is {_shape(magnitude)}, expected ({b.shape[0]},)")
+    return problems
+
+
+def _shape(tensor: torch.Tensor) -> str:
+    return str(tuple(tensor.shape))
+
+
+def _adapter_directory(path: Path) -> Path:
+    if not path.is_dir():
+        raise InvalidAdapter(f"{str(path)!r} is not a directory; give the one that holds adapter_config.json")
+    if (path / "adapter_config.json").is_file():
+        return path
+    # save_pretrained puts an adapter that is not called "default" into a directory of its name.
+    inner = sorted(p for p in path.iterdir() if not p.is_symlink() and (p / "adapter_config.json").is_file())
+    if len(inner) == 1:
+        return inner[0]
+    hint = f"; it holds several adapters, give one: {', '.join(map(str, inner))}" if inner else ""
+    raise InvalidAdapter(f"there is no adapter_config.json in {str(path)!r}{hint}")
+
+
+def _file_inside(directory: Path, name: str) -> Path:
+    """The file `name` of `directory`, which must not lead anywhere else."""
+    path = directory / name
+    if Path(name).name != name or name in ("", ".", ".."):
+        raise InvalidAdapter(f"{name!r} is not the name of a file in {str(directory)!r}")
+    if not path.is_file():
+        raise InvalidAdapter(f"{str(path)!r} is not a file")
+    target, home = path.resolve(), directory.resolve()
+    # The download cache of Hugging Face keeps files in `blobs`, and links in `snapshots/<revision>`.
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    if target.parent not in (home, blobs):
+        raise InvalidAdapter(f"{str(path)!r} is a link out of its directory, to {str(target)!r}; copy the file")
+    return path
+
+
+def _read_config(path: Path) -> bytes:
+    try:
+        if path.stat().st_size > _MAX_CONFIG_BYTES:
+            raise InvalidAdapter(f"{str(path)!r} has {path.stat().st_size} bytes, expected at most {_MAX_CONFIG_BYTES}")
+        return path.read_bytes()
+    except OSError as error:
+        raise InvalidAdapter(f"cannot read {str(path)!r}: {error.strerror}") from error
+
+
+def _load_weights(directory: Path) -> dict[str, torch.Tensor]:
+    # PEFT's order: safetensors first.
+    for name, load in (("adapter_model.safetensors", load_tensors), ("adapter_model.bin", _load_pickle)):
+        if (directory / name).is_file():
+            return load(_file_inside(directory, name))
+        if (directory / f"{name}.index.json").is_file():
+            tensors: dict[str, torch.Tensor] = {}
+            for shard in _shards(_file_inside(directory, f"{name}.index.json")):
+                loaded = load(_file_inside(directory, shard))
+                repeated = sorted(tensors.keys() & loaded.keys())
+                if repeated:
+                    raise InvalidAdapter(one_message(f"{shard!r} repeats tensors of another shard", repeated))
+                tensors.update(loaded)
+            return tensors
+    raise InvalidAdapter(f"there is neither adapter_model.safetensors nor adapter_model.bin in {str(directory)!r}")
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        weight_map = json.loads(_read_config(index))["weight_map"]
+        shards = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InvalidAdapter(f"{str(index)!r} is not the index of a sharded checkpoint: {error!r}") from error
+    if not shards or not all(isinstance(shard, str) for shard in shards):
+        raise InvalidAdapter(f"{str(index)!r} names no shards")
+    return shards
+
+
+def _load_pickle(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        # The format before torch 1.6 is not a zip archive, and cannot be mapped.
+        with path.open("rb") as file:
+            is_zip = file.read(2) == b"PK"
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except Exception as error:
+        # A hostile pickle can raise anything; none of its code has run.
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InvalidAdapter(f"{str(path)!r} is not a checkpoint of plain tensors: {reason}") from error
+    if not isinstance(loaded, dict):
+        raise InvalidAdapter(f"{str(path)!r} holds a {type(loaded).__name__}, expected a state dict")
+    problems = [f"{key!r}: {reason}" for key, value in loaded.items() if (reason := _not_a_plain_tensor(key, value))]
+    if problems:
+        raise InvalidAdapter(one_message(f"{str(path)!r} is malformed", problems))
+    return loaded
+
+
+def _not_a_plain_tensor(key: object, value: object) -> str:
+    if not isinstance(key, str) or not isinstance(value, torch.Tensor):
+        return f"expected a tensor under a name, got {type(value).__name__}"
+    if value.layout is not torch.strided or value.device.type != "cpu" or value.is_quantized:
+        return f"expected a plain tensor, got {value.layout} on {value.device}"
+    # Strides of 0 make a small file claim any shape.
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        return f"{_shape(value)} has more elements than the file holds"
+    return ""

@@ -1,0 +1,174 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""adapter_config.json: the fields that decide the weights, and a reason to refuse each of the others.
+
+Source: PEFT src/peft/tuners/lora/{config,layer}.py. A field that is neither known to be harmless nor empty is refused,
+so that a feature of a later PEFT cannot be dropped in silence.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tritonlora.errors import InvalidAdapter, UnsupportedAdapter, one_message
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterConfig:
+    """The fields of adapter_config.json that conversion needs."""
+
+    base_model_name_or_path: str
+    r: int
+    lora_alpha: float
+    use_rslora: bool = False
+    use_dora: bool = False
+    fan_in_fan_out: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+
+    def rank_of(self, path: str) -> int:
+        """The rank that PEFT gives the module `path` ("model.layers.0.self_attn.q_proj")."""
+        key = _first_match(self.rank_pattern, path)
+        return self.r if key is None else self.rank_pattern[key]
+
+    def scaling_of(self, path: str, rank: int) -> float:
+        """What PEFT multiplies B @ A with: alpha / r, or alpha / sqrt(r) with rsLoRA."""
+        key = _first_match(self.alpha_pattern, path)
+        alpha = self.lora_alpha if key is None else self.alpha_pattern[key]
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+
+def parse_config(text: bytes) -> AdapterConfig:
+    """Read adapter_config.json.
+
+    Raises InvalidAdapter where it is broken, else UnsupportedAdapter naming every field that cannot be carried over.
+    """
+    try:
+        raw = json.loads(text.decode())
+    except (ValueError, RecursionError) as error:
+        raise InvalidAdapter(f"adapter_config.json is not JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise InvalidAdapter("adapter_config.json is not a JSON object")
+    peft_type = raw.get("peft_type", "LORA")
+    if peft_type != "LORA":
+        raise UnsupportedAdapter(
+            f"peft_type is {peft_type!r}; TensorRT-LLM takes only 'LORA': merge the adapter into the base model, or "
+            "train a LoRA adapter"
+        )
+    broken = _broken_fields(raw)
+    if broken:
+        raise InvalidAdapter(one_message("adapter_config.json is malformed", broken))
+    refused = _refused_fields(raw)
+    if refused:
+        raise UnsupportedAdapter(one_message("the adapter uses what cannot be carried to the engine", refused))
+    return AdapterConfig(
+        base_model_name_or_path=str(raw.get("base_model_name_or_path") or ""),
+        r=raw.get("r", 8),
+        lora_alpha=raw.get("lora_alpha", 8),
+        use_rslora=bool(raw.get("use_rslora")),
+        use_dora=bool(raw.get("use_dora")),
+        fan_in_fan_out=bool(raw.get("fan_in_fan_out")),
+        rank_pattern=raw.get("rank_pattern") or {},
+        alpha_pattern=raw.get("alpha_pattern") or {},
+    )
+
+
+# Fields that choose which layers have a LoRA (the tensors say it too), that matter in training alone, or that the
+# dataclass above holds. `modules_to_save` is here because what it saved are tensors, and those are refused by name.
+_HARMLESS = frozenset(
+    {
+        *("peft_type", "task_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision"),
+        *("r", "lora_alpha", "use_rslora", "use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern"),
+        *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"),
+        *("inference_mode", "lora_dropout", "ensure_weight_tying", "megatron_core", "runtime_config"),
+        *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size"),
+    }
+)
+_UNMODIFIED_BASE_INITS = ("true", "false", "gaussian", "orthogonal", "eva", "mica")
+_MERGE = "merge the adapter into the base model instead"
+_REFUSED: Mapping[str, str] = {
+    "bias": "the engine has no place for trained biases; train with bias='none'",
+    "lora_bias": "the engine has no place for a bias of lora_B; train with lora_bias=False",
+    "layer_replication": f"the engine's layers are not those of the adapter; {_MERGE}",
+    "target_parameters": f"LoRA on bare parameters (expert layers) cannot be sent; {_MERGE}",
+    "trainable_token_indices": f"trained token embeddings cannot be sent; {_MERGE}",
+    "alora_invocation_tokens": "activated LoRA switches on inside a prompt, and the engine applies LoRA to all of it",
+    "use_qalora": f"the input of lora_A is pooled by groups; {_MERGE}",
+    "megatron_config": "Megatron's parallel layers are split otherwise; convert the adapter to plain PEFT first",
+    "arrow_config": "Arrow routes between adapters inside the model",
+    "use_bdlora": f"block-diagonal LoRA has other tensors; {_MERGE}",
+    "kasa_config": f"KaSA has other tensors; {_MERGE}",
+    "velora_config": f"VeLoRA is not verified here; {_MERGE}",
+    "monteclora_config": f"MonteCLoRA has other tensors; {_MERGE}",
+}
+
+
+def _refused_fields(raw: Mapping[str, Any]) -> list[str]:
+    refused = []
+    for key, value in raw.items():
+        if key == "init_lora_weights":
+            refused += _refused_init(value)
+        elif key in _HARMLESS or value in (None, False, "none") or value in ([], {}, ""):
+            continue
+        elif key in _REFUSED:
+            refused.append(f"{key!r} is {_short(value)}: {_REFUSED[key]}")
+        else:
+            refused.append(f"{key!r} is {_short(value)}: not a field that is known here, and it may change the weights")
+    return refused
+
+
+def _refused_init(value: object) -> list[str]:
+    if value is None or str(value).lower() in _UNMODIFIED_BASE_INITS:
+        return []
+    return [
+        f"'init_lora_weights' is {_short(value)}, which changed the base weights; convert the adapter to a plain LoRA "
+        "with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
+    ]
+
+
+def _broken_fields(raw: Mapping[str, Any]) -> list[str]:
+    problems = []
+    if not _is_rank(raw.get("r", 8)):
+        problems.append(f"'r' is {_short(raw['r'])}, expected a positive integer")
+    if not _is_number(raw.get("lora_alpha", 8)):
+        problems.append(f"'lora_alpha' is {_short(raw['lora_alpha'])}, expected a number")
+    for name, is_value in (("rank_pattern", _is_rank), ("alpha_pattern", _is_number)):
+        pattern = raw.get(name) or {}
+        if not isinstance(pattern, dict):
+            problems.append(f"{name!r} is {_short(pattern)}, expected an object")
+            continue
+        problems += [f"{name}[{key!r}] is {_short(v)}" for key, v in pattern.items() if not is_value(v)]
+        problems += [f"{name} has {key!r}: {error}" for key in pattern if (error := _regex_error(key))]
+    return problems
+
+
+def _first_match(patterns: Mapping[str, object], path: str) -> str | None:
+    # PEFT's rule (`get_pattern_key` in src/peft/utils/other.py): the first that matches the end of the path, from a dot
+    # on; the pattern is a regular expression.
+    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", path)), None)
+
+
+def _regex_error(key: str) -> str:
+    try:
+        re.compile(rf"(.*\.)?({key})$")
+    except (re.error, OverflowError, RecursionError) as error:
+        return f"not a regular expression ({error})"
+    return ""
+
+
+def _is_rank(value: object) -> bool:
+    return type(value) is int and 0 < value < 1 << 31
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and abs(value) < 1e30  # type: ignore[arg-type]
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,157 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""Safetensors files as tensors that are views of the mapped file: nothing is read before it is used.
+
+The header is checked more strictly than a loader of trusted files would: every byte of the file must belong to exactly
+one tensor, so that no header can point outside, share bytes between tensors or hide any.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tritonlora.errors import InvalidAdapter, one_message
+
+MAX_HEADER_BYTES = 32 << 20
+_DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_MAX_LISTED = 20
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """One tensor of a header; `start` and `stop` are bytes from the end of the header."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+def parse_header(header: bytes, data_nbytes: int) -> dict[str, TensorEntry]:
+    """The tensors that `header` (the JSON alone) lays out over `data_nbytes` bytes of data.
+
+    Raises InvalidAdapter with every problem: duplicate names, unknown dtypes, impossible shapes, tensors that overlap,
+    leave a gap or lie outside the data.
+    """
+    problems: list[str] = []
+    try:
+        pairs = json.loads(header.decode(), object_pairs_hook=_Pairs)
+    except (ValueError, RecursionError) as error:
+        raise InvalidAdapter(f"the header is not JSON: {error}") from error
+    if not isinstance(pairs, _Pairs):
+        raise InvalidAdapter("the header is not a JSON object")
+    entries: dict[str, TensorEntry] = {}
+    for name, value in pairs:
+        if name in entries:
+            problems.append(f"{name!r} occurs twice")
+        elif name != "__metadata__":
+            entry = _parse_entry(value)
+            if isinstance(entry, TensorEntry):
+                entries[name] = entry
+            else:
+                problems.append(f"{name!r}: {entry}")
+    problems += _misplaced(entries, data_nbytes) if not problems else []
+    if problems:
+        raise InvalidAdapter(one_message("the header is malformed", _shortened(problems)))
+    return entries
+
+
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of `path`, as a view of the file mapped copy-on-write. Raises InvalidAdapter."""
+    try:
+        with path.open("rb") as file:
+            nbytes = path.stat().st_size
+            (header_nbytes,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0")) if nbytes >= 8 else (0,)
+            if not 2 <= header_nbytes <= min(nbytes - 8, MAX_HEADER_BYTES):
+                raise InvalidAdapter(
+                    f"{str(path)!r} is not a whole safetensors file: {nbytes} bytes with a header of {header_nbytes} "
+                    f"(at most {MAX_HEADER_BYTES}); fetch it again"
+                )
+            header = file.read(header_nbytes)
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    except OSError as error:
+        raise InvalidAdapter(f"cannot read {str(path)!r}: {error.strerror}") from error
+    try:
+        entries = parse_header(header, nbytes - 8 - header_nbytes)
+    except InvalidAdapter as error:
+        raise InvalidAdapter(f"{str(path)!r}: {error}") from error
+    return {name: _view(mapped, 8 + header_nbytes, entry) for name, entry in entries.items()}
+
+
+class _Pairs(list[tuple[str, Any]]):
+    """A JSON object as it stands in the file, duplicate keys included."""
+
+
+def _parse_entry(value: object) -> TensorEntry | str:
+    fields = dict(value) if isinstance(value, _Pairs) else {}
+    if not isinstance(value, _Pairs) or len(value) != 3 or fields.keys() != {"dtype", "shape", "data_offsets"}:
+        return "expected exactly dtype, shape and data_offsets"
+    dtype = _DTYPES.get(fields["dtype"]) if isinstance(fields["dtype"], str) else None
+    if dtype is None:
+        return f"unknown dtype {fields['dtype']!r}"
+    shape, offsets = fields["shape"], fields["data_offsets"]
+    if not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2:
+        return "shape and data_offsets must be lists of sizes"
+    expected = math.prod(shape) * dtype.itemsize
+    if offsets[1] - offsets[0] != expected:
+        return f"{dtype} {shape} takes {expected} bytes, but its offsets {offsets} span {offsets[1] - offsets[0]}"
+    return TensorEntry(dtype, tuple(shape), offsets[0], offsets[1])
+
+
+def _is_sizes(value: object) -> bool:
+    # The bounds keep products and messages small; no file has 2**48 bytes.
+    return (
+        isinstance(value, list)
+        and not isinstance(value, _Pairs)
+        and len(value) <= 8
+        and all(type(size) is int and 0 <= size < 1 << 48 for size in value)
+    )
+
+
+def _misplaced(entries: Mapping[str, TensorEntry], data_nbytes: int) -> Iterable[str]:
+    end = 0
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if entry.stop > data_nbytes:
+            yield f"{name!r} ends at byte {entry.stop} of {data_nbytes}: the file is cut short, or the header lies"
+        elif entry.start < end:
+            yield f"{name!r} starts at byte {entry.start}, inside the tensor before it, which ends at {end}"
+        elif entry.start > end:
+            yield f"{name!r} starts at byte {entry.start}, which leaves a gap after {end}"
+        end = max(end, entry.stop)
+    if end < data_nbytes:
+        yield f"{data_nbytes - end} bytes at the end belong to no tensor"
+
+
+def _shortened(problems: list[str]) -> list[str]:
+    more = len(problems) - _MAX_LISTED
+    return problems if more <= 0 else [*problems[:_MAX_LISTED], f"and {more} more"]
+
+
+def _view(mapped: mmap.mmap, data_start: int, entry: TensorEntry) -> torch.Tensor:
+    count = math.prod(entry.shape)
+    if count == 0:
+        return torch.empty(entry.shape, dtype=entry.dtype)
+    flat = torch.frombuffer(mapped, dtype=entry.dtype, count=count, offset=data_start + entry.start)
+    return flat.view(entry.shape)
