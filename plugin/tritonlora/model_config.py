@@ -31,6 +31,9 @@ DATA_TYPES = (
 )  # fmt: skip
 """inference.DataType in the order of its numbers (triton-inference-server/common, protobuf/model_config.proto)."""
 
+TRITON_TYPES = {"bfloat16": "TYPE_BF16", "float16": "TYPE_FP16", "float32": "TYPE_FP32"}
+"""dtype of lora_weights -> its data_type in a config.pbtxt."""
+
 
 @dataclass(frozen=True, slots=True)
 class Unfilled:

@@ -15,6 +15,7 @@ import re
 
 from tritonlora.model_config import (
     DATA_TYPES,
+    TRITON_TYPES,
     ModelConfig,
     Step,
     TensorSpec,
@@ -26,13 +27,14 @@ from tritonlora.model_config import (
 from tritonlora.textformat import Document, Field, Message, Scalar, error_at, parse
 
 __all__ = [
-    "DATA_TYPES", "Document", "Field", "Message", "ModelConfig", "Scalar", "Step", "TensorSpec", "Unfilled",
-    "append_value", "error_at", "filled", "has_template", "insert_field", "parse", "parse_config", "quote",
-    "remove_value", "replace_value",
+    "DATA_TYPES", "TRITON_TYPES", "Document", "Field", "Message", "ModelConfig", "Scalar", "Step", "TensorSpec",
+    "Unfilled", "append_value", "error_at", "filled", "has_template", "insert_field", "parse", "parse_config",
+    "quote", "remove_value", "replace_value",
 ]  # fmt: skip
 
 _BLANKS = re.compile(r"(?:[ \t\r\n\v\f]+|#[^\n]*)*")
 _REST_OF_LINE = re.compile(r"[ \t\v\f]*(?:#[^\r\n]*)?(?=\r?\n|\Z)")
+_COMMENT_LINE = re.compile(r"[ \t]*(?P<comment>#[^\n]*)\n")
 _NAME_AND_COLON = re.compile(r"\w+[ \t]*:?", re.ASCII)
 _QUOTED = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
@@ -80,23 +82,40 @@ def append_value(document: Document, message: Message, name: str, literal: str) 
     return _insert_after(text, last.values[-1], literal, unit=_unit(text, last.values[-1]), comma=",")
 
 
-def remove_value(document: Document, message: Message, value: Scalar | Message) -> str:
-    """The text without that value of one of `message`'s fields; its line goes too where nothing else is on it."""
+def remove_value(document: Document, message: Message, value: Scalar | Message, *, with_comment: bool = False) -> str:
+    """The text without that value of one of `message`'s fields; its line goes too where nothing else is on it.
+
+    With `with_comment`, the lines of comment directly above it go as well.
+    """
     text = document.text
     place = next(field for field in message.fields if any(other is value for other in field.values))
+    start, end = (value.start, value.end) if place.in_list else (place.start, place.end)
+    if with_comment:
+        start = _comment_above(text, start)
     if not place.in_list:
-        return _cut(text, place.start, place.end)
+        return _cut(text, start, end)
     index = next(index for index, other in enumerate(place.values) if other is value)
     if index + 1 < len(place.values):
-        comma = _comma_after(text, value.end)
-        if comma == value.end:
-            return _cut(text, value.start, comma + 1)
-        return _cut(text[:comma] + text[comma + 1 :], value.start, value.end)
-    shorter = _cut(text, value.start, value.end)
+        comma = _comma_after(text, end)
+        if comma == end:
+            return _cut(text, start, end + 1)
+        return _cut(text[:comma] + text[comma + 1 :], start, end)
+    shorter = _cut(text, start, end)
     if index == 0:
         return shorter
     comma = _comma_after(text, place.values[index - 1].end)
     return shorter[:comma] + shorter[comma + 1 :]
+
+
+def _comment_above(text: str, start: int) -> int:
+    """Where the lines that hold only a comment, directly above text[start], begin; `start` if there are none."""
+    blanks, first_on_line = _leading_blanks(text, start)
+    if not first_on_line:
+        return start
+    line_start = start - len(blanks)
+    while line_start and (match := _COMMENT_LINE.fullmatch(text, text.rfind("\n", 0, line_start - 1) + 1, line_start)):
+        start, line_start = match.start("comment"), match.start()
+    return start
 
 
 def _comma_after(text: str, position: int) -> int:
