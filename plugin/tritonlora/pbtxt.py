@@ -28,8 +28,8 @@ from tritonlora.textformat import Document, Field, Message, Scalar, error_at, pa
 
 __all__ = [
     "DATA_TYPES", "TRITON_TYPES", "Document", "Field", "Message", "ModelConfig", "Scalar", "Step", "TensorSpec",
-    "Unfilled", "append_value", "error_at", "filled", "has_template", "insert_field", "parse", "parse_config",
-    "quote", "remove_value", "replace_value",
+    "Unfilled", "append_value", "error_at", "filled", "has_template", "insert_field", "newline_of", "parse",
+    "parse_config", "quote", "remove_value", "replace_value",
 ]  # fmt: skip
 
 _BLANKS = re.compile(r"(?:[ \t\r\n\v\f]+|#[^\n]*)*")
@@ -45,6 +45,11 @@ def quote(content: str) -> str:
     return f'"{"".join(escaped)}"'
 
 
+def newline_of(text: str) -> str:
+    """The line end that the text uses: that of its first line."""
+    return "\r\n" if text[: text.find("\n") + 1].endswith("\r\n") else "\n"
+
+
 def replace_value(document: Document, value: Scalar | Message, literal: str) -> str:
     """The text with `literal` where `value` stands."""
     return document.text[: value.start] + literal + document.text[value.end :]
@@ -55,7 +60,7 @@ def insert_field(document: Document, message: Message, snippet: str) -> str:
     text = document.text
     if message is document.message:
         # Behind the comments at the end of the file, which may say what the fields above them are.
-        newline = _newline(text)
+        newline = newline_of(text)
         gap = "" if not text or text.endswith("\n") else newline
         return text + gap + snippet.replace("\n", newline) + newline
     if not message.fields:
@@ -133,7 +138,7 @@ def _insert_after(text: str, anchor: Field | Scalar | Message, snippet: str, *, 
     if rest is None:
         gap = "" if text[anchor.end] in " \t\r\n\v\f]}>" else " "
         return _insert_at(text, anchor.end, f"{comma} {_one_line(snippet)}{gap}")
-    newline, outer = _newline(text), _indentation(text, anchor)
+    newline, outer = newline_of(text), _indentation(text, anchor)
     lines = "".join(newline + outer + _reindent(line, unit) for line in snippet.split("\n"))
     return text[: anchor.end] + comma + rest[0] + lines + text[rest.end() :]
 
@@ -145,10 +150,6 @@ def _one_line(snippet: str) -> str:
 def _reindent(line: str, unit: str) -> str:
     content = line.lstrip(" ")
     return unit * ((len(line) - len(content)) // 2) + content
-
-
-def _newline(text: str) -> str:
-    return "\r\n" if text[: text.find("\n") + 1].endswith("\r\n") else "\n"
 
 
 def _leading_blanks(text: str, position: int) -> tuple[str, bool]:

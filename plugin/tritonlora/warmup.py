@@ -67,7 +67,8 @@ def shared_files(
     """The files that all samples share, by name: little-endian, with the integer types that `config` declares.
 
     Only what the model has an input for is there. The defaults load an adapter into any engine: token ids that every
-    vocabulary has, and one token of output, so that it hardly matters which token ends it. Raises ConfigError for a required input that has no file.
+    vocabulary has, and one token of output, so that it hardly matters which token ends it.
+    Raises ConfigError for a required input that has no file.
     """
     values = {
         "input_ids": tuple(input_ids),
