@@ -1,0 +1,115 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""A Hugging Face causal language model that applies a different adapter to each request.
+
+The adapter comes from the wire tensors alone. Beside each linear layer runs `x Aᵀ Bᵀ`: a forward hook adds it to the
+layer's output, for the one adapter that is switched on during a forward pass. Each request has a KV cache of its own,
+so nothing of one request's adapter reaches another.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from tritonlora.cpu_engine.request import GenerationRequest, LoraInputs
+from tritonlora.cpu_engine.sampling import choose_token
+from tritonlora.engine import EngineProfile
+from tritonlora.errors import EngineMismatch, one_message
+from tritonlora.families import locate
+from tritonlora.pack import unpack
+
+# (layer, module) -> A (r, in), B with the scaling in it (out, r)
+Adapter = Mapping[tuple[int, str], tuple[torch.Tensor, torch.Tensor]]
+
+COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(slots=True)
+class Generation:
+    """One request between its tokens."""
+
+    request: GenerationRequest
+    adapter: Adapter
+    generator: torch.Generator
+    unread: list[int]  # tokens that the model has not seen yet
+    answer: list[int] = field(default_factory=list)
+    kv_cache: Any = None
+
+
+class CausalLM:
+    """The model of one checkpoint; it serves requests in any order, one token at a time."""
+
+    iteration_seconds = 0.0
+
+    def __init__(self, checkpoint: Path, profile: EngineProfile, *, compute_dtype: str = "float32") -> None:
+        """EngineMismatch: layers that `profile` has LoRA for are not there, or fused in a way not implemented here."""
+        self._dtype = COMPUTE_DTYPES[compute_dtype]
+        self._modules = {dims.module.id: dims for dims in profile.modules.values()}
+        self._model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=self._dtype, local_files_only=True)
+        self._adapter: Adapter = {}
+        self._hook_layers(profile)
+        self.max_sequence_length: int = getattr(self._model.config, "max_position_embeddings", None) or 1 << 30
+        takes = inspect.signature(self._model.forward).parameters
+        # Only the last position is needed, and the output embedding is a large part of a small model.
+        self._options = {"use_cache": True, **({"logits_to_keep": 1} if "logits_to_keep" in takes else {})}
+
+    def load_adapter(self, lora: LoraInputs) -> Adapter:
+        """A and B of each row, in the dtype of the computation; copies, for the request's memory is not ours."""
+        if lora.weights is None or lora.config is None:
+            return {}
+        rows = unpack(lora.weights[0], lora.config[0], self._modules)
+        return {
+            key: (lora_A.to(self._dtype, copy=True), lora_B.to(self._dtype, copy=True))
+            for key, (lora_A, lora_B) in rows.items()
+        }
+
+    def begin(self, request: GenerationRequest, adapter: Adapter | None) -> Generation:
+        """Nothing is computed before the first token."""
+        generator = torch.Generator().manual_seed(request.sampling.seed % (1 << 63))
+        return Generation(request, adapter or {}, generator, list(request.prompt))
+
+    def next_token(self, state: Generation) -> int:
+        """One forward pass; the first of a request reads its prompt."""
+        self._adapter = state.adapter
+        with torch.inference_mode():
+            output = self._model(
+                input_ids=torch.tensor([state.unread]), past_key_values=state.kv_cache, **self._options
+            )
+            token = choose_token(output.logits[0, -1], state.request, state.answer, state.generator)
+        state.kv_cache = output.past_key_values
+        state.unread = [token]
+        state.answer.append(token)
+        return token
+
+    def _hook_layers(self, profile: EngineProfile) -> None:
+        missing = {(layer, name) for layer in range(profile.num_layers) for name in profile.modules}
+        problems = set()
+        for path, layer_module in self._model.named_modules():
+            number, leaf = locate(path) or (0, None)
+            if leaf is None:
+                continue
+            if len(leaf.modules) == 1:
+                missing.discard((number, leaf.modules[0]))
+                layer_module.register_forward_hook(self._hook(number, leaf.modules[0]))
+            elif any(name in profile.modules for name in (*leaf.modules, leaf.fused)):
+                problems.add(f"{leaf.fused} is one fused layer, which the CPU engine does not take apart")
+        problems = problems or {f"layer {number} has no {name}" for number, name in missing}
+        if problems:
+            heading = (
+                f"{profile.source!r} has LoRA modules that cannot be applied; leave them out of lora_target_modules"
+            )
+            raise EngineMismatch(one_message(heading, sorted(problems)))
+
+    def _hook(self, layer: int, name: str) -> Callable[[torch.nn.Module, tuple[torch.Tensor], torch.Tensor], Any]:
+        def add_lora(_: torch.nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor | None:
+            lora = self._adapter.get((layer, name))
+            return None if lora is None else output + (inputs[0] @ lora[0].T) @ lora[1].T
+
+        return add_lora

@@ -1,0 +1,245 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""The loop: requests come in, one thread takes them, and every iteration gives each of them one more token.
+
+A request is *submitted* (it waits, with no claim on anything), *taken* (its LoRA is checked and its pages are pinned),
+then active until it ends. No more are taken than may be active at once. Nothing here knows the model or Triton.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Generic, Protocol, TypeVar
+
+from tritonlora.cache import (
+    ELEMENT_SIZES,
+    CacheParameters,
+    LoraCache,
+    LoraCacheError,
+    PageGeometry,
+    PeftCache,
+    TaskNotCachedError,
+    layer_ranges,
+    page_geometry,
+)
+from tritonlora.cpu_engine.flavour import Flavour
+from tritonlora.cpu_engine.request import GenerationRequest, LoraInputs
+from tritonlora.cpu_engine.validation import check_lora_tensors
+from tritonlora.engine import EngineProfile
+from tritonlora.errors import EngineMismatch
+
+AdapterT = TypeVar("AdapterT")
+StateT = TypeVar("StateT")
+
+
+class Model(Protocol[AdapterT, StateT]):
+    """What computes the tokens. All calls come from the executor's thread."""
+
+    @property
+    def iteration_seconds(self) -> float:
+        """How long an iteration lasts at least."""
+
+    @property
+    def max_sequence_length(self) -> int:
+        """Prompt and answer together, in tokens."""
+
+    def load_adapter(self, lora: LoraInputs) -> AdapterT:
+        """An adapter from its wire tensors, which have been checked. Nothing of the request may be kept."""
+
+    def begin(self, request: GenerationRequest, adapter: AdapterT | None) -> StateT:
+        """What is kept for a request between its tokens."""
+
+    def next_token(self, state: StateT) -> int:
+        """One more token."""
+
+
+class Answers(Protocol):
+    """Where the answers of one request go."""
+
+    def send(self, tokens: Sequence[int], *, last: bool) -> None:
+        """Tokens that were not sent before."""
+
+    def fail(self, message: str) -> None:
+        """The end, with an error."""
+
+    def cancel(self) -> None:
+        """The end, because the client asked for it."""
+
+    def is_cancelled(self) -> bool:
+        """Whether the client has gone."""
+
+
+@dataclass(slots=True)
+class _Submitted:
+    id: int
+    request: GenerationRequest
+    answers: Answers
+    label: str
+    stopped: bool = False
+
+
+@dataclass(slots=True)
+class _Active(Generic[StateT]):
+    submitted: _Submitted
+    max_tokens: int
+    state: StateT
+    tokens: list[int] = field(default_factory=list)
+
+
+class Executor(Generic[AdapterT, StateT]):
+    """One engine. Its thread runs until `close`."""
+
+    def __init__(
+        self,
+        model: Model[AdapterT, StateT],
+        profile: EngineProfile,
+        parameters: CacheParameters,
+        flavour: Flavour,
+        *,
+        max_num_requests: int = 64,
+    ) -> None:
+        """EngineMismatch: the LoRA cache is too small for the engine to load."""
+        self._model = model
+        self._profile = profile
+        self._flavour = flavour
+        self._max_num_requests = max_num_requests
+        self._geometry = _geometry(profile, parameters)
+        self._peft: PeftCache[AdapterT] = PeftCache(LoraCache(self._geometry.host_pages if self._geometry else 0))
+        self._ids = itertools.count(1)
+        self._changed = threading.Condition()
+        self._queue: deque[_Submitted] = deque()
+        self._active: list[_Active[StateT]] = []
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="executor", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: GenerationRequest, answers: Answers, *, label: str = "") -> None:
+        """Queue a request; all that follows goes to `answers`, from the executor's thread. `label`: to stop it by."""
+        with self._changed:
+            self._queue.append(_Submitted(next(self._ids), request, answers, label))
+            self._changed.notify()
+
+    def stop(self, label: str) -> None:
+        """End the requests that were submitted with this label."""
+        with self._changed:
+            for submitted in [*self._queue, *(active.submitted for active in self._active)]:
+                if label and submitted.label == label:
+                    submitted.stopped = True
+
+    def close(self) -> None:
+        """End the thread; requests that are not answered yet get an error."""
+        with self._changed:
+            self._closing.set()
+            self._changed.notify()
+        self._thread.join()
+
+    # The rest runs in the thread.
+
+    def _run(self) -> None:
+        while self._wait_for_work():
+            began = time.monotonic()
+            self._take()
+            self._active = [active for active in self._active if self._advance(active)]
+            left = began + self._model.iteration_seconds - time.monotonic()
+            if left > 0 and self._active:
+                self._closing.wait(left)
+        for submitted in [*(active.submitted for active in self._active), *self._queue]:
+            self._fail(submitted, "the engine is shutting down")
+
+    def _wait_for_work(self) -> bool:
+        with self._changed:
+            self._changed.wait_for(lambda: self._queue or self._active or self._closing.is_set())
+        return not self._closing.is_set()
+
+    def _take(self) -> None:
+        while self._queue and len(self._active) < self._max_num_requests:
+            submitted = self._queue.popleft()
+            try:
+                self._active.append(self._begin(submitted))
+            except TaskNotCachedError as error:
+                self._fail(submitted, str(error))
+            except Exception as error:  # noqa: BLE001  what is wrong with one request must not end the others
+                self._fail(submitted, f"Encountered an error when fetching new request: {error}")
+
+    def _begin(self, submitted: _Submitted) -> _Active[StateT]:
+        request, lora = submitted.request, submitted.request.lora
+        room = self._model.max_sequence_length - len(request.prompt)
+        if room <= 0:
+            raise LoraCacheError(
+                f"Prompt length ({len(request.prompt)}) exceeds maximum input length "
+                f"({self._model.max_sequence_length - 1})."
+            )
+        adapter = None
+        if self._geometry and lora.task_id is not None:
+            rows = check_lora_tensors(lora, self._profile)
+            weights = None if rows is None else (self._geometry.pages(rows), lambda: self._model.load_adapter(lora))
+            self._peft.add(lora.task_id, submitted.id, weights)
+            adapter = self._peft.cache.value(lora.task_id)
+        try:
+            # The executor keeps the request as long as it is active: not its weights too.
+            submitted.request = replace(request, lora=LoraInputs(lora.task_id))
+            state = self._model.begin(submitted.request, adapter)
+        except Exception:
+            self._release(submitted)
+            raise
+        return _Active(submitted, min(request.max_tokens, room), state)
+
+    def _advance(self, active: _Active[StateT]) -> bool:
+        """One more token for one request; False when it has ended."""
+        submitted = active.submitted
+        request, answers = submitted.request, submitted.answers
+        try:
+            if submitted.stopped or answers.is_cancelled():
+                self._release(submitted)
+                answers.cancel()
+                return False
+            token = self._model.next_token(active.state)
+            piece = [] if token == request.end_id else [token]  # as upstream: the end token is not part of the answer
+            active.tokens += piece
+            last = not piece or len(active.tokens) >= active.max_tokens or _ends_in(active.tokens, request)
+            if last:
+                self._release(submitted)  # first, so that who has the answer can rely on the pages being free
+            if request.streaming:
+                answers.send(piece, last=last)
+            elif last:
+                answers.send(active.tokens if request.exclude_input else [*request.prompt, *active.tokens], last=True)
+            return not last
+        except Exception as error:  # noqa: BLE001  what is wrong with one request must not end the others
+            self._release(submitted)
+            self._fail(submitted, f"{type(error).__name__}: {error}")
+            return False
+
+    def _release(self, submitted: _Submitted) -> None:
+        if self._geometry and submitted.request.lora.task_id is not None:
+            self._peft.finish(submitted.request.lora.task_id, submitted.id)
+
+    def _fail(self, submitted: _Submitted, error: str) -> None:
+        with contextlib.suppress(Exception):  # nobody is left to tell
+            submitted.answers.fail(self._flavour.executor_error.format(id=submitted.id, error=error))
+
+
+def _geometry(profile: EngineProfile, parameters: CacheParameters) -> PageGeometry | None:
+    """None for an engine without LoRA: it takes LoRA inputs and ignores them (upstream's NoOpPeftCacheManager)."""
+    if not profile.modules or profile.max_lora_rank <= 0:
+        return None
+    geometry = page_geometry(
+        profile.modules,
+        layers=layer_ranges(profile.num_layers, profile.pp_size)[0],
+        max_lora_rank=profile.max_lora_rank,
+        parameters=parameters,
+        element_size=ELEMENT_SIZES[profile.dtype],
+        tp_size=profile.tp_size,
+    )
+    if refusal := geometry.too_small():
+        raise EngineMismatch(f"{refusal}; set lora_cache_host_memory_bytes to at least {geometry.min_host_bytes}")
+    return geometry
+
+
+def _ends_in(tokens: list[int], request: GenerationRequest) -> bool:
+    return any(tuple(tokens[-len(word) :]) == word for word in request.stop_words)

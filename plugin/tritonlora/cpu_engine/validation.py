@@ -1,0 +1,93 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""What the engine checks about a request's LoRA tensors, in its order and with its messages.
+
+Sources: TensorRT-LLM cpp/tensorrt_llm/executor/loraConfig.cpp (when the request is made) and
+cpp/tensorrt_llm/runtime/loraUtils.cpp `loraValidateRequestTensors` (when the executor takes it).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from tritonlora.cache import LoraCacheError
+from tritonlora.cpu_engine.request import LoraInputs
+from tritonlora.engine import EngineProfile
+from tritonlora.modules import BY_ID
+
+Rows = list[list[int]]
+
+_TRITON_NAMES = {torch.int64: "INT64", torch.float16: "FP16", torch.bfloat16: "BF16", torch.float32: "FP32"}
+_MODEL_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def check_lora_config(lora: LoraInputs) -> None:
+    """The checks of `executor::LoraConfig`, which a request does not get past to be queued at all."""
+    weights, config = _squeeze(lora.weights), _squeeze(lora.config)
+    if config is not None:
+        _expect(config.dim() == 2, "Expected config tensor to have 2 dimensions")
+        _expect(config.device.type == "cpu", "Expected lora config to be in CPU memory")
+        _expect(config.dtype == torch.int32, "Expected lora config tensor to have type kINT32")
+    if weights is not None:
+        _expect(config is not None, "Request for LoRA inference with lora weights must also have lora config")
+        _expect(weights.dim() == 2, "Expected weights tensor to have 2 dimensions")
+        _expect(weights.device.type == "cpu", "Expected lora weights to be in CPU memory")
+        same = config is not None and len(weights) == len(config)
+        _expect(same, "Expected dim 0 of lora weights and lora config to have the same size")
+
+
+def check_lora_tensors(lora: LoraInputs, profile: EngineProfile) -> Rows | None:
+    """The rows of lora_config if the request carries weights and they are the engine's; None for an id alone."""
+    weights, config = lora.weights, lora.config
+    _expect(lora.task_id is not None, "lora_task_id must be set for LoRA inference")
+    if weights is None and config is None:
+        return None
+    _expect(
+        weights is not None and config is not None,
+        "Request for LoRA inference must have both lora_weights and lora_keys",
+    )
+    if weights is None or config is None:  # the line above has raised; this narrows the types
+        return None
+    _expect(weights.dim() == 3, "Invalid shape for lora_weights tensor")
+    _expect(config.dim() == 3, "Invalid shape for lora_keys tensor")
+    for tensor in (weights, config):
+        _expect(tensor.shape[0] == 1, "Expected batch dimension to be 1 for each lora request")
+    for tensor in (weights, config):
+        _expect(tensor.device.type == "cpu", "Expected lora weights to be in CPU memory")
+    got = _TRITON_NAMES.get(config.dtype, str(config.dtype))
+    _expect(config.dtype == torch.int32, f"Expected  lora keys to have TYPE_INT32 but was {got}")
+    _expect(weights.shape[1] == config.shape[1], "Expected dim1 lora_weights and lora_keys to have the same size")
+    _expect(config.shape[2] in (3, 4), "Expected dim2 of lora_keys to have a size in [3, 4]")
+    _expect(
+        weights.dtype == _MODEL_DTYPES[profile.dtype], "Expected lora weights to be the same data type as base model"
+    )
+    rows: Rows = config[0].tolist()
+    for row in rows:
+        _check_row(row, weights.shape[2], profile)
+    return rows
+
+
+def _check_row(row: list[int], width: int, profile: EngineProfile) -> None:
+    module_id, layer, adapter_size = row[:3]
+    _expect(0 <= layer < profile.num_layers, "Expected layerId to be in the range [0, numModelLayers)")
+    _expect(adapter_size > 0, "Expected adapterSize to be > 0")
+    name = BY_ID[module_id].name if module_id in BY_ID else "INVALID"
+    _expect(name in profile.modules, f"lora module {name} not enabled for this model")
+    dims = profile.modules[name]
+    magnitude = dims.out_features if len(row) == 4 and row[3] == 1 else 0
+    elements = adapter_size * (dims.in_features + dims.out_features) + magnitude
+    _expect(elements <= width, f"lora_weights has to few values for {name}")
+    _expect(
+        adapter_size <= profile.max_lora_rank,
+        f"Invalid low_rank ({adapter_size}). low_rank must be smaller than mMaxLowRank ({profile.max_lora_rank})",
+    )
+
+
+def _squeeze(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """Without the batch dimension, where there is one of 1."""
+    return tensor[0] if tensor is not None and tensor.dim() == 3 and len(tensor) == 1 else tensor
+
+
+def _expect(holds: bool, message: str) -> None:
+    if not holds:
+        raise LoraCacheError(f"[TensorRT-LLM][ERROR] Assertion failed: {message}")
