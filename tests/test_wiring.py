@@ -1,0 +1,382 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""wiring, on upstream's configs and against protobuf's parser."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import pytest
+
+from tritonlora.errors import ConfigError
+from tritonlora.pbtxt import parse_config
+from tritonlora.wiring import declare_lora_weights, rewire_ensemble, router_config, set_parameter
+from upstream_configs import NAMES, PATHS, VERSIONS, fill, protobuf, upstream
+
+# --- Helpers -------------------------------------------------------------------------------------------------------
+
+TARGET = """\
+name: "engine"
+max_batch_size: 0
+input [
+  { name: "input_ids" data_type: TYPE_INT32 dims: [ -1 ] },
+  { name: "lora_task_id" data_type: TYPE_UINT64 dims: [ 1 ] reshape: { shape: [ ] } optional: true },
+  { name: "lora_weights" data_type: TYPE_FP16 dims: [ -1, -1 ] optional: true allow_ragged_batch: true },
+  { name: "lora_config" data_type: TYPE_INT32 dims: [ -1, 3 ] optional: true allow_ragged_batch: true }
+]
+output [ { name: "output_ids" data_type: TYPE_INT32 dims: [ -1, -1 ] } ]
+"""
+
+ENSEMBLE = """\
+platform: "ensemble"
+max_batch_size: 4
+input [ { name: "text" data_type: TYPE_STRING dims: [ 1 ] } ]
+output [ { name: "out" data_type: TYPE_INT32 dims: [ -1 ] } ]
+ensemble_scheduling {
+  step [
+    { model_name: "pre" input_map { key: "T" value: "text" } output_map { key: "I" value: "_ids" } %s },
+    { model_name: "tensorrt_llm" model_version: -1 input_map { key: "input_ids" value: "_ids" } %s
+      output_map { key: "output_ids" value: "out" } }
+  ]
+}
+"""
+
+
+def removed_and_added(before: str, after: str) -> tuple[list[str], list[str]]:
+    """The lines that an edit took and put in."""
+    lines = list(difflib.unified_diff(before.splitlines(), after.splitlines(), n=0, lineterm=""))
+    return [line[1:] for line in lines[2:] if line[0] == "-"], [line[1:] for line in lines[2:] if line[0] == "+"]
+
+
+def as_on_the_wire(tensor: Any) -> Any:
+    """A declaration without its reshape."""
+    tensor.ClearField("reshape")
+    return tensor
+
+
+def step_of(ensemble: Any, name: str) -> Any:
+    """The step for a model."""
+    return next(step for step in ensemble.ensemble_scheduling.step if step.model_name == name)
+
+
+# --- router_config -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("decoupled", ["True", "False"])
+def test_router_config_declares_what_the_target_declares(version: str, decoupled: str) -> None:
+    """Same tensors in the same order, as on the wire, less the weights, plus lora_name."""
+    text = fill(upstream(version, "tensorrt_llm"), decoupled_mode=decoupled, triton_max_batch_size="7")
+    target = protobuf(text)
+
+    router = protobuf(router_config(parse_config(text)))
+
+    wanted = [as_on_the_wire(tensor) for tensor in target.input if tensor.name not in ("lora_weights", "lora_config")]
+    assert wanted == list(router.input)[:-1]
+    assert ("lora_name", 13, [1], True) == (
+        router.input[-1].name, router.input[-1].data_type, list(router.input[-1].dims), router.input[-1].optional,
+    )  # fmt: skip
+    assert "lora_task_id" in [tensor.name for tensor in router.input]
+    assert [as_on_the_wire(tensor) for tensor in target.output] == list(router.output)
+    assert (7, decoupled == "True") == (router.max_batch_size, router.model_transaction_policy.decoupled)
+    assert ("lora_router", "python") == (router.name, router.backend)
+    assert [(1, router.instance_group[0].KIND_CPU)] == [(group.count, group.kind) for group in router.instance_group]
+
+
+def test_router_config_carries_its_parameters() -> None:
+    """Target, limits and the CPU-only inputs are parameters that the router's model.py reads."""
+    router = protobuf(
+        router_config(
+            parse_config(TARGET),
+            name="my_router",
+            target_name="engine",
+            max_streams=3,
+            cache_full_timeout_seconds=1.5,
+            load_timeout_seconds=2,
+        )
+    )
+
+    assert "my_router" == router.name
+    assert {
+        "target": "engine",
+        "max_streams": "3",
+        "cache_full_timeout_seconds": "1.5",
+        "load_timeout_seconds": "2",
+        "FORCE_CPU_ONLY_INPUT_TENSORS": "yes",
+    } == {key: value.string_value for key, value in router.parameters.items()}
+
+
+def test_router_config_gives_previous_ids_when_asked_for() -> None:
+    """previous_ids comes after the target's own outputs."""
+    router = protobuf(router_config(parse_config(TARGET), previous_ids=True))
+
+    assert [("output_ids", 8, [-1, -1]), ("previous_ids", 8, [-1])] == [
+        (tensor.name, tensor.data_type, list(tensor.dims)) for tensor in router.output
+    ]
+
+
+def test_router_config_names_every_value_that_nobody_filled_in() -> None:
+    """Triton refuses such a target, so the router refuses it too, with all places and the remedy."""
+    with pytest.raises(ConfigError) as error:
+        router_config(parse_config(upstream("v0.18.0", "tensorrt_llm")))
+
+    message = str(error.value)
+    assert 7 == len(message.splitlines())
+    for part in (
+        "line 29, column 17: max_batch_size is still ${triton_max_batch_size}: set it with tools/fill_template.py",
+        "decoupled is still ${decoupled_mode}",
+        "data_type of input 'encoder_input_features' is still ${encoder_input_features_data_type}",
+        "data_type of input 'draft_logits' is still ${logits_datatype}",
+        "data_type of output 'context_logits' is still ${logits_datatype}",
+    ):
+        assert part in message
+
+
+def test_router_config_needs_a_target_with_lora_inputs() -> None:
+    """A target from before v0.9 is refused, naming what it lacks and from which versions on it is there."""
+    text = "name: 'old' input { name: 'lora_weights' } input { name: 'lora_config' }"
+
+    with pytest.raises(ConfigError, match=r"'old' declares no input 'lora_task_id': .* v0\.9\.0 to v1\.x"):
+        router_config(parse_config(text))
+
+
+def test_router_config_refuses_a_target_that_routes_by_name_itself() -> None:
+    """Two inputs of the same name would be a config that Triton refuses."""
+    text = TARGET.replace("input [", "input [ { name: 'lora_name' data_type: TYPE_STRING dims: [ 1 ] },")
+
+    with pytest.raises(ConfigError, match="'engine' takes lora_name itself"):
+        router_config(parse_config(text), target_name="engine")
+
+
+# --- rewire_ensemble -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_rewire_ensemble_makes_exactly_the_intended_change(version: str) -> None:
+    """protobuf sees the router in the engine's place, lora_name leading to it, and nothing else changed."""
+    text = fill(upstream(version, "ensemble"))
+    wanted = protobuf(text)
+    step = step_of(wanted, "tensorrt_llm")
+    step.model_name = "lora_router"
+    for name in ("lora_weights", "lora_config"):
+        step.input_map.pop(name, None)
+        for tensor in [tensor for tensor in wanted.input if tensor.name == name]:
+            wanted.input.remove(tensor)
+    step.input_map["lora_name"] = "lora_name"
+    wanted.input.add(name="lora_name", data_type=13, dims=[1], optional=True)
+
+    rewired = rewire_ensemble(text)
+
+    assert wanted == protobuf(rewired)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_rewire_ensemble_leaves_all_other_lines_as_they_are(version: str) -> None:
+    """The lines that go are those of the step's name and of the weights, with the comments about them."""
+    text = upstream(version, "ensemble")
+
+    removed, added = removed_and_added(text, rewire_ensemble(text))
+
+    assert '      model_name: "tensorrt_llm"' in removed
+    assert '      model_name: "lora_router"' in added
+    assert 14 >= len(added)
+    if version == "v0.10.0":
+        assert 1 == len(removed)
+    else:
+        assert not [line for line in removed if "lora_task_id" in line]
+        assert 2 == len([line for line in removed if "name:" in line and "lora_" in line])
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("postprocessing", [None, "postprocessing"])
+def test_rewire_ensemble_is_idempotent(version: str, postprocessing: str | None) -> None:
+    """Doing it again changes no byte."""
+    once = rewire_ensemble(upstream(version, "ensemble"), postprocessing=postprocessing)
+
+    assert once == rewire_ensemble(once, postprocessing=postprocessing)
+
+
+def test_rewire_ensemble_leads_previous_ids_to_our_postprocessing() -> None:
+    """The router's previous_ids are the postprocessing's PREVIOUS_TOKENS, when that step asks for them."""
+    rewired = protobuf(rewire_ensemble(fill(upstream("v0.18.0", "ensemble")), postprocessing="postprocessing"))
+
+    assert "_PREVIOUS_TOKENS" == step_of(rewired, "lora_router").output_map["previous_ids"]
+    assert "_PREVIOUS_TOKENS" == step_of(rewired, "postprocessing").input_map["PREVIOUS_TOKENS"]
+
+
+def test_rewire_ensemble_adds_the_postprocessing_to_an_ensemble_rewired_before() -> None:
+    """The parts can be added one after the other."""
+    text = upstream("v0.15.0", "ensemble")
+
+    assert rewire_ensemble(text, postprocessing="postprocessing") == rewire_ensemble(
+        rewire_ensemble(text), postprocessing="postprocessing"
+    )
+
+
+def test_rewire_ensemble_keeps_crlf_and_a_missing_newline_at_the_end() -> None:
+    """Line ends are the file's."""
+    text = upstream("v0.18.0", "ensemble").rstrip("\n")
+
+    rewired = rewire_ensemble(text.replace("\n", "\r\n"))
+
+    assert rewire_ensemble(text).replace("\n", "\r\n") == rewired
+
+
+def test_rewire_ensemble_takes_tensors_that_nothing_uses_any_more() -> None:
+    """Triton refuses an ensemble with an unused tensor: the weights go from the step that made them, too."""
+    text = ENSEMBLE % (
+        'output_map { key: "W" value: "_w" } output_map { key: "C" value: "_c" }',
+        'input_map { key: "lora_weights" value: "_w" } input_map { key: "lora_config" value: "_c" }',
+    )
+    wanted = protobuf(rewire_ensemble(ENSEMBLE % ("", "")))
+
+    assert wanted == protobuf(rewire_ensemble(text))
+
+
+def test_rewire_ensemble_keeps_tensors_that_another_step_uses() -> None:
+    """The ensemble's lora_weights stay where another step still takes them."""
+    text = (ENSEMBLE % ('input_map { key: "W" value: "w" }', 'input_map { key: "lora_weights" value: "w" }')).replace(
+        "input [", 'input [ { name: "w" data_type: TYPE_FP16 dims: [ -1, -1 ] },'
+    )
+
+    rewired = protobuf(rewire_ensemble(text))
+
+    assert ["w", "text", "lora_name"] == [tensor.name for tensor in rewired.input]
+    assert "w" == step_of(rewired, "pre").input_map["W"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (TARGET, "expected an ensemble, got a config without ensemble_scheduling steps"),
+        (
+            (ENSEMBLE % ("", "")).replace("tensorrt_llm", "tensorrt_llm_bls"),
+            "no step for 'tensorrt_llm', only for 'pre', 'tensorrt_llm_bls'; name the engine's model",
+        ),
+        (
+            (ENSEMBLE % ("", "")).replace('"pre"', '"lora_router"'),
+            "expected one step for 'tensorrt_llm' or 'lora_router', got 'lora_router', 'tensorrt_llm'",
+        ),
+        (
+            (ENSEMBLE % ("", "")).replace("model_version: -1", "model_version: 3"),
+            "line 8, column 49: the step asks for version 3 of 'tensorrt_llm'",
+        ),
+        (
+            (ENSEMBLE % ("", "")).replace("input [", "input [ { name: 'lora_name' data_type: TYPE_INT32 },", 1),
+            "expected the ensemble's input 'lora_name' to be TYPE_STRING, got TYPE_INT32",
+        ),
+        (
+            ENSEMBLE % ("", 'input_map { key: "lora_name" value: "text" }'),
+            "expected input_map 'lora_name' of the step for 'lora_router' to be 'lora_name'",
+        ),
+    ],
+    ids=[
+        "no ensemble",
+        "another model",
+        "two steps",
+        "a pinned version",
+        "lora_name of another type",
+        "mapped already",
+    ],
+)
+def test_rewire_ensemble_refuses_what_it_cannot_do_without_guessing(text: str, message: str) -> None:
+    """The reason is named."""
+    with pytest.raises(ConfigError, match=message):
+        rewire_ensemble(text)
+
+
+def test_rewire_ensemble_needs_the_postprocessing_step_it_is_told_of() -> None:
+    """A postprocessing that is not there is named."""
+    with pytest.raises(ConfigError, match="the ensemble has no step for 'postprocessing'"):
+        rewire_ensemble(ENSEMBLE % ("", ""), postprocessing="postprocessing")
+
+
+# --- declare_lora_weights ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize(("dtype", "number"), [("bfloat16", 14), ("float16", 10), ("float32", 11)])
+@pytest.mark.parametrize("columns", [3, 4])
+def test_declare_lora_weights_changes_type_and_columns_only(
+    version: str, dtype: str, number: int, columns: int
+) -> None:
+    """protobuf sees the new data_type and the new last dim; one line each differs."""
+    text = fill(upstream(version, "tensorrt_llm"))
+    wanted = protobuf(text)
+    for tensor in wanted.input:
+        if tensor.name == "lora_weights":
+            tensor.data_type = number
+        if tensor.name == "lora_config":
+            tensor.dims[1] = columns
+
+    declared = declare_lora_weights(text, dtype, columns)
+
+    assert wanted == protobuf(declared)
+    assert (dtype != "float16") + (columns == 4) == len(removed_and_added(text, declared)[0])
+    assert declared == declare_lora_weights(declared, dtype, columns)
+
+
+def test_declare_lora_weights_declares_a_type_that_was_left_out() -> None:
+    """A lora_weights input without data_type gets one, and free columns stay free."""
+    text = TARGET.replace("data_type: TYPE_FP16 ", "").replace("[ -1, 3 ]", "[ -1, -1 ]")
+
+    config = parse_config(declare_lora_weights(text, "bfloat16", 4))
+
+    assert ["TYPE_BF16", (-1, -1)] == [
+        spec.data_type if spec.name == "lora_weights" else spec.dims for spec in config.inputs[2:]
+    ]
+
+
+def test_declare_lora_weights_needs_lora_inputs() -> None:
+    """A model without them is refused, naming the versions that have them."""
+    with pytest.raises(ConfigError, match=r"declares no input 'lora_task_id', 'lora_weights', 'lora_config': .*v0\.9"):
+        declare_lora_weights('name: "x"', "bfloat16")
+
+
+# --- set_parameter -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", PATHS, ids=NAMES)
+def test_set_parameter_adds_one_to_every_upstream_config(path: Any) -> None:
+    """protobuf sees one parameter more; no line goes."""
+    text = fill(path.read_text())
+    wanted = protobuf(text)
+    wanted.parameters["new key"].string_value = 'a "value"\n'
+
+    edited = set_parameter(text, "new key", 'a "value"\n')
+
+    assert wanted == protobuf(edited)
+    assert [] == removed_and_added(text, edited)[0]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_set_parameter_replaces_every_upstream_parameter(version: str) -> None:
+    """protobuf sees the new value; only its line differs."""
+    text = fill(upstream(version, "tensorrt_llm"))
+    for key in protobuf(text).parameters:
+        wanted = protobuf(text)
+        wanted.parameters[key].string_value = "64"
+
+        edited = set_parameter(text, key, "64")
+
+        assert wanted == protobuf(edited)
+        assert 1 == len(removed_and_added(text, edited)[0])
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("parameters { key: 'k' value < string_value: 'v' > }", "parameters { key: 'k' value < string_value: 'v' > }"),
+        ('parameters { key: "k" value { } }', 'parameters { key: "k" value { string_value: "v"  } }'),
+        ('parameters { key: "k" }', 'parameters { key: "k" value { string_value: "v" } }'),
+        ("# a comment", '# a comment\nparameters: {\n  key: "k"\n  value {\n    string_value: "v"\n  }\n}\n'),
+        (
+            'parameters [ { key: "a" }, { key: "k" value { string_value: "w" "x" } } ]',
+            'parameters [ { key: "a" }, { key: "k" value { string_value: "v" } } ]',
+        ),
+    ],
+)
+def test_set_parameter_edits_every_spelling(before: str, after: str) -> None:
+    """The value is set where the file has its place, and left alone where it is right already."""
+    assert after == set_parameter(before, "k", "v")
