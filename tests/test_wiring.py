@@ -45,8 +45,12 @@ ensemble_scheduling {
 
 def removed_and_added(before: str, after: str) -> tuple[list[str], list[str]]:
     """The lines that an edit took and put in."""
-    lines = list(difflib.unified_diff(before.splitlines(), after.splitlines(), n=0, lineterm=""))
-    return [line[1:] for line in lines[2:] if line[0] == "-"], [line[1:] for line in lines[2:] if line[0] == "+"]
+    old, new = before.splitlines(), after.splitlines()
+    changes = difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
+    changed = [change for change in changes if change[0] != "equal"]
+    return [line for _, i, j, _, _ in changed for line in old[i:j]], [
+        line for _, _, _, i, j in changed for line in new[i:j]
+    ]
 
 
 def as_on_the_wire(tensor: Any) -> Any:
