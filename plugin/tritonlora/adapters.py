@@ -107,6 +107,11 @@ def with_adapter(table: AdapterTable, name: str, entry: AdapterEntry) -> Adapter
     )
 
 
+def with_warm(table: AdapterTable, name: str, warm: bool) -> AdapterTable:
+    """`table` with the adapter `name` loaded at start, or on its first request."""
+    return replace(table, entries={**table.entries, name: replace(table.entries[name], warm=warm)})
+
+
 def without_adapter(table: AdapterTable, name: str) -> AdapterTable:
     """`table` without `name`, whose id is retired; AdapterTableError when it is not there."""
     if name not in table.entries:

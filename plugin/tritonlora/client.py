@@ -81,8 +81,8 @@ def _connection(url: str, timeout: float) -> http.client.HTTPConnection:
 
 
 def _error_text(response: http.client.HTTPResponse) -> str:
-    """Triton's own words for an error status."""
-    body = response.read().decode(errors="replace")
+    """Triton's own words for an error status; generate_stream sends these as an event, too."""
+    body = response.read().decode(errors="replace").removeprefix("data:")
     try:
         return str(json.loads(body)["error"])
     except (ValueError, KeyError, TypeError):

@@ -238,16 +238,16 @@ def public(message: str) -> str:
 class Loads:
     """Which adapters the engine has been seen to hold, and which are being loaded right now. Thread-safe."""
 
-    def __init__(self) -> None:
+    def __init__(self, warmed: Iterable[int]) -> None:
         self._changed = threading.Condition()
         self._loading: set[int] = set()
-        self._loaded: set[int] = set()
+        self._loaded = set(warmed)
         self._ended = 0
 
-    def is_loaded(self, entry: AdapterEntry) -> bool:
-        """Whether a request for it can go out without weights: it was warmed, or the engine has answered for it."""
+    def is_loaded(self, task_id: int) -> bool:
+        """Whether a request for it can go out without weights."""
         with self._changed:
-            return entry.warm or entry.lora_task_id in self._loaded
+            return task_id in self._loaded
 
     def answered(self, task_id: int) -> None:
         """The engine answered a request for `task_id`."""
@@ -308,11 +308,13 @@ class Forwarder(Generic[Answer]):
         self,
         error_of: Callable[[Answer], str | None],
         *,
+        warmed: Iterable[int] = (),
         cache_full_timeout: float = 30.0,
         load_timeout: float = 60.0,
         retry_interval: float = 0.25,
     ) -> None:
-        """`error_of` gives the error text of an answer, or None. Times are in seconds.
+        """`error_of` gives the error text of an answer, or None; `warmed` are the task ids that the engine was started
+        with. Times are in seconds.
 
         `retry_interval` is the longest wait between two tries while the engine's cache is full: other clients of the
         engine, of whom this router knows nothing, may free it.
@@ -321,7 +323,7 @@ class Forwarder(Generic[Answer]):
         self._cache_full_timeout = cache_full_timeout
         self._load_timeout = load_timeout
         self._retry_interval = retry_interval
-        self._loads = Loads()
+        self._loads = Loads(warmed)
         self._retry_turn = threading.Lock()
 
     def forward(
@@ -348,7 +350,7 @@ class Forwarder(Generic[Answer]):
         self, route: Route, send: Callable[[bool], Iterable[Answer]], is_cancelled: Callable[[], bool]
     ) -> Iterator[Answer]:
         deadline = time.monotonic() + self._load_timeout
-        attach = not self._loads.is_loaded(route.entry)
+        attach = not self._loads.is_loaded(route.entry.lora_task_id)
         while True:
             patience = max(0.0, deadline - time.monotonic())
             with self._loads.claim(route, patience) if attach else contextlib.nullcontext(False) as attaching:

@@ -33,6 +33,7 @@ SHARED_FILES = {
 """Input of the engine's model -> its file, the same for all samples."""
 
 _LORA_INPUTS = ("lora_task_id", "lora_weights", "lora_config")
+_ADAPTER_FILE = re.compile(r"lora_id_([1-9][0-9]*)|adapter_(?:model|config)_([1-9][0-9]*)\.bin")
 _LINE_END = re.compile(r"\A\r?\n")
 _STRUCT_CODES = {"TYPE_INT32": "i", "TYPE_UINT32": "I", "TYPE_INT64": "q", "TYPE_UINT64": "Q"}
 _DTYPES = {data_type: dtype for dtype, data_type in TRITON_TYPES.items()}
@@ -116,6 +117,12 @@ def config_file(task_id: int) -> str:
     return f"adapter_config_{task_id}.bin"
 
 
+def task_id_of(file: str) -> int | None:
+    """The task id of an adapter's warmup file, from the file's name; None when it is no such name."""
+    match = _ADAPTER_FILE.fullmatch(file)
+    return int(match[1] or match[2]) if match else None
+
+
 # --- The block -----------------------------------------------------------------------------------------------------
 
 
@@ -184,6 +191,18 @@ def read_block(text: str) -> tuple[WarmupSample, ...]:
             span[0],
             f"the model_warmup block has been edited ({error}); write it again with `tritonlora check --fix`",
         ) from error
+
+
+def foreign_task_id_files(text: str) -> tuple[str, ...]:
+    """The files with a lora_task_id that samples outside the block, the user's own, load adapters under."""
+    entries = [
+        entry
+        for sample in parse(replace_block(text, "")).message.messages("model_warmup")
+        for entry in sample.messages("inputs")
+        if (key := entry.scalar("key")) and key.value == "lora_task_id"
+    ]
+    files = [value.scalar("input_data_file") for entry in entries if (value := entry.message("value"))]
+    return tuple(file.value for file in files if file is not None)
 
 
 def _find_block(text: str) -> tuple[int, int] | None:

@@ -45,7 +45,8 @@ class TritonPythonModel:
         self._decoupled = pb_utils.using_decoupled_model_transaction_policy(config)
         self._table = TableFile(directory / "adapters.json", pb_utils.Logger.log_error)
         self._forwarder = Forwarder(
-            error_of,
+            error_text,
+            warmed=[entry.lora_task_id for entry in self._table.table().entries.values() if entry.warm],
             cache_full_timeout=float(parameters["cache_full_timeout_seconds"]),
             load_timeout=float(parameters["load_timeout_seconds"]),
         )
@@ -89,8 +90,8 @@ class TritonPythonModel:
             for answer in self._forwarder.forward(route, send, reply.is_cancelled):
                 if reply.is_cancelled():
                     return
-                if answer.has_error():
-                    raise EngineError(answer.error(), route)
+                if error := engine_error(answer):
+                    raise EngineError(error, route)
                 if answer.output_tensors():  # the last answer of a decoupled model may be nothing but a flag
                     reply.send(answer.output_tensors(), row)
             reply.end_of_stream(row)
@@ -198,9 +199,15 @@ class Reply:
             self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
 
-def error_of(answer: pb_utils.InferenceResponse) -> str | None:
-    """The error text of an answer of the engine."""
-    return answer.error().message() if answer.has_error() else None
+def engine_error(answer: pb_utils.InferenceResponse) -> pb_utils.TritonError | None:
+    """The error in an answer of the engine."""
+    return answer.error() if answer.has_error() else None
+
+
+def error_text(answer: pb_utils.InferenceResponse) -> str | None:
+    """The text of the error in an answer of the engine."""
+    error = engine_error(answer)
+    return error.message() if error else None
 
 
 def values_of(request: pb_utils.InferenceRequest, name: str) -> list[Any] | None:

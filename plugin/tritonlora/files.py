@@ -1,0 +1,85 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""Writing files so that nothing is ever half there.
+
+A file is written under a temporary name in its own directory, synced and renamed. One process writes to a model
+repository at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+import filelock
+
+from tritonlora.errors import RepositoryError
+
+LOCK_TIMEOUT_SECONDS = 600.0
+HASH_CHUNK = 1 << 20
+TEMPORARY_SUFFIX = ".tritonlora-tmp"
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Be the only writer, and turn the file system's refusals into RepositoryError."""
+    lock = filelock.FileLock(directory / ".lock", timeout=LOCK_TIMEOUT_SECONDS)
+    try:
+        with lock:
+            yield
+    except filelock.Timeout:
+        raise RepositoryError(f"another tritonlora has been writing to {directory} for a long time") from None
+    except OSError as error:
+        raise RepositoryError(f"cannot write to {directory}: {error}; nothing was changed") from error
+
+
+@contextlib.contextmanager
+def temporary_name(path: Path) -> Iterator[Path]:
+    """A name beside `path` for a file in the making; whatever is there at the end is deleted."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
+    try:
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Give a finished file its name, so that it is there whole or not at all, also after a power cut."""
+    with temporary.open("rb+") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a whole file; one that has this content already is not touched."""
+    with contextlib.suppress(FileNotFoundError):
+        if path.read_bytes() == content:
+            return
+    with temporary_name(path) as temporary:
+        temporary.write_bytes(content)
+        if path.exists():
+            temporary.chmod(path.stat().st_mode & 0o7777)
+        publish(temporary, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole text file, with the line ends that the text has."""
+    write_bytes(path, text.encode())
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(HASH_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()

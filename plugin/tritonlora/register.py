@@ -1,0 +1,233 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""Put adapters into a model repository and take them out.
+
+Strategy. Everything is decided and converted first. Then the files are written: an adapter's tensors, then
+adapters.json, then config.pbtxt (the other way round when an adapter is removed). Stopped between any two of these, the
+repository still loads and no adapter is lost: files that nothing refers to yet are harmless, and an adapter whose
+warmup sample is missing is loaded on its first request. `check` reports such leftovers, and the same command again
+puts them right.
+"""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tritonlora import plan, warmup, wiring
+from tritonlora.adapters import AdapterEntry, AdapterTable, check_name, render, with_adapter, with_warm, without_adapter
+from tritonlora.engine import EngineProfile, load_profile
+from tritonlora.errors import ConfigError, EngineMismatch, RepositoryError
+from tritonlora.files import TEMPORARY_SUFFIX, locked, publish, sha256_of, temporary_name, write_bytes, write_text
+from tritonlora.modules import MODULES
+from tritonlora.pbtxt import ModelConfig, parse_config
+from tritonlora.repository import Repository, engine_profile, read_config, read_table, read_text
+
+if TYPE_CHECKING:
+    from tritonlora.layout import Layout
+
+
+@dataclass(frozen=True, slots=True)
+class Added:
+    """What `add` did, or would do."""
+
+    name: str
+    entry: AdapterEntry
+    unchanged: bool  # the same content was registered under this name already
+    remarks: tuple[str, ...]  # what the user should know
+
+
+def add(
+    repository: Repository,
+    name: str,
+    adapter_directory: Path,
+    *,
+    warm: bool = True,
+    task_id: int | None = None,
+    dtype: str | None = None,
+    base: Path | None = None,
+    allow_nonfinite: bool = False,
+    dry_run: bool = False,
+) -> Added:
+    """Convert a PEFT adapter and register it under `name`; the same content again changes nothing.
+
+    Other content under a known name replaces it under a new lora_task_id. `base` is the base model's checkpoint: it
+    stands in for an engine that is not on this machine, and DoRA needs its weights. On any error the repository is as
+    it was.
+    """
+    from tritonlora import pack, peft
+    from tritonlora.layout import plan_layout
+
+    check_name(name)
+    with locked(repository.table_path.parent):
+        table = read_table(repository)
+        config = read_config(repository.config_path)
+        profile = engine_profile(repository, config) or (load_profile(base) if base else None)
+        chosen, remarks = _choose_dtype(table, name, profile, dtype)
+        adapter = peft.load_adapter(adapter_directory)
+        layout = plan_layout(adapter, dtype=chosen, profile=profile, base=base)
+        entry = _entry_of(repository, _task_id(repository, table, task_id), layout, warm=warm)
+        entry = replace(
+            entry,
+            base_model_name_or_path=adapter.config.base_model_name_or_path or "",
+            pages=_pages(layout, profile, config),
+        )
+        # Everything that can be refused is refused before a byte is written.
+        _rendered_config(repository, with_adapter(table, name, entry))
+        if dry_run:
+            return Added(name, entry, unchanged=False, remarks=remarks)
+
+        _sweep(repository, table)
+        repository.warmup_directory.mkdir(exist_ok=True)
+        weights_path, config_path = (
+            repository.root / file for file in (entry.lora_weights_file, entry.lora_config_file)
+        )
+        with temporary_name(weights_path) as weights, temporary_name(config_path) as rows:
+            pack.convert_file(adapter, layout, weights, base=base, allow_nonfinite=allow_nonfinite)
+            rows.write_bytes(pack.lora_config(layout).numpy().astype("<i4").tobytes())
+            entry = replace(entry, lora_weights_sha256=sha256_of(weights), lora_config_sha256=sha256_of(rows))
+            known = table.entries.get(name)
+            if known is not None and task_id is None and _content(known) == _content(entry):
+                _write_table(repository, with_warm(table, name, warm))
+                return Added(name, replace(known, warm=warm), unchanged=known.warm == warm, remarks=remarks)
+            publish(weights, weights_path)
+            publish(rows, config_path)
+        # The files of an adapter that this one replaces stay until the next command: requests may be using them.
+        _write_table(repository, with_adapter(table, name, entry))
+        return Added(name, entry, unchanged=False, remarks=remarks)
+
+
+def remove(repository: Repository, name: str) -> AdapterEntry:
+    """Take an adapter out: its warmup sample, its name, its files. Its lora_task_id is never used again."""
+    with locked(repository.table_path.parent):
+        table = read_table(repository)
+        new_table = without_adapter(table, name)
+        _write_config(repository, new_table)
+        write_text(repository.table_path, render(new_table))
+        _sweep(repository, new_table)
+        return table.entries[name]
+
+
+def _task_id(repository: Repository, table: AdapterTable, asked: int | None) -> int:
+    """The id for a new adapter: none that the user's own warmup samples load an adapter under."""
+    taken = set()
+    for file in warmup.foreign_task_id_files(read_text(repository.config_path)):
+        path = repository.warmup_directory / file
+        if not path.is_file():
+            raise RepositoryError(f"a model_warmup sample of {repository.config_path} needs {path}, which is missing")
+        taken.add(int.from_bytes(path.read_bytes()[:8], "little"))
+    if asked is not None:
+        if asked in taken:
+            raise RepositoryError(f"lora_task_id {asked} is loaded by a model_warmup sample of your own; take another")
+        return asked
+    return next(number for number in itertools.count(table.next_lora_task_id) if number not in taken)
+
+
+def _entry_of(repository: Repository, task_id: int, layout: Layout, *, warm: bool) -> AdapterEntry:
+    """The entry of an adapter that is still to be converted: its digests are all zeros."""
+    directory = repository.warmup_directory
+    return AdapterEntry(
+        lora_task_id=task_id,
+        lora_weights_file=repository.relative(directory / warmup.weights_file(task_id)),
+        lora_config_file=repository.relative(directory / warmup.config_file(task_id)),
+        dtype=layout.dtype,
+        lora_weights_shape=layout.weights_shape,
+        lora_config_shape=layout.config_shape,
+        lora_weights_sha256="0" * 64,
+        lora_config_sha256="0" * 64,
+        adapter_sizes=tuple(sorted({row.adapter_size for row in layout.rows})),
+        modules=tuple(module.name for module in MODULES if any(row.module is module for row in layout.rows)),
+        base_model_name_or_path="",
+        warm=warm,
+        added_at=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    )
+
+
+def _content(entry: AdapterEntry) -> tuple[object, ...]:
+    """What makes two entries the same adapter to the engine."""
+    return (entry.lora_weights_sha256, entry.lora_config_sha256, entry.lora_weights_shape, entry.dtype)
+
+
+def _choose_dtype(
+    table: AdapterTable, name: str, profile: EngineProfile | None, asked: str | None
+) -> tuple[str, tuple[str, ...]]:
+    """The dtype to convert to: the engine's. An engine that is not here must be described by the user."""
+    others = {entry.dtype: other for other, entry in table.entries.items() if other != name}
+    known = profile.dtype if profile else next(iter(others), None)
+    chosen = asked or known
+    if chosen is None:
+        raise EngineMismatch(
+            "the engine's dtype is not known, because its config.json is not at the model's gpt_model_path; "
+            "give --dtype, or --base with the base model's directory"
+        )
+    if profile and chosen != profile.dtype:
+        raise EngineMismatch(f"{profile.source} has dtype {profile.dtype}, not {chosen}; leave out --dtype")
+    if others and chosen not in others:
+        dtype, other = next(iter(others.items()))
+        raise EngineMismatch(
+            f"adapter {other!r} is registered as {dtype}, and all adapters of an engine share one dtype"
+        )
+    if profile is None:
+        return chosen, ("the engine's config.json is not here: modules, ranks and dims were not checked against it",)
+    return chosen, ()
+
+
+def _pages(layout: Layout, profile: EngineProfile | None, config: ModelConfig) -> int | None:
+    """Pages of the engine's cache that the adapter takes; None when the engine is not known."""
+    if profile is None:
+        return None
+    rows = tuple((row.module.id, row.layer, row.adapter_size, int(row.dora)) for row in layout.rows)
+    entry = plan.Entry("", rows, layout.weights_nbytes)
+    return plan.plan_cache([entry], profile, config.parameters).adapters[0].pages
+
+
+# The warmup block
+
+
+def _samples(table: AdapterTable) -> list[warmup.WarmupSample]:
+    """One sample for each warm adapter, in the order of their ids."""
+    warm = sorted((entry for entry in table.entries.values() if entry.warm), key=lambda entry: entry.lora_task_id)
+    return [
+        warmup.WarmupSample(entry.lora_task_id, entry.lora_weights_shape, entry.lora_config_shape, entry.dtype)
+        for entry in warm
+    ]
+
+
+def _rendered_config(repository: Repository, table: AdapterTable) -> str:
+    """The engine model's config.pbtxt for `table`; RepositoryError, naming the file, when it cannot be edited."""
+    text = read_text(repository.config_path)
+    try:
+        for entry in table.entries.values():
+            text = wiring.declare_lora_weights(text, entry.dtype, columns=entry.lora_config_shape[1])
+        return warmup.replace_block(text, warmup.render_block(parse_config(text), _samples(table)))
+    except ConfigError as error:
+        raise RepositoryError(f"{repository.config_path}: {error}") from None
+
+
+def _write_table(repository: Repository, table: AdapterTable) -> None:
+    write_text(repository.table_path, render(table))
+    _write_config(repository, table)
+
+
+def _write_config(repository: Repository, table: AdapterTable) -> None:
+    """Bring the warmup files and config.pbtxt in step with `table`."""
+    text = _rendered_config(repository, table)
+    samples = _samples(table)
+    if samples:
+        files = warmup.shared_files(parse_config(text))
+        files |= {warmup.task_id_file(sample.task_id): warmup.task_id_bytes(sample.task_id) for sample in samples}
+        for name, content in files.items():
+            write_bytes(repository.warmup_directory / name, content)
+    write_text(repository.config_path, text)
+
+
+def _sweep(repository: Repository, table: AdapterTable) -> None:
+    """Delete the files of retired ids, and those that a stopped command left half-written. Others are the user's."""
+    directory = repository.warmup_directory
+    retired = set(table.retired_lora_task_ids)
+    for path in directory.glob("*"):
+        if warmup.task_id_of(path.name) in retired or path.name.endswith(TEMPORARY_SUFFIX):
+            path.unlink(missing_ok=True)

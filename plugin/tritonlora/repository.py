@@ -1,0 +1,129 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""A model repository with a router in it: where things are, and what they say. Reads only.
+
+`install` puts the router there, `register` adapters; both write through `files`.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tritonlora.adapters import AdapterEntry, AdapterTable, parse
+from tritonlora.engine import EngineProfile, load_profile
+from tritonlora.errors import AdapterTableError, ConfigError, RepositoryError
+from tritonlora.pbtxt import ModelConfig, has_template, parse_config
+
+ROUTER = "lora_router"
+DEFAULT_TARGET = "tensorrt_llm"
+
+
+@dataclass(frozen=True, slots=True)
+class Repository:
+    """A model repository that has a router, and the model that the router forwards to."""
+
+    root: Path
+    target: str = DEFAULT_TARGET
+
+    @property
+    def table_path(self) -> Path:
+        """adapters.json."""
+        return self.root / ROUTER / "adapters.json"
+
+    @property
+    def target_directory(self) -> Path:
+        """The directory of the engine's model."""
+        return self.root / self.target
+
+    @property
+    def config_path(self) -> Path:
+        """config.pbtxt of the engine's model."""
+        return self.target_directory / "config.pbtxt"
+
+    @property
+    def warmup_directory(self) -> Path:
+        """Where Triton looks for the files of warmup samples."""
+        return self.target_directory / "warmup"
+
+    def relative(self, path: Path) -> str:
+        """`path` as adapters.json has it."""
+        return path.relative_to(self.root).as_posix()
+
+
+def open_repository(root: Path) -> Repository:
+    """The repository at `root`; RepositoryError when it has no router or no engine model."""
+    if not root.is_dir():
+        raise RepositoryError(f"there is no model repository at {str(root)!r}")
+    router_config = root / ROUTER / "config.pbtxt"
+    if not router_config.is_file():
+        raise RepositoryError(
+            f"model repository {str(root)!r} has no {ROUTER!r}; put it there with: tritonlora init {root}"
+        )
+    target = read_config(router_config).parameters.get("target", DEFAULT_TARGET)
+    repository = Repository(root, target)
+    if not repository.config_path.is_file():
+        raise RepositoryError(f"model repository {str(root)!r} has no model {target!r} (no {repository.config_path})")
+    return repository
+
+
+def read_text(path: Path) -> str:
+    """A config's text with its line ends as they are; RepositoryError when it cannot be read."""
+    try:
+        return path.read_bytes().decode()
+    except OSError as error:
+        raise RepositoryError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise RepositoryError(f"{path} is not UTF-8") from None
+
+
+def read_config(path: Path) -> ModelConfig:
+    """The meaning of a config.pbtxt; its errors name the file."""
+    try:
+        return parse_config(read_text(path))
+    except ConfigError as error:
+        raise RepositoryError(f"{path}: {error}") from None
+
+
+def read_table(repository: Repository) -> AdapterTable:
+    """adapters.json; an absent file is an empty table."""
+    try:
+        return parse(repository.table_path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return AdapterTable()
+    except (OSError, UnicodeDecodeError) as error:
+        raise AdapterTableError(f"cannot read {repository.table_path}: {error}") from None
+
+
+def read_rows(repository: Repository, entry: AdapterEntry) -> tuple[tuple[int, ...], ...]:
+    """The rows of an adapter's lora_config; RepositoryError when the file is missing or has the wrong size."""
+    path = repository.root / entry.lora_config_file
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise RepositoryError(f"cannot read {path}: {error.strerror}") from None
+    if len(content) != entry.lora_config_nbytes:
+        raise RepositoryError(f"{path} has {len(content)} bytes, expected {entry.lora_config_nbytes}")
+    return tuple(struct.iter_unpack(f"<{entry.lora_config_shape[1]}i", content))
+
+
+def engine_profile(repository: Repository, config: ModelConfig) -> EngineProfile | None:
+    """What the engine behind the target accepts; None when its config.json is not on this machine.
+
+    The CPU engine takes its LoRA limits from the parameters `max_lora_rank` and `lora_target_modules`; a TensorRT-LLM
+    engine has them in its config.json.
+    """
+    location = config.parameters.get("gpt_model_path", "")
+    if not location or has_template(location):
+        return None
+    path = repository.target_directory / location
+    if not path.exists():
+        return None
+    profile = load_profile(path)
+    rank, names = (config.parameters.get(key, "") for key in ("max_lora_rank", "lora_target_modules"))
+    return replace(
+        profile,
+        max_lora_rank=int(rank) if rank.isdecimal() else profile.max_lora_rank,
+        modules={name: dims for name, dims in profile.modules.items() if not names or name in names.split(",")},
+    )

@@ -1,0 +1,34 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""Adapter entries and a table of them, for tests."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from tritonlora.adapters import AdapterEntry, AdapterTable, with_adapter
+
+
+def entry(task_id: int = 1, **changes: Any) -> AdapterEntry:
+    """A sound entry."""
+    sound = AdapterEntry(
+        lora_task_id=task_id,
+        lora_weights_file=f"tensorrt_llm/warmup/adapter_model_{task_id}.bin",
+        lora_config_file=f"tensorrt_llm/warmup/adapter_config_{task_id}.bin",
+        dtype="bfloat16",
+        lora_weights_shape=(6, 56),
+        lora_config_shape=(6, 3),
+        lora_weights_sha256="a" * 64,
+        lora_config_sha256="b" * 64,
+        adapter_sizes=(2, 8),
+        modules=("attn_q", "attn_v"),
+        base_model_name_or_path="base",
+        warm=True,
+        added_at="2026-11-22T13:00:00+00:00",
+        pages=1,
+    )
+    return replace(sound, **changes)
+
+
+TABLE = with_adapter(with_adapter(AdapterTable(), "pirate", entry(1)), "haiku", entry(2, warm=False, pages=None))
