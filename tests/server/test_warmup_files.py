@@ -61,6 +61,8 @@ class TritonPythonModel:
 ENGINE = (
     ZEROS.replace("TritonPythonModel", "Zeros")
     + """
+import torch
+
 
 class TritonPythonModel(Zeros):
     def answer(self, request):
