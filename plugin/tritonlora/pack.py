@@ -1,24 +1,30 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""Adapter -> lora_weights and lora_config rows, and back.
+"""Adapter -> lora_weights and lora_config, in memory or in a file, and back.
 
     row[0          : r*in      ] = A, row-major, (r, in)          as PEFT stores it
     row[r*in       : r*(in+out)] = scaling * B, row-major, (out, r)
-    row[r*(in+out) : +out      ] = DoRA's magnitude / row norm, only where the fourth column of lora_config is 1
+    row[r*(in+out) : +out      ] = DoRA's normalised magnitude, only where the fourth column of lora_config is 1
     row[           : W         ] = 0
 
 Source: what the engine reads, `LoraCache::copyToPages` in TensorRT-LLM cpp/tensorrt_llm/runtime/loraCache.cpp. Weights
 are full, not split by tensor-parallel rank. A is only cast; B is scaled in float32 and rounded once.
+
+Strategy: one block (an A, a B, a magnitude) at a time, straight from the mapped adapter to its place. What is A in the
+right dtype already is never touched by the processor, and padding is never written: it is a hole in the file.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tritonlora.errors import InvalidAdapter, UnsupportedAdapter, one_message
-from tritonlora.layout import Layout, Piece, Row, plan_layout
+from tritonlora.layout import ITEMSIZES, Layout, Piece, Row, plan_layout
 from tritonlora.modules import ModuleDims
 
 if TYPE_CHECKING:
@@ -26,7 +32,19 @@ if TYPE_CHECKING:
 
     from tritonlora.peft import Adapter, AdapterModule
 
-__all__ = ["Layout", "Row", "lora_config", "pack", "plan_layout", "unpack"]
+__all__ = [
+    "Layout",
+    "Row",
+    "convert_file",
+    "lora_config",
+    "npy_header",
+    "pack",
+    "plan_layout",
+    "unpack",
+    "unpack_magnitudes",
+]
+
+_NPY_DTYPES = {"float16": "<f2", "float32": "<f4", "int32": "<i4"}
 
 
 def lora_config(layout: Layout) -> torch.Tensor:
@@ -38,15 +56,68 @@ def lora_config(layout: Layout) -> torch.Tensor:
     return torch.tensor(rows, dtype=torch.int32).view(layout.config_shape)
 
 
-def pack(adapter: Adapter, layout: Layout, out: torch.Tensor, *, allow_nonfinite: bool = False) -> None:
-    """Fill `out` (shape `layout.weights_shape`, `layout.dtype`, all zero), which may be a mapped file.
+def pack(
+    adapter: Adapter, layout: Layout, out: torch.Tensor, *, base: Path | None = None, allow_nonfinite: bool = False
+) -> None:
+    """Fill `out` (shape `layout.weights_shape`, `layout.dtype`, contiguous, all zero), which may be a mapped file.
 
-    Padding is not touched. Raises InvalidAdapter naming each module with NaN or infinite weights (unless
-    `allow_nonfinite`) and UnsupportedAdapter naming each whose values overflow `layout.dtype`.
+    `base` is the base model's checkpoint, for DoRA. Raises InvalidAdapter naming each tensor with NaN or infinite
+    values (unless `allow_nonfinite`), and UnsupportedAdapter naming each that is too large for `layout.dtype`.
     """
     flat = out.view(-1)
-    for start, block in _blocks(adapter, layout, allow_nonfinite):
+
+    def put(start: int, block: torch.Tensor) -> None:
         flat[start : start + block.numel()].copy_(block.reshape(-1))
+
+    _convert(adapter, layout, base, allow_nonfinite, put)
+
+
+def convert_file(
+    adapter: Adapter,
+    layout: Layout,
+    path: Path,
+    *,
+    header: bytes = b"",
+    base: Path | None = None,
+    allow_nonfinite: bool = False,
+) -> None:
+    """Write `header` and then lora_weights, raw and little-endian, to the file `path`, which is created or emptied.
+
+    The file is written in place: give a temporary name, and rename it when this returns. Raises as `pack` does, and
+    OSError with the file's name (a full disk).
+    """
+    import torch
+
+    itemsize = ITEMSIZES[layout.dtype]
+    with path.open("wb", buffering=0) as file:
+
+        def put(start: int, block: torch.Tensor) -> None:
+            data = block.reshape(-1).view(torch.uint8).numpy().data
+            _write_at(file.fileno(), data, len(header) + start * itemsize)
+
+        try:
+            _write_at(file.fileno(), memoryview(header), 0)
+            os.ftruncate(file.fileno(), len(header) + layout.weights_nbytes)
+            _convert(adapter, layout, base, allow_nonfinite, put)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def npy_header(shape: Sequence[int], dtype: str) -> bytes:
+    """What stands before the raw bytes in a .npy file (version 1.0, C order) of `shape` and `dtype`.
+
+    Raises UnsupportedAdapter for bfloat16, which .npy cannot say.
+    """
+    if dtype not in _NPY_DTYPES:
+        raise UnsupportedAdapter(
+            f".npy has no {dtype}: TensorRT-LLM's loadNpy (lora_prefetch_dir) reads neither that nor the raw type that "
+            "numpy writes for it; convert to float16 for an engine of float16, or use the raw format"
+        )
+    sizes = ", ".join(str(size) for size in shape) + ("," if len(shape) == 1 else "")
+    text = f"{{'descr': '{_NPY_DTYPES[dtype]}', 'fortran_order': False, 'shape': ({sizes}), }}"
+    start = len(b"\x93NUMPY\x01\x00") + 2
+    padded = text + " " * (-(start + len(text) + 1) % 64) + "\n"
+    return b"\x93NUMPY\x01\x00" + len(padded).to_bytes(2, "little") + padded.encode("ascii")
 
 
 def unpack(
@@ -64,57 +135,109 @@ def unpack(
     return found
 
 
-def _blocks(adapter: Adapter, layout: Layout, allow_nonfinite: bool) -> Iterator[tuple[int, torch.Tensor]]:
-    """(first element in lora_weights, values in `layout.dtype`) of A and of B, for one row after the other.
+def unpack_magnitudes(
+    lora_weights: torch.Tensor, lora_config: torch.Tensor, modules: Mapping[int, ModuleDims]
+) -> dict[tuple[int, str], torch.Tensor]:
+    """(layer, module name) -> DoRA's normalised magnitude (out,), a view, for the rows that carry one."""
+    found = {}
+    if lora_config.shape[1] == 4:
+        for row, (module_id, layer, rank, dora) in zip(lora_weights, lora_config.tolist(), strict=True):
+            dims = modules[module_id]
+            start = rank * (dims.in_features + dims.out_features)
+            if dora:
+                found[layer, dims.module.name] = row[start : start + dims.out_features]
+    return found
 
-    Only one block is held at a time. The problems of all modules are raised at the end.
+
+def _convert(
+    adapter: Adapter,
+    layout: Layout,
+    base: Path | None,
+    allow_nonfinite: bool,
+    put: Callable[[int, torch.Tensor], None],
+) -> None:
+    """`put(first element in lora_weights, values in layout.dtype)` for each A, B and magnitude, from two threads.
+
+    Raises the problems of all modules together, at the end.
     """
     import torch
 
     dtype: torch.dtype = getattr(torch, layout.dtype)
+    weights: Mapping[str, torch.Tensor] = {}
+    if base is not None and layout.config_shape[1] == 4:
+        from tritonlora.dora import base_weights
+
+        weights = base_weights(adapter, base)
     nonfinite: list[str] = []
-    overflowing: list[str] = []
-    for index, source in enumerate(layout.sources):
-        module = adapter.modules[source.path]
-        start = index * layout.width
-        for what in ("lora_A", "lora_B"):
-            block = module.lora_A.to(dtype) if what == "lora_A" else _scaled_b(module, source.pieces).to(dtype)
-            if not allow_nonfinite and not _all_finite(block):
-                tensor = getattr(module, what)
-                (nonfinite if not _all_finite(tensor) else overflowing).append(f"{what} of {source.path!r}")
-            yield start, block
-            start += block.numel()
+    too_large: list[str] = []
+
+    def convert_rows(indices: Iterable[int]) -> None:
+        for index in indices:
+            source = layout.sources[index]
+            start = index * layout.width
+            for what, original, block in _row_blocks(adapter.modules[source.path], source.pieces, dtype, weights):
+                if not allow_nonfinite and not _all_finite(block):
+                    (too_large if _all_finite(original) else nonfinite).append(f"{what} of {source.path!r}")
+                put(start, block)
+                start += block.numel()
+
+    # Two threads: one writes while the other computes. Waking torch's own threads for each small block would cost more
+    # than they save, and very much more on a busy machine; the workers take over this thread's setting.
+    count, threads = len(layout.sources), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            for _ in pool.map(convert_rows, (range(0, count, 2), range(1, count, 2))):
+                pass
+    finally:
+        torch.set_num_threads(threads)
     if nonfinite:
-        raise InvalidAdapter(
-            one_message("NaN or infinite values (--allow-nonfinite converts them all the same)", nonfinite)
+        raise InvalidAdapter(one_message("NaN or infinite values (--allow-nonfinite converts them)", sorted(nonfinite)))
+    if too_large:
+        raise UnsupportedAdapter(
+            one_message(f"values too large for {layout.dtype}; convert to bfloat16", sorted(too_large))
         )
-    if overflowing:
-        raise UnsupportedAdapter(one_message(f"values too large for {layout.dtype}; convert to bfloat16", overflowing))
 
 
-def _scaled_b(module: AdapterModule, pieces: tuple[Piece, ...]) -> torch.Tensor:
-    return _take(module.lora_B.float() * module.scaling, pieces)
+def _row_blocks(
+    module: AdapterModule, pieces: tuple[Piece, ...], dtype: torch.dtype, base_weights: Mapping[str, torch.Tensor]
+) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """(name, the adapter's tensor, the row's values made from it)."""
+    yield "lora_A", module.lora_A, module.lora_A.to(dtype)
+    lora_b = _take(module.lora_B, pieces)
+    if lora_b.dtype is dtype:
+        # A tensor times a number is computed in float32 and rounded once, whatever the tensor's dtype.
+        yield "lora_B", module.lora_B, lora_b * module.scaling
+    else:
+        yield "lora_B", module.lora_B, (lora_b.float() * module.scaling).to(dtype)
+    if module.magnitude is not None:
+        from tritonlora.dora import normalised_magnitude
+
+        if module.path not in base_weights:
+            raise UnsupportedAdapter("DoRA needs the base model's weights; give them with --base CHECKPOINT")
+        magnitude = normalised_magnitude(module, base_weights[module.path])
+        yield "lora_magnitude_vector", module.magnitude, _take(magnitude, pieces).to(dtype)
 
 
 def _take(tensor: torch.Tensor, pieces: tuple[Piece, ...]) -> torch.Tensor:
-    """The outputs that `pieces` name, of a tensor that has them in its first dim."""
+    """The outputs that `pieces` name, of a tensor that has the outputs in its first dim."""
     import torch
 
     if not pieces:
         return tensor
     rest = tensor.shape[1:]
-    return torch.cat(
-        [
-            tensor.reshape(piece.groups, -1, *rest)[piece.first : piece.last, piece.start : piece.stop].reshape(
-                -1, *rest
-            )
-            for piece in pieces
-        ]
-    )
+    chosen = [
+        tensor.reshape(p.groups, -1, *rest)[p.first : p.last, p.start : p.stop].reshape(-1, *rest) for p in pieces
+    ]
+    return chosen[0] if len(chosen) == 1 else torch.cat(chosen)
 
 
 def _all_finite(tensor: torch.Tensor) -> bool:
-    import torch
+    # NaN and infinities survive a sum, which is far cheaper than looking at each value; a sum may overflow by itself.
+    return math.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())
 
-    # NaN and infinities survive a sum, which is much faster than looking at each; a sum may overflow by itself.
-    return math.isfinite(tensor.sum(dtype=torch.float32).item()) or bool(tensor.isfinite().all())
+
+def _write_at(descriptor: int, data: memoryview, offset: int) -> None:
+    while data:
+        written = os.pwrite(descriptor, data, offset)
+        data, offset = data[written:], offset + written

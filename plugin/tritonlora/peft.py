@@ -8,7 +8,6 @@ Shapes are never turned round: PEFT stores A as (r, in) and B as (out, r), for C
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,12 +15,11 @@ from pathlib import Path
 
 import torch
 
+from tritonlora.checkpoint import file_inside, load_checkpoint, read_json_bytes
 from tritonlora.errors import AdapterError, InvalidAdapter, UnsupportedAdapter, one_message
 from tritonlora.families import Leaf, locate, why_not
 from tritonlora.peft_config import AdapterConfig, parse_config
-from tritonlora.safetensors_file import load_tensors
 
-_MAX_CONFIG_BYTES = 16 << 20
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -59,8 +57,9 @@ def load_adapter(path: Path) -> Adapter:
     lists all that is wrong.
     """
     directory = _adapter_directory(path)
-    config = parse_config(_read_config(_file_inside(directory, "adapter_config.json")))
-    return adapter_from_tensors(directory, config, _load_weights(directory))
+    config = parse_config(read_json_bytes(file_inside(directory, "adapter_config.json")))
+    tensors = load_checkpoint(directory, "adapter_model.safetensors", "adapter_model.bin")
+    return adapter_from_tensors(directory, config, tensors)
 
 
 def adapter_from_tensors(directory: Path, config: AdapterConfig, tensors: Mapping[str, torch.Tensor]) -> Adapter:
@@ -177,84 +176,3 @@ def _adapter_directory(path: Path) -> Path:
         return inner[0]
     hint = f"; it holds several adapters, give one: {', '.join(map(str, inner))}" if inner else ""
     raise InvalidAdapter(f"there is no adapter_config.json in {str(path)!r}{hint}")
-
-
-def _file_inside(directory: Path, name: str) -> Path:
-    """The file `name` of `directory`, which must not lead anywhere else."""
-    path = directory / name
-    if Path(name).name != name or name in ("", ".", ".."):
-        raise InvalidAdapter(f"{name!r} is not the name of a file in {str(directory)!r}")
-    if not path.is_file():
-        raise InvalidAdapter(f"{str(path)!r} is not a file")
-    target, home = path.resolve(), directory.resolve()
-    # The download cache of Hugging Face keeps files in `blobs`, and links in `snapshots/<revision>`.
-    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
-    if target.parent not in (home, blobs):
-        raise InvalidAdapter(f"{str(path)!r} is a link out of its directory, to {str(target)!r}; copy the file")
-    return path
-
-
-def _read_config(path: Path) -> bytes:
-    try:
-        if path.stat().st_size > _MAX_CONFIG_BYTES:
-            raise InvalidAdapter(f"{str(path)!r} has {path.stat().st_size} bytes, expected at most {_MAX_CONFIG_BYTES}")
-        return path.read_bytes()
-    except OSError as error:
-        raise InvalidAdapter(f"cannot read {str(path)!r}: {error.strerror}") from error
-
-
-def _load_weights(directory: Path) -> dict[str, torch.Tensor]:
-    # PEFT's order: safetensors first.
-    for name, load in (("adapter_model.safetensors", load_tensors), ("adapter_model.bin", _load_pickle)):
-        if (directory / name).is_file():
-            return load(_file_inside(directory, name))
-        if (directory / f"{name}.index.json").is_file():
-            tensors: dict[str, torch.Tensor] = {}
-            for shard in _shards(_file_inside(directory, f"{name}.index.json")):
-                loaded = load(_file_inside(directory, shard))
-                repeated = sorted(tensors.keys() & loaded.keys())
-                if repeated:
-                    raise InvalidAdapter(one_message(f"{shard!r} repeats tensors of another shard", repeated))
-                tensors.update(loaded)
-            return tensors
-    raise InvalidAdapter(f"there is neither adapter_model.safetensors nor adapter_model.bin in {str(directory)!r}")
-
-
-def _shards(index: Path) -> list[str]:
-    try:
-        weight_map = json.loads(_read_config(index))["weight_map"]
-        shards = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InvalidAdapter(f"{str(index)!r} is not the index of a sharded checkpoint: {error!r}") from error
-    if not shards or not all(isinstance(shard, str) for shard in shards):
-        raise InvalidAdapter(f"{str(index)!r} names no shards")
-    return shards
-
-
-def _load_pickle(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        # The format before torch 1.6 is not a zip archive, and cannot be mapped.
-        with path.open("rb") as file:
-            is_zip = file.read(2) == b"PK"
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except Exception as error:
-        # A hostile pickle can raise anything; none of its code has run.
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InvalidAdapter(f"{str(path)!r} is not a checkpoint of plain tensors: {reason}") from error
-    if not isinstance(loaded, dict):
-        raise InvalidAdapter(f"{str(path)!r} holds a {type(loaded).__name__}, expected a state dict")
-    problems = [f"{key!r}: {reason}" for key, value in loaded.items() if (reason := _not_a_plain_tensor(key, value))]
-    if problems:
-        raise InvalidAdapter(one_message(f"{str(path)!r} is malformed", problems))
-    return loaded
-
-
-def _not_a_plain_tensor(key: object, value: object) -> str:
-    if not isinstance(key, str) or not isinstance(value, torch.Tensor):
-        return f"expected a tensor under a name, got {type(value).__name__}"
-    if value.layout is not torch.strided or value.device.type != "cpu" or value.is_quantized:
-        return f"expected a plain tensor, got {value.layout} on {value.device}"
-    # Strides of 0 make a small file claim any shape.
-    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-        return f"{_shape(value)} has more elements than the file holds"
-    return ""

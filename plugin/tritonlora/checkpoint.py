@@ -1,0 +1,101 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints on disk, whole or in shards: safetensors, or pickles of plain tensors.
+
+Tensors are views of mapped files wherever the format allows it. No link leads out of the directory, and no code of a
+pickle runs.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from tritonlora.errors import InvalidAdapter, one_message
+from tritonlora.safetensors_file import load_tensors
+
+MAX_JSON_BYTES = 16 << 20
+
+
+def load_checkpoint(directory: Path, safetensors_name: str, pickle_name: str) -> dict[str, torch.Tensor]:
+    """All tensors of the checkpoint in `directory`, safetensors before pickles. Raises InvalidAdapter."""
+    for name, load in ((safetensors_name, load_tensors), (pickle_name, load_pickle)):
+        if (directory / name).is_file():
+            return load(file_inside(directory, name))
+        if (directory / f"{name}.index.json").is_file():
+            tensors: dict[str, torch.Tensor] = {}
+            for shard in _shards(file_inside(directory, f"{name}.index.json")):
+                loaded = load(file_inside(directory, shard))
+                repeated = sorted(tensors.keys() & loaded.keys())
+                if repeated:
+                    raise InvalidAdapter(one_message(f"{shard!r} repeats tensors of another shard", repeated))
+                tensors.update(loaded)
+            return tensors
+    raise InvalidAdapter(f"there is neither {safetensors_name} nor {pickle_name} in {str(directory)!r}")
+
+
+def load_pickle(path: Path) -> dict[str, torch.Tensor]:
+    """The state dict in `path`, read with `weights_only`. Raises InvalidAdapter."""
+    try:
+        with path.open("rb") as file:
+            is_zip = file.read(2) == b"PK"  # the format before torch 1.6 is not, and cannot be mapped
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except Exception as error:
+        # A hostile pickle can raise anything; none of its code has run.
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InvalidAdapter(f"{str(path)!r} is not a checkpoint of plain tensors: {reason}") from error
+    if not isinstance(loaded, dict):
+        raise InvalidAdapter(f"{str(path)!r} holds a {type(loaded).__name__}, expected a state dict")
+    problems = [f"{key!r}: {reason}" for key, value in loaded.items() if (reason := _not_a_plain_tensor(key, value))]
+    if problems:
+        raise InvalidAdapter(one_message(f"{str(path)!r} is malformed", problems))
+    return loaded
+
+
+def file_inside(directory: Path, name: str) -> Path:
+    """The file `name` of `directory`. Raises InvalidAdapter where it is missing or leads anywhere else."""
+    path = directory / name
+    if Path(name).name != name or name in ("", ".", ".."):
+        raise InvalidAdapter(f"{name!r} is not the name of a file in {str(directory)!r}")
+    if not path.is_file():
+        raise InvalidAdapter(f"{str(path)!r} is not a file")
+    target, home = path.resolve(), directory.resolve()
+    # The download cache of Hugging Face keeps files in `blobs`, and links in `snapshots/<revision>`.
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    if target.parent not in (home, blobs):
+        raise InvalidAdapter(f"{str(path)!r} is a link out of its directory, to {str(target)!r}; copy the file")
+    return path
+
+
+def read_json_bytes(path: Path) -> bytes:
+    """The bytes of a JSON file, which must not be larger than any honest one. Raises InvalidAdapter."""
+    try:
+        nbytes = path.stat().st_size
+        if nbytes > MAX_JSON_BYTES:
+            raise InvalidAdapter(f"{str(path)!r} has {nbytes} bytes, expected at most {MAX_JSON_BYTES}")
+        return path.read_bytes()
+    except OSError as error:
+        raise InvalidAdapter(f"cannot read {str(path)!r}: {error.strerror}") from error
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        shards = sorted(set(json.loads(read_json_bytes(index))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InvalidAdapter(f"{str(index)!r} is not the index of a sharded checkpoint: {error!r}") from error
+    if not shards or not all(isinstance(shard, str) for shard in shards):
+        raise InvalidAdapter(f"{str(index)!r} names no shards")
+    return shards
+
+
+def _not_a_plain_tensor(key: object, value: object) -> str:
+    if not isinstance(key, str) or not isinstance(value, torch.Tensor):
+        return f"expected a tensor under a name, got {type(value).__name__}"
+    if value.layout is not torch.strided or value.device.type != "cpu" or value.is_quantized:
+        return f"expected a plain tensor, got {value.layout} on {value.device}"
+    # Strides of 0 make a small file claim any shape.
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        return f"{tuple(value.shape)} has more elements than the file holds"
+    return ""

@@ -1,0 +1,81 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""DoRA's magnitudes as the engine takes them: divided by the row norms of the adapted weight.
+
+The engine multiplies `W0 x + scaling B A x` by them (`norm_dora_magnitude` in TensorRT-LLM
+tensorrt_llm/lora_manager.py), so they can be made only with the base model's weights at hand. These are read lazily,
+some rows at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from tritonlora.checkpoint import load_checkpoint
+from tritonlora.errors import InvalidAdapter, UnsupportedAdapter, one_message
+from tritonlora.peft import Adapter, AdapterModule
+
+_ROWS_AT_A_TIME = 1024
+
+
+def base_weights(adapter: Adapter, base: Path) -> dict[str, torch.Tensor]:
+    """Path of each DoRA module -> the base model's weight W0, (out, in), a view of the checkpoint in `base`.
+
+    Raises UnsupportedAdapter naming each weight that is not there, or not as the adapter needs it.
+    """
+    try:
+        tensors = load_checkpoint(base, "model.safetensors", "pytorch_model.bin")
+    except InvalidAdapter as error:
+        raise UnsupportedAdapter(f"cannot read the base model's weights, which DoRA needs: {error}") from error
+    found, problems = {}, []
+    for path, module in adapter.modules.items():
+        if module.magnitude is None:
+            continue
+        names = _candidates(tensors, path)
+        if len(names) != 1:
+            problems.append(
+                f"{path!r}: {'several weights fit: ' + ', '.join(names) if names else 'no weight is there'}"
+            )
+            continue
+        weight = tensors[names[0]]
+        # Conv1D layers keep (in, out).
+        weight = weight.T if adapter.config.fan_in_fan_out and weight.dim() == 2 else weight
+        expected = (module.lora_B.shape[0], module.lora_A.shape[1])
+        if tuple(weight.shape) != expected or not weight.is_floating_point():
+            problems.append(
+                f"{path!r}: {names[0]!r} is {weight.dtype} {tuple(weight.shape)}, expected floats {expected}"
+            )
+        found[path] = weight
+    if problems:
+        raise UnsupportedAdapter(
+            one_message(f"{str(base)!r} is not the unquantised base model of this DoRA adapter", problems)
+        )
+    return found
+
+
+def normalised_magnitude(module: AdapterModule, weight: torch.Tensor) -> torch.Tensor:
+    """magnitude / norm of each row of (W0 + scaling * B @ A), float32, (out,). `weight` is W0, (out, in)."""
+    if module.magnitude is None:
+        raise ValueError(f"{module.path!r} has no magnitude")
+    lora_a = module.lora_A.float()
+    norms = [
+        torch.linalg.vector_norm(rows.float() + module.scaling * (lora_b.float() @ lora_a), dim=1)
+        for rows, lora_b in zip(
+            torch.split(weight, _ROWS_AT_A_TIME), torch.split(module.lora_B, _ROWS_AT_A_TIME), strict=True
+        )
+    ]
+    return module.magnitude.reshape(-1).float() / torch.cat(norms)
+
+
+def _candidates(tensors: Mapping[str, torch.Tensor], path: str) -> list[str]:
+    """The checkpoint's names for the weight of `path`; the part before the layers may differ."""
+    exact = f"{path}.weight"
+    if exact in tensors:
+        return [exact]
+    parts = path.split(".")
+    number = next(position for position, part in enumerate(parts) if part.isdecimal())
+    tail = ".".join(parts[number - 1 :]) + ".weight"
+    return [name for name in tensors if name == tail or name.endswith(f".{tail}")]
