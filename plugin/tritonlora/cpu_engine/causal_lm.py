@@ -23,10 +23,19 @@ from tritonlora.cpu_engine.sampling import choose_token
 from tritonlora.engine import EngineProfile
 from tritonlora.errors import EngineMismatch, one_message
 from tritonlora.families import locate
-from tritonlora.pack import unpack
+from tritonlora.pack import unpack, unpack_magnitudes
 
-# (layer, module) -> A (r, in), B with the scaling in it (out, r)
-Adapter = Mapping[tuple[int, str], tuple[torch.Tensor, torch.Tensor]]
+
+@dataclass(frozen=True, slots=True)
+class LoraLayer:
+    """What an adapter does to one linear layer."""
+
+    a: torch.Tensor  # (r, in)
+    b: torch.Tensor  # (out, r), with the scaling in it
+    magnitude: torch.Tensor | None  # (out,), DoRA's, divided by the norm of the whole weight
+
+
+Adapter = Mapping[tuple[int, str], LoraLayer]
 
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -61,14 +70,19 @@ class CausalLM:
         self._options = {"use_cache": True, **({"logits_to_keep": 1} if "logits_to_keep" in takes else {})}
 
     def load_adapter(self, lora: LoraInputs) -> Adapter:
-        """A and B of each row, in the dtype of the computation; copies, for the request's memory is not ours."""
+        """The layers of each row, in the dtype of the computation; copies, for the request's memory is not ours."""
         if lora.weights is None or lora.config is None:
             return {}
-        rows = unpack(lora.weights[0], lora.config[0], self._modules)
+        magnitudes = unpack_magnitudes(lora.weights[0], lora.config[0], self._modules)
         return {
-            key: (lora_A.to(self._dtype, copy=True), lora_B.to(self._dtype, copy=True))
-            for key, (lora_A, lora_B) in rows.items()
+            key: LoraLayer(
+                self._own(lora_A), self._own(lora_B), self._own(magnitudes[key]) if key in magnitudes else None
+            )
+            for key, (lora_A, lora_B) in unpack(lora.weights[0], lora.config[0], self._modules).items()
         }
+
+    def _own(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self._dtype, copy=True)
 
     def begin(self, request: GenerationRequest, adapter: Adapter | None) -> Generation:
         """Nothing is computed before the first token."""
@@ -108,8 +122,15 @@ class CausalLM:
             raise EngineMismatch(one_message(heading, sorted(problems)))
 
     def _hook(self, layer: int, name: str) -> Callable[[torch.nn.Module, tuple[torch.Tensor], torch.Tensor], Any]:
-        def add_lora(_: torch.nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor | None:
+        def add_lora(module: torch.nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor | None:
             lora = self._adapter.get((layer, name))
-            return None if lora is None else output + (inputs[0] @ lora[0].T) @ lora[1].T
+            if lora is None:
+                return None
+            delta = (inputs[0] @ lora.a.T) @ lora.b.T
+            if lora.magnitude is None:
+                return output + delta
+            bias = getattr(module, "bias", None)
+            bias = 0 if bias is None else bias
+            return lora.magnitude * (output - bias + delta) + bias
 
         return add_lora
