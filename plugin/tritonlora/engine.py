@@ -83,8 +83,11 @@ _SPELLINGS: Mapping[str, tuple[str, ...]] = {
     "head_size": ("head_dim", "d_kv", "head_size"),
     "mlp": ("intermediate_size", "ffn_dim", "ffn_hidden_size", "d_ff", "n_inner"),
 }
-# Missing means four times the hidden size in these; nowhere else is a missing size made up.
-_FOUR_TIMES_HIDDEN = frozenset({"GPT2LMHeadModel", "GPTJForCausalLM", "BloomForCausalLM", "FalconForCausalLM"})
+# Four times the hidden size where config.json does not say; nowhere else is a missing size made up. (MPT's
+# expansion_ratio is not read by transformers.)
+_FOUR_TIMES_HIDDEN = frozenset(
+    {"GPT2LMHeadModel", "GPTJForCausalLM", "BloomForCausalLM", "FalconForCausalLM", "MptForCausalLM"}
+)
 
 
 def load_profile(path: Path) -> EngineProfile:
@@ -283,11 +286,6 @@ def _hf_sizes(config: Mapping[str, Any], architecture: Architecture, problems: l
     layers = _size(known, names["layers"], problems)
     if len(problems) > before:
         return None
-    mlp = None
-    if architecture.name in _FOUR_TIMES_HIDDEN:
-        mlp = 4 * hidden
-    elif "expansion_ratio" in known:
-        mlp = hidden * _size(known, ("expansion_ratio",), problems)
     kv_heads = heads
     if architecture.name == "FalconForCausalLM" and not known.get("new_decoder_architecture"):
         # The first Falcons ignore num_kv_heads: one key-value head, or one for each head.
@@ -300,7 +298,9 @@ def _hf_sizes(config: Mapping[str, Any], architecture: Architecture, problems: l
         heads=heads,
         kv_heads=kv_heads,
         head_size=_size(known, names["head_size"], problems, missing=hidden // heads),
-        mlp=_size(known, names["mlp"], problems, missing=mlp),
+        mlp=_size(
+            known, names["mlp"], problems, missing=4 * hidden if architecture.name in _FOUR_TIMES_HIDDEN else None
+        ),
     )
 
 

@@ -110,6 +110,7 @@ FALCON = Family(
     "Falcon and Bloom",
     _TRANSFORMER_H,
     {"self_attention.query_key_value": _QKV_BY_HEAD_GROUP, "self_attention.dense": Leaf(("attn_dense",))} | _DENSE_MLP,
+    {"mlp": ("ffn_hidden_size",)},
 )
 GPT2 = Family("GPT-2", _TRANSFORMER_H, {"attn.c_attn": _QKV_IN_TURN, "attn.c_proj": Leaf(("attn_dense",))} | _C_MLP)
 GPTJ = Family(
@@ -168,7 +169,7 @@ _TABLE = (
     Architecture("BloomForCausalLM", FALCON),
     Architecture("GPT2LMHeadModel", GPT2),
     Architecture("GPTJForCausalLM", GPTJ),
-    Architecture("MptForCausalLM", MPT, {"expansion_ratio": 4}),
+    Architecture("MptForCausalLM", MPT),
     Architecture("OPTForCausalLM", OPT),
     Architecture("MixtralForCausalLM", MIXTURE, {"num_key_value_heads": 8}),
     Architecture("Qwen2MoeForCausalLM", MIXTURE, {"num_key_value_heads": 16}),

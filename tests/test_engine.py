@@ -1,0 +1,195 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""Engine profiles from config.json files."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+from tritonlora.engine import load_profile, profile_from_engine, profile_from_hf
+from tritonlora.errors import EngineMismatch
+from tritonlora.families import ARCHITECTURES
+from tritonlora.modules import BY_NAME, ModuleDims
+
+LLAMA_8B: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "torch_dtype": "bfloat16",
+}
+# As trtllm-build writes it, with the fields that LoRA has nothing to do with left out.
+ENGINE: dict[str, Any] = {
+    "version": "0.18.0",
+    "pretrained_config": {
+        "architecture": "LlamaForCausalLM",
+        "dtype": "bfloat16",
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_key_value_heads": 8,
+        "head_size": 128,
+        "mapping": {"world_size": 2, "gpus_per_node": 8, "cp_size": 1, "tp_size": 2, "pp_size": 1},
+        "quantization": {"quant_algo": None},
+    },
+    "build_config": {
+        "max_beam_width": 3,
+        "lora_config": {
+            "lora_dir": [],
+            "lora_ckpt_source": "hf",
+            "max_lora_rank": 32,
+            "lora_target_modules": ["attn_q", "attn_v", "attn_dense"],
+            "trtllm_modules_to_hf_modules": {},
+        },
+        "plugin_config": {"dtype": "bfloat16", "lora_plugin": "bfloat16"},
+    },
+}
+
+
+def with_changes(config: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    changed: dict[str, Any] = json.loads(json.dumps(config))
+    *parents, last = path.split(".")
+    section = changed
+    for parent in parents:
+        section = section[parent]
+    section[last] = value
+    return changed
+
+
+def test_a_llama_has_lora_for_its_seven_linear_layers() -> None:
+    """q, k, v, o, gate, up and down, with the dims of grouped-query attention."""
+    profile = profile_from_hf(LLAMA_8B, "llama")
+
+    assert {
+        "attn_q": (4096, 4096),
+        "attn_k": (4096, 1024),
+        "attn_v": (4096, 1024),
+        "attn_dense": (4096, 4096),
+        "mlp_h_to_4h": (4096, 14336),
+        "mlp_4h_to_h": (14336, 4096),
+        "mlp_gate": (4096, 14336),
+    } == {name: (dims.in_features, dims.out_features) for name, dims in profile.modules.items()}
+    assert ("bfloat16", 32, 64, 1) == (profile.dtype, profile.num_layers, profile.max_lora_rank, profile.tp_size)
+
+
+def test_target_modules_and_dtype_can_be_given() -> None:
+    """What the caller says goes before what the model says."""
+    profile = profile_from_hf(LLAMA_8B, "llama", max_lora_rank=8, target_modules=["attn_v", "attn_q"], dtype="float16")
+
+    assert (["attn_q", "attn_v"], 8, "float16") == (list(profile.modules), profile.max_lora_rank, profile.dtype)
+
+
+def test_nested_text_config_is_read() -> None:
+    """Gemma 3 holds the text model's sizes in text_config, and leaves out those that are the class's defaults."""
+    config = {
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "torch_dtype": "bfloat16",
+        "text_config": {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34},
+        "vision_config": {"hidden_size": 1152},
+    }
+    profile = profile_from_hf(config, "gemma3")
+
+    assert (34, ModuleDims(BY_NAME["attn_k"], 2560, 1024)) == (profile.num_layers, profile.modules["attn_k"])
+
+
+@pytest.mark.parametrize("name", [name for name, line in ARCHITECTURES.items() if line.defaults])
+def test_defaults_of_missing_keys_are_those_of_transformers(name: str) -> None:
+    """The table's defaults are what the configuration class itself fills in."""
+    config = getattr(transformers, name).config_class().get_text_config().to_dict()
+
+    assert {key: config[key] for key in ARCHITECTURES[name].defaults} == dict(ARCHITECTURES[name].defaults)
+
+
+def test_every_missing_size_is_named_at_once() -> None:
+    """Nothing is made up for a config.json that lacks sizes, and one error says which."""
+    with pytest.raises(EngineMismatch, match=r"(?s)'hidden_size'.*'num_attention_heads'.*dtype is None"):
+        profile_from_hf({"architectures": ["LlamaForCausalLM"], "num_hidden_layers": 2}, "x")
+
+
+def test_unknown_architecture_is_refused() -> None:
+    """An architecture that is not in the table is named."""
+    with pytest.raises(EngineMismatch, match="unknown architecture 'NewForCausalLM'"):
+        profile_from_hf({**LLAMA_8B, "architectures": ["NewForCausalLM"]}, "x")
+
+
+def test_engine_profile_is_read_from_a_build() -> None:
+    """Parallelism, rank, beam width and target modules come from the engine; attn_q and attn_v bring attn_k in."""
+    profile = profile_from_engine(ENGINE, "engine")
+
+    assert ["attn_q", "attn_k", "attn_v", "attn_dense"] == list(profile.modules)
+    assert ModuleDims(BY_NAME["attn_k"], 4096, 1024) == profile.modules["attn_k"]
+    assert (32, 2, 1, 3) == (profile.max_lora_rank, profile.tp_size, profile.pp_size, profile.max_beam_width)
+
+
+@pytest.mark.parametrize("plugin", [None, False, ""])
+def test_engine_without_the_lora_plugin_has_no_modules(plugin: object) -> None:
+    """An engine that was not built for LoRA is a profile with nothing in it, not an error."""
+    assert (
+        {} == profile_from_engine(with_changes(ENGINE, "build_config.plugin_config.lora_plugin", plugin), "e").modules
+    )
+
+
+def test_attention_output_of_an_engine_is_hidden_by_hidden() -> None:
+    """createLoraModules takes attn_dense to be hidden x hidden, whatever the heads are."""
+    wide = with_changes(ENGINE, "pretrained_config.head_size", 256)
+    profile = profile_from_engine(wide, "e")
+
+    assert (4096, 8192) == (profile.modules["attn_dense"].in_features, profile.modules["attn_q"].out_features)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("pretrained_config.dtype", "float8", r"pretrained_config.dtype is 'float8'"),
+        ("pretrained_config.hidden_size", "4096", r"'hidden_size' is '4096', expected a positive integer"),
+        ("pretrained_config.mapping", [], r"pretrained_config.mapping is \[\], expected an object"),
+        ("build_config.lora_config.lora_target_modules", ["attn_z"], r"unknown LoRA module 'attn_z'"),
+        ("build_config.lora_config.lora_target_modules", [], r"has the LoRA plugin but .*--lora_target_modules"),
+        ("build_config", None, r"unknown layout \(version '0.18.0'\)"),
+    ],
+)
+def test_broken_engine_config_is_refused(path: str, value: object, message: str) -> None:
+    """Each field that is read is checked, and named."""
+    with pytest.raises(EngineMismatch, match=message):
+        profile_from_engine(with_changes(ENGINE, path, value), "e")
+
+
+def test_load_profile_tells_an_engine_from_a_model(tmp_path: Path) -> None:
+    """A directory or a config.json, of either kind; an encoder-decoder engine stands for its decoder."""
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "engine" / "decoder").mkdir(parents=True)
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(LLAMA_8B))
+    (tmp_path / "engine" / "decoder" / "config.json").write_text(json.dumps(ENGINE))
+
+    assert 64 == load_profile(tmp_path / "hf" / "config.json").max_lora_rank
+    assert 32 == load_profile(tmp_path / "engine").max_lora_rank
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "is not JSON"), ("[]", "is not a JSON object"), ("[" * 100_000, "is not JSON"), (None, "no config.json")],
+)
+def test_unreadable_config_is_refused(text: str | None, message: str, tmp_path: Path) -> None:
+    """Whatever stands there, the error is a named one."""
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+
+    with pytest.raises(EngineMismatch, match=message):
+        load_profile(tmp_path)
+
+
+def test_reading_a_profile_does_not_import_torch() -> None:
+    """The command line reads profiles in commands that must answer at once."""
+    code = "import sys, tritonlora.engine, tritonlora.layout, tritonlora.pack; sys.exit('torch' in sys.modules)"
+
+    assert 0 == subprocess.run([sys.executable, "-c", code], check=False).returncode

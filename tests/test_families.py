@@ -1,0 +1,64 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""The table of architectures."""
+
+from __future__ import annotations
+
+import pytest
+
+from tritonlora.families import ARCHITECTURES, Leaf, locate, why_not
+from tritonlora.modules import BY_NAME
+
+
+def test_no_two_architectures_disagree_about_a_name() -> None:
+    """A layer's path alone says which modules it is, so an adapter can be read without its base model."""
+    seen: dict[tuple[str, str], Leaf] = {}
+    for architecture in ARCHITECTURES.values():
+        for stem in architecture.family.stems:
+            for tail, leaf in architecture.family.leaves.items():
+                assert leaf == seen.setdefault((stem, tail), leaf)
+
+
+def test_every_module_in_the_table_is_one_of_the_engine() -> None:
+    """Names of modules are spelt as in the engine's table."""
+    for architecture in ARCHITECTURES.values():
+        for leaf in architecture.family.leaves.values():
+            assert {*leaf.modules, *leaf.fused_order, *([leaf.fused] if leaf.fused else [])} <= BY_NAME.keys()
+
+
+@pytest.mark.parametrize(
+    ("path", "layer", "modules"),
+    [
+        ("model.layers.11.mlp.gate_proj", 11, ("mlp_h_to_4h",)),
+        ("model.layers.0.mlp.up_proj", 0, ("mlp_gate",)),
+        ("model.language_model.layers.3.self_attn.q_proj", 3, ("attn_q",)),
+        ("decoder.block.2.layer.1.EncDecAttention.k", 2, ("cross_attn_k",)),
+        ("transformer.h.5.attn.c_attn", 5, ("attn_q", "attn_k", "attn_v")),
+    ],
+)
+def test_paths_are_located(path: str, layer: int, modules: tuple[str, ...]) -> None:
+    """The first number in a path is the layer."""
+    place = locate(path)
+
+    assert place is not None
+    assert (layer, modules) == (place[0], place[1].modules)
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("lm_head", "output embedding"),
+        ("model.embed_tokens", "embeddings"),
+        ("model.layers.0.block_sparse_moe.experts.1.w1", "expert"),
+        ("model.vision_tower.vision_model.encoder.layers.0.self_attn.q_proj", "not a part of the text model"),
+        ("model.encoder.layers.0.self_attn.q_proj", "encoder"),
+        ("model.layers.007.self_attn.q_proj", "not a linear layer"),
+        ("model.layers.99999999999999999999.self_attn.q_proj", "not a linear layer"),
+        ("model.layers.-1.self_attn.q_proj", "not a linear layer"),
+        ("model.layers.0.self_attn.q_proj.base_layer", "not a linear layer"),
+    ],
+)
+def test_other_paths_are_refused_with_a_reason(path: str, reason: str) -> None:
+    """What has no LoRA in the engine is not mistaken for something that has."""
+    assert locate(path) is None
+    assert reason in why_not(path)

@@ -1,0 +1,370 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""Every supported architecture, as a small random model with a PEFT adapter: our rows against PEFT's own weights.
+
+The oracle is `get_delta_weight` of each PEFT layer; fused layers are taken apart here by the words of the model's own
+code in transformers, not by the package's tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+
+from adapters import LINEAR, LLAMA_CONFIG, save_adapter
+from tritonlora.engine import EngineProfile, load_profile
+from tritonlora.errors import UnsupportedAdapter
+from tritonlora.modules import BY_NAME, ModuleDims
+from tritonlora.pack import lora_config, pack, plan_layout, unpack
+from tritonlora.peft import load_adapter
+
+Split = Callable[[torch.Tensor], dict[str, torch.Tensor]]  # the delta of one layer -> by module
+
+
+def one(module: str) -> Split:
+    return lambda delta: {module: delta}
+
+
+def in_turn(*sizes: int) -> Split:
+    return lambda delta: dict(zip(("attn_q", "attn_k", "attn_v"), torch.split(delta, list(sizes)), strict=True))
+
+
+def per_head(heads: int) -> Split:
+    """GPT-NeoX, Bloom and the first Falcons: `view(heads, 3, head_size)`."""
+
+    def split(delta: torch.Tensor) -> dict[str, torch.Tensor]:
+        parts = delta.view(heads, 3, -1, delta.shape[1])
+        return {name: parts[:, i].flatten(0, 1) for i, name in enumerate(("attn_q", "attn_k", "attn_v"))}
+
+    return split
+
+
+def per_group(groups: int, head_size: int) -> Split:
+    """Falcon's new decoder: `view(groups, heads / groups + 2, head_size)`, key and value last."""
+
+    def split(delta: torch.Tensor) -> dict[str, torch.Tensor]:
+        parts = delta.view(groups, -1, head_size, delta.shape[1])
+        q, k, v = parts[:, :-2], parts[:, -2], parts[:, -1]
+        return {"attn_q": q.flatten(0, 2), "attn_k": k.flatten(0, 1), "attn_v": v.flatten(0, 1)}
+
+    return split
+
+
+def gate_up(delta: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Phi-3: `gate, up_states = up_states.chunk(2)`."""
+    gate, up = delta.chunk(2)
+    return {"mlp_h_to_4h": gate, "mlp_gate": up}
+
+
+SEPARATE: Mapping[str, Split] = {
+    "q_proj": one("attn_q"),
+    "k_proj": one("attn_k"),
+    "v_proj": one("attn_v"),
+    "o_proj": one("attn_dense"),
+    "gate_proj": one("mlp_h_to_4h"),
+    "up_proj": one("mlp_gate"),
+    "down_proj": one("mlp_4h_to_h"),
+}
+ATTENTION = {name: SEPARATE[name] for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+DENSE_MLP = {"dense_h_to_4h": one("mlp_h_to_4h"), "dense_4h_to_h": one("mlp_4h_to_h")}
+CROSS_ATTENTION = {
+    "encoder_attn.q_proj": one("cross_attn_q"),
+    "encoder_attn.k_proj": one("cross_attn_k"),
+    "encoder_attn.v_proj": one("cross_attn_v"),
+    "encoder_attn.out_proj": one("cross_attn_dense"),
+    "self_attn.q_proj": one("attn_q"),
+    "self_attn.k_proj": one("attn_k"),
+    "self_attn.v_proj": one("attn_v"),
+    "self_attn.out_proj": one("attn_dense"),
+    "fc1": one("mlp_h_to_4h"),
+    "fc2": one("mlp_4h_to_h"),
+}
+BART_SIZES = {
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 40,
+    "decoder_ffn_dim": 48,
+    "vocab_size": 64,
+    "pad_token_id": 0,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One architecture: its classes, its sizes, and which of its layers are which modules."""
+
+    model: type
+    config: type
+    sizes: Mapping[str, Any]
+    layers: Mapping[str, Split]  # the end of a layer's path -> how its outputs divide
+    target_modules: str | None = None  # a regular expression, where the ends alone would hit other layers
+
+
+GQA = dict(LLAMA_CONFIG)
+FALCON = {"hidden_size": 32, "ffn_hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
+WIDE_HEADS = {**GQA, "head_dim": 16}  # heads * head_dim is not hidden_size
+CASES = {
+    "llama": Case(hf.LlamaForCausalLM, hf.LlamaConfig, GQA, SEPARATE),
+    "mistral": Case(hf.MistralForCausalLM, hf.MistralConfig, GQA, SEPARATE),
+    "qwen2": Case(hf.Qwen2ForCausalLM, hf.Qwen2Config, GQA, SEPARATE),
+    "qwen3": Case(hf.Qwen3ForCausalLM, hf.Qwen3Config, WIDE_HEADS, SEPARATE),
+    "gemma": Case(hf.GemmaForCausalLM, hf.GemmaConfig, WIDE_HEADS, SEPARATE),
+    "gemma2": Case(hf.Gemma2ForCausalLM, hf.Gemma2Config, WIDE_HEADS, SEPARATE),
+    "gemma3": Case(hf.Gemma3ForCausalLM, hf.Gemma3TextConfig, WIDE_HEADS, SEPARATE),
+    "granite": Case(hf.GraniteForCausalLM, hf.GraniteConfig, GQA, SEPARATE),
+    "olmo": Case(hf.OlmoForCausalLM, hf.OlmoConfig, GQA, SEPARATE),
+    "olmo2": Case(hf.Olmo2ForCausalLM, hf.Olmo2Config, GQA, SEPARATE),
+    "cohere": Case(hf.CohereForCausalLM, hf.CohereConfig, GQA, SEPARATE),
+    "cohere2": Case(hf.Cohere2ForCausalLM, hf.Cohere2Config, GQA, SEPARATE),
+    "phi3": Case(
+        hf.Phi3ForCausalLM,
+        hf.Phi3Config,
+        {**GQA, "pad_token_id": 0},
+        {
+            "qkv_proj": in_turn(32, 16, 16),
+            "o_proj": one("attn_dense"),
+            "gate_up_proj": gate_up,
+            "down_proj": one("mlp_4h_to_h"),
+        },
+    ),
+    "phi": Case(
+        hf.PhiForCausalLM,
+        hf.PhiConfig,
+        GQA,
+        {**{k: ATTENTION[k] for k in ("q_proj", "k_proj", "v_proj")}, "dense": one("attn_dense")}
+        | {"fc1": one("mlp_h_to_4h"), "fc2": one("mlp_4h_to_h")},
+    ),
+    "starcoder2": Case(
+        hf.Starcoder2ForCausalLM,
+        hf.Starcoder2Config,
+        {**GQA, "bos_token_id": 0, "eos_token_id": 0},
+        ATTENTION | {"c_fc": one("mlp_h_to_4h"), "c_proj": one("mlp_4h_to_h")},
+    ),
+    "gpt_neox": Case(
+        hf.GPTNeoXForCausalLM,
+        hf.GPTNeoXConfig,
+        {k: v for k, v in GQA.items() if k != "num_key_value_heads"},
+        {"query_key_value": per_head(4), "attention.dense": one("attn_dense"), **DENSE_MLP},
+    ),
+    "falcon_7b": Case(
+        hf.FalconForCausalLM,
+        hf.FalconConfig,
+        {**FALCON, "multi_query": True, "new_decoder_architecture": False},
+        {"query_key_value": in_turn(32, 8, 8), "self_attention.dense": one("attn_dense"), **DENSE_MLP},
+    ),
+    "falcon_40b": Case(
+        hf.FalconForCausalLM,
+        hf.FalconConfig,
+        {**FALCON, "num_kv_heads": 2, "new_decoder_architecture": True},
+        {"query_key_value": per_group(2, 8), "self_attention.dense": one("attn_dense"), **DENSE_MLP},
+    ),
+    "falcon_rw": Case(
+        hf.FalconForCausalLM,
+        hf.FalconConfig,
+        {**FALCON, "multi_query": False, "new_decoder_architecture": False},
+        {"query_key_value": per_head(4), "self_attention.dense": one("attn_dense"), **DENSE_MLP},
+    ),
+    "bloom": Case(
+        hf.BloomForCausalLM,
+        hf.BloomConfig,
+        {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64},
+        {"query_key_value": per_head(4), "self_attention.dense": one("attn_dense"), **DENSE_MLP},
+    ),
+    "gpt2": Case(
+        hf.GPT2LMHeadModel,
+        hf.GPT2Config,
+        {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64},
+        {"c_attn": in_turn(32, 32, 32), "attn.c_proj": one("attn_dense")}
+        | {"c_fc": one("mlp_h_to_4h"), "mlp.c_proj": one("mlp_4h_to_h")},
+    ),
+    "gptj": Case(
+        hf.GPTJForCausalLM,
+        hf.GPTJConfig,
+        {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "vocab_size": 64},
+        {**{k: ATTENTION[k] for k in ("q_proj", "k_proj", "v_proj")}, "out_proj": one("attn_dense")}
+        | {"fc_in": one("mlp_h_to_4h"), "fc_out": one("mlp_4h_to_h")},
+    ),
+    "mpt": Case(
+        hf.MptForCausalLM,
+        hf.MptConfig,
+        {"d_model": 32, "n_layers": 2, "n_heads": 4, "expansion_ratio": 2, "vocab_size": 64},
+        {"Wqkv": in_turn(32, 32, 32), "out_proj": one("attn_dense")}
+        | {"up_proj": one("mlp_h_to_4h"), "down_proj": one("mlp_4h_to_h")},
+    ),
+    "opt": Case(
+        hf.OPTForCausalLM,
+        hf.OPTConfig,
+        {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 48, "vocab_size": 64}
+        | {"word_embed_proj_dim": 32, "pad_token_id": 0},
+        {**{k: ATTENTION[k] for k in ("q_proj", "k_proj", "v_proj")}, "out_proj": one("attn_dense")}
+        | {"fc1": one("mlp_h_to_4h"), "fc2": one("mlp_4h_to_h")},
+    ),
+    "mixtral": Case(hf.MixtralForCausalLM, hf.MixtralConfig, {**GQA, "num_local_experts": 2}, ATTENTION),
+    "qwen2_moe": Case(
+        hf.Qwen2MoeForCausalLM,
+        hf.Qwen2MoeConfig,
+        {**GQA, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+        | {"shared_expert_intermediate_size": 16},
+        ATTENTION,
+    ),
+    "qwen3_moe": Case(
+        hf.Qwen3MoeForCausalLM,
+        hf.Qwen3MoeConfig,
+        {**WIDE_HEADS, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16},
+        ATTENTION,
+    ),
+    "t5": Case(
+        hf.T5ForConditionalGeneration,
+        hf.T5Config,
+        {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 1, "num_decoder_layers": 2, "num_heads": 4}
+        | {"vocab_size": 64, "feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0},
+        {
+            "SelfAttention.q": one("attn_q"),
+            "SelfAttention.k": one("attn_k"),
+            "SelfAttention.v": one("attn_v"),
+            "SelfAttention.o": one("attn_dense"),
+            "EncDecAttention.q": one("cross_attn_q"),
+            "EncDecAttention.k": one("cross_attn_k"),
+            "EncDecAttention.v": one("cross_attn_v"),
+            "EncDecAttention.o": one("cross_attn_dense"),
+            "wi_0": one("mlp_h_to_4h"),
+            "wi_1": one("mlp_gate"),
+            "wo": one("mlp_4h_to_h"),
+        },
+        r"decoder\..*\.(q|k|v|o|wi_0|wi_1|wo)",
+    ),
+    "bart": Case(
+        hf.BartForConditionalGeneration,
+        hf.BartConfig,
+        BART_SIZES,
+        CROSS_ATTENTION,
+        r".*decoder\.layers\..*(_proj|fc1|fc2)",
+    ),
+    "whisper": Case(
+        hf.WhisperForConditionalGeneration,
+        hf.WhisperConfig,
+        {**BART_SIZES, "num_mel_bins": 8, "bos_token_id": 1, "eos_token_id": 1, "decoder_start_token_id": 1}
+        | {"begin_suppress_tokens": None, "suppress_tokens": None},
+        CROSS_ATTENTION,
+        r".*decoder\.layers\..*(_proj|fc1|fc2)",
+    ),
+}
+
+
+def expected_deltas(case: Case, deltas: Mapping[str, torch.Tensor]) -> dict[tuple[int, str], torch.Tensor]:
+    """(layer, module) -> what PEFT adds, by the split that `case` writes down."""
+    expected = {}
+    for path, delta in deltas.items():
+        layer = int(next(part for part in path.split(".") if part.isdecimal()))
+        split = next(split for end, split in case.layers.items() if path.endswith(f".{end}"))
+        expected.update({(layer, module): part for module, part in split(delta).items()})
+    return expected
+
+
+def converted(
+    adapter: Path, profile: EngineProfile, dtype: str
+) -> dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]]:
+    """(layer, module) -> A and B of the packed rows."""
+    loaded = load_adapter(adapter)
+    layout = plan_layout(loaded, dtype=dtype, profile=replace(profile, dtype=dtype))
+    weights = torch.zeros(layout.weights_shape, dtype=getattr(torch, dtype))
+    pack(loaded, layout, weights)
+    return unpack(weights, lora_config(layout), {dims.module.id: dims for dims in profile.modules.values()})
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_rows_equal_what_peft_adds_to_every_layer(name: str, tmp_path: Path) -> None:
+    """B @ A of each row is PEFT's delta of that layer: exact in float32, and in bfloat16 B is that, rounded once."""
+    case = CASES[name]
+    saved = save_adapter(
+        tmp_path,
+        case.model,
+        case.config(**case.sizes),
+        target_modules=case.target_modules or list(case.layers),
+        lora_alpha=7,
+        use_rslora=True,
+    )
+    profile = load_profile(saved.base)
+    expected = expected_deltas(case, saved.deltas())
+    exact = converted(saved.adapter, profile, "float32")
+    rounded = converted(saved.adapter, profile, "bfloat16")
+
+    assert expected.keys() == exact.keys() == rounded.keys()
+    assert set(profile.modules) == {module for _, module in expected}
+    for key, delta in expected.items():
+        (a, b), (a_bf16, b_bf16) = exact[key], rounded[key]
+        torch.testing.assert_close(b.double() @ a.double(), delta, rtol=1e-6, atol=1e-6 * float(delta.abs().max()))
+        assert torch.equal(a, a_bf16.float())
+        assert torch.equal(b.bfloat16(), b_bf16)
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_fused_rows_are_interleaved_by_tensor_parallel_rank(tp_size: int, tmp_path: Path) -> None:
+    """A rank's contiguous piece of a fused row is its own share of every part, in the engine's order."""
+    case = CASES["phi3"]
+    saved = save_adapter(tmp_path, case.model, case.config(**case.sizes), target_modules=list(case.layers))
+    hf_profile = load_profile(saved.base)
+    fused = {
+        "attn_qkv": ModuleDims(BY_NAME["attn_qkv"], 32, 64),
+        "attn_dense": hf_profile.modules["attn_dense"],
+        "mlp_4h_to_h": hf_profile.modules["mlp_4h_to_h"],
+        "mlp_gate_up": ModuleDims(BY_NAME["mlp_gate_up"], 32, 96),
+    }
+    rows = converted(saved.adapter, replace(hf_profile, modules=fused, tp_size=tp_size), "float32")
+    parts = expected_deltas(case, saved.deltas())
+    for layer in (0, 1):
+        for module, order in (
+            ("attn_qkv", ("attn_q", "attn_k", "attn_v")),
+            ("mlp_gate_up", ("mlp_gate", "mlp_h_to_4h")),
+        ):
+            shares = [parts[layer, part].chunk(tp_size) for part in order]
+            expected = torch.cat([share[rank] for rank in range(tp_size) for share in shares])
+            a, b = rows[layer, module]
+
+            torch.testing.assert_close(b.double() @ a.double(), expected, rtol=1e-6, atol=1e-5)
+
+
+def test_fused_by_head_rows_become_query_then_key_then_value(tmp_path: Path) -> None:
+    """Falcon's groups of heads are put in the order of the engine's attn_qkv, rank by rank."""
+    case = CASES["falcon_40b"]
+    saved = save_adapter(tmp_path, case.model, case.config(**case.sizes), target_modules=["query_key_value"])
+    profile = replace(
+        load_profile(saved.base), modules={"attn_qkv": ModuleDims(BY_NAME["attn_qkv"], 32, 64)}, tp_size=2
+    )
+    rows = converted(saved.adapter, profile, "float32")
+    parts = expected_deltas(case, saved.deltas())
+    shares = [parts[0, part].chunk(2) for part in ("attn_q", "attn_k", "attn_v")]
+    a, b = rows[0, "attn_qkv"]
+
+    torch.testing.assert_close(
+        b.double() @ a.double(), torch.cat([share[rank] for rank in (0, 1) for share in shares]), rtol=1e-6, atol=1e-5
+    )
+
+
+def test_encoder_layers_are_refused_by_name(tmp_path: Path) -> None:
+    """An encoder's LoRA has no place in the decoder's tensors, and dropping it would change the answers."""
+    case = CASES["bart"]
+    saved = save_adapter(tmp_path, case.model, case.config(**case.sizes), target_modules=["q_proj"])
+
+    with pytest.raises(UnsupportedAdapter, match=r"'model\.encoder\.layers\.0\.self_attn\.q_proj': an encoder's LoRA"):
+        load_adapter(saved.adapter)
+
+
+def test_expert_layers_are_refused_by_name(tmp_path: Path) -> None:
+    """LoRA on the experts of a mixture is refused, naming the layers."""
+    case = CASES["qwen2_moe"]
+    saved = save_adapter(
+        tmp_path, case.model, case.config(**case.sizes), target_modules=["q_proj", *LINEAR[4:]], seed=1
+    )
+
+    with pytest.raises(UnsupportedAdapter, match=r"shared_expert\.down_proj': LoRA on expert layers"):
+        load_adapter(saved.adapter)
