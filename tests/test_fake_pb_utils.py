@@ -148,12 +148,13 @@ def test_text_model_keeps_its_tracebacks_to_the_log(monkeypatch: pytest.MonkeyPa
     """A request that breaks it is answered with INTERNAL, and those beside it with what they asked for."""
     model = load_model(monkeypatch, name).TritonPythonModel()
     model.initialize(arguments())
-    good: dict[str, Any] = {
-        "preprocessing": {"QUERY": np.array([[b"a"]], np.object_), "REQUEST_OUTPUT_LEN": np.array([[1]], np.int32)},
-        "postprocessing": {"TOKENS_BATCH": np.array([[[97]]], np.int32), "SEQUENCE_LENGTH": np.array([[1]], np.int32)},
-    }[name]
+    one = np.array([[1]], np.int32)
+    inputs: dict[str, dict[str, Any]] = {
+        "preprocessing": {"QUERY": np.array([[b"a"]], np.object_), "REQUEST_OUTPUT_LEN": one},
+        "postprocessing": {"TOKENS_BATCH": np.array([[[97]]], np.int32), "SEQUENCE_LENGTH": one},
+    }
 
-    broken, answered = model.execute([Client().request(), Client().request(**good)])
+    broken, answered = model.execute([Client().request(), Client().request(**inputs[name])])
 
     assert f"{name} failed on this request; the server's log says why" == broken.error().message()
     assert TritonError.INTERNAL == broken.error().code()
