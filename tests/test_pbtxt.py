@@ -17,10 +17,10 @@ from google.protobuf import text_format
 from google.protobuf.descriptor import FieldDescriptor
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tritonclient.grpc.model_config_pb2 import DataType  # type: ignore[import-untyped]
+from tritonclient.grpc.model_config_pb2 import DataType
 from tritonclient.grpc.model_config_pb2 import ModelConfig as ModelConfigProto
 
-from random_configs import message_text, scalar_literal
+from random_configs import field_text, message_text, scalar_literal
 from tritonlora.errors import ConfigError
 from tritonlora.pbtxt import (
     DATA_TYPES,
@@ -304,9 +304,9 @@ def test_append_value_adds_that_value_and_changes_no_byte(seed: int) -> None:
     repeated = [field for field in twin.DESCRIPTOR.fields if field.is_repeated and not is_map(field)]
     assume(repeated)
     field = rng.choice(repeated)
-    other = text_format.Parse(message_text(rng, twin.DESCRIPTOR), type(twin)())
-    values = getattr(other, field.name)
-    assume(len(values))
+    values: Any = ()
+    while not values:
+        values = getattr(text_format.Parse(field_text(rng, field, depth=3), type(twin)()), field.name)
     literal = literal_of(field, values[0])
     getattr(twin, field.name).append(values[0])
 
@@ -323,12 +323,14 @@ def test_insert_field_adds_that_field_and_changes_no_byte(seed: int) -> None:
     """protobuf sees one field more; the old text is all there."""
     rng, document, proto, pairs = random_document(seed)
     message, twin = rng.choice(pairs)
-    other = text_format.Parse(message_text(rng, twin.DESCRIPTOR), type(twin)())
     present = {field.name for field in message.fields}
     oneofs = {oneof.name for oneof in twin.DESCRIPTOR.oneofs if twin.WhichOneof(oneof.name)}
-    for field, _ in other.ListFields():
-        if field.name in present or (field.containing_oneof and field.containing_oneof.name in oneofs):
-            other.ClearField(field.name)
+    absent = [
+        field for field in twin.DESCRIPTOR.fields
+        if field.name not in present and not (field.containing_oneof and field.containing_oneof.name in oneofs)
+    ]  # fmt: skip
+    assume(absent)
+    other = text_format.Parse(field_text(rng, rng.choice(absent), depth=3), type(twin)())
     assume(other.ListFields())
     twin.MergeFrom(other)
 
@@ -447,20 +449,35 @@ def tensor_spec(tensor: Any) -> TensorSpec:
     )
 
 
-@pytest.mark.parametrize("path", PATHS, ids=NAMES)
-def test_model_config_of_upstream_configs_agrees_with_protobuf(path: Path) -> None:
+def assert_model_config_agrees(text: str) -> None:
     """Every field of ModelConfig has the value that protobuf reads."""
-    text = fill(path.read_text())
     proto, config = protobuf(text), parse_config(text)
 
     assert (proto.name, proto.backend, proto.platform) == (config.name, config.backend, config.platform)
     assert (proto.max_batch_size, proto.model_transaction_policy.decoupled) == (config.max_batch_size, config.decoupled)
-    for specs, protos in ((config.inputs, proto.input), (config.outputs, proto.output)):
-        assert [tensor_spec(tensor) for tensor in protos] == list(specs)
+    assert [tensor_spec(tensor) for tensor in proto.input] == list(config.inputs)
+    assert [tensor_spec(tensor) for tensor in proto.output] == list(config.outputs)
     assert {key: value.string_value for key, value in proto.parameters.items()} == config.parameters
-    assert (sum(group.count for group in proto.instance_group) or 1) == config.instance_count
     steps = proto.ensemble_scheduling.step
     assert [Step(s.model_name, dict(s.input_map), dict(s.output_map)) for s in steps] == list(config.steps)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=NAMES)
+def test_model_config_of_upstream_configs_agrees_with_protobuf(path: Path) -> None:
+    """What upstream's configs say, and the number of instances."""
+    text = fill(path.read_text())
+
+    assert_model_config_agrees(text)
+    assert (sum(group.count for group in protobuf(text).instance_group) or 1) == parse_config(text).instance_count
+
+
+@settings(max_examples=150, deadline=None)
+@given(SEEDS)
+def test_model_config_of_random_configs_agrees_with_protobuf(seed: int) -> None:
+    """What random configs in random spelling say."""
+    rng = random.Random(seed)  # noqa: S311  reproducible on purpose
+
+    assert_model_config_agrees(message_text(rng, ModelConfigProto.DESCRIPTOR))
 
 
 def test_data_types_are_numbered_as_in_protobuf() -> None:
@@ -516,6 +533,7 @@ def test_parse_config_reports_every_problem_with_its_place(text: str, problems: 
 
     for problem in problems:
         assert problem in str(error.value)
+    assert (len(problems) == 1) == (error.value.line == 1)
 
 
 def test_parse_config_reads_numbers_in_every_spelling() -> None:

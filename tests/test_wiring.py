@@ -355,17 +355,18 @@ def test_set_parameter_adds_one_to_every_upstream_config(path: Any) -> None:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_set_parameter_replaces_every_upstream_parameter(version: str) -> None:
+def test_set_parameter_replaces_upstream_parameters(version: str) -> None:
     """protobuf sees the new value; only its line differs."""
     text = fill(upstream(version, "tensorrt_llm"))
-    for key in protobuf(text).parameters:
+    for key in sorted(protobuf(text).parameters)[::6]:
         wanted = protobuf(text)
         wanted.parameters[key].string_value = "64"
 
         edited = set_parameter(text, key, "64")
 
         assert wanted == protobuf(edited)
-        assert 1 == len(removed_and_added(text, edited)[0])
+        pairs = zip(text.splitlines(), edited.splitlines(), strict=True)
+        assert 1 == len([line for line, other in pairs if line != other])
 
 
 @pytest.mark.parametrize(

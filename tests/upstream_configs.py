@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from google.protobuf import text_format
-from tritonclient.grpc.model_config_pb2 import ModelConfig  # type: ignore[import-untyped]
+from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 ROOT = Path(__file__).parent / "upstream"
 PATHS = sorted(ROOT.glob("*/*/config.pbtxt"))

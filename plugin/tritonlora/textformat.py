@@ -249,4 +249,5 @@ class _Parser:
             raise error_at(self.text, self.start, f"expected an escape that protobuf knows, got {match[0].decode()!r}")
 
         # Bytes, since escapes may spell out one character's UTF-8 byte by byte.
-        return _ESCAPE.sub(replace, piece.encode(errors="surrogatepass"))
+        content = piece.encode(errors="surrogatepass")
+        return _ESCAPE.sub(replace, content) if b"\\" in content else content

@@ -140,15 +140,14 @@ def render_block(config: ModelConfig, samples: Sequence[WarmupSample], *, input_
         _Input(spec.name, filled(spec.data_type), (lengths.get(spec.name, 1),), SHARED_FILES[spec.name])
         for spec in _shared_inputs(config)
     ]
-    problems: list[str] = []
+    problems = [problem for entry in shared for problem in _mismatch(config, entry, "every sample")]
     rendered = []
     for sample in samples:
-        inputs = [*shared, *_lora_inputs(sample)]
-        problems += [problem for entry in inputs for problem in _mismatch(config, entry, sample.name)]
-        rendered.append(_render_sample(config, sample, inputs))
+        own = _lora_inputs(sample)
+        problems += [problem for entry in own for problem in _mismatch(config, entry, sample.name)]
+        rendered.append(_render_sample(config, sample, [*shared, *own]))
     if problems:
-        # The shared inputs are wrong for each sample alike: once is enough.
-        raise ConfigError(one_message("the warmup samples do not fit the model", dict.fromkeys(problems)))
+        raise ConfigError(one_message("the warmup samples do not fit the model", problems))
     return "model_warmup [\n" + ",\n".join(rendered) + "\n]\n"
 
 
@@ -263,7 +262,7 @@ def _require_inputs(config: ModelConfig) -> None:
 
 
 def _mismatch(config: ModelConfig, entry: _Input, sample: str) -> list[str]:
-    """In what an input of a sample is not what the model declares."""
+    """In what an input of `sample` is not what the model declares."""
     spec = config.input(entry.name)
     if spec is None:
         return []

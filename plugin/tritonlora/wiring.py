@@ -280,28 +280,27 @@ def declare_lora_weights(text: str, dtype: str, columns: int = 3) -> str:
     With 4 columns (DoRA), lora_config's last dim becomes 4; with 3 it stays as it is. Raises ConfigError when the model
     has no LoRA inputs.
     """
-    _require_lora_inputs(parse_config(text))
-    text = _set_data_type(text, "lora_weights", TRITON_TYPES[dtype])
-    return _set_last_dim(text, "lora_config", columns) if columns == 4 else text
-
-
-def _set_data_type(text: str, name: str, data_type: str) -> str:
     document = parse(text)
+    _require_lora_inputs(parse_config(document))
+    text = _set_data_type(document, "lora_weights", TRITON_TYPES[dtype])
+    return _set_last_dim(parse(text), "lora_config", columns) if columns == 4 else text
+
+
+def _set_data_type(document: Document, name: str, data_type: str) -> str:
     tensor = _find(document.message, "input", "name", name)
     if tensor is None:
-        return text
+        return document.text
     current = tensor.scalar("data_type")
     if current is None:
         return insert_field(document, tensor, f"data_type: {data_type}")
     return replace_value(document, current, data_type)
 
 
-def _set_last_dim(text: str, name: str, size: int) -> str:
-    document = parse(text)
+def _set_last_dim(document: Document, name: str, size: int) -> str:
     tensor = _find(document.message, "input", "name", name)
     dim = tensor.scalar("dims") if tensor else None
     if dim is None or dim.value in ("-1", str(size)):
-        return text
+        return document.text
     return replace_value(document, dim, str(size))
 
 
