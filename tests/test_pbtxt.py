@@ -486,6 +486,17 @@ def test_data_types_are_numbered_as_in_protobuf() -> None:
     assert tuple(range(len(DATA_TYPES))) == tuple(DataType.values())
 
 
+def test_dims_with_a_template_are_unfilled_as_a_whole() -> None:
+    """One dim that nobody knows leaves the shape unknown, and says where."""
+    config = parse_config("input { name: 'x' dims: [ -1, ${rows} ] reshape { shape: ${shape} } }")
+    (spec,) = config.inputs
+
+    with pytest.raises(ConfigError, match=r"line 1, column 31: dims of input 'x' is still \$\{rows\}"):
+        filled(spec.dims)
+    with pytest.raises(ConfigError, match=r"reshape of input 'x' is still \$\{shape\}"):
+        filled(spec.reshape)
+
+
 def test_unfilled_is_an_error_only_for_the_one_who_needs_the_value() -> None:
     """A template is carried along; `filled` raises with the place, the placeholder and the remedy."""
     config = parse_config(upstream("v0.18.0", "tensorrt_llm"))
