@@ -9,9 +9,12 @@ Modules that import torch are imported inside the commands that need them.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
+import shlex
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -22,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tritonlora import __version__
-from tritonlora.errors import TritonLoraError
+from tritonlora.errors import RepositoryError, TritonLoraError
 
 app = typer.Typer(
     name="tritonlora",
@@ -35,14 +38,11 @@ app = typer.Typer(
 stdout = Console()
 stderr = Console(stderr=True)
 
-Repo = Annotated[
-    Path, typer.Option("--repo", envvar="TRITONLORA_REPO", metavar="REPO", help="The model repository.")
-]
+Repo = Annotated[Path, typer.Option("--repo", envvar="TRITONLORA_REPO", metavar="REPO", help="The model repository.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")]
-Dtype = Annotated[
-    str | None, typer.Option("--dtype", help="bfloat16, float16 or float32; by default the engine's.")
-]
+Dtype = Annotated[str | None, typer.Option("--dtype", help="bfloat16, float16 or float32; by default the engine's.")]
+AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Take NaN and infinite weights as they are.")]
 Base = Annotated[
     Path | None, typer.Option("--base", help="Directory of the base model's checkpoint.", exists=True, file_okay=False)
 ]
@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return int(app(arguments, standalone_mode=False) or 0)
     except TritonLoraError as error:
-        stderr.print(f"[bold red]error:[/] ", end="")
+        stderr.print("[bold red]error:[/] ", end="")
         stderr.print(str(error), markup=False, highlight=False, soft_wrap=True)
         return 1
     except click.ClickException as error:
@@ -79,7 +79,7 @@ def _print_json(value: object) -> None:
     sys.stdout.write(json.dumps(value, indent=2, default=_jsonable) + "\n")
 
 
-def _jsonable(value: Any) -> Any:  # noqa: ANN401
+def _jsonable(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
     return str(value)
@@ -101,24 +101,77 @@ def _options(
 
 
 @app.command()
+def demo(
+    base: Base = None,
+    keep: Annotated[Path | None, typer.Option("--keep", help="Leave the model repository in this directory.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Do the whole job on this machine: no GPU, no account."""
+    from tritonlora.demo import flow
+
+    flow.run(base=base, keep=keep, as_json=as_json)
+
+
+@app.command()
+def init(
+    repo: Annotated[Path, typer.Argument(help="An existing model repository.", envvar="TRITONLORA_REPO")],
+    target: Annotated[str, typer.Option("--target", help="The engine's model.")] = "tensorrt_llm",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the changes as a diff; write nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Put the router into a model repository and lead its ensemble to it. Never touches an engine."""
+    from tritonlora import install
+
+    changes = install.init(repo, target, dry_run=dry_run)
+    if as_json:
+        _print_json([{"path": str(change.path), "new": change.before is None} for change in changes])
+        return
+    if dry_run:
+        for change in changes:
+            _print_diff(change.path, change.before, change.after)
+    if not changes:
+        sys.stdout.write("nothing to do: the router is in place\n")
+    for change in changes if not dry_run else []:
+        sys.stdout.write(f"{'wrote' if change.before is None else 'changed'} {change.path}\n")
+
+
+def _print_diff(path: Path, before: str | None, after: str) -> None:
+    styles = {"+": "green", "-": "red", "@": "cyan"}
+    old = [] if before is None else before.splitlines()
+    lines = difflib.unified_diff(
+        old, after.splitlines(), "/dev/null" if before is None else str(path), str(path), lineterm=""
+    )
+    for line in lines:
+        stdout.print(line, style=styles.get(line[:1]), markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
 def add(
     name: Annotated[str, typer.Argument(help="The name that clients will send.")],
     adapter_dir: Annotated[Path, typer.Argument(help="The PEFT adapter's directory.")],
     repo: Repo,
     warmup: Annotated[bool, typer.Option("--warmup/--no-warmup", help="Load it at start, or on first use.")] = True,
-    task_id: Annotated[int | None, typer.Option("--task-id", min=1, help="Its lora_task_id; never used before.")] = None,
+    task_id: Annotated[int | None, typer.Option("--task-id", min=1, help="Its lora_task_id, never used yet.")] = None,
     dtype: Dtype = None,
     base: Base = None,
+    allow_nonfinite: AllowNonfinite = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Convert an adapter, write its warmup files and register its name."""
-    from tritonlora import repository
+    from tritonlora import register, repository
 
-    opened = repository.open_repository(repo)
     with stderr.status(f"converting {name}"):
-        added = repository.add(
-            opened, name, adapter_dir, warm=warmup, task_id=task_id, dtype=dtype, base=base, dry_run=dry_run
+        added = register.add(
+            repository.open_repository(repo),
+            name,
+            adapter_dir,
+            warm=warmup,
+            task_id=task_id,
+            dtype=dtype,
+            base=base,
+            allow_nonfinite=allow_nonfinite,
+            dry_run=dry_run,
         )
     for remark in added.remarks:
         stderr.print(f"note: {remark}", markup=False, highlight=False, soft_wrap=True)
@@ -126,7 +179,8 @@ def add(
         _print_json(added)
         return
     did = "is unchanged" if added.unchanged else "would be added" if dry_run else "added"
-    sys.stdout.write(f"{name} {did}: lora_task_id {added.entry.lora_task_id}, {_size(added.entry.lora_weights_nbytes)}\n")
+    size = _size(added.entry.lora_weights_nbytes)
+    sys.stdout.write(f"{name} {did}: lora_task_id {added.entry.lora_task_id}, {size}\n")
 
 
 @app.command()
@@ -134,9 +188,9 @@ def remove(
     name: Annotated[str, typer.Argument(help="The adapter's name.")], repo: Repo, as_json: AsJson = False
 ) -> None:
     """Take an adapter out of the repository. Its lora_task_id is never used again."""
-    from tritonlora import repository
+    from tritonlora import register, repository
 
-    entry = repository.remove(repository.open_repository(repo), name)
+    entry = register.remove(repository.open_repository(repo), name)
     if as_json:
         _print_json({"name": name, "entry": entry})
     else:
@@ -150,7 +204,7 @@ def list_adapters(repo: Repo, as_json: AsJson = False) -> None:
 
     table = repository.read_table(repository.open_repository(repo))
     if as_json:
-        _print_json({name: entry for name, entry in sorted(table.entries.items())})
+        _print_json(dict(sorted(table.entries.items())))
         return
     columns = ("lora_name", "lora_task_id", "rank", "modules", "size", "pages", "start")
     rows = [
@@ -168,7 +222,154 @@ def list_adapters(repo: Repo, as_json: AsJson = False) -> None:
     _print_table(columns, rows)
 
 
-def _print_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+@app.command()
+def plan(
+    repo: Repo,
+    apply: Annotated[bool, typer.Option("--apply", help="Set the recommended parameters.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say which pages of the engine's LoRA cache each adapter takes, and whether all fit."""
+    from tritonlora import register, repository
+
+    opened = repository.open_repository(repo)
+    config = repository.read_config(opened.config_path)
+    profile = repository.engine_profile(opened, config)
+    if profile is None:
+        location = config.parameters.get("gpt_model_path", "")
+        raise RepositoryError(
+            f"no config.json at the model's gpt_model_path {location!r}; run plan where the engine is"
+        )
+    found = repository.plan_of(opened, repository.read_table(opened), config, profile)
+    if found is None:
+        raise RepositoryError(f"{profile.source} was built without LoRA, so it has no LoRA cache")
+    to_set = {one.parameter: str(one.value) for one in found.recommendations if one.value != one.in_effect}
+    if apply:
+        register.set_parameters(opened, to_set)
+    if as_json:
+        _print_json({**dataclasses.asdict(found), "fits": found.fits, "applied": to_set if apply else {}})
+        return
+    for remark in found.remarks:
+        stderr.print(f"note: {remark}", markup=False, highlight=False, soft_wrap=True)
+    columns = ("lora_name", "rank", "modules", "size", "pages", "start")
+    rows = [
+        (
+            one.name,
+            ",".join(map(str, one.ranks)),
+            ",".join(one.modules),
+            _size(one.nbytes),
+            str(one.pages),
+            "warm" if one.warm else "on first use",
+        )
+        for one in found.adapters
+    ]
+    _print_table(columns, rows)
+    tightest = found.tightest
+    verdict = "all adapters fit" if found.fits else "NOT all adapters fit"
+    lines = [
+        f"{verdict}: {tightest.pages} of {tightest.host_pages} pages of {_size(tightest.page_bytes)}",
+        f"loading takes {_size(found.load_bytes)} of host memory, "
+        f"sending an adapter again {_size(found.resend_shm_bytes)} of /dev/shm",
+        *(f"room for {count} more of rank {rank}" for rank, count in found.room.items()),
+        *(
+            f"{'set' if apply else 'recommended:'} {one.parameter} = {one.value} (in effect: {one.in_effect}); "
+            f"{one.cost}: {_size(one.cost_bytes)}"
+            for one in found.recommendations
+            if one.value != one.in_effect
+        ),
+    ]
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+@app.command()
+def check(
+    repo: Repo,
+    deep: Annotated[bool, typer.Option("--deep", help="Compare the files' SHA-256, too.")] = False,
+    fix: Annotated[bool, typer.Option("--fix", help="Put right what is generated, then check.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Find everything that would make the server fail to load, or answer wrongly. Exit code 1 on any error."""
+    from tritonlora import check as checks
+    from tritonlora import register, repository
+
+    opened = repository.open_repository(repo)
+    if fix:
+        register.repair(opened)
+    findings = checks.check(opened, deep=deep)
+    if as_json:
+        _print_json(findings)
+    else:
+        for one in findings:
+            sys.stdout.write(f"{one.severity}: {one.where}: {one.problem}\n  remedy: {one.remedy}\n")
+        sys.stdout.write("" if findings else "no problem found\n")
+    if any(one.severity == "error" for one in findings):
+        raise typer.Exit(1)
+
+
+@app.command()
+def convert(
+    adapter_dir: Annotated[Path, typer.Argument(help="The PEFT adapter's directory.")],
+    out_dir: Annotated[Path, typer.Argument(help="Where the two files go; made if need be.")],
+    dtype: Dtype = None,
+    base: Base = None,
+    file_format: Annotated[str, typer.Option("--format", help="bin (raw) or npy.")] = "bin",
+    allow_nonfinite: AllowNonfinite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Only convert: adapter_model.bin and adapter_config.bin, or model.lora_weights.npy and model.lora_config.npy."""
+    from tritonlora import convert as conversion
+
+    with stderr.status(f"converting {adapter_dir}"):
+        converted = conversion.convert(
+            adapter_dir, out_dir, dtype=dtype, base=base, file_format=file_format, allow_nonfinite=allow_nonfinite
+        )
+    if as_json:
+        _print_json(converted)
+    else:
+        sys.stdout.write(f"{converted.weights_path}: {converted.dtype} {list(converted.weights_shape)}\n")
+        sys.stdout.write(f"{converted.config_path}: int32 {list(converted.config_shape)}\n")
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(
+    context: typer.Context,
+    repo: Repo,
+    http_port: Annotated[int, typer.Option("--http-port", min=1, max=65535)] = 8000,
+    grpc_port: Annotated[int, typer.Option("--grpc-port", min=1, max=65535)] = 8001,
+    metrics_port: Annotated[int, typer.Option("--metrics-port", min=1, max=65535)] = 8002,
+    address: Annotated[str | None, typer.Option("--address", help="Listen here only; default: everywhere.")] = None,
+    timeout: Annotated[float, typer.Option("--ready-timeout", help="Seconds to wait until it is ready.")] = 3600.0,
+    print_command: Annotated[
+        bool, typer.Option("--print-command", help="Print what would be run; run nothing.")
+    ] = False,
+) -> None:
+    """Start tritonserver on the repository and say which adapters are ready. What follows -- goes to tritonserver."""
+    from tritonlora import repository, server
+
+    opened = repository.open_repository(repo)
+    ports = server.Ports(http_port, grpc_port, metrics_port)
+    if print_command:
+        found = server.find_tritonserver()
+        words = [f"{key}={shlex.quote(value)}" for key, value in found.environment.items()]
+        command = server.server_command(found, repo, ports, address=address, extra=context.args)
+        sys.stdout.write(" ".join([*words, *map(shlex.quote, command)]) + "\n")
+        return
+    warm = [name for name, entry in repository.read_table(opened).entries.items() if entry.warm]
+    with server.Server(
+        repo,
+        ports=ports,
+        address=address,
+        extra=context.args,
+        on_log=lambda line: stderr.print(line, markup=False, highlight=False, soft_wrap=True),
+    ) as running:
+        running.wait_until_ready(timeout)
+        names = ", ".join(sorted(warm)) or "none yet"
+        sys.stdout.write(f"ready on http://{running.http_url}; adapters loaded at start: {names}\n")
+        sys.stdout.flush()
+        status = running.wait()
+    raise typer.Exit(status)
+
+
+def _print_table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     """A table: drawn on a terminal, tab-separated lines in a pipe."""
     if not stdout.is_terminal:
         sys.stdout.write("".join("\t".join(row) + "\n" for row in [columns, *rows]))

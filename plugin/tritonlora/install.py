@@ -8,7 +8,7 @@ The router's files come before the ensembles that lead to it, so that the reposi
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +19,11 @@ from tritonlora.files import locked, write_text
 from tritonlora.pbtxt import ModelConfig
 from tritonlora.repository import DEFAULT_TARGET, ROUTER, read_config, read_text
 
-# What the router imports: these run inside a plain Triton container.
+# What the models import. The router's run inside a plain Triton container.
 ROUTER_MODULES = ("__init__.py", "errors.py", "adapters.py", "routing.py")
+TEXT_MODULES = ("__init__.py", "errors.py", "text.py", "tokenizer.py")
+MODEL_MODULES = {"lora_router": ROUTER_MODULES, "preprocessing": TEXT_MODULES, "postprocessing": TEXT_MODULES}
+NOT_SHIPPED = shutil.ignore_patterns("__pycache__", ".lock")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,19 +46,32 @@ def shipped_models() -> Path:
     return path
 
 
-def copy_model(name: str, destination: Path, modules: Sequence[str] | None = None) -> None:
-    """Copy a shipped model to `destination`, with the package modules it needs in place of the symbolic link.
+def create_repository(root: Path, parameters: Mapping[str, Mapping[str, str]] | None = None) -> None:
+    """Copy the shipped repository, with the CPU engine, to `root`; RepositoryError when something is there already.
 
-    `modules` None: the model imports the installed package, or nothing of ours.
+    `parameters` are set in the models' configs: model -> key -> value. Each model gets the package modules that it
+    imports in place of the symbolic link of the checkout, so that the copy stands alone; the CPU engine needs the
+    whole package to be installed.
     """
-    source = shipped_models() / name
-    shutil.copytree(source, destination, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", ".lock"))
-    link = destination / "1" / "tritonlora"
-    link.unlink(missing_ok=True)
-    for module in modules or ():
-        target = link / module
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(Path(__file__).parent / module, target)
+    if root.exists() and any(root.iterdir()):
+        raise RepositoryError(f"{str(root)!r} is not empty; name a new directory")
+    source = shipped_models()
+    for model in sorted(path.name for path in source.iterdir() if path.is_dir()):
+        destination = root / model
+        shutil.copytree(source / model, destination, symlinks=True, ignore=NOT_SHIPPED)
+        link = destination / "1" / "tritonlora"
+        if link.is_symlink():
+            link.unlink()
+            _write_modules(link, MODEL_MODULES[model])
+        for key, value in (parameters or {}).get(model, {}).items():
+            config = destination / "config.pbtxt"
+            write_text(config, wiring.set_parameter(read_text(config), key, value))
+
+
+def _write_modules(package: Path, modules: Sequence[str]) -> None:
+    package.mkdir()
+    for module in modules:
+        shutil.copyfile(Path(__file__).parent / module, package / module)
 
 
 def plan_init(root: Path, target: str = DEFAULT_TARGET) -> list[FileChange]:

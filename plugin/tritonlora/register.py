@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import datetime
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -109,6 +110,23 @@ def remove(repository: Repository, name: str) -> AdapterEntry:
         write_text(repository.table_path, render(new_table))
         _sweep(repository, new_table)
         return table.entries[name]
+
+
+def repair(repository: Repository) -> None:
+    """Bring what is generated in step with adapters.json again, and delete what stopped commands left behind."""
+    with locked(repository.table_path.parent):
+        table = read_table(repository)
+        _sweep(repository, table)
+        _write_config(repository, table)
+
+
+def set_parameters(repository: Repository, parameters: Mapping[str, str]) -> None:
+    """Set parameters of the engine's model, leaving every other byte of its config.pbtxt as it is."""
+    with locked(repository.table_path.parent):
+        text = read_text(repository.config_path)
+        for key, value in parameters.items():
+            text = wiring.set_parameter(text, key, value)
+        write_text(repository.config_path, text)
 
 
 def _task_id(repository: Repository, table: AdapterTable, asked: int | None) -> int:

@@ -15,6 +15,7 @@ from tritonlora.adapters import AdapterEntry, AdapterTable, parse
 from tritonlora.engine import EngineProfile, load_profile
 from tritonlora.errors import AdapterTableError, ConfigError, RepositoryError
 from tritonlora.pbtxt import ModelConfig, has_template, parse_config
+from tritonlora.plan import CachePlan, Entry, plan_cache
 
 ROUTER = "lora_router"
 DEFAULT_TARGET = "tensorrt_llm"
@@ -127,3 +128,16 @@ def engine_profile(repository: Repository, config: ModelConfig) -> EngineProfile
         max_lora_rank=int(rank) if rank.isdecimal() else profile.max_lora_rank,
         modules={name: dims for name, dims in profile.modules.items() if not names or name in names.split(",")},
     )
+
+
+def plan_of(
+    repository: Repository, table: AdapterTable, config: ModelConfig, profile: EngineProfile | None
+) -> CachePlan | None:
+    """The cache plan of a repository's adapters; None when the engine is not known."""
+    if profile is None or not profile.modules:
+        return None
+    entries = [
+        Entry(name, read_rows(repository, entry), entry.lora_weights_nbytes, entry.warm)
+        for name, entry in sorted(table.entries.items())
+    ]
+    return plan_cache(entries, profile, config.parameters)

@@ -154,8 +154,9 @@ class Reply:
 
     def send(self, tensors: list[pb_utils.Tensor], row: int) -> None:
         """Pass on one answer of the engine: the outputs that the client asked for."""
-        if self.rows > 1:
-            tensors = [with_row(tensor, row) for tensor in tensors]
+        if self.rows > 1:  # the engine has seen a batch of one
+            tensors = [tensor for tensor in tensors if tensor.name() != "batch_index"]
+            tensors.append(pb_utils.Tensor("batch_index", np.array([[row]], np.int32)))
         if self._previous_ids is not None:
             previous_ids = self._previous_ids.setdefault(row, PreviousIds())
             tensors = [*tensors, pb_utils.Tensor("previous_ids", np.array([previous_ids.ids()], np.int32))]
@@ -224,8 +225,3 @@ def tensor_of(tensors: list[pb_utils.Tensor], name: str) -> pb_utils.Tensor:
 def row_of(inputs: list[pb_utils.Tensor], row: int) -> list[pb_utils.Tensor]:
     """One row of every input, as a batch of one."""
     return [pb_utils.Tensor(tensor.name(), tensor.as_numpy()[row : row + 1]) for tensor in inputs]
-
-
-def with_row(tensor: pb_utils.Tensor, row: int) -> pb_utils.Tensor:
-    """The tensor; if it is batch_index, then that of `row`, for the engine has seen a batch of one."""
-    return pb_utils.Tensor("batch_index", np.array([[row]], np.int32)) if tensor.name() == "batch_index" else tensor

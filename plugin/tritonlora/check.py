@@ -1,0 +1,296 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""Everything that would make the server fail to load the repository, or answer wrongly, each with its remedy.
+
+Each check is a function from what was read to findings, listed in `CHECKS`; one that fails does not stop the others.
+Reads only; `register.repair` is what puts right what can be.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from tritonlora import warmup, wiring
+from tritonlora.adapters import AdapterEntry, AdapterTable
+from tritonlora.engine import EngineProfile
+from tritonlora.errors import ConfigError, TritonLoraError
+from tritonlora.files import TEMPORARY_SUFFIX, sha256_of
+from tritonlora.modules import BY_ID
+from tritonlora.pbtxt import TRITON_TYPES, ModelConfig, Unfilled, has_template
+from tritonlora.repository import (
+    ROUTER,
+    Repository,
+    engine_profile,
+    plan_of,
+    read_config,
+    read_rows,
+    read_table,
+    read_text,
+)
+from tritonlora.server import SHARED_MEMORY
+
+REPAIR = "tritonlora check --fix"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that is wrong."""
+
+    severity: str  # "error": it will not load or will answer wrongly; "warning": it may, or wastes something
+    where: str  # the file, model or adapter
+    problem: str
+    remedy: str
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What was read of a repository."""
+
+    repository: Repository
+    table: AdapterTable
+    config_text: str
+    config: ModelConfig
+    profile: EngineProfile | None
+    deep: bool
+
+
+def check(repository: Repository, *, deep: bool = False) -> list[Finding]:
+    """All findings, errors first; `deep` also compares the files' SHA-256 with the table.
+
+    Raises TritonLoraError only where nothing can be checked at all: adapters.json or a config.pbtxt is unreadable.
+    """
+    config = read_config(repository.config_path)
+    findings: list[Finding] = []
+    try:
+        profile = engine_profile(repository, config)
+    except TritonLoraError as error:
+        profile = None
+        findings.append(_error("gpt_model_path", str(error), "give the parameter the engine's own directory"))
+    subject = Subject(repository, read_table(repository), read_text(repository.config_path), config, profile, deep)
+    for one in CHECKS:
+        findings += one(subject)
+    return sorted(findings, key=lambda finding: finding.severity)
+
+
+def _error(where: str, problem: str, remedy: str) -> Finding:
+    return Finding("error", where, problem, remedy)
+
+
+def _warning(where: str, problem: str, remedy: str) -> Finding:
+    return Finding("warning", where, problem, remedy)
+
+
+# The engine's model
+
+
+def _placeholders(subject: Subject) -> Iterator[Finding]:
+    """What is still a ${…} where Triton needs a value."""
+    config = subject.config
+    values: list[object] = [config.max_batch_size, config.decoupled, config.instance_count]
+    for spec in (*config.inputs, *config.outputs):
+        values += [spec.data_type, spec.dims, spec.optional]
+    for value in values:
+        if isinstance(value, Unfilled):
+            yield _error(
+                f"{subject.repository.target}/config.pbtxt",
+                f"{value.what} is still {value.template}",
+                "fill it in with upstream's tools/fill_template.py, or edit the file",
+            )
+
+
+def _engine(subject: Subject) -> Iterator[Finding]:
+    """The engine can take LoRA at all, and in the adapters' dtype."""
+    config, profile = subject.config, subject.profile
+    where = f"{subject.repository.target}/config.pbtxt"
+    location = config.parameters.get("gpt_model_path", "")
+    if profile is None and not has_template(location):
+        yield _warning(where, f"no config.json at gpt_model_path {location!r}", "run check where the engine is")
+    if profile is not None and not profile.modules:
+        yield _error(
+            "engine",
+            "it was built without LoRA: it ignores adapters and answers from the base model",
+            "build it with trtllm-build --lora_plugin auto --lora_target_modules …",
+        )
+    dtypes = {entry.dtype for entry in subject.table.entries.values()}
+    is_cpu_engine = "synthetic" in config.parameters
+    if config.backend == "python" and "bfloat16" in dtypes and not is_cpu_engine:
+        yield _error(
+            where,
+            "backend 'python' reads lora_weights through numpy, which has no bfloat16",
+            'use the C++ backend: backend: "tensorrtllm"',
+        )
+
+
+# The adapters
+
+
+def _files(subject: Subject) -> Iterator[Finding]:
+    """Each adapter's files are there, whole and unaltered."""
+    for name, entry in subject.table.entries.items():
+        again = f"add it again: tritonlora add {name} ADAPTER_DIR"
+        parts = (
+            (entry.lora_weights_file, entry.lora_weights_nbytes, entry.lora_weights_sha256),
+            (entry.lora_config_file, entry.lora_config_nbytes, entry.lora_config_sha256),
+        )
+        for file, nbytes, digest in parts:
+            path = subject.repository.root / file
+            if not path.is_file():
+                yield _error(f"adapter {name}", f"{file} is missing", again)
+            elif path.stat().st_size != nbytes:
+                yield _error(f"adapter {name}", f"{file} has {path.stat().st_size} bytes, expected {nbytes}", again)
+            elif subject.deep and sha256_of(path) != digest:
+                yield _error(f"adapter {name}", f"{file} was altered: its SHA-256 is not the registered one", again)
+
+
+def _rows(subject: Subject) -> Iterator[Finding]:
+    """Each adapter is one that this engine accepts."""
+    for name, entry in subject.table.entries.items():
+        try:
+            rows = read_rows(subject.repository, entry)
+        except TritonLoraError:
+            continue  # _files says so
+        for problem in dict.fromkeys(_row_problems(entry, rows, subject.profile)):
+            yield _error(f"adapter {name}", problem, "convert it for this engine, or remove it")
+
+
+def _row_problems(
+    entry: AdapterEntry, rows: tuple[tuple[int, ...], ...], profile: EngineProfile | None
+) -> Iterator[str]:
+    """What TensorRT-LLM's loraValidateRequestTensors (runtime/loraUtils.cpp) would refuse."""
+    if profile and entry.dtype != profile.dtype:
+        yield f"it is {entry.dtype}, and the engine takes {profile.dtype}"
+    for module_id, layer, size, *dora in rows:
+        module = BY_ID.get(module_id)
+        if module is None or size < 1:
+            yield f"lora_config has the row ({module_id}, {layer}, {size}), which no engine takes"
+        elif profile is not None:
+            dims = profile.modules.get(module.name)
+            if dims is None:
+                yield f"the engine has no LoRA for {module.name}"
+            elif (
+                size * (dims.in_features + dims.out_features) + sum(dora) * dims.out_features
+                > (entry.lora_weights_shape[1])
+            ):
+                yield f"its rows are too short for {module.name} ({dims.in_features} to {dims.out_features})"
+            if not 0 <= layer < profile.num_layers:
+                yield f"it has layer {layer}, and the engine has {profile.num_layers}"
+            if size > profile.max_lora_rank:
+                yield f"it has rank {size}, and the engine's max_lora_rank is {profile.max_lora_rank}"
+
+
+def _declarations(subject: Subject) -> Iterator[Finding]:
+    """The engine's model declares its LoRA inputs as the adapters are."""
+    where = f"{subject.repository.target}/config.pbtxt"
+    for name in wiring.LORA_INPUTS:
+        if subject.config.input(name) is None:
+            yield _error(where, f"it declares no input {name}", "take the config of tensorrtllm_backend v0.9.0 to v1.x")
+    weights, rows = subject.config.input("lora_weights"), subject.config.input("lora_config")
+    for name, entry in subject.table.entries.items():
+        if weights and weights.data_type != TRITON_TYPES[entry.dtype]:
+            yield _error(where, f"lora_weights is {weights.data_type}, and adapter {name} is {entry.dtype}", REPAIR)
+        if rows and isinstance(rows.dims, tuple) and rows.dims[-1] not in (-1, entry.lora_config_shape[1]):
+            columns = entry.lora_config_shape[1]
+            yield _error(where, f"lora_config has dims {list(rows.dims)}, and adapter {name} has {columns}", REPAIR)
+
+
+def _warmup_block(subject: Subject) -> Iterator[Finding]:
+    """The generated model_warmup block is that of the table, and its files are there."""
+    where = f"{subject.repository.target}/config.pbtxt"
+    try:
+        found = {sample.task_id: sample for sample in warmup.read_block(subject.config_text)}
+        shared = warmup.shared_files(subject.config) if found else {}
+    except ConfigError as error:
+        yield _error(where, str(error), REPAIR)
+        return
+    warm = {entry.lora_task_id: (name, entry) for name, entry in subject.table.entries.items() if entry.warm}
+    for task_id, (name, entry) in warm.items():
+        sample = warmup.WarmupSample(task_id, entry.lora_weights_shape, entry.lora_config_shape, entry.dtype)
+        if task_id not in found:
+            yield _warning(where, f"adapter {name} has no warmup sample: it is loaded on its first request", REPAIR)
+        elif found[task_id] != sample:
+            yield _error(where, f"the warmup sample of adapter {name} has other dims than its files", REPAIR)
+    for task_id in found.keys() - warm.keys():
+        yield _error(where, f"it warms up lora_task_id {task_id}, which no warm adapter has", REPAIR)
+    files = {**shared, **{warmup.task_id_file(task_id): warmup.task_id_bytes(task_id) for task_id in found}}
+    for name, content in files.items():
+        path = subject.repository.warmup_directory / name
+        if not path.is_file() or path.read_bytes() != content:
+            yield _error(f"warmup/{name}", "it is missing or altered, and warmup samples need it", REPAIR)
+
+
+def _cache(subject: Subject) -> Iterator[Finding]:
+    """The engine's LoRA cache holds what it must."""
+    where = f"{subject.repository.target}/config.pbtxt"
+    try:
+        found = plan_of(subject.repository, subject.table, subject.config, subject.profile)
+    except TritonLoraError:
+        return  # _files or _rows says why
+    if found is None:
+        return
+    for remark in found.remarks:
+        yield _warning(where, remark, "tritonlora plan --apply")
+    for refusal in dict.fromkeys(rank.refusal for rank in found.ranks if rank.refusal):
+        yield _error(where, f"the engine will not load: {refusal}", "tritonlora plan --apply")
+    if not found.warm_fits:
+        yield _warning(
+            where,
+            f"the warm adapters take {found.tightest.warm_pages} pages, the cache has {found.tightest.host_pages}: "
+            "the first ones are evicted while the server starts",
+            "tritonlora plan --apply, or add some with --no-warmup",
+        )
+    if SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).total < found.resend_shm_bytes:
+        yield _warning(
+            str(SHARED_MEMORY),
+            f"to send an adapter again takes {found.resend_shm_bytes} bytes of shared memory, more than there is",
+            "docker run --shm-size …",
+        )
+
+
+# What leads to them
+
+
+def _router(subject: Subject) -> Iterator[Finding]:
+    """The router is in step with the engine's model, and an ensemble leads to it."""
+    root, target = subject.repository.root, subject.repository.target
+    init = f"tritonlora init {root}"
+    router = read_config(root / ROUTER / "config.pbtxt")
+    mine = {spec.name: spec for spec in (*router.inputs, *router.outputs)}
+    for spec in (*subject.config.inputs, *subject.config.outputs):
+        here = mine.get(spec.name)
+        if spec.name in wiring.FROM_ROUTER:
+            continue
+        if here is None or (here.data_type, here.dims) != (spec.data_type, spec.dims):
+            yield _error(f"{ROUTER}/config.pbtxt", f"{spec.name} is not declared as {target} declares it", init)
+    if router.decoupled != subject.config.decoupled:
+        yield _error(f"{ROUTER}/config.pbtxt", f"its transaction policy is not that of {target}", init)
+    configs = {path.parent.name: read_config(path) for path in sorted(root.glob("*/config.pbtxt"))}
+    ensembles = {name: config for name, config in configs.items() if config.steps}
+    for name, config in ensembles.items():
+        models = [step.model_name for step in config.steps]
+        if target in models and ROUTER not in models:
+            yield _error(f"{name}/config.pbtxt", f"it leads to {target} past the router: names have no effect", init)
+
+
+def _leftovers(subject: Subject) -> Iterator[Finding]:
+    """Files that a command left when it was stopped, or that a replaced adapter has left."""
+    retired = set(subject.table.retired_lora_task_ids)
+    for path in sorted(subject.repository.warmup_directory.glob("*")):
+        if path.name.endswith(TEMPORARY_SUFFIX):
+            yield _warning(f"warmup/{path.name}", "a command that was stopped left it half-written", REPAIR)
+        elif warmup.task_id_of(path.name) in retired:
+            yield _warning(f"warmup/{path.name}", "it belongs to an adapter that was removed or replaced", REPAIR)
+
+
+CHECKS: tuple[Callable[[Subject], Iterator[Finding]], ...] = (
+    _placeholders,
+    _engine,
+    _router,
+    _files,
+    _rows,
+    _declarations,
+    _warmup_block,
+    _cache,
+    _leftovers,
+)

@@ -1,0 +1,75 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""Model repositories with the CPU engine, for tests."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+
+from adapters import lora_pair, write_adapter
+from tritonlora import install, register, repository
+from tritonlora.files import write_text
+from tritonlora.install import shipped_models
+from tritonlora.repository import Repository
+
+SYNTHETIC_GEOMETRY = json.loads((shipped_models() / "tensorrt_llm" / "1" / "config.json").read_text())
+
+
+def synthetic_adapter(directory: Path, seed: int = 0, *, r: int = 8, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """An adapter for the geometry of the shipped synthetic engine: q and v of both layers."""
+    torch.manual_seed(seed)
+    hidden = SYNTHETIC_GEOMETRY["hidden_size"]
+    kv = SYNTHETIC_GEOMETRY["num_key_value_heads"] * SYNTHETIC_GEOMETRY["head_dim"]
+    tensors: dict[str, torch.Tensor] = {}
+    for layer in range(SYNTHETIC_GEOMETRY["num_hidden_layers"]):
+        for leaf, out_features in (("q_proj", hidden), ("v_proj", kv)):
+            path = f"model.layers.{layer}.self_attn.{leaf}"
+            tensors |= lora_pair(path, r=r, in_features=hidden, out_features=out_features, dtype=dtype)
+    return write_adapter(directory, tensors, r=r, lora_alpha=2 * r, target_modules=["q_proj", "v_proj"])
+
+
+def synthetic_repository(
+    root: Path,
+    *,
+    warm: Iterable[str] = (),
+    cold: Iterable[str] = (),
+    pages: int = 100,
+    decoupled: bool = True,
+    parameters: Mapping[str, str] | None = None,
+) -> Repository:
+    """The shipped repository with adapters in it, and an engine cache of `pages` pages; each adapter takes one."""
+    install.create_repository(root, {"tensorrt_llm": dict(parameters or {})})
+    opened = repository.open_repository(root)
+    if not decoupled:
+        set_decoupled(opened, False)
+    for number, name in enumerate([*warm, *cold]):
+        adapter = synthetic_adapter(root.parent / f"{root.name}-adapters" / name, number)
+        register.add(opened, name, adapter, warm=number < len(tuple(warm)))
+    set_cache_pages(opened, pages)
+    return opened
+
+
+def set_cache_pages(opened: Repository, pages: int) -> None:
+    """Give the engine's LoRA cache that many pages."""
+    profile = repository.engine_profile(opened, repository.read_config(opened.config_path))
+    assert profile is not None
+    parameters = {"lora_cache_optimal_adapter_size": "8", "lora_cache_max_adapter_size": "8"}
+    register.set_parameters(opened, parameters)
+    plan = repository.plan_of(
+        opened, repository.read_table(opened), repository.read_config(opened.config_path), profile
+    )
+    assert plan is not None
+    register.set_parameters(opened, {"lora_cache_host_memory_bytes": str(pages * plan.tightest.page_bytes)})
+
+
+def set_decoupled(opened: Repository, decoupled: bool) -> None:
+    """Set the engine's transaction policy, and bring the router in step with it."""
+    text = repository.read_text(opened.config_path)
+    before, after = f"decoupled: {str(not decoupled).lower()}", f"decoupled: {str(decoupled).lower()}"
+    assert text.count(before) == 1
+    write_text(opened.config_path, text.replace(before, after))
+    install.init(opened.root)
