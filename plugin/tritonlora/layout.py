@@ -51,10 +51,6 @@ class Piece:
         """The number of outputs."""
         return (self.last - self.first) * (self.stop - self.start)
 
-    def divides_by(self, ranks: int) -> bool:
-        """Whether `share` can make `ranks` equal shares of whole heads."""
-        return (self.groups if self.groups > 1 else self.stop - self.start) % ranks == 0
-
     def share(self, rank: int, ranks: int) -> Piece:
         """The `rank`-th of `ranks` equal shares of a piece that spans all groups."""
         if self.groups > 1:
@@ -129,6 +125,10 @@ def plan_layout(
                 f"{first.path!r} and {second.path!r} are both {row.module.name} of layer {row.layer}"
             )
     problems.raise_any(adapter, profile)
+    if base is not None and any(row.dora for row, _ in planned):
+        from tritonlora.dora import base_weights  # it needs torch
+
+        base_weights(adapter, base)
     return Layout(tuple(row for row, _ in planned), width, dtype, tuple(source for _, source in planned))
 
 
@@ -172,7 +172,9 @@ def _rows_of(
         return
     if profile is not None and leaf.fused in profile.modules:
         shares = [parts[name] for name in leaf.fused_order]
-        if any(not piece.divides_by(profile.tp_size) for piece in shares):
+        # Heads are not cut in two; an engine with fewer key-value heads than ranks repeats them, which slices cannot.
+        divisible = out_features // 2 if leaf.fused == "mlp_gate_up" else profile.num_kv_heads
+        if divisible % profile.tp_size:
             text = f"{tail}: its parts do not divide by the engine's tp_size, {profile.tp_size}"
             problems.by_layer.setdefault(text, []).append(module.layer)
             return

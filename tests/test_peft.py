@@ -1,0 +1,341 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""Reading PEFT directories: what is understood, and that all the rest is refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft.utils.other import get_pattern_key
+from safetensors.torch import load_file, save_file
+
+from adapters import lora_pair, save_llama_adapter, write_adapter
+from tritonlora.errors import InvalidAdapter, UnsupportedAdapter
+from tritonlora.peft import load_adapter
+from tritonlora.peft_config import AdapterConfig, parse_config
+
+Q = "model.layers.0.self_attn.q_proj"
+
+
+def config_bytes(**fields: Any) -> bytes:
+    return json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4, **fields}).encode()
+
+
+def test_tensors_of_a_saved_adapter_are_those_of_peft(tmp_path: Path) -> None:
+    """Every tensor that PEFT wrote is there, bit for bit, under its module."""
+    saved = save_llama_adapter(tmp_path)
+    written = load_file(saved.adapter / "adapter_model.safetensors")
+    adapter = load_adapter(saved.adapter)
+
+    assert len(written) == 2 * len(adapter.modules)
+    for path, module in adapter.modules.items():
+        assert torch.equal(written[f"base_model.model.{path}.lora_A.weight"], module.lora_A)
+        assert torch.equal(written[f"base_model.model.{path}.lora_B.weight"], module.lora_B)
+
+
+def test_scaling_and_ranks_are_those_of_peft(tmp_path: Path) -> None:
+    """rsLoRA, rank_pattern and alpha_pattern, as PEFT's own layers resolved them."""
+    saved = save_llama_adapter(
+        tmp_path,
+        r=4,
+        lora_alpha=6,
+        use_rslora=True,
+        rank_pattern={r"layers\.1\..*_proj": 3, "q_proj": 5},
+        alpha_pattern={"^model.layers.0.mlp.up_proj": 9, "v_proj": 1},
+    )
+    adapter = load_adapter(saved.adapter)
+
+    for path, layer in saved.model.get_base_model().named_modules():
+        if isinstance(layer, peft.tuners.lora.Linear):
+            assert (layer.r["default"], layer.scaling["default"]) == (
+                adapter.modules[path].r,
+                adapter.modules[path].scaling,
+            )
+
+
+@given(
+    patterns=st.lists(
+        st.sampled_from(["q_proj", "proj", r".*_proj", r"layers\.1\..*", "^model", r"mlp\.up_proj", "x"])
+    ),
+    path=st.sampled_from([Q, "model.layers.1.mlp.up_proj", "model.layers.11.self_attn.k_proj", "q_proj"]),
+)
+def test_patterns_match_as_in_peft(patterns: list[str], path: str) -> None:
+    """The first pattern that matches wins, by PEFT's own function."""
+    ranks = {pattern: number for number, pattern in enumerate(patterns, 1)}
+    config = AdapterConfig("", 99, 1.0, rank_pattern=ranks)
+
+    assert ranks.get(get_pattern_key(list(ranks), path), 99) == config.rank_of(path)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": "all-linear"},
+        {"target_modules": r".*\.(q_proj|up_proj)"},
+        {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [1]},
+        {"target_modules": "all-linear", "exclude_modules": ["down_proj"]},
+        {"adapter_name": "pirate"},
+        {"safe_serialization": False},
+        {"init_lora_weights": "gaussian"},
+        {"init_lora_weights": "orthogonal"},
+        {"dtype": torch.float16},
+        {"modules_to_save": []},
+    ],
+    ids=str,
+)
+def test_ways_of_saving_an_adapter_are_understood(options: dict[str, Any], tmp_path: Path) -> None:
+    """However the layers were chosen and the file was written, the modules are those that PEFT has."""
+    saved = save_llama_adapter(tmp_path, **options)
+    expected = saved.deltas()
+    adapter = load_adapter(saved.adapter)
+
+    assert expected.keys() == adapter.modules.keys()
+    for path, module in adapter.modules.items():
+        delta = module.scaling * (module.lora_B.double() @ module.lora_A.double())
+        torch.testing.assert_close(delta, expected[path], rtol=1e-9, atol=1e-9)
+
+
+def test_keys_with_an_adapter_name_are_understood(tmp_path: Path) -> None:
+    """`lora_A.default.weight` is `lora_A.weight`."""
+    tensors = {f"{Q}.lora_A.default.weight": torch.ones(2, 8), f"{Q}.lora_B.default.weight": torch.ones(8, 2)}
+
+    assert [Q] == list(load_adapter(write_adapter(tmp_path, tensors)).modules)
+
+
+def test_sharded_checkpoint_is_read_whole(tmp_path: Path) -> None:
+    """The shards that the index names make one adapter."""
+    other = "model.layers.0.self_attn.v_proj"
+    write_adapter(tmp_path, lora_pair(Q))
+    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model-00001-of-00002.safetensors")
+    pair = {f"base_model.model.{name}": tensor for name, tensor in lora_pair(other).items()}
+    save_file(pair, tmp_path / "adapter_model-00002-of-00002.safetensors")
+    weight_map = {"a": "adapter_model-00001-of-00002.safetensors", "b": "adapter_model-00002-of-00002.safetensors"}
+    (tmp_path / "adapter_model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+    assert {Q, other} == load_adapter(tmp_path).modules.keys()
+
+
+@pytest.mark.parametrize("shard", ["../x.safetensors", "/etc/passwd", "..", 3])
+def test_index_that_names_a_path_is_refused(shard: object, tmp_path: Path) -> None:
+    """A shard is a file of the directory, nothing else."""
+    (tmp_path / "adapter_config.json").write_bytes(config_bytes())
+    (tmp_path / "adapter_model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": shard}}))
+
+    with pytest.raises(InvalidAdapter, match=r"is not the name of a file|names no shards"):
+        load_adapter(tmp_path)
+
+
+def test_all_that_is_not_understood_is_listed_in_one_error(tmp_path: Path) -> None:
+    """Every offending key is named, with its reason; nothing is dropped."""
+    tensors = {
+        **lora_pair(Q),
+        **lora_pair("lm_head"),
+        "model.embed_tokens.weight": torch.ones(4, 4),
+        "model.embed_tokens.lora_embedding_A": torch.ones(2, 4),
+        f"{Q}.lora_B.bias": torch.ones(4),
+        "model.layers.0.mlp.experts.0.w1.lora_A.weight": torch.ones(2, 4),
+    }
+
+    with pytest.raises(UnsupportedAdapter) as caught:
+        load_adapter(write_adapter(tmp_path, tensors))
+    text = str(caught.value)
+    for part in (
+        "lm_head",
+        "embed_tokens.weight",
+        "lora_embedding_A",
+        "lora_B.bias",
+        "experts.0.w1",
+        "lora_bias=False",
+    ):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({f"{Q}.lora_A.weight": torch.ones(2, 8)}, "lora_B is missing"),
+        ({f"{Q}.lora_A.weight": torch.ones(2, 8), f"{Q}.lora_B.weight": torch.ones(8, 3)}, r"lora_A is \(2, 8\) and"),
+        ({f"{Q}.lora_A.weight": torch.ones(3, 8), f"{Q}.lora_B.weight": torch.ones(8, 3)}, "says r = 2"),
+        ({f"{Q}.lora_A.weight": torch.ones(16), f"{Q}.lora_B.weight": torch.ones(8, 2)}, r"lora_A is \(16,\) and"),
+        ({f"{Q}.lora_A.weight": torch.ones(2, 0), f"{Q}.lora_B.weight": torch.ones(8, 2)}, r"lora_A is \(2, 0\) and"),
+        ({k: v.to(torch.int8) for k, v in lora_pair(Q).items()}, "torch.int8, expected float32"),
+        ({**lora_pair(Q), f"{Q}.lora_magnitude_vector": torch.ones(32)}, "use_dora is False"),
+        ({**lora_pair(Q), f"{Q}.lora_A.other.weight": torch.ones(2, 32)}, "more than one A"),
+        ({}, "there is no LoRA tensor"),
+    ],
+)
+def test_contradictory_tensors_are_refused(tensors: dict[str, torch.Tensor], message: str, tmp_path: Path) -> None:
+    """A without B, ranks that disagree, wrong dims and dtypes are errors that name the module."""
+    with pytest.raises(InvalidAdapter, match=message):
+        load_adapter(write_adapter(tmp_path, tensors))
+
+
+def test_tensors_of_several_adapters_are_refused(tmp_path: Path) -> None:
+    """One file is one adapter."""
+    tensors = {
+        f"model.layers.{layer}.self_attn.q_proj.lora_{m}.{name}.weight": torch.ones(2, 2)
+        for layer, name in enumerate("xy")
+        for m in "AB"
+    }
+
+    with pytest.raises(InvalidAdapter, match="several adapters: 'x', 'y'"):
+        load_adapter(write_adapter(tmp_path, tensors))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("bias", "all"),
+        ("lora_bias", True),
+        ("layer_replication", [[0, 2]]),
+        ("target_parameters", ["experts.w"]),
+        ("trainable_token_indices", [1]),
+        ("alora_invocation_tokens", [1, 2]),
+        ("use_qalora", True),
+        ("megatron_config", {"a": 1}),
+        ("arrow_config", {"top_k": 1}),
+        ("use_bdlora", {"a": 1}),
+        ("init_lora_weights", "pissa_niter_4"),
+        ("init_lora_weights", "olora"),
+        ("init_lora_weights", "corda"),
+        ("init_lora_weights", "lora_ga"),
+        ("init_lora_weights", "loftq"),
+        ("a_field_of_tomorrow", 1),
+    ],
+)
+def test_fields_that_change_the_weights_are_refused_by_name(field: str, value: object) -> None:
+    """A feature that cannot be carried over is never ignored, and a field of a later PEFT is one."""
+    with pytest.raises(UnsupportedAdapter, match=f"'{field}' is "):
+        parse_config(config_bytes(**{field: value}))
+
+
+@pytest.mark.parametrize("peft_type", [t.value for t in peft.PeftType if t.value != "LORA"])
+def test_other_kinds_of_adapters_are_refused_by_name(peft_type: str) -> None:
+    """Every peft_type but LORA."""
+    with pytest.raises(UnsupportedAdapter, match=f"peft_type is '{peft_type}'"):
+        parse_config(config_bytes(peft_type=peft_type))
+
+
+def test_every_field_that_peft_writes_by_default_is_accepted() -> None:
+    """A plain LoraConfig of the installed PEFT, with nothing special set, is understood."""
+    fields = dataclasses.asdict(peft.LoraConfig(r=3, lora_alpha=5))
+    del fields["peft_type"]
+
+    assert AdapterConfig("", 3, 5) == parse_config(config_bytes(**json.loads(json.dumps(fields, default=list))))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"{", "is not JSON"),
+        (b"\xff", "is not JSON"),
+        (b"[" * 100_000, "is not JSON"),
+        (b"[]", "not a JSON object"),
+        (config_bytes(r=0), "'r' is 0"),
+        (config_bytes(r=True), "'r' is True"),
+        (config_bytes(lora_alpha="4"), "'lora_alpha' is '4'"),
+        (config_bytes(lora_alpha=float("nan")), "'lora_alpha' is nan"),
+        (config_bytes(rank_pattern={"q": -1}), r"rank_pattern\['q'\] is -1"),
+        (config_bytes(rank_pattern=[1]), r"'rank_pattern' is \[1\]"),
+        (config_bytes(alpha_pattern={"(": 1}), "not a regular expression"),
+    ],
+)
+def test_malformed_config_is_refused(text: bytes, message: str) -> None:
+    """What cannot be a LoraConfig is InvalidAdapter, naming the field."""
+    with pytest.raises(InvalidAdapter, match=message):
+        parse_config(text)
+
+
+def test_config_of_a_hundred_megabytes_is_not_read(tmp_path: Path) -> None:
+    """The size alone refuses it."""
+    write_adapter(tmp_path, lora_pair(Q))
+    os.truncate(tmp_path / "adapter_config.json", 100 << 20)
+
+    with pytest.raises(InvalidAdapter, match="has 104857600 bytes, expected at most"):
+        load_adapter(tmp_path)
+
+
+def test_link_out_of_the_directory_is_refused(tmp_path: Path) -> None:
+    """An adapter is its directory; a link to elsewhere in it is not followed."""
+    outside = write_adapter(tmp_path / "outside", lora_pair(Q))
+    inside = write_adapter(tmp_path / "inside", lora_pair(Q))
+    (inside / "adapter_model.safetensors").unlink()
+    (inside / "adapter_model.safetensors").symlink_to(outside / "adapter_model.safetensors")
+
+    with pytest.raises(InvalidAdapter, match="is a link out of its directory"):
+        load_adapter(inside)
+
+
+def test_links_of_the_hugging_face_cache_are_followed(tmp_path: Path) -> None:
+    """A downloaded snapshot is links into the cache's own blobs."""
+    blobs = write_adapter(tmp_path / "blobs", lora_pair(Q))
+    snapshot = tmp_path / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (snapshot / name).symlink_to(blobs / name)
+
+    assert [Q] == list(load_adapter(snapshot).modules)
+
+
+def test_directory_of_several_adapters_asks_which(tmp_path: Path) -> None:
+    """Nothing is guessed: the adapters that are there are listed."""
+    for name in ("one", "two"):
+        write_adapter(tmp_path / name, lora_pair(Q))
+
+    with pytest.raises(InvalidAdapter, match=r"holds several adapters, give one: .*/one, .*/two"):
+        load_adapter(tmp_path)
+
+
+class _Mark:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.system, ("touch /tmp/tritonlora-pickle-ran",))
+
+
+def test_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path: Path) -> None:
+    """A .bin is read with weights_only; what it calls is never called."""
+    mark = Path("/tmp/tritonlora-pickle-ran")  # noqa: S108  (the pickle cannot be told tmp_path)
+    mark.unlink(missing_ok=True)
+    (tmp_path / "adapter_config.json").write_bytes(config_bytes())
+    torch.save({"a": _Mark()}, tmp_path / "adapter_model.bin", pickle_module=pickle)
+
+    with pytest.raises(InvalidAdapter, match="is not a checkpoint of plain tensors"):
+        load_adapter(tmp_path)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({f"{Q}.lora_A.weight": torch.ones(1).expand(1 << 40)}, "more elements than the file holds"),
+        ({f"{Q}.lora_A.weight": [1, 2]}, "expected a tensor under a name, got list"),
+        ({f"{Q}.lora_A.weight": torch.ones(2, 2).to_sparse()}, "expected a plain tensor"),
+        ([torch.ones(1)], "holds a list"),
+    ],
+)
+def test_pickle_of_other_things_is_refused(content: object, message: str, tmp_path: Path) -> None:
+    """Only plain tensors under names, whose bytes are in the file."""
+    (tmp_path / "adapter_config.json").write_bytes(config_bytes())
+    torch.save(content, tmp_path / "adapter_model.bin")
+
+    with pytest.raises(InvalidAdapter, match=message):
+        load_adapter(tmp_path)
+
+
+def test_pickle_cut_short_is_refused(tmp_path: Path) -> None:
+    """A truncated .bin is a named error."""
+    (tmp_path / "adapter_config.json").write_bytes(config_bytes())
+    torch.save({"a": torch.ones(100)}, tmp_path / "adapter_model.bin")
+    os.truncate(tmp_path / "adapter_model.bin", 300)
+
+    with pytest.raises(InvalidAdapter, match="is not a checkpoint of plain tensors"):
+        load_adapter(tmp_path)
