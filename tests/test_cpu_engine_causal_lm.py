@@ -4,18 +4,18 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 import transformers
 
+import peft_oracle
 from adapters import LLAMA_CONFIG, Saved, save_adapter, save_llama_adapter
 from engine_client import Received, ask, tensors_of
+from peft_oracle import EOS, load_peft
 from tritonlora.cpu_engine.engine import CpuEngine, load_engine
 from tritonlora.cpu_engine.request import GenerationRequest, Sampling
 from tritonlora.cpu_engine.sampling import choose_token
@@ -26,7 +26,6 @@ from tritonlora.peft import load_adapter
 
 PROMPTS = ([5, 17, 3, 42], [9, 9, 1], [60, 2, 33, 21, 8, 30])
 LENGTH = 20
-EOS = 2  # Llama's
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -61,27 +60,12 @@ def wire(saved: Saved) -> dict[str, torch.Tensor]:
     return {"lora_weights": weights[None], "lora_config": lora_config(layout)[None]}
 
 
-def oracle(saved: Saved) -> peft.PeftModel:
-    """The adapter on its base model, as PEFT loads them, in float32."""
-    base = transformers.AutoModelForCausalLM.from_pretrained(saved.base, dtype=torch.float32)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return peft.PeftModel.from_pretrained(base, saved.adapter).eval()
+def oracle(saved: Saved) -> Any:
+    return load_peft(saved.base, saved.adapter)
 
 
-def generate(model: Any, prompt: Sequence[int], length: int = LENGTH, **options: Any) -> list[int]:
-    """Its greedy answer; without the end token, as in the engine's."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        output = model.generate(
-            input_ids=torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-            generation_config=transformers.GenerationConfig(  # type: ignore[no-untyped-call]
-                do_sample=False, max_new_tokens=length, eos_token_id=EOS, pad_token_id=0, **options
-            ),
-        )
-    answer: list[int] = output[0, len(prompt) :].tolist()
-    return answer[:-1] if answer[-1] == EOS else answer
+def generate(model: Any, prompt: Sequence[int], **options: Any) -> list[int]:
+    return peft_oracle.generate(model, prompt, LENGTH, **options)
 
 
 ADAPTERS: dict[str, dict[str, Any]] = {
