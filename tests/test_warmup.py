@@ -273,7 +273,7 @@ def test_render_block_names_everything_that_does_not_fit() -> None:
     assert [
         "the warmup samples do not fit the model:",
         "  every sample: end_id is declared with dims [1, 1, 2], and has [1]",
-        "  lora_9_warmup: lora_weights is declared TYPE_FP16, and the adapter is TYPE_BF16",
+        "  lora_9_warmup: lora_weights is declared TYPE_FP16, and its file holds TYPE_BF16",
         "  lora_9_warmup: lora_config is declared with dims [-1, 3], and has [2, 4]",
     ] == str(error.value).splitlines()
 

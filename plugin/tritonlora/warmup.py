@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tritonlora.errors import ConfigError, one_message
@@ -137,15 +137,16 @@ def render_block(config: ModelConfig, samples: Sequence[WarmupSample], *, input_
     _require_inputs(config)
     lengths = {"input_ids": input_length}
     shared = [
-        _Input(spec.name, filled(spec.data_type), (lengths.get(spec.name, 1),), SHARED_FILES[spec.name])
+        _Input(spec, filled(spec.data_type), (lengths.get(spec.name, 1),), SHARED_FILES[spec.name])
         for spec in _shared_inputs(config)
     ]
-    problems = [problem for entry in shared for problem in _mismatch(config, entry, "every sample")]
+    declared = {spec.name: spec for spec in config.inputs}
+    problems = [problem for entry in shared for problem in _mismatch(entry, "every sample")]
     rendered = []
     for sample in samples:
-        own = _lora_inputs(sample)
-        problems += [problem for entry in own for problem in _mismatch(config, entry, sample.name)]
-        rendered.append(_render_sample(config, sample, [*shared, *own]))
+        own = _lora_inputs(declared, sample)
+        problems += [problem for entry in own for problem in _mismatch(entry, sample.name)]
+        rendered.append(_render_sample(sample, [*shared, *own]))
     if problems:
         raise ConfigError(one_message("the warmup samples do not fit the model", problems))
     return "model_warmup [\n" + ",\n".join(rendered) + "\n]\n"
@@ -225,7 +226,9 @@ def _line(content: str) -> re.Pattern[str]:
 
 @dataclass(frozen=True, slots=True)
 class _Input:
-    name: str
+    """One input of a sample: what the model declares, and what the file holds."""
+
+    declared: TensorSpec
     data_type: str
     shape: tuple[int, ...]  # without the batch dim
     file: str
@@ -235,12 +238,13 @@ def _shared_inputs(config: ModelConfig) -> list[TensorSpec]:
     return [spec for spec in config.inputs if spec.name in SHARED_FILES]
 
 
-def _lora_inputs(sample: WarmupSample) -> list[_Input]:
+def _lora_inputs(declared: Mapping[str, TensorSpec], sample: WarmupSample) -> list[_Input]:
     task_id = sample.task_id
+    weights_type = TRITON_TYPES[sample.dtype]
     return [
-        _Input("lora_task_id", "TYPE_UINT64", (1,), task_id_file(task_id)),
-        _Input("lora_weights", TRITON_TYPES[sample.dtype], sample.weights_shape, weights_file(task_id)),
-        _Input("lora_config", "TYPE_INT32", sample.config_shape, config_file(task_id)),
+        _Input(declared["lora_task_id"], "TYPE_UINT64", (1,), task_id_file(task_id)),
+        _Input(declared["lora_weights"], weights_type, sample.weights_shape, weights_file(task_id)),
+        _Input(declared["lora_config"], "TYPE_INT32", sample.config_shape, config_file(task_id)),
     ]
 
 
@@ -261,37 +265,32 @@ def _require_inputs(config: ModelConfig) -> None:
         raise ConfigError(one_message(f"{config.name or 'the model'!r} cannot be warmed up", problems))
 
 
-def _mismatch(config: ModelConfig, entry: _Input, sample: str) -> list[str]:
+def _mismatch(entry: _Input, sample: str) -> list[str]:
     """In what an input of `sample` is not what the model declares."""
-    spec = config.input(entry.name)
-    if spec is None:
-        return []
+    name, data_type, dims = entry.declared.name, filled(entry.declared.data_type), filled(entry.declared.dims)
     problems = []
-    data_type, dims = filled(spec.data_type), filled(spec.dims)
     if entry.data_type != data_type:
-        problems.append(f"{sample}: {entry.name} is declared {data_type}, and the adapter is {entry.data_type}")
-    shape = _as_declared(entry.shape, dims)
+        problems.append(f"{sample}: {name} is declared {data_type}, and its file holds {entry.data_type}")
+    shape = _shape(entry)
     if len(shape) != len(dims) or any(size not in (-1, got) for size, got in zip(dims, shape, strict=False)):
-        problems.append(f"{sample}: {entry.name} is declared with dims {list(dims)}, and has {list(entry.shape)}")
+        problems.append(f"{sample}: {name} is declared with dims {list(dims)}, and has {list(entry.shape)}")
     return problems
 
 
-def _as_declared(shape: tuple[int, ...], dims: tuple[int, ...]) -> tuple[int, ...]:
-    """`shape` with the leading ones that a model without batching has to declare itself."""
-    return (1,) * (len(dims) - len(shape)) + shape
+def _shape(entry: _Input) -> tuple[int, ...]:
+    """The shape with the leading ones that a model without batching has to declare itself."""
+    return (1,) * (len(filled(entry.declared.dims)) - len(entry.shape)) + entry.shape
 
 
-def _render_sample(config: ModelConfig, sample: WarmupSample, inputs: Sequence[_Input]) -> str:
+def _render_sample(sample: WarmupSample, inputs: Sequence[_Input]) -> str:
     lines = ["  {", f"    name: {quote(sample.name)}", "    batch_size: 1"]
     for entry in inputs:
-        spec = config.input(entry.name)
-        shape = _as_declared(entry.shape, filled(spec.dims)) if spec else entry.shape
         lines += [
             "    inputs {",
-            f"      key: {quote(entry.name)}",
+            f"      key: {quote(entry.declared.name)}",
             "      value {",
             f"        data_type: {entry.data_type}",
-            f"        dims: [ {', '.join(map(str, shape))} ]",
+            f"        dims: [ {', '.join(map(str, _shape(entry)))} ]",
             f"        input_data_file: {quote(entry.file)}",
             "      }",
             "    }",

@@ -286,10 +286,12 @@ def declare_lora_weights(text: str, dtype: str, columns: int = 3) -> str:
     return _set_last_dim(parse(text), "lora_config", columns) if columns == 4 else text
 
 
+def _declared_input(document: Document, name: str) -> Message:
+    return next(tensor for tensor in document.message.messages("input") if _has(tensor, "name", name))
+
+
 def _set_data_type(document: Document, name: str, data_type: str) -> str:
-    tensor = _find(document.message, "input", "name", name)
-    if tensor is None:
-        return document.text
+    tensor = _declared_input(document, name)
     current = tensor.scalar("data_type")
     if current is None:
         return insert_field(document, tensor, f"data_type: {data_type}")
@@ -297,8 +299,7 @@ def _set_data_type(document: Document, name: str, data_type: str) -> str:
 
 
 def _set_last_dim(document: Document, name: str, size: int) -> str:
-    tensor = _find(document.message, "input", "name", name)
-    dim = tensor.scalar("dims") if tensor else None
+    dim = _declared_input(document, name).scalar("dims")
     if dim is None or dim.value in ("-1", str(size)):
         return document.text
     return replace_value(document, dim, str(size))
