@@ -1,0 +1,137 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""The answers are right: HTTP, ensemble, router and warmed engine against PEFT's own greedy generate."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+
+from adapters import LINEAR
+from repositories import set_cache_pages
+from tritonlora import client, install, register, repository
+from tritonlora.server import Server
+
+TOKENS = 24
+# ASCII only, so that with the byte tokenizer a text says exactly which tokens it was made of.
+VOCABULARY = 128
+PROMPTS = ("What is the capital of France?", "x", "Tell me about the sea, please. " * 4)
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "attention": {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]},
+    "all": {"r": 4, "lora_alpha": 8, "target_modules": list(LINEAR)},
+    "rslora": {"r": 16, "lora_alpha": 16, "use_rslora": True, "target_modules": ["o_proj", "up_proj", "gate_proj"]},
+    "patterns": {
+        "r": 4,
+        "lora_alpha": 4,
+        "target_modules": ["q_proj", "k_proj", "down_proj"],
+        "rank_pattern": {"layers.0.self_attn.q_proj": 2},
+        "alpha_pattern": {"down_proj": 32},
+        "layers_to_transform": [0, 2],
+    },
+}
+
+
+@dataclass(frozen=True)
+class Served:
+    """A server, and what PEFT says that its adapters answer."""
+
+    server: Server
+    answers: dict[tuple[str | None, str], str]  # (lora_name, prompt) -> text
+
+
+def _random_adapter(model: Any, seed: int, options: dict[str, Any], directory: Path) -> Any:
+    """A PEFT model with a random adapter, saved in `directory` in bfloat16."""
+    torch.manual_seed(seed)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(**options))
+    weights = [parameter for name, parameter in adapted.named_parameters() if "lora_" in name]
+    for parameter in weights:
+        parameter.data = (torch.randn_like(parameter) * 0.3).bfloat16()
+    adapted.save_pretrained(str(directory))
+    for parameter in weights:
+        parameter.data = parameter.data.float()
+    return adapted
+
+
+def _greedy(model: Any, prompt: str) -> str:
+    input_ids = torch.tensor([list(prompt.encode())])
+    output = model.generate(
+        input_ids=input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        max_new_tokens=TOKENS,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return bytes(output[0, input_ids.shape[1] :].tolist()).decode()
+
+
+@pytest.fixture(scope="module", params=["bfloat16", "float32"])
+def served(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, launch: Callable[..., Server]
+) -> Served:
+    """A small random Llama with four random adapters, and an engine cache that holds two of them."""
+    directory = tmp_path_factory.mktemp("answers")
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+    )
+    answers: dict[tuple[str | None, str], str] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # transformers and PEFT warn about each other
+        torch.manual_seed(0)
+        base = transformers.LlamaForCausalLM(config).to(getattr(torch, request.param))
+        base.save_pretrained(directory / "base")
+        for seed, name in enumerate([None, *ADAPTERS]):
+            model: Any = transformers.LlamaForCausalLM.from_pretrained(directory / "base", dtype=torch.float32)
+            if name is not None:
+                model = _random_adapter(model, seed, ADAPTERS[name], directory / name)
+            answers |= {(name, prompt): _greedy(model, prompt) for prompt in PROMPTS}
+
+    engine = {"gpt_model_path": str(directory / "base"), "synthetic": "false"}
+    install.create_repository(directory / "repo", {"tensorrt_llm": engine})
+    opened = repository.open_repository(directory / "repo")
+    for name in ADAPTERS:
+        register.add(opened, name, directory / name)
+    set_cache_pages(opened, 4)  # "rslora" takes two pages
+    return Served(launch(opened.root), answers)
+
+
+def _ask(served: Served, lora_name: str | None, prompt: str) -> str:
+    inputs = {"end_id": -1}  # no token ends the answer, as in _greedy
+    pieces = client.generate(prompt, lora_name=lora_name, max_tokens=TOKENS, url=served.server.http_url, inputs=inputs)
+    return "".join(pieces)
+
+
+def test_the_adapters_answer_differently(served: Served) -> None:
+    """Else the other tests would prove nothing."""
+    for prompt in PROMPTS:
+        texts = {served.answers[name, prompt] for name in (None, *ADAPTERS)}
+
+        assert len(ADAPTERS) + 1 == len(texts)
+
+
+@pytest.mark.parametrize("lora_name", [None, *ADAPTERS])
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_an_answer_is_peft_s_own_token_for_token(served: Served, lora_name: str | None, prompt: str) -> None:
+    """Greedy, for the base model and every adapter."""
+    assert served.answers[lora_name, prompt] == _ask(served, lora_name, prompt)
+
+
+def test_answers_stay_right_when_adapters_are_evicted(served: Served) -> None:
+    """Five pages of adapters take turns in a cache of four."""
+    asked = [(name, prompt) for _ in range(3) for name in (*ADAPTERS, None) for prompt in PROMPTS]
+
+    assert [served.answers[one] for one in asked] == [_ask(served, *one) for one in asked]
