@@ -40,6 +40,7 @@ class Received:
     ended: bool = False
     cancelled: bool = False  # by the client
     saw_cancel: bool = False
+    asked: int = 0  # how often the engine looked whether the client has gone
     changed: threading.Condition = field(default_factory=threading.Condition)
 
     def send(self, tokens: Sequence[int], *, last: bool) -> None:
@@ -53,6 +54,7 @@ class Received:
         self._note(ended=True)
 
     def is_cancelled(self) -> bool:
+        self.asked += 1
         return self.cancelled
 
     def _note(self, *, ended: bool, piece: list[int] | None = None, error: str | None = None) -> None:

@@ -41,7 +41,12 @@ def open_engine(tmp_path: Path) -> Iterator[Open]:
 
     def open_(*, decoupled: bool = True, **parameters: str) -> CpuEngine:
         config_directory(tmp_path)
-        defaults = {"gpt_model_path": str(tmp_path), "synthetic": "true", "exclude_input_in_output": "true"}
+        defaults = {
+            "gpt_model_path": str(tmp_path),
+            "synthetic": "true",
+            "exclude_input_in_output": "true",
+            "cancellation_check_period_ms": "0",
+        }
         opened.append(load_engine({**defaults, **parameters}, tmp_path, decoupled=decoupled))
         return opened[-1]
 
@@ -463,6 +468,15 @@ def test_a_client_that_goes_away_frees_its_adapter(open_engine: Open) -> None:
 
     assert all(request.saw_cancel for request in running)
     assert answer_to(engine, 4, **ONE_PAGE) is None
+
+
+def test_cancellation_is_looked_for_only_every_so_often(open_engine: Open) -> None:
+    """With a period of 50 ms an iteration of 2 ms does not ask, and the request ends within the period all the same."""
+    engine = open_engine(cancellation_check_period_ms="50", **PACE)
+    request = ask(engine, tensors_of(HELLO, FOREVER, streaming=True)).wait_for_pieces(50)
+
+    assert request.asked < 40
+    end(request)
 
 
 def test_stop_ends_the_request_with_the_same_id(open_engine: Open) -> None:

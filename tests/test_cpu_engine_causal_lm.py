@@ -14,7 +14,7 @@ import transformers
 
 import peft_oracle
 from adapters import LLAMA_CONFIG, Saved, save_adapter, save_llama_adapter
-from engine_client import Received, ask, tensors_of
+from engine_client import Received, ask, config_directory, tensors_of
 from peft_oracle import EOS, load_peft
 from tritonlora.cpu_engine.engine import CpuEngine, load_engine
 from tritonlora.cpu_engine.request import GenerationRequest, Sampling
@@ -256,3 +256,11 @@ def test_fused_layers_are_refused_when_the_model_loads(tmp_path: Path, engines: 
 
     with pytest.raises(EngineMismatch, match="attn_qkv is one fused layer"):
         engine_of(engines, saved.base)
+
+
+def test_a_checkpoint_without_weights_is_refused_by_its_path(tmp_path: Path, engines: list[CpuEngine]) -> None:
+    """A config.json alone is enough for the synthetic model only."""
+    directory = config_directory(tmp_path / "empty")
+
+    with pytest.raises(EngineMismatch, match="gpt_model_path: .*empty' is not a checkpoint that transformers can load"):
+        engine_of(engines, directory)

@@ -58,10 +58,10 @@ class CausalLM:
     iteration_seconds = 0.0
 
     def __init__(self, checkpoint: Path, profile: EngineProfile, *, compute_dtype: str = "float32") -> None:
-        """EngineMismatch: layers that `profile` has LoRA for are not there, or fused in a way not implemented here."""
+        """EngineMismatch: no checkpoint, or layers that `profile` has LoRA for are missing or fused."""
         self._dtype = COMPUTE_DTYPES[compute_dtype]
         self._modules = {dims.module.id: dims for dims in profile.modules.values()}
-        self._model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=self._dtype, local_files_only=True)
+        self._model = _load_checkpoint(checkpoint, self._dtype)
         self._adapter: Adapter = {}
         self._hook_layers(profile)
         self.max_sequence_length: int = getattr(self._model.config, "max_position_embeddings", None) or 1 << 30
@@ -134,3 +134,12 @@ class CausalLM:
             return lora.magnitude * (output - bias + delta) + bias
 
         return add_lora
+
+
+def _load_checkpoint(directory: Path, dtype: torch.dtype) -> Any:
+    try:
+        return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise EngineMismatch(
+            f"gpt_model_path: {str(directory)!r} is not a checkpoint that transformers can load: {error}"
+        ) from error

@@ -29,6 +29,7 @@ class Settings:
     gpt_model_path: Path  # a Hugging Face checkpoint; with `synthetic`, only its config.json is read
     exclude_input_in_output: bool = False
     max_num_requests: int = 64  # taken at one time; more wait
+    cancellation_check_period_ms: float = 100
     max_lora_rank: int = 64
     lora_target_modules: tuple[str, ...] | None = None  # None: all that the architecture has; ("none",): no LoRA
     compute_dtype: str = "float32"
@@ -71,9 +72,9 @@ def _at_least_one(text: str) -> int:
     return number
 
 
-def _seconds(text: str) -> float:
+def _duration(text: str) -> float:
     number = float(text)
-    if not 0 <= number < 3600:
+    if not 0 <= number < 1e6:
         raise ValueError
     return number
 
@@ -83,12 +84,13 @@ _CONVERT: dict[str, tuple[Callable[[str], Any], str]] = {
     "gpt_model_path": (Path, "a path"),
     "exclude_input_in_output": (lambda text: _BOOLEANS[text.lower()], "true or false"),
     "max_num_requests": (_at_least_one, "a whole number above 0"),
+    "cancellation_check_period_ms": (_duration, "milliseconds"),
     "max_lora_rank": (_at_least_one, "a whole number above 0"),
     "lora_target_modules": (lambda text: tuple(text.replace(",", " ").split()), "names of LoRA modules"),
     "compute_dtype": _one_of(*COMPUTE_DTYPES),
     "engine_flavour": _one_of(*FLAVOURS),
     "synthetic": (lambda text: _BOOLEANS[text.lower()], "true or false"),
-    "synthetic_token_seconds": (_seconds, "seconds"),
+    "synthetic_token_seconds": (_duration, "seconds"),
 }
 
 
@@ -149,6 +151,7 @@ def load_engine(parameters: Mapping[str, str], model_directory: Path, *, decoupl
         cache_parameters,
         FLAVOURS[settings.engine_flavour],
         max_num_requests=settings.max_num_requests,
+        cancellation_check_seconds=settings.cancellation_check_period_ms / 1000,
     )
     return CpuEngine(
         executor,

@@ -103,12 +103,16 @@ class Executor(Generic[AdapterT, StateT]):
         flavour: Flavour,
         *,
         max_num_requests: int = 64,
+        cancellation_check_seconds: float = 0.1,
     ) -> None:
         """EngineMismatch: the LoRA cache is too small for the engine to load."""
         self._model = model
         self._profile = profile
         self._flavour = flavour
         self._max_num_requests = max_num_requests
+        # Asking Triton costs as much as half a token does, so not every iteration asks.
+        self._cancellation_check_seconds = cancellation_check_seconds
+        self._next_cancellation_check = 0.0
         self._geometry = _geometry(profile, parameters)
         self._peft: PeftCache[AdapterT] = PeftCache(LoraCache(self._geometry.host_pages if self._geometry else 0))
         self._ids = itertools.count(1)
@@ -145,6 +149,9 @@ class Executor(Generic[AdapterT, StateT]):
         while self._wait_for_work():
             began = time.monotonic()
             self._take()
+            if began >= self._next_cancellation_check:
+                self._next_cancellation_check = began + self._cancellation_check_seconds
+                self._active = [active for active in self._active if self._is_wanted(active)]
             self._active = [active for active in self._active if self._advance(active)]
             left = began + self._model.iteration_seconds - time.monotonic()
             if left > 0 and self._active:
@@ -190,15 +197,21 @@ class Executor(Generic[AdapterT, StateT]):
             raise
         return _Active(submitted, min(request.max_tokens, room), state)
 
+    def _is_wanted(self, active: _Active[StateT]) -> bool:
+        """False when the request has been ended because nobody waits for it any more."""
+        submitted = active.submitted
+        if not (submitted.stopped or submitted.answers.is_cancelled()):
+            return True
+        self._release(submitted)
+        with contextlib.suppress(Exception):  # nobody is left to tell
+            submitted.answers.cancel()
+        return False
+
     def _advance(self, active: _Active[StateT]) -> bool:
         """One more token for one request; False when it has ended."""
         submitted = active.submitted
         request, answers = submitted.request, submitted.answers
         try:
-            if submitted.stopped or answers.is_cancelled():
-                self._release(submitted)
-                answers.cancel()
-                return False
             token = self._model.next_token(active.state)
             piece = [] if token == request.end_id else [token]  # as upstream: the end token is not part of the answer
             active.tokens += piece
