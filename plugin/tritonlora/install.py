@@ -100,6 +100,9 @@ def plan_init(root: Path, target: str = DEFAULT_TARGET) -> list[FileChange]:
         router_config = wiring.router_config(
             engine_config, name=ROUTER, target_name=target, previous_ids=takes_previous_ids
         )
+        # What somebody has tuned stays.
+        for key, value in _router_parameters(root).items():
+            router_config = wiring.set_parameter(router_config, key, value)
     except ConfigError as error:
         raise RepositoryError(f"{config_path}: {error}") from None
     files = {"config.pbtxt": router_config, "1/model.py": (shipped_models() / ROUTER / "1" / "model.py").read_text()}
@@ -138,6 +141,13 @@ def _ensembles_of(root: Path, target: str) -> dict[Path, ModelConfig]:
         for path, config in configs.items()
         if any(step.model_name in (target, ROUTER) for step in config.steps)
     }
+
+
+def _router_parameters(root: Path) -> dict[str, str]:
+    """The parameters of the router that is there already, less the one that `init` sets."""
+    path = root / ROUTER / "config.pbtxt"
+    found = read_config(path).parameters if path.is_file() else {}
+    return {key: value for key, value in found.items() if key != "target"}
 
 
 def _takes_previous_tokens(root: Path, model: str) -> bool:

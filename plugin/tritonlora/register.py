@@ -218,8 +218,8 @@ def _rendered_config(repository: Repository, table: AdapterTable) -> str:
     """The engine model's config.pbtxt for `table`; RepositoryError, naming the file, when it cannot be edited."""
     text = read_text(repository.config_path)
     try:
-        for entry in table.entries.values():
-            text = wiring.declare_lora_weights(text, entry.dtype, columns=entry.lora_config_shape[1])
+        for dtype, columns in sorted({(entry.dtype, entry.lora_config_shape[1]) for entry in table.entries.values()}):
+            text = wiring.declare_lora_weights(text, dtype, columns=columns)
         return warmup.replace_block(text, warmup.render_block(parse_config(text), _samples(table)))
     except ConfigError as error:
         raise RepositoryError(f"{repository.config_path}: {error}") from None

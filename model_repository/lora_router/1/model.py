@@ -61,7 +61,8 @@ class TritonPythonModel:
                 lora_names, lora_task_ids = (values_of(request, name) for name in ROUTING_INPUTS)
                 routes = resolve_rows(self._table.table(), lora_names, lora_task_ids, batch)
                 inputs = [tensor for tensor in request.inputs() if tensor.name() not in ROUTING_INPUTS]
-                rows = [row_of(inputs, row) for row in range(batch)] if batch > 1 and any(routes) else [inputs]
+                split = batch > 1 and (any(routes) or reply.is_stream)  # each row is a stream of its own
+                rows = [row_of(inputs, row) for row in range(batch)] if split else [inputs]
                 if len(rows) > 1 and not self._decoupled:
                     raise InvalidRequest("a batch of several rows for LoRA adapters needs a decoupled engine model")
             except Exception as error:  # noqa: BLE001  whatever it is, this request must be answered
@@ -145,30 +146,35 @@ class Reply:
         self._sender = request.get_response_sender()
         self._decoupled = decoupled
         self._wanted = request.requested_output_names()
-        streaming = decoupled and any(values_of(request, "streaming") or [])
-        self._previous_ids: dict[int, PreviousIds] | None = {} if streaming and "previous_ids" in self._wanted else None
+        self.is_stream = decoupled and any(values_of(request, "streaming") or [])
+        self._detokenised = self.is_stream and "previous_ids" in self._wanted
+        self._previous_ids: dict[int, PreviousIds] = {}
         self._lock = threading.Lock()
         self._finished_rows = 0
         self._answered = False
         self.is_cancelled = self._sender.is_cancelled
 
-    def send(self, tensors: list[pb_utils.Tensor], row: int) -> None:
+    def send(self, tensors: list[pb_utils.Tensor], row: int, *, ends: bool = False) -> None:
         """Pass on one answer of the engine: the outputs that the client asked for."""
         if self.rows > 1:  # the engine has seen a batch of one
             tensors = [tensor for tensor in tensors if tensor.name() != "batch_index"]
             tensors.append(pb_utils.Tensor("batch_index", np.array([[row]], np.int32)))
-        if self._previous_ids is not None:
-            previous_ids = self._previous_ids.setdefault(row, PreviousIds())
-            tensors = [*tensors, pb_utils.Tensor("previous_ids", np.array([previous_ids.ids()], np.int32))]
+        if self._detokenised:
             output_ids, sequence_length = (tensor_of(tensors, name).as_numpy() for name in ENGINE_NEEDS)
-            previous_ids.add(output_ids[0, 0, : sequence_length[0, 0]].tolist())
+            new = output_ids[0, 0, : sequence_length[0, 0]].tolist()
+            previous_ids = self._previous_ids.setdefault(row, PreviousIds())
+            # Without new tokens previous_ids mean the end of the stream, which the engine's answers never do.
+            if ends or (new and output_ids.shape[1] == 1):
+                tensors = [*tensors, pb_utils.Tensor("previous_ids", np.array([previous_ids.ids()], np.int32))]
+            previous_ids.add(new)
         self._respond(pb_utils.InferenceResponse([tensor for tensor in tensors if tensor.name() in self._wanted]))
 
     def end_of_stream(self, row: int) -> None:
         """Tell the detokeniser, which holds back a character that is not complete, that no more tokens come."""
-        if self._previous_ids is not None:
+        if self._detokenised:
             nothing = (np.zeros((1, 1, 0), np.int32), np.zeros((1, 1), np.int32))
-            self.send([pb_utils.Tensor(name, value) for name, value in zip(ENGINE_NEEDS, nothing, strict=True)], row)
+            tensors = [pb_utils.Tensor(name, value) for name, value in zip(ENGINE_NEEDS, nothing, strict=True)]
+            self.send(tensors, row, ends=True)
 
     def fail(self, error: Exception) -> None:
         """Answer with an error: its own words if it is one for clients, else a log entry and INTERNAL."""
@@ -194,7 +200,8 @@ class Reply:
 
     def _respond(self, response: pb_utils.InferenceResponse) -> None:
         if self._decoupled:
-            self._sender.send(response)
+            with self._lock:
+                self._sender.send(response)
         elif not self._answered:
             self._answered = True
             self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
