@@ -1,0 +1,175 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""The whole job on this machine: base model, repository, adapters, server, the same questions by adapter name.
+
+Nothing here is special to the demo but the questions and the looks: it calls what the other commands call.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from rich.console import Console
+
+from tritonlora import client, install, register, repository
+from tritonlora.demo import view
+from tritonlora.demo.base_model import base_checkpoint
+from tritonlora.demo.questions import MAX_TOKENS, QUESTIONS
+from tritonlora.errors import ServerError
+from tritonlora.server import Server, find_tritonserver
+
+ADAPTERS = Path(__file__).parent / "adapters"
+STREAMED = {"stream": True}
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What one model said to one question."""
+
+    question: str
+    lora_name: str | None  # None: the base model
+    text: str
+    pieces: int  # how many the server streamed it in
+    seconds: float
+    request_nbytes: int  # the body that the client sent, whole
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedAdapter:
+    """One adapter as it was registered."""
+
+    lora_name: str
+    lora_task_id: int
+    adapter_sizes: tuple[int, ...]  # r
+    modules: tuple[str, ...]
+    lora_weights_nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Demonstration:
+    """What happened."""
+
+    base: str
+    repository: str
+    adapters: tuple[LoadedAdapter, ...]
+    answers: tuple[Answer, ...]
+    seconds: float
+
+    @property
+    def largest_request_nbytes(self) -> int:
+        """The most that any client sent."""
+        return max(answer.request_nbytes for answer in self.answers)
+
+
+def run(
+    *,
+    base: Path | None = None,
+    keep: Path | None = None,
+    as_json: bool = False,
+    stdout: Console | None = None,
+    stderr: Console | None = None,
+) -> Demonstration:
+    """Do everything; say on `stderr` what is being done, and print on `stdout` the answers or, as JSON, all there is.
+
+    `base` is a checkpoint to use in place of the one that is fetched; the model repository stays in `keep`, else it is
+    made in a scratch directory. However this ends, no process and no scratch directory is left behind. Raises
+    TritonLoraError when a step fails, or when an adapter did not change a single answer.
+    """
+    out, err = stdout or Console(), stderr or Console(stderr=True)
+    started = time.monotonic()
+    find_tritonserver()  # before anything is fetched
+    with ExitStack() as stack:
+        with view.step(err, "base model") as progress:
+            checkpoint = base.resolve() if base else base_checkpoint(progress)
+        root = (keep or Path(stack.enter_context(TemporaryDirectory(prefix="tritonlora-demo-")))).resolve()
+        with view.step(err, "model repository"):
+            adapters = prepare_repository(root, checkpoint)
+        with view.step(err, f"tritonserver, {len(adapters)} adapters loaded by its warmup"):
+            server = stack.enter_context(Server(root))
+            server.wait_until_ready()
+        names = [adapter.lora_name for adapter in adapters]
+        with view.silent() if as_json else view.answers(out, names) as show:
+            answers = _ask_all(server.http_url, names, show)
+    shown = Demonstration(str(checkpoint), str(root), adapters, answers, round(time.monotonic() - started, 1))
+    if as_json:
+        out.file.write(json.dumps(asdict(shown), indent=2) + "\n")
+    else:
+        out.print(_summary(shown), markup=False, highlight=False, soft_wrap=True)
+    if keep:
+        err.print(f"serve it again with: tritonlora serve --repo {root}", highlight=False, soft_wrap=True)
+    check_answers(answers)
+    return shown
+
+
+# The steps
+
+
+def prepare_repository(root: Path, base: Path, adapters: Path = ADAPTERS) -> tuple[LoadedAdapter, ...]:
+    """Make the shipped model repository in `root`, for the checkpoint `base`, with every adapter in `adapters`."""
+    install.create_repository(
+        root,
+        {
+            "preprocessing": {"tokenizer_dir": str(base), "chat_template": "true"},
+            "postprocessing": {"tokenizer_dir": str(base)},
+            "tensorrt_llm": {"gpt_model_path": str(base), "synthetic": "false"},
+        },
+    )
+    opened = repository.open_repository(root)
+    loaded = []
+    for directory in sorted(path for path in adapters.iterdir() if path.is_dir()):
+        entry = register.add(opened, directory.name, directory).entry
+        loaded.append(
+            LoadedAdapter(
+                directory.name, entry.lora_task_id, entry.adapter_sizes, entry.modules, entry.lora_weights_nbytes
+            )
+        )
+    return tuple(loaded)
+
+
+def ask(url: str, question: str, lora_name: str | None, on_text: Callable[[str], None]) -> Answer:
+    """Put one question, by adapter name; `on_text` gets the text so far whenever a piece of it arrives."""
+    started = time.monotonic()
+    text, pieces = "", 0
+    for piece in client.generate(question, lora_name=lora_name, max_tokens=MAX_TOKENS, url=url):
+        text, pieces = text + piece, pieces + 1
+        on_text(text)
+    nbytes = len(client.request_body(question, lora_name, MAX_TOKENS, STREAMED))
+    return Answer(question, lora_name, text.strip(), pieces, round(time.monotonic() - started, 2), nbytes)
+
+
+def _ask_all(url: str, names: Sequence[str], show: view.Show) -> tuple[Answer, ...]:
+    """Every question, put to the base model and then to each adapter; `show` gets the text of each as it grows."""
+    return tuple(
+        ask(url, question, name, functools.partial(show, question, name))
+        for question in QUESTIONS
+        for name in (None, *names)
+    )
+
+
+def check_answers(answers: Sequence[Answer]) -> None:
+    """Raise ServerError when an adapter answered every question as the base model did: it was not applied."""
+    by_name: dict[str | None, list[str]] = {}
+    for answer in answers:
+        by_name.setdefault(answer.lora_name, []).append(answer.text)
+    same = [str(name) for name, texts in by_name.items() if name is not None and texts == by_name[None]]
+    if same:
+        raise ServerError(f"these adapters changed no answer of the base model: {', '.join(same)}")
+
+
+def _summary(shown: Demonstration) -> str:
+    weights = sum(adapter.lora_weights_nbytes for adapter in shown.adapters)
+    name = shown.adapters[0].lora_name
+    example = client.request_body(QUESTIONS[0], name, MAX_TOKENS, STREAMED).decode()
+    return (
+        f"The clients sent names, never weights: {len(shown.answers)} requests of at most "
+        f"{shown.largest_request_nbytes} bytes, such as\n"
+        f"  {example}\n"
+        f"The {weights:,} bytes of lora_weights were loaded by Triton's warmup before the server was ready."
+    )
