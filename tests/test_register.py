@@ -1,0 +1,410 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""register.py: adapters in and out of a repository, whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from repositories import synthetic_adapter
+from tritonlora import check, files, install, pack, register, repository
+from tritonlora.errors import EngineMismatch, InvalidAdapter, RepositoryError, TritonLoraError
+from tritonlora.pbtxt import parse
+from tritonlora.repository import Repository, read_table, read_text
+from upstream_configs import protobuf
+
+
+@pytest.fixture(scope="module")
+def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped repository, without adapters."""
+    root = tmp_path_factory.mktemp("register") / "repo"
+    install.create_repository(root)
+    return root
+
+
+@pytest.fixture
+def opened(empty: Path, tmp_path: Path) -> Repository:
+    """A fresh copy of it."""
+    shutil.copytree(empty, tmp_path / "repo")
+    return repository.open_repository(tmp_path / "repo")
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """`adapters(seed)`: a small adapter's directory."""
+    directory = tmp_path_factory.mktemp("adapters")
+    return lambda seed: synthetic_adapter(directory / str(seed), seed)
+
+
+def snapshot(root: Path) -> dict[str, bytes]:
+    """Every file's bytes, but for the lock's."""
+    return {
+        str(path.relative_to(root)): path.read_bytes()
+        for path in sorted(root.rglob("*"))
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+def errors(opened: Repository) -> list[check.Finding]:
+    """What check calls an error."""
+    return [finding for finding in check.check(opened, deep=True) if finding.severity == "error"]
+
+
+# Adding
+
+
+def test_an_added_adapter_is_on_disk_in_the_table_and_in_the_config(
+    opened: Repository, adapters: Callable[[int], Path]
+) -> None:
+    """Files, table and warmup block say the same, read by independent means."""
+    added = register.add(opened, "pirate", adapters(0))
+    entry = json.loads(opened.table_path.read_text())["adapters"]["pirate"]
+    sample = protobuf(read_text(opened.config_path)).model_warmup[0]
+    weights = opened.root / entry["lora_weights_file"]
+    n, width = entry["lora_weights_shape"]
+
+    assert (1, "bfloat16", True, "base") == (
+        entry["lora_task_id"],
+        entry["dtype"],
+        entry["warm"],
+        entry["base_model_name_or_path"],
+    )
+    assert hashlib.sha256(weights.read_bytes()).hexdigest() == entry["lora_weights_sha256"]
+    assert n * width * 2 == weights.stat().st_size
+    assert [n, width] == list(sample.inputs["lora_weights"].dims)
+    assert "adapter_model_1.bin" == sample.inputs["lora_weights"].input_data_file
+    assert struct.pack("<Q", 1) == (opened.warmup_directory / "lora_id_1").read_bytes()
+    rows = np.fromfile(opened.root / entry["lora_config_file"], "<i4").reshape(n, 3).tolist()
+    assert [[1, 0, 8], [3, 0, 8], [1, 1, 8], [3, 1, 8]] == rows
+    assert not added.unchanged
+    assert [] == errors(opened)
+
+
+def test_every_byte_outside_the_block_and_the_changed_values_stays(
+    opened: Repository, adapters: Callable[[int], Path]
+) -> None:
+    """The user's comments and order are the user's."""
+    text = "# mine\r\n" + read_text(opened.config_path).replace("\n", "\r\n").replace("TYPE_BF16", "TYPE_FP16")
+    opened.config_path.write_bytes(text.encode())
+    before, weights, after = text.partition('name: "lora_weights"')
+    register.add(opened, "pirate", adapters(0))
+
+    changed = before + weights + after.replace("TYPE_FP16", "TYPE_BF16", 1)
+    now = read_text(opened.config_path)
+    assert now.startswith(changed)
+    assert now[len(changed) :].startswith("# tritonlora: model_warmup")
+    assert "\n" not in now.replace("\r\n", "")
+
+
+def test_the_same_content_again_changes_nothing(opened: Repository, adapters: Callable[[int], Path]) -> None:
+    """Not even a time stamp."""
+    register.add(opened, "pirate", adapters(0))
+    before = snapshot(opened.root)
+
+    assert register.add(opened, "pirate", adapters(0)).unchanged
+    assert before == snapshot(opened.root)
+
+
+def test_other_content_under_an_old_name_gets_a_new_id(opened: Repository, adapters: Callable[[int], Path]) -> None:
+    """The engine would silently keep the old weights; the old files stay until the next command."""
+    register.add(opened, "pirate", adapters(0))
+    register.add(opened, "pirate", adapters(1))
+    table = read_table(opened)
+
+    assert (2, (1,)) == (table.entries["pirate"].lora_task_id, table.retired_lora_task_ids)
+    assert (opened.warmup_directory / "adapter_model_1.bin").exists()
+    assert [] == errors(opened)
+
+    register.add(opened, "haiku", adapters(2))
+
+    assert not (opened.warmup_directory / "adapter_model_1.bin").exists()
+
+
+def test_warm_can_be_switched_without_a_new_id(opened: Repository, adapters: Callable[[int], Path]) -> None:
+    """The content is the same."""
+    register.add(opened, "pirate", adapters(0))
+    register.add(opened, "pirate", adapters(0), warm=False)
+
+    entry = read_table(opened).entries["pirate"]
+    assert (1, False) == (entry.lora_task_id, entry.warm)
+    assert 0 == len(protobuf(read_text(opened.config_path)).model_warmup)
+
+
+def test_a_dry_run_writes_nothing(opened: Repository, adapters: Callable[[int], Path]) -> None:
+    """But says what it would do."""
+    before = snapshot(opened.root)
+
+    assert 1 == register.add(opened, "pirate", adapters(0), dry_run=True).entry.lora_task_id
+    assert before == snapshot(opened.root)
+
+
+def test_removing_gives_the_config_back_and_retires_the_id(opened: Repository, adapters: Callable[[int], Path]) -> None:
+    """Byte for byte; and the next adapter does not get the id."""
+    before = read_text(opened.config_path)
+    register.add(opened, "pirate", adapters(0))
+    register.remove(opened, "pirate")
+
+    assert before == read_text(opened.config_path)
+    assert [] == list(opened.warmup_directory.glob("*_1*"))
+    assert 2 == register.add(opened, "pirate", adapters(0)).entry.lora_task_id
+
+
+def test_the_users_own_warmup_samples_keep_their_ids_and_files(
+    opened: Repository, adapters: Callable[[int], Path]
+) -> None:
+    """An id that another sample loads would be answered by that adapter."""
+    mine = 'model_warmup { name: "mine" inputs { key: "lora_task_id" value { input_data_file: "lora_id_1" } } }\n'
+    opened.config_path.write_text(read_text(opened.config_path) + mine)
+    opened.warmup_directory.mkdir()
+    (opened.warmup_directory / "lora_id_1").write_bytes(struct.pack("<Q", 1))
+
+    assert 2 == register.add(opened, "pirate", adapters(0)).entry.lora_task_id
+    assert mine in read_text(opened.config_path)
+    with pytest.raises(RepositoryError, match="lora_task_id 1 is loaded by a model_warmup sample of your own"):
+        register.add(opened, "haiku", adapters(1), task_id=1)
+
+
+# Refusing
+
+
+@pytest.mark.parametrize(
+    ("name", "seed", "options", "message"),
+    [
+        ("a/b", 0, {}, "'a/b' is not a legal adapter name"),
+        ("haiku", 1, {"task_id": 1}, "lora_task_id 1 was given to adapter 'pirate'"),
+        ("haiku", 1, {"dtype": "float16"}, "has dtype bfloat16, not float16"),
+    ],
+)
+def test_a_refused_adapter_leaves_everything_as_it_was(
+    opened: Repository,
+    adapters: Callable[[int], Path],
+    name: str,
+    seed: int,
+    options: dict[str, Any],
+    message: str,
+) -> None:
+    """One clear error."""
+    register.add(opened, "pirate", adapters(0))
+    before = snapshot(opened.root)
+
+    with pytest.raises(TritonLoraError, match=message):
+        register.add(opened, name, adapters(seed), **options)
+
+    assert before == snapshot(opened.root)
+
+
+def test_a_broken_adapter_leaves_everything_as_it_was(opened: Repository, tmp_path: Path) -> None:
+    """Found out in the middle of the conversion: its last tensor has a NaN."""
+    adapter = synthetic_adapter(tmp_path / "broken")
+    file = adapter / "adapter_model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-2:] = b"\xff\xff"
+    file.write_bytes(content)
+    before = snapshot(opened.root)
+
+    with pytest.raises(InvalidAdapter, match="NaN"):
+        register.add(opened, "broken", adapter)
+
+    assert before == snapshot(opened.root)
+
+
+def test_an_adapter_of_a_rank_that_the_engine_has_not_is_refused(opened: Repository, tmp_path: Path) -> None:
+    """Before a byte is written."""
+    with pytest.raises(EngineMismatch, match="rank 128"):
+        register.add(opened, "big", synthetic_adapter(tmp_path / "big", r=128))
+
+    assert not opened.warmup_directory.exists()
+
+
+def test_without_an_engine_the_dtype_must_be_given(opened: Repository, adapters: Callable[[int], Path]) -> None:
+    """A guess would be a silent wrong answer."""
+    register.set_parameters(opened, {"gpt_model_path": "/nowhere"})
+
+    with pytest.raises(EngineMismatch, match="give --dtype, or --base"):
+        register.add(opened, "pirate", adapters(0))
+
+    added = register.add(opened, "pirate", adapters(0), dtype="bfloat16")
+    assert "were not checked against it" in added.remarks[0]
+    with pytest.raises(EngineMismatch, match="'pirate' is registered as bfloat16, and all adapters of an engine share"):
+        register.add(opened, "haiku", adapters(1), dtype="float32")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("input [ {", r"config\.pbtxt: line 1, column"),
+        ("input [ { name: 'lora_weights' data_type: ${x} dims: [ -1, -1 ] } ]", r"config\.pbtxt: .*lora_"),
+    ],
+)
+def test_a_config_that_cannot_be_edited_is_named(
+    opened: Repository, adapters: Callable[[int], Path], damage: str, message: str
+) -> None:
+    """With file, line and column, and nothing written."""
+    opened.config_path.write_text(damage)
+    before = snapshot(opened.root)
+
+    with pytest.raises(RepositoryError, match=message):
+        register.add(opened, "pirate", adapters(0), dtype="bfloat16")
+
+    assert before == snapshot(opened.root)
+
+
+def test_a_repository_without_a_router_or_an_engine_is_named(tmp_path: Path, empty: Path) -> None:
+    """With what to do."""
+    with pytest.raises(RepositoryError, match="there is no model repository at"):
+        repository.open_repository(tmp_path / "nowhere")
+    with pytest.raises(RepositoryError, match="has no 'lora_router'; put it there with: tritonlora init"):
+        repository.open_repository(tmp_path)
+    shutil.copytree(empty / "lora_router", tmp_path / "lora_router")
+    with pytest.raises(RepositoryError, match="has no model 'tensorrt_llm'"):
+        repository.open_repository(tmp_path)
+
+
+# Stopping half-way
+
+
+def test_a_full_disk_leaves_everything_as_it_was(
+    opened: Repository, adapters: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file system says so in the middle of the weights."""
+
+    def full(*_args: object, **_kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    before = snapshot(opened.root)
+    monkeypatch.setattr(pack, "convert_file", full)
+
+    with pytest.raises(RepositoryError, match="No space left on device"):
+        register.add(opened, "pirate", adapters(0))
+
+    assert before == snapshot(opened.root)
+
+
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+from tritonlora import files, register, repository
+writes = 0
+publish = files.publish
+def publish_and_die(temporary, path):
+    global writes
+    if writes == int(sys.argv[3]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    writes += 1
+    publish(temporary, path)
+files.publish = register.publish = publish_and_die
+opened = repository.open_repository(Path(sys.argv[1]))
+if sys.argv[4] == "add":
+    register.add(opened, "new", Path(sys.argv[2]))
+else:
+    register.remove(opened, "pirate")
+"""
+
+
+@pytest.mark.parametrize("verb", ["add", "remove"])
+def test_killed_before_any_of_its_writes_the_repository_is_sound_and_repairable(
+    opened: Repository, adapters: Callable[[int], Path], verb: str
+) -> None:
+    """SIGKILL before the first, second, … rename: no adapter is lost, it still loads, and the command finishes it."""
+    register.add(opened, "pirate", adapters(0))
+    register.add(opened, "haiku", adapters(1))
+    start = snapshot(opened.root)
+    for write in range(20):
+        shutil.rmtree(opened.root)
+        for name, content in start.items():
+            (opened.root / name).parent.mkdir(parents=True, exist_ok=True)
+            (opened.root / name).write_bytes(content)
+        command = [sys.executable, "-c", _KILLED, str(opened.root), str(adapters(2)), str(write), verb]
+        status = subprocess.run(command, check=False).returncode
+        kept = {"haiku"} if verb == "remove" else {"pirate", "haiku"}
+
+        assert kept <= read_table(opened).entries.keys()
+        assert not [error for error in errors(opened) if "warms up" not in error.problem]
+        for sample in parse(read_text(opened.config_path)).message.messages("model_warmup"):
+            for entry in sample.messages("inputs"):
+                value = entry.message("value")
+                file = value.scalar("input_data_file") if value else None
+                assert file is not None
+                assert (opened.warmup_directory / file.value).is_file(), "Triton would refuse to load the model"
+        if verb == "add":
+            register.add(opened, "new", adapters(2))
+            assert {"pirate", "haiku", "new"} == read_table(opened).entries.keys()
+        else:
+            register.repair(opened)
+            if "pirate" in read_table(opened).entries:
+                register.remove(opened, "pirate")
+            assert {"haiku"} == read_table(opened).entries.keys()
+        assert [] == check.check(opened, deep=True)
+        if status == 0:
+            break
+        assert -signal.SIGKILL == status
+    else:
+        pytest.fail("it never came to its end")
+
+
+def _add(root: str, name: str, adapter: str) -> None:
+    register.add(repository.open_repository(Path(root)), name, Path(adapter))
+
+
+def test_commands_at_the_same_time_take_turns(opened: Repository, adapters: Callable[[int], Path]) -> None:
+    """Four processes add four adapters: all are there, each under an id of its own."""
+    context = multiprocessing.get_context("spawn")
+    processes = [
+        context.Process(target=_add, args=(str(opened.root), f"n{number}", str(adapters(number))))
+        for number in range(4)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    table = read_table(opened)
+
+    assert [0] * 4 == [process.exitcode for process in processes]
+    assert {"n0", "n1", "n2", "n3"} == table.entries.keys()
+    assert [1, 2, 3, 4] == sorted(entry.lora_task_id for entry in table.entries.values())
+    assert [] == check.check(opened, deep=True)
+
+
+def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
+    """What was there before stays when writing fails."""
+    path = tmp_path / "file"
+    files.write_text(path, "before")
+
+    def stop_half_way() -> None:
+        with files.temporary_name(path) as temporary:
+            temporary.write_text("half")
+            raise OSError("in the middle")
+
+    with pytest.raises(OSError, match="in the middle"):
+        stop_half_way()
+
+    assert ("before", [path]) == (path.read_text(), list(tmp_path.iterdir()))
+
+
+def test_weights_are_those_of_the_adapter(opened: Repository, adapters: Callable[[int], Path]) -> None:
+    """A as it is stored and B times scaling, unpacked from the file by hand."""
+    register.add(opened, "pirate", adapters(0))
+    torch.manual_seed(0)
+    lora_A, lora_B = torch.randn(8, 64).bfloat16(), torch.randn(64, 8).bfloat16()  # the order of synthetic_adapter
+    row = torch.from_file(
+        str(opened.warmup_directory / "adapter_model_1.bin"), size=4 * 1024, dtype=torch.bfloat16
+    ).view(4, -1)[0]
+
+    assert torch.equal(lora_A.reshape(-1), row[: 8 * 64])
+    assert torch.equal((lora_B * 2).reshape(-1), row[8 * 64 : 8 * 64 + 64 * 8])
