@@ -172,6 +172,8 @@ def test_load_profile_tells_an_engine_from_a_model(tmp_path: Path) -> None:
     (tmp_path / "engine" / "decoder" / "config.json").write_text(json.dumps(ENGINE))
 
     assert 64 == load_profile(tmp_path / "hf" / "config.json").max_lora_rank
+    assert "float16" == load_profile(tmp_path / "hf", dtype="float16").dtype
+    assert "bfloat16" == load_profile(tmp_path / "engine", dtype="float16").dtype
     assert 32 == load_profile(tmp_path / "engine").max_lora_rank
 
 

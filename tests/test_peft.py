@@ -248,6 +248,9 @@ def test_every_field_that_peft_writes_by_default_is_accepted() -> None:
         (config_bytes(rank_pattern={"q": -1}), r"rank_pattern\['q'\] is -1"),
         (config_bytes(rank_pattern=[1]), r"'rank_pattern' is \[1\]"),
         (config_bytes(alpha_pattern={"(": 1}), "not a regular expression"),
+        (config_bytes(rank_pattern={"(a+)+x": 1}), "a repeated group"),
+        (config_bytes(rank_pattern={"(a|a)*x": 1}), "a repeated group"),
+        (config_bytes(rank_pattern={".*" * 7: 1}), "too many repetitions"),
     ],
 )
 def test_malformed_config_is_refused(text: bytes, message: str) -> None:

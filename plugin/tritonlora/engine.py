@@ -90,10 +90,11 @@ _FOUR_TIMES_HIDDEN = frozenset(
 )
 
 
-def load_profile(path: Path) -> EngineProfile:
+def load_profile(path: Path, *, dtype: str | None = None) -> EngineProfile:
     """The profile of a TensorRT-LLM engine or a Hugging Face model: `path` is its directory or its config.json.
 
-    Raises EngineMismatch where it is neither.
+    `dtype` is that of the engine to be built from a Hugging Face model, where it is not the model's own; what an engine
+    was built with stands. Raises EngineMismatch where `path` is neither.
     """
     file = _config_file(path)
     try:
@@ -108,7 +109,7 @@ def load_profile(path: Path) -> EngineProfile:
         raise EngineMismatch(f"{str(file)!r} is not a JSON object")
     if "pretrained_config" in config or "builder_config" in config or "build_config" in config:
         return profile_from_engine(config, str(path))
-    return profile_from_hf(config, str(path))
+    return profile_from_hf(config, str(path), dtype=dtype)
 
 
 def profile_from_hf(

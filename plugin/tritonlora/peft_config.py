@@ -154,6 +154,9 @@ def _first_match(patterns: Mapping[str, object], path: str) -> str | None:
 
 
 def _regex_error(key: str) -> str:
+    # Such patterns can take for ever to fail, and no layer's name needs one.
+    if re.search(r"\)[*+{]", key) or len(re.findall(r"[*+]", key)) > 6 or len(key) > 1000:
+        return "a repeated group, too many repetitions, or too long"
     try:
         re.compile(rf"(.*\.)?({key})$")
     except (re.error, OverflowError, RecursionError) as error:
