@@ -9,4 +9,4 @@ QUESTIONS = (
     "What color is the sky?",
     "What is the opposite of hot?",
 )
-MAX_TOKENS = 28
+MAX_TOKENS = 24
