@@ -79,7 +79,7 @@ def plan_init(root: Path, target: str = DEFAULT_TARGET) -> list[FileChange]:
     config_path = root / target / "config.pbtxt"
     if not config_path.is_file():
         raise RepositoryError(
-            f"{str(root)!r} has no model {target!r} (no {config_path}); name the engine's with --target"
+            f"{str(root)!r} has no model {target!r} (no {config_path}); name the engine's model with --target"
         )
     engine_config = read_config(config_path)
     ensembles = _ensembles_of(root, target)

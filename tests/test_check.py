@@ -1,0 +1,274 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""check.py: each finding, planted."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from repositories import set_cache_pages, synthetic_repository
+from tritonlora import check, register, repository, warmup
+from tritonlora.adapters import render, with_warm
+from tritonlora.files import TEMPORARY_SUFFIX
+from tritonlora.repository import Repository, read_table, read_text
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository with a warm and a cold adapter, in which nothing is wrong."""
+    return synthetic_repository(tmp_path_factory.mktemp("check") / "repo", warm=["warm"], cold=["cold"]).root
+
+
+@pytest.fixture
+def opened(sound: Path, tmp_path: Path) -> Repository:
+    """A copy of it, to damage."""
+    shutil.copytree(sound, tmp_path / "repo")
+    return repository.open_repository(tmp_path / "repo")
+
+
+def found(opened: Repository, *, deep: bool = False) -> list[tuple[str, str]]:
+    """(severity, where: problem) of each finding."""
+    return [(one.severity, f"{one.where}: {one.problem}") for one in check.check(opened, deep=deep)]
+
+
+def edit(path: Path, before: str, after: str) -> None:
+    """Replace the first `before` in a file."""
+    text = path.read_text()
+    assert before in text
+    path.write_text(text.replace(before, after, 1))
+
+
+def lora_input(opened: Repository, name: str, before: str, after: str) -> None:
+    """Change a value in the declaration of one of the engine's inputs."""
+    head, mark, tail = read_text(opened.config_path).partition(f'name: "{name}"')
+    assert before in tail
+    opened.config_path.write_text(head + mark + tail.replace(before, after, 1))
+
+
+def test_a_sound_repository_has_no_findings(opened: Repository) -> None:
+    """Also with every digest compared."""
+    assert [] == found(opened, deep=True)
+
+
+def _without_router_step(opened: Repository) -> None:
+    edit(opened.root / "ensemble" / "config.pbtxt", 'model_name: "lora_router"', 'model_name: "tensorrt_llm"')
+
+
+def _engine(opened: Repository) -> Path:
+    return opened.target_directory / "1" / "config.json"
+
+
+def _warm_both_in_a_cache_of_one(opened: Repository) -> None:
+    table = read_table(opened)
+    opened.table_path.write_text(render(with_warm(table, "cold", True)))
+    register.repair(opened)
+    set_cache_pages(opened, 1)
+
+
+PLANTED: dict[str, tuple[Callable[[Repository], object], str, str]] = {
+    "a weights file is missing": (
+        lambda opened: (opened.warmup_directory / "adapter_model_2.bin").unlink(),
+        "error",
+        "adapter cold: tensorrt_llm/warmup/adapter_model_2.bin is missing",
+    ),
+    "a weights file is short": (
+        lambda opened: (opened.warmup_directory / "adapter_model_2.bin").write_bytes(b"x"),
+        "error",
+        "adapter cold: tensorrt_llm/warmup/adapter_model_2.bin has 1 bytes, expected 8192",
+    ),
+    "a rows file is long": (
+        lambda opened: (opened.warmup_directory / "adapter_config_2.bin").write_bytes(bytes(49)),
+        "error",
+        "adapter cold: tensorrt_llm/warmup/adapter_config_2.bin has 49 bytes, expected 48",
+    ),
+    "a row names a module that no engine has": (
+        lambda opened: (opened.warmup_directory / "adapter_config_2.bin").write_bytes(b"\x63" + bytes(47)),
+        "error",
+        "adapter cold: lora_config has the row (99, 0, 0), which no engine takes",
+    ),
+    "the engine has no LoRA for a module": (
+        lambda opened: register.set_parameters(opened, {"lora_target_modules": "attn_q"}),
+        "error",
+        "adapter warm: the engine has no LoRA for attn_v",
+    ),
+    "the engine's rank is lower": (
+        lambda opened: register.set_parameters(opened, {"max_lora_rank": "4"}),
+        "error",
+        "adapter warm: it has rank 8, and the engine's max_lora_rank is 4",
+    ),
+    "the engine has fewer layers": (
+        lambda opened: edit(_engine(opened), '"num_hidden_layers": 2', '"num_hidden_layers": 1'),
+        "error",
+        "adapter warm: it has layer 1, and the engine has 1",
+    ),
+    "the engine is wider": (
+        lambda opened: edit(_engine(opened), '"hidden_size": 64', '"hidden_size": 640'),
+        "error",
+        "adapter warm: its rows are too short for attn_q (640 to 64)",
+    ),
+    "the engine has another dtype": (
+        lambda opened: edit(_engine(opened), "bfloat16", "float16"),
+        "error",
+        "adapter warm: it is bfloat16, and the engine takes float16",
+    ),
+    "the engine was built without LoRA": (
+        lambda opened: register.set_parameters(opened, {"lora_target_modules": "none"}),
+        "error",
+        "engine: it was built without LoRA: it ignores adapters and answers from the base model",
+    ),
+    "the engine is not here": (
+        lambda opened: register.set_parameters(opened, {"gpt_model_path": "/nowhere"}),
+        "warning",
+        "tensorrt_llm/config.pbtxt: no config.json at gpt_model_path '/nowhere'",
+    ),
+    "the engine's config.json is broken": (
+        lambda opened: (opened.target_directory / "1" / "config.json").write_text("{"),
+        "error",
+        "gpt_model_path: ",
+    ),
+    "a type is still a placeholder": (
+        lambda opened: edit(opened.config_path, "data_type: TYPE_FP32", "data_type: ${logits_datatype}"),
+        "error",
+        "tensorrt_llm/config.pbtxt: data_type of input 'draft_logits' is still ${logits_datatype}",
+    ),
+    "lora_weights is declared in another type": (
+        lambda opened: lora_input(opened, "lora_weights", "TYPE_BF16", "TYPE_FP16"),
+        "error",
+        "tensorrt_llm/config.pbtxt: lora_weights is TYPE_FP16, and adapter warm is bfloat16",
+    ),
+    "lora_config is declared with four columns": (
+        lambda opened: lora_input(opened, "lora_config", "-1, 3", "-1, 4"),
+        "error",
+        "tensorrt_llm/config.pbtxt: lora_config has dims [-1, 4], and adapter warm has 3",
+    ),
+    "an input of the LoRA contract is not declared": (
+        lambda opened: edit(opened.config_path, 'name: "lora_weights"', 'name: "lora_wights"'),
+        "error",
+        "tensorrt_llm/config.pbtxt: it declares no input lora_weights",
+    ),
+    "a Python backend of upstream's with bfloat16": (
+        lambda opened: edit(opened.config_path, 'key: "synthetic"', 'key: "sintetic"'),
+        "error",
+        "tensorrt_llm/config.pbtxt: backend 'python' reads lora_weights through numpy, which has no bfloat16",
+    ),
+    "the warmup block is gone": (
+        lambda opened: opened.config_path.write_text(warmup.replace_block(read_text(opened.config_path), "")),
+        "warning",
+        "tensorrt_llm/config.pbtxt: adapter warm has no warmup sample: it is loaded on its first request",
+    ),
+    "the warmup block has other dims": (
+        lambda opened: edit(opened.config_path, "dims: [ 4, 1024 ]", "dims: [ 4, 1000 ]"),
+        "error",
+        "tensorrt_llm/config.pbtxt: the warmup sample of adapter warm has other dims than its files",
+    ),
+    "the warmup block warms up an adapter that is not": (
+        lambda opened: edit(opened.config_path, "lora_1_warmup", "lora_2_warmup"),
+        "error",
+        "tensorrt_llm/config.pbtxt: it warms up lora_task_id 2, which no warm adapter has",
+    ),
+    "the warmup block was edited": (
+        lambda opened: edit(opened.config_path, "lora_1_warmup", "mine"),
+        "error",
+        "tensorrt_llm/config.pbtxt: line ",
+    ),
+    "a shared warmup file is missing": (
+        lambda opened: (opened.warmup_directory / "input_ids").unlink(),
+        "error",
+        "warmup/input_ids: it is missing or altered, and warmup samples need it",
+    ),
+    "a task id file was altered": (
+        lambda opened: (opened.warmup_directory / "lora_id_1").write_bytes(bytes(8)),
+        "error",
+        "warmup/lora_id_1: it is missing or altered, and warmup samples need it",
+    ),
+    "the cache is too small to load": (
+        lambda opened: register.set_parameters(opened, {"lora_cache_host_memory_bytes": "20000"}),
+        "error",
+        "tensorrt_llm/config.pbtxt: the engine will not load: ",
+    ),
+    "the cache is too small for the warm adapters": (
+        _warm_both_in_a_cache_of_one,
+        "warning",
+        "tensorrt_llm/config.pbtxt: the warm adapters take 2 pages, the cache has 1",
+    ),
+    "a parameter is not a number": (
+        lambda opened: register.set_parameters(opened, {"lora_cache_host_memory_bytes": "a lot"}),
+        "warning",
+        "tensorrt_llm/config.pbtxt: lora_cache_host_memory_bytes",
+    ),
+    "the router declares another type": (
+        lambda opened: edit(opened.root / "lora_router" / "config.pbtxt", "TYPE_INT32", "TYPE_INT64"),
+        "error",
+        "lora_router/config.pbtxt: input_ids is not declared as tensorrt_llm declares it",
+    ),
+    "the router has another transaction policy": (
+        lambda opened: edit(opened.root / "lora_router" / "config.pbtxt", "decoupled: true", "decoupled: false"),
+        "error",
+        "lora_router/config.pbtxt: its transaction policy is not that of tensorrt_llm",
+    ),
+    "an ensemble goes past the router": (
+        _without_router_step,
+        "error",
+        "ensemble/config.pbtxt: it leads to tensorrt_llm past the router: names have no effect",
+    ),
+    "a command was killed": (
+        lambda opened: (opened.warmup_directory / f".x{TEMPORARY_SUFFIX}").write_bytes(b""),
+        "warning",
+        f"warmup/.x{TEMPORARY_SUFFIX}: a command that was stopped left it half-written",
+    ),
+    "files of a removed adapter are left": (
+        lambda opened: opened.table_path.write_text(
+            json.dumps({**json.loads(opened.table_path.read_text()), "retired_lora_task_ids": [1], "adapters": {}})
+        ),
+        "warning",
+        "warmup/adapter_model_1.bin: it belongs to an adapter that was removed or replaced",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_what_is_wrong_is_found(opened: Repository, name: str) -> None:
+    """Named, with its severity and a remedy."""
+    plant, severity, problem = PLANTED[name]
+    plant(opened)
+    findings = check.check(opened)
+
+    assert [one for one in findings if one.severity == severity and f"{one.where}: {one.problem}".startswith(problem)]
+    assert all(one.remedy for one in findings)
+
+
+def test_an_altered_file_is_found_by_its_digest(opened: Repository) -> None:
+    """Only when asked: it reads all the weights."""
+    file = opened.warmup_directory / "adapter_model_2.bin"
+    file.write_bytes(bytes(file.stat().st_size))
+
+    assert [] == found(opened)
+    altered = "tensorrt_llm/warmup/adapter_model_2.bin was altered: its SHA-256 is not the registered one"
+    assert [("error", f"adapter cold: {altered}")] == found(opened, deep=True)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lora_weights is declared in another type",
+        "the warmup block is gone",
+        "the warmup block has other dims",
+        "the warmup block warms up an adapter that is not",
+        "the warmup block was edited",
+        "a shared warmup file is missing",
+        "a task id file was altered",
+        "a command was killed",
+    ],
+)
+def test_what_is_generated_can_be_put_right(opened: Repository, name: str) -> None:
+    """check --fix, as the remedy says."""
+    PLANTED[name][0](opened)
+    assert check.REPAIR in {one.remedy for one in check.check(opened)}
+    register.repair(opened)
+
+    assert [] == found(opened, deep=True)

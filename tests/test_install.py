@@ -1,0 +1,198 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""install.py: the router in a model repository."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from repositories import synthetic_adapter
+from tritonlora import install, register, repository, wiring
+from tritonlora.errors import RepositoryError
+from tritonlora.install import MODEL_MODULES, ROUTER_MODULES, shipped_models
+from tritonlora.pbtxt import parse_config
+from tritonlora.repository import read_text
+from upstream_configs import fill, protobuf, upstream
+
+VERSIONS = ("v0.10.0", "v0.15.0", "v0.18.0")
+
+
+def upstream_repository(root: Path, version: str, *, filled: bool = True) -> Path:
+    """A model repository made from upstream's templates."""
+    for model in ("ensemble", "preprocessing", "postprocessing", "tensorrt_llm", "tensorrt_llm_bls"):
+        text = upstream(version, model)
+        (root / model / "1").mkdir(parents=True)
+        (root / model / "config.pbtxt").write_text(fill(text) if filled else text)
+    return root
+
+
+def contents(root: Path) -> dict[str, str]:
+    """Every text in a repository."""
+    return {
+        str(path.relative_to(root)): path.read_text()
+        for path in root.rglob("*")
+        if path.is_file() and path.name != ".lock" and "__pycache__" not in path.parts
+    }
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_init_puts_the_router_between_the_ensemble_and_the_engine(tmp_path: Path, version: str) -> None:
+    """On upstream's templates, as protobuf reads the result."""
+    root = upstream_repository(tmp_path / "repo", version)
+    before = contents(root)
+    install.init(root)
+    after = contents(root)
+    ensemble, router, engine = (
+        protobuf(after[f"{model}/config.pbtxt"]) for model in ("ensemble", "lora_router", "tensorrt_llm")
+    )
+
+    assert ["preprocessing", "lora_router", "postprocessing"] == [
+        step.model_name for step in ensemble.ensemble_scheduling.step
+    ]
+    assert "lora_name" in [one.name for one in ensemble.input]
+    assert "tensorrt_llm" == router.parameters["target"].string_value
+    assert engine.max_batch_size == router.max_batch_size
+    assert engine.model_transaction_policy.decoupled == router.model_transaction_policy.decoupled
+    changed = {name for name in after if before.get(name) != after[name]}
+    assert {"ensemble/config.pbtxt"} == {name for name in changed if not name.startswith("lora_router/")}
+    assert {f"lora_router/1/tritonlora/{name}" for name in ROUTER_MODULES} <= changed
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_init_a_second_time_does_nothing(tmp_path: Path, version: str) -> None:
+    """Idempotent."""
+    root = upstream_repository(tmp_path / "repo", version)
+    install.init(root)
+    before = contents(root)
+
+    assert [] == install.init(root)
+    assert before == contents(root)
+
+
+def test_a_dry_run_shows_the_changes_and_makes_none(tmp_path: Path) -> None:
+    """The same list that init then works off."""
+    root = upstream_repository(tmp_path / "repo", "v0.18.0")
+    before = contents(root)
+    planned = install.init(root, dry_run=True)
+
+    assert before == contents(root)
+    assert planned == install.init(root)
+
+
+def test_init_keeps_what_somebody_has_tuned(tmp_path: Path) -> None:
+    """The router's parameters, and the adapters that are registered."""
+    root = upstream_repository(tmp_path / "repo", "v0.18.0")
+    install.init(root)
+    config = root / "lora_router" / "config.pbtxt"
+    config.write_text(wiring.set_parameter(config.read_text(), "max_streams", "7"))
+    (root / "lora_router" / "adapters.json").write_text("mine")
+    install.init(root)
+
+    assert "7" == parse_config(config.read_text()).parameters["max_streams"]
+    assert "mine" == (root / "lora_router" / "adapters.json").read_text()
+
+
+def test_init_renews_a_router_that_is_out_of_step(tmp_path: Path) -> None:
+    """The engine's model was changed, or tritonlora is newer."""
+    root = upstream_repository(tmp_path / "repo", "v0.18.0")
+    install.init(root)
+    before = contents(root)
+    (root / "lora_router" / "1" / "model.py").write_text("old")
+    engine = root / "tensorrt_llm" / "config.pbtxt"
+    engine.write_text(engine.read_text().replace('name: "random_seed"', 'name: "seed"'))
+    install.init(root)
+    after = contents(root)
+
+    assert before["lora_router/1/model.py"] == after["lora_router/1/model.py"]
+    assert "seed" in [one.name for one in protobuf(after["lora_router/config.pbtxt"]).input]
+
+
+def test_an_unfilled_template_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
+    """The message names the placeholder and the remedy."""
+    root = upstream_repository(tmp_path / "repo", "v0.18.0", filled=False)
+    before = contents(root)
+
+    with pytest.raises(RepositoryError, match=r"(?s)config.pbtxt: .*\$\{triton_max_batch_size\}: set it"):
+        install.init(root)
+
+    assert before == contents(root)
+
+
+def test_what_is_no_such_repository_is_refused(tmp_path: Path) -> None:
+    """No directory, no engine, no ensemble: each with what to do."""
+    with pytest.raises(RepositoryError, match="there is no model repository"):
+        install.init(tmp_path / "nowhere")
+    root = upstream_repository(tmp_path / "repo", "v0.18.0")
+    with pytest.raises(RepositoryError, match="no model 'llama'.*name the engine's model with --target"):
+        install.init(root, "llama")
+    shutil.rmtree(root / "ensemble")
+    with pytest.raises(RepositoryError, match="no ensemble in .* has a step for 'tensorrt_llm'"):
+        install.init(root)
+
+
+# What ships
+
+
+def test_the_shipped_router_is_the_one_that_init_would_write() -> None:
+    """In step with the shipped engine's declarations, and its ensemble leads to it."""
+    root = shipped_models()
+    changes = [change for change in install.plan_init(root) if change.path.name == "config.pbtxt"]
+
+    assert [] == changes
+
+
+def test_a_created_repository_stands_alone(tmp_path: Path) -> None:
+    """No link into the checkout; and the modules that each model got are all that it imports."""
+    root = tmp_path / "repo"
+    install.create_repository(root, {"tensorrt_llm": {"max_num_requests": "3"}})
+
+    assert not [path for path in root.rglob("*") if path.is_symlink()]
+    assert "3" == parse_config(read_text(root / "tensorrt_llm" / "config.pbtxt")).parameters["max_num_requests"]
+    assert "tensorrt_llm" == repository.open_repository(root).target
+    with pytest.raises(RepositoryError, match="is not empty"):
+        install.create_repository(root)
+
+
+@pytest.mark.parametrize("model", MODEL_MODULES)
+def test_a_model_s_modules_need_nothing_but_numpy_and_torch(tmp_path: Path, model: str) -> None:
+    """They run in a plain Triton container: every import is blocked but the standard library's, numpy and torch."""
+    root = tmp_path / "repo"
+    install.create_repository(root)
+    names = [name.removesuffix(".py") for name in MODEL_MODULES[model] if name != "__init__.py"]
+    code = f"""
+import importlib.abc, sys
+sys.path[:] = [{str(root / model / "1")!r}] + [p for p in sys.path if "/plugin" not in p]
+ALLOWED = sys.stdlib_module_names | {{"tritonlora", "numpy", "torch"}}
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] not in ALLOWED:
+            raise ImportError("not in a plain Triton container: " + name)
+sys.meta_path.insert(0, Finder())
+for name in {names!r}:
+    module = __import__("tritonlora." + name)
+assert module.__file__.startswith({str(root)!r}), module.__file__
+assert "torch" not in sys.modules and "transformers" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+    assert (0, "") == (done.returncode, done.stderr)
+
+
+def test_a_router_without_adapters_can_be_given_some(tmp_path: Path) -> None:
+    """init, then add: the two commands of an existing deployment (here with the dtype given, as there is no engine)."""
+    root = upstream_repository(tmp_path / "repo", "v0.18.0")
+    install.init(root)
+    opened = repository.open_repository(root)
+    register.add(opened, "pirate", synthetic_adapter(tmp_path / "adapter"), dtype="bfloat16")
+    config = protobuf(read_text(opened.config_path))
+
+    assert ["lora_1_warmup"] == [sample.name for sample in config.model_warmup]
+    assert {
+        "input_ids", "input_lengths", "request_output_len", "end_id", "beam_width",
+        "lora_task_id", "lora_weights", "lora_config",
+    } == set(config.model_warmup[0].inputs)  # fmt: skip
