@@ -92,7 +92,7 @@ def convert_file(
     with path.open("wb", buffering=0) as file:
 
         def put(start: int, block: torch.Tensor) -> None:
-            data = block.reshape(-1).view(torch.uint8).numpy().data
+            data = block.contiguous().view(torch.uint8).numpy().data.cast("B")
             _write_at(file.fileno(), data, len(header) + start * itemsize)
 
         try:
@@ -203,8 +203,8 @@ def _row_blocks(
     module: AdapterModule, pieces: tuple[Piece, ...], dtype: torch.dtype, base_weights: Mapping[str, torch.Tensor]
 ) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
     """(name, the adapter's tensor, the row's values made from it)."""
-    yield "lora_A", module.lora_A, module.lora_A.to(dtype)
-    lora_b = _take(module.lora_B, pieces)
+    lora_a, lora_b = module.lora_A, _take(module.lora_B, pieces)
+    yield "lora_A", lora_a, lora_a if lora_a.dtype is dtype else lora_a.to(dtype)
     if lora_b.dtype is dtype:
         # A tensor times a number is computed in float32 and rounded once, whatever the tensor's dtype.
         yield "lora_B", module.lora_B, lora_b * module.scaling

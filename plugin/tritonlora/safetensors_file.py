@@ -36,6 +36,7 @@ _DTYPES: Mapping[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_FIELDS = frozenset({"dtype", "shape", "data_offsets"})
 _MAX_LISTED = 20
 
 
@@ -105,8 +106,10 @@ class _Pairs(list[tuple[str, Any]]):
 
 
 def _parse_entry(value: object) -> TensorEntry | str:
-    fields = dict(value) if isinstance(value, _Pairs) else {}
-    if not isinstance(value, _Pairs) or len(value) != 3 or fields.keys() != {"dtype", "shape", "data_offsets"}:
+    if type(value) is not _Pairs or len(value) != 3:
+        return "expected exactly dtype, shape and data_offsets"
+    fields = dict(value)
+    if fields.keys() != _FIELDS:
         return "expected exactly dtype, shape and data_offsets"
     dtype = _DTYPES.get(fields["dtype"]) if isinstance(fields["dtype"], str) else None
     if dtype is None:
@@ -122,12 +125,9 @@ def _parse_entry(value: object) -> TensorEntry | str:
 
 def _is_sizes(value: object) -> bool:
     # The bounds keep products and messages small; no file has 2**48 bytes.
-    return (
-        isinstance(value, list)
-        and not isinstance(value, _Pairs)
-        and len(value) <= 8
-        and all(type(size) is int and 0 <= size < 1 << 48 for size in value)
-    )
+    if type(value) is not list or len(value) > 8:
+        return False
+    return not [size for size in value if type(size) is not int or not 0 <= size < 1 << 48]
 
 
 def _misplaced(entries: Mapping[str, TensorEntry], data_nbytes: int) -> Iterable[str]:
