@@ -51,7 +51,7 @@ def module() -> ModuleType:
 # What a model sees
 
 
-class TritonModelException(Exception):  # noqa: N818  Triton's name
+class TritonModelException(Exception):
     """Raised by Triton's own functions."""
 
 

@@ -16,8 +16,9 @@ import torch
 
 from engine_client import Received, ask, ask_batch, config_directory, tensors_of
 from tritonlora.cache import LoraCacheError
-from tritonlora.cpu_engine.engine import CpuEngine, load_engine, parse_settings
+from tritonlora.cpu_engine.engine import CpuEngine, load_engine
 from tritonlora.cpu_engine.request import LoraInputs
+from tritonlora.cpu_engine.settings import parse_settings
 from tritonlora.cpu_engine.validation import check_lora_config, check_lora_tensors
 from tritonlora.engine import EngineProfile, load_profile
 from tritonlora.errors import EngineMismatch

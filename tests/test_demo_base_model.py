@@ -15,7 +15,8 @@ import psutil
 import pytest
 
 from tritonlora.demo import base_model
-from tritonlora.demo.base_model import Progress, base_checkpoint, check_sha256, fetch_gguf
+from tritonlora.demo.base_model import base_checkpoint, check_sha256, fetch_gguf
+from tritonlora.demo.progress import Progress
 from tritonlora.errors import TritonLoraError
 
 # Stand-ins for the two expensive steps

@@ -144,7 +144,7 @@ def test_a_stop_leaves_no_scratch_directory(tmp_path: Path, base: Path, monkeypa
     scratch.mkdir()
     made: list[str] = []
 
-    def interrupted(root: Path) -> None:
+    def interrupted(root: Path, exit_timeout: int) -> None:
         made.extend(path.name for path in root.iterdir())
         raise KeyboardInterrupt
 

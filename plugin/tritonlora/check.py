@@ -23,6 +23,7 @@ from tritonlora.repository import (
     ROUTER,
     Repository,
     engine_profile,
+    is_cpu_engine,
     plan_of,
     read_config,
     read_rows,
@@ -114,8 +115,7 @@ def _engine(subject: Subject) -> Iterator[Finding]:
             "build it with trtllm-build --lora_plugin auto --lora_target_modules …",
         )
     dtypes = {entry.dtype for entry in subject.table.entries.values()}
-    is_cpu_engine = "synthetic" in config.parameters
-    if config.backend == "python" and "bfloat16" in dtypes and not is_cpu_engine:
+    if config.backend == "python" and "bfloat16" in dtypes and not is_cpu_engine(config):
         yield _error(
             where,
             "backend 'python' reads lora_weights through numpy, which has no bfloat16",

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import os
 import shlex
 import signal
 import sys
@@ -19,7 +20,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -49,30 +49,34 @@ Base = Annotated[
 Url = Annotated[str, typer.Option("--url", metavar="HOST:PORT", help="The server's HTTP endpoint.")]
 
 
+class _Interrupted(BaseException):
+    """A signal asked for the end. Everything on the way out cleans up after itself."""
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; its exit code."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     try:
-        return int(app(arguments, standalone_mode=False) or 0)
+        app(arguments)
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 0
     except TritonLoraError as error:
         stderr.print("[bold red]error:[/] ", end="")
         stderr.print(str(error), markup=False, highlight=False, soft_wrap=True)
         return 1
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except (KeyboardInterrupt, click.exceptions.Abort):
+    except _Interrupted:
         stderr.print("interrupted")
         return 130
-    except BrokenPipeError:
-        sys.stderr.close()
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    return 0
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> None:
-    """Let a termination clean up the way Ctrl-C does."""
-    raise KeyboardInterrupt
+    # Not KeyboardInterrupt: typer would take that for itself, and make it exit code 1.
+    raise _Interrupted
 
 
 def _print_json(value: object) -> None:
@@ -409,3 +413,31 @@ def generate(
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
+
+
+bench = typer.Typer(help="Benchmarks: ratios taken in one run on one machine.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+
+@bench.command("convert")
+def bench_convert(
+    ranks: Annotated[str, typer.Option("--ranks", help="Separated by commas.")] = "8,16,64",
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="How often each way is timed.")] = 7,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Draw the result into this PNG file.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Conversion of a Llama 8B adapter against copying its output, and against the straightforward way."""
+    from tritonlora.bench import convert as benchmark
+
+    try:
+        numbers = [int(rank) for rank in ranks.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{ranks!r} is not a list of ranks") from None
+    with stderr.status(f"measuring ranks {ranks}"):
+        results = benchmark.run(numbers, rounds=rounds)
+    if plot:
+        benchmark.draw(results, plot)
+    if as_json:
+        _print_json(results)
+    else:
+        sys.stdout.write(benchmark.table(results) + "\n")

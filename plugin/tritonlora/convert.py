@@ -54,7 +54,7 @@ def convert(
     weights_path, config_path = (out_directory / name for name in NAMES[file_format])
     if weights_path.exists() and adapter_directory.is_dir() and out_directory.samefile(adapter_directory):
         raise RepositoryError(f"{str(weights_path)!r} is the adapter's own file; choose another output directory")
-    profile = load_profile(base) if base else None
+    profile = load_profile(base, dtype=dtype) if base else None
     adapter = peft.load_adapter(adapter_directory)
     if dtype is None:
         dtypes = {

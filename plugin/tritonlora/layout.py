@@ -191,7 +191,7 @@ def _parts(module: AdapterModule, profile: EngineProfile | None) -> dict[str, Pi
     if leaf.fused == "mlp_gate_up":
         if out_features % 2:
             return f"lora_B has {out_features} outputs, expected two equal halves"
-        sizes, groups = (out_features // 2, out_features // 2), 1
+        sizes, groups = [out_features // 2] * 2, 1
     else:
         if profile is None or not profile.head_size:
             return (
@@ -205,7 +205,7 @@ def _parts(module: AdapterModule, profile: EngineProfile | None) -> dict[str, Pi
                 f"make {(heads + 2 * kv_heads) * head_size}; the adapter is of another base model"
             )
         groups = kv_heads if leaf.by_head_group else 1
-        sizes = (heads * head_size // groups, *[kv_heads * head_size // groups] * 2)
+        sizes = [heads * head_size // groups, *[kv_heads * head_size // groups] * 2]
     parts, start = {}, 0
     for name, size in zip(leaf.modules, sizes, strict=True):
         parts[name] = Piece(groups, 0, groups, start, start + size)

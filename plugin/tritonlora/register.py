@@ -66,7 +66,7 @@ def add(
     with locked(repository.table_path.parent):
         table = read_table(repository)
         config = read_config(repository.config_path)
-        profile = engine_profile(repository, config) or (load_profile(base) if base else None)
+        profile = engine_profile(repository, config) or (load_profile(base, dtype=dtype) if base else None)
         chosen, remarks = _choose_dtype(table, name, profile, dtype)
         adapter = peft.load_adapter(adapter_directory)
         layout = plan_layout(adapter, dtype=chosen, profile=profile, base=base)

@@ -8,10 +8,11 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from tritonlora.adapters import AdapterEntry, AdapterTable, parse
+from tritonlora.cpu_engine.settings import parse_settings, read_profile
 from tritonlora.engine import EngineProfile, load_profile
 from tritonlora.errors import AdapterTableError, ConfigError, RepositoryError
 from tritonlora.pbtxt import ModelConfig, has_template, parse_config
@@ -110,24 +111,18 @@ def read_rows(repository: Repository, entry: AdapterEntry) -> tuple[tuple[int, .
 
 
 def engine_profile(repository: Repository, config: ModelConfig) -> EngineProfile | None:
-    """What the engine behind the target accepts; None when its config.json is not on this machine.
-
-    The CPU engine takes its LoRA limits from the parameters `max_lora_rank` and `lora_target_modules`; a TensorRT-LLM
-    engine has them in its config.json.
-    """
+    """What the engine behind the target accepts; None when its config.json is not on this machine."""
     location = config.parameters.get("gpt_model_path", "")
-    if not location or has_template(location):
+    if not location or has_template(location) or not (repository.target_directory / location).exists():
         return None
-    path = repository.target_directory / location
-    if not path.exists():
-        return None
-    profile = load_profile(path)
-    rank, names = (config.parameters.get(key, "") for key in ("max_lora_rank", "lora_target_modules"))
-    return replace(
-        profile,
-        max_lora_rank=int(rank) if rank.isdecimal() else profile.max_lora_rank,
-        modules={name: dims for name, dims in profile.modules.items() if not names or name in names.split(",")},
-    )
+    if is_cpu_engine(config):  # its LoRA limits are parameters; a TensorRT-LLM engine has them in its config.json
+        return read_profile(parse_settings(config.parameters, repository.target_directory))
+    return load_profile(repository.target_directory / location)
+
+
+def is_cpu_engine(config: ModelConfig) -> bool:
+    """Whether the target is the engine that ships with tritonlora."""
+    return "synthetic" in config.parameters
 
 
 def plan_of(

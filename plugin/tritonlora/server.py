@@ -40,7 +40,7 @@ SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  Triton's Python backend keeps it
 LOG_LINES_KEPT = 400
 LOG_LINES_SHOWN = 50
 READY_POLL_SECONDS = 0.05
-EXIT_TIMEOUT_SECONDS = 10
+EXIT_TIMEOUT_SECONDS = 30  # tritonserver's own default: what is being answered may be answered to its end
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +136,7 @@ def server_command(
     *,
     address: str | None = None,
     shm_prefix: str | None = None,
+    exit_timeout: int = EXIT_TIMEOUT_SECONDS,
     extra: Sequence[str] = (),
 ) -> list[str]:
     """The command line that serves `repository`; `extra` comes last, so that it has the last word.
@@ -151,7 +152,7 @@ def server_command(
         f"--http-port={ports.http}",
         f"--grpc-port={ports.grpc}",
         f"--metrics-port={ports.metrics}",
-        f"--exit-timeout-secs={EXIT_TIMEOUT_SECONDS}",
+        f"--exit-timeout-secs={exit_timeout}",
         "--disable-auto-complete-config",
         *address_arguments,
         *shm_arguments,
@@ -160,7 +161,7 @@ def server_command(
 
 
 class Server:
-    """A running tritonserver. Use it in a `with` statement."""
+    """A tritonserver on a model repository, running while its `with` block does."""
 
     def __init__(
         self,
@@ -168,28 +169,41 @@ class Server:
         *,
         ports: Ports | None = None,
         address: str | None = "127.0.0.1",
+        exit_timeout: int = EXIT_TIMEOUT_SECONDS,
         extra: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
         on_log: Callable[[str], None] | None = None,
     ) -> None:
-        """Launch at once; `on_log` gets every line of the server's log (from a thread of its own).
+        """`on_log` gets every line of the server's log (from a thread of its own).
 
-        `ports` default to free ones, and `address` to this machine only (None: every interface).
+        `ports` default to free ones, and `address` to this machine only (None: every interface). When the server is
+        stopped, requests under way have `exit_timeout` seconds to end.
         """
         tritonserver = find_tritonserver()
         self.ports = ports or free_ports()
         self._address = address or "127.0.0.1"
         self._shm_prefix = f"tritonlora_{os.getpid()}_{self.ports.http}_"
+        self._exit_timeout = exit_timeout
         self.command = server_command(
-            tritonserver, repository, self.ports, address=address, shm_prefix=self._shm_prefix, extra=extra
+            tritonserver,
+            repository,
+            self.ports,
+            address=address,
+            shm_prefix=self._shm_prefix,
+            exit_timeout=exit_timeout,
+            extra=extra,
         )
+        self._environment = {**os.environ, **tritonserver.environment, **(environment or {})}
         self._log: deque[str] = deque(maxlen=LOG_LINES_KEPT)
         self._on_log = on_log
+
+    def __enter__(self) -> Server:
+        """Launch; `wait_until_ready` is for the caller to call."""
         self._started = time.monotonic()
         # A session of its own: Ctrl-C on the terminal reaches us alone, and we end the server in order.
         self._process = subprocess.Popen(
             self.command,
-            env={**os.environ, **tritonserver.environment, **(environment or {})},
+            env=self._environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -199,8 +213,6 @@ class Server:
         )
         self._log_reader = threading.Thread(target=self._read_log, name="tritonserver-log", daemon=True)
         self._log_reader.start()
-
-    def __enter__(self) -> Server:
         return self
 
     def __exit__(
@@ -279,7 +291,7 @@ class Server:
             if self._process.poll() is None:
                 self._process.send_signal(signal.SIGTERM)
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    self._process.wait(EXIT_TIMEOUT_SECONDS + 5)
+                    self._process.wait(self._exit_timeout + 10)
         finally:
             # Python backend stubs share the server's process group, and outlive it when it was killed.
             with contextlib.suppress(ProcessLookupError):

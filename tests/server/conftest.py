@@ -21,7 +21,7 @@ def launch() -> Iterator[Callable[..., Server]]:
     with contextlib.ExitStack() as servers:
 
         def start(repository: Path, **options: object) -> Server:
-            server = servers.enter_context(Server(repository, **options))  # type: ignore[arg-type]
+            server = servers.enter_context(Server(repository, exit_timeout=5, **options))  # type: ignore[arg-type]
             server.wait_until_ready(READY_TIMEOUT)
             return server
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, overload
 
 import numpy.typing as npt
 
-class TritonModelException(Exception): ...  # noqa: N818
+class TritonModelException(Exception): ...
 
 class TritonError:
     class __ErrorCode:

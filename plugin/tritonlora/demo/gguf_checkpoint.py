@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from tritonlora.demo.base_model import Progress
+from tritonlora.demo.progress import Progress
 from tritonlora.errors import TritonLoraError
 
 # GGUF tensor name -> Hugging Face name; `blk.N.` becomes `model.layers.N.`

@@ -15,7 +15,7 @@ from rich.progress import Progress as ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from tritonlora.demo.base_model import Progress
+from tritonlora.demo.progress import Progress
 from tritonlora.demo.questions import QUESTIONS
 
 Show = Callable[[str, str | None, str], None]  # (question, lora_name, text so far)

@@ -1,0 +1,105 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""What the CPU engine reads of config.pbtxt's parameters, and the profile that follows. Does not import torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tritonlora.cpu_engine.flavour import FLAVOURS
+from tritonlora.engine import EngineProfile, profile_from_hf
+from tritonlora.errors import EngineMismatch, one_message
+
+COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What this engine reads of config.pbtxt's parameters, besides lora_cache_*; upstream's names where it has one."""
+
+    gpt_model_path: Path  # a Hugging Face checkpoint; with `synthetic`, only its config.json is read
+    exclude_input_in_output: bool = False
+    max_num_requests: int = 64  # taken at one time; more wait
+    cancellation_check_period_ms: float = 100
+    max_lora_rank: int = 64
+    lora_target_modules: tuple[str, ...] | None = None  # None: all that the architecture has; ("none",): no LoRA
+    compute_dtype: str = "float32"
+    engine_flavour: str = "cpp"  # whose error texts
+    synthetic: bool = False
+    synthetic_token_seconds: float = 0.0
+
+
+def parse_settings(parameters: Mapping[str, str], model_directory: Path) -> Settings:
+    """`parameters` as config.pbtxt has them; an empty one and an unfilled `${...}` count as not given.
+
+    Relative paths are relative to the model's directory. EngineMismatch names every parameter that is wrong.
+    """
+    given = {name: text.strip() for name, text in parameters.items() if text.strip() and not text.startswith("${")}
+    values: dict[str, Any] = {}
+    problems = []
+    for name, (convert, expected) in _CONVERT.items():
+        if name in given:
+            try:
+                values[name] = convert(given[name])
+            except (ValueError, KeyError):
+                problems.append(f"{name} is {given[name]!r}, expected {expected}")
+    if "gpt_model_path" in values:
+        values["gpt_model_path"] = model_directory / values["gpt_model_path"]
+    elif "gpt_model_path" not in given:
+        problems.append("gpt_model_path is not set: give the directory of a Hugging Face checkpoint")
+    if problems:
+        raise EngineMismatch(one_message("parameters of the CPU engine", problems))
+    return Settings(**values)
+
+
+def _one_of(*choices: str) -> tuple[Callable[[str], str], str]:
+    return {choice: choice for choice in choices}.__getitem__, f"one of {', '.join(choices)}"
+
+
+def _at_least_one(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def _duration(text: str) -> float:
+    number = float(text)
+    if not 0 <= number < 1e6:
+        raise ValueError
+    return number
+
+
+_BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
+_CONVERT: dict[str, tuple[Callable[[str], Any], str]] = {
+    "gpt_model_path": (Path, "a path"),
+    "exclude_input_in_output": (lambda text: _BOOLEANS[text.lower()], "true or false"),
+    "max_num_requests": (_at_least_one, "a whole number above 0"),
+    "cancellation_check_period_ms": (_duration, "milliseconds"),
+    "max_lora_rank": (_at_least_one, "a whole number above 0"),
+    "lora_target_modules": (lambda text: tuple(text.replace(",", " ").split()), "names of LoRA modules"),
+    "compute_dtype": _one_of(*COMPUTE_DTYPES),
+    "engine_flavour": _one_of(*FLAVOURS),
+    "synthetic": (lambda text: _BOOLEANS[text.lower()], "true or false"),
+    "synthetic_token_seconds": (_duration, "seconds"),
+}
+
+
+def read_profile(settings: Settings) -> EngineProfile:
+    """What the engine accepts; EngineMismatch when its config.json cannot be read."""
+    file = settings.gpt_model_path / "config.json"
+    try:
+        config = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise EngineMismatch(f"gpt_model_path: cannot read {str(file)!r}: {error}") from error
+    targets = settings.lora_target_modules
+    return profile_from_hf(
+        config,
+        str(settings.gpt_model_path),
+        max_lora_rank=settings.max_lora_rank,
+        target_modules=() if targets == ("none",) else targets,
+    )

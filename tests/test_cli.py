@@ -1,0 +1,303 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""cli.py: words in, exit codes and data out."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import typer
+
+from repositories import SYNTHETIC_GEOMETRY, set_cache_pages, synthetic_adapter, synthetic_repository
+from tritonlora import __version__, cli, install, repository
+
+COMMANDS = ("demo", "init", "add", "remove", "list", "plan", "check", "convert", "serve", "generate", "bench")
+
+
+@pytest.fixture(autouse=True)
+def _signals() -> Any:
+    """main() installs handlers; the tests' own come back afterwards."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository with two adapters."""
+    return synthetic_repository(tmp_path_factory.mktemp("cli") / "repo", warm=["pirate"], cold=["haiku"]).root
+
+
+@pytest.fixture
+def repo(sound: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(sound, tmp_path / "repo"))
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter to add."""
+    return synthetic_adapter(tmp_path_factory.mktemp("adapter") / "new", 9)
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of a command."""
+    code = cli.main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.mark.parametrize("command", [(), *[(command,) for command in COMMANDS], ("bench", "convert")])
+def test_every_command_has_help(capsys: pytest.CaptureFixture[str], command: Sequence[str]) -> None:
+    """On stdout, with exit code 0, naming its options."""
+    code, out, _ = run(capsys, *command, "--help")
+
+    assert code == 0
+    assert "Usage" in out
+
+
+def test_every_command_is_in_the_readme() -> None:
+    """And the README has no other."""
+    group = typer.main.get_command(cli.app)
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+
+    assert set(COMMANDS) == set(group.commands)  # type: ignore[attr-defined]
+    assert [command for command in COMMANDS if f"| `{command}" not in readme and f"· `{command}" not in readme] == []
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    """--version."""
+    assert (0, f"tritonlora {__version__}\n", "") == run(capsys, "--version")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("nonsense",), ("add",), ("list",), ("list", "--repo"), ("add", "a", "b", "--repo", ".", "--task-id", "0")],
+)
+def test_wrong_words_are_usage(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: Sequence[str]
+) -> None:
+    """Exit code 2, and the reason on stderr."""
+    monkeypatch.delenv("TRITONLORA_REPO", raising=False)
+    code, out, err = run(capsys, *arguments)
+
+    assert (2, "") == (code, out)
+    assert err
+
+
+def test_a_refusal_is_one_message_on_stderr(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Exit code 1, no traceback."""
+    code, out, err = run(capsys, "list", "--repo", tmp_path / "nowhere")
+
+    assert (1, "") == (code, out)
+    assert err.startswith("error: there is no model repository at")
+    assert "Traceback" not in err
+
+
+def test_list_prints_a_line_for_each_adapter(capsys: pytest.CaptureFixture[str], repo: Path) -> None:
+    """Tab-separated in a pipe, without colours."""
+    code, out, err = run(capsys, "list", "--repo", repo)
+
+    assert (0, "") == (code, err)
+    assert [line.split("\t") for line in out.splitlines()] == [
+        ["lora_name", "lora_task_id", "rank", "modules", "size", "pages", "start"],
+        ["haiku", "2", "8", "attn_q,attn_v", "8.0 KiB", "1", "on first use"],
+        ["pirate", "1", "8", "attn_q,attn_v", "8.0 KiB", "1", "warm"],
+    ]
+
+
+def test_the_repository_may_come_from_the_environment(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, repo: Path
+) -> None:
+    """TRITONLORA_REPO."""
+    monkeypatch.setenv("TRITONLORA_REPO", str(repo))
+    code, out, _ = run(capsys, "list", "--json")
+
+    assert code == 0
+    assert {"haiku", "pirate"} == json.loads(out).keys()
+
+
+def test_add_and_remove(capsys: pytest.CaptureFixture[str], repo: Path, adapter: Path) -> None:
+    """The whole way, said in a line each."""
+    assert (0, "new would be added: lora_task_id 3, 8.0 KiB\n") == run(
+        capsys, "add", "new", adapter, "--repo", repo, "--dry-run"
+    )[:2]
+    assert (0, "new added: lora_task_id 3, 8.0 KiB\n") == run(capsys, "add", "new", adapter, "--repo", repo)[:2]
+    assert (0, "new is unchanged: lora_task_id 3, 8.0 KiB\n") == run(capsys, "add", "new", adapter, "--repo", repo)[:2]
+    assert (0, "new removed: lora_task_id 3 is retired\n") == run(capsys, "remove", "new", "--repo", repo)[:2]
+    code, out, _ = run(capsys, "add", "new", adapter, "--repo", repo, "--no-warmup", "--task-id", "9", "--json")
+    entry = json.loads(out)["entry"]
+    assert (0, 9, False) == (code, entry["lora_task_id"], entry["warm"])
+
+
+def test_plan_says_whether_all_fit_and_sets_what_it_recommends(capsys: pytest.CaptureFixture[str], repo: Path) -> None:
+    """A cache of one page for two adapters, before and after --apply."""
+    set_cache_pages(repository.open_repository(repo), 1)
+    code, out, _ = run(capsys, "plan", "--repo", repo)
+
+    assert code == 0
+    assert "NOT all adapters fit: 2 of 1 pages" in out
+    assert "\nrecommended: lora_cache_" in out
+
+    assert json.loads(run(capsys, "plan", "--repo", repo, "--apply", "--json")[1])["applied"]
+    assert "\nall adapters fit: 2 of " in run(capsys, "plan", "--repo", repo)[1]
+
+
+def test_check_is_silent_about_nothing_and_fails_on_errors(capsys: pytest.CaptureFixture[str], repo: Path) -> None:
+    """Exit code 1 on an error; --fix."""
+    assert (0, "no problem found\n", "") == run(capsys, "check", "--repo", repo)
+
+    (repo / "tensorrt_llm" / "warmup" / "input_ids").unlink()
+    code, out, _ = run(capsys, "check", "--repo", repo)
+
+    assert code == 1
+    assert out.startswith("error: warmup/input_ids: it is missing or altered")
+    assert "\n  remedy: tritonlora check --fix\n" in out
+    assert (0, "[]\n", "") == run(capsys, "check", "--repo", repo, "--fix", "--json")
+
+
+def test_init_shows_a_diff_and_then_says_what_it_wrote(capsys: pytest.CaptureFixture[str], repo: Path) -> None:
+    """On a repository whose router is out of step."""
+    config = repo / "lora_router" / "config.pbtxt"
+    text = config.read_text()
+    config.write_text(text.replace("TYPE_INT32", "TYPE_INT64", 1))
+    code, out, _ = run(capsys, "init", repo, "--dry-run")
+
+    assert code == 0
+    assert {"-    data_type: TYPE_INT64", "+    data_type: TYPE_INT32"} <= set(out.splitlines())
+    assert (0, f"changed {config}\n", "") == run(capsys, "init", repo)
+    assert text == config.read_text()
+    assert (0, "nothing to do: the router is in place\n", "") == run(capsys, "init", repo)
+
+
+def test_convert_writes_both_files(capsys: pytest.CaptureFixture[str], adapter: Path, tmp_path: Path) -> None:
+    """Raw, and as .npy where numpy can say it; nothing half-written when it is refused."""
+    code, out, _ = run(capsys, "convert", adapter, tmp_path / "raw")
+    rows = np.fromfile(tmp_path / "raw" / "adapter_config.bin", "<i4").reshape(-1, 3)
+
+    assert code == 0
+    assert out.splitlines()[0].endswith("adapter_model.bin: bfloat16 [4, 1024]")
+    assert [[1, 0, 8], [3, 0, 8], [1, 1, 8], [3, 1, 8]] == rows.tolist()
+
+    code, _, err = run(capsys, "convert", adapter, tmp_path / "npy", "--format", "npy")
+    assert (1, "error: .npy has no bfloat16") == (code, err[:27])
+    assert not (tmp_path / "npy").exists()
+
+    assert run(capsys, "convert", adapter, tmp_path / "npy", "--format", "npy", "--dtype", "float16")[0] == 0
+    weights = np.load(tmp_path / "npy" / "model.lora_weights.npy")
+    raw = np.fromfile(tmp_path / "raw" / "adapter_model.bin", "<u2").astype(np.uint32) << 16
+    assert (np.float16, (1, 4, 1024)) == (weights.dtype, weights.shape)
+    assert np.allclose(weights.reshape(-1).astype(np.float32), raw.view(np.float32), rtol=1e-3, atol=1e-6)
+    assert (1, 4, 3) == np.load(tmp_path / "npy" / "model.lora_config.npy").shape
+
+
+def test_convert_does_not_overwrite_the_adapter(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """PEFT's file may have the very name."""
+    adapter = synthetic_adapter(tmp_path / "adapter")
+    (adapter / "adapter_model.bin").write_bytes(b"mine")
+    code, _, err = run(capsys, "convert", adapter, adapter)
+
+    assert code == 1
+    assert "is the adapter's own file; choose another output directory" in err
+    assert (adapter / "adapter_model.bin").read_bytes() == b"mine"
+
+
+def test_serve_prints_the_command_that_it_would_run(capsys: pytest.CaptureFixture[str], repo: Path) -> None:
+    """With the arguments after -- at the end."""
+    code, out, _ = run(
+        capsys, "serve", "--repo", repo, "--print-command", "--http-port", "9000", "--", "--log-verbose=1"
+    )
+
+    assert code == 0
+    assert f"--model-repository={repo}" in out
+    assert "--http-port=9000" in out
+    assert out.endswith(" --log-verbose=1\n")
+
+
+def test_generate_without_a_server_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit code 1, with the address."""
+    code, _, err = run(capsys, "generate", "hello", "--url", "127.0.0.1:9")
+
+    assert code == 1
+    assert "no answer from 127.0.0.1:9" in err
+
+
+@pytest.mark.parametrize("url", ["host:port", "ftp://a", ":::"])
+def test_a_url_that_is_none_is_refused(capsys: pytest.CaptureFixture[str], url: str) -> None:
+    """Before anything is sent."""
+    code, _, err = run(capsys, "generate", "hello", "--url", url)
+
+    assert code == 1
+    assert f"{url!r} is not HOST:PORT" in err
+
+
+def test_the_module_can_be_run(repo: Path) -> None:
+    """python -m tritonlora, with its exit codes."""
+    command = [sys.executable, "-m", "tritonlora", "list", "--repo", str(repo / "nowhere")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert (1, "") == (done.returncode, done.stdout)
+
+
+def test_list_does_not_import_torch(repo: Path) -> None:
+    """It has to answer at once."""
+    code = f"""
+import sys
+from tritonlora.cli import main
+assert main(["list", "--repo", {str(repo)!r}]) == 0
+assert not {{"torch", "transformers", "tritonclient"}} & set(sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False, stdout=subprocess.DEVNULL).returncode == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_add_leaves_everything_as_it_was(repo: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """Exit code 130, and no half-written file; stopped while it waits for the lock, which comes before it writes."""
+    import filelock
+
+    adapter = synthetic_adapter(tmp_path / "adapter", 3)
+    before = sorted(repo.rglob("*"))
+    with filelock.FileLock(repo / "lora_router" / ".lock"):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tritonlora", "add", "new", str(adapter), "--repo", str(repo)],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        _wait_until_it_waits(process.pid, repo / "lora_router" / ".lock")
+        process.send_signal(number)
+        _, err = process.communicate(timeout=30)
+
+    assert (130, "interrupted") == (process.returncode, err.splitlines()[-1])
+    assert before == sorted(repo.rglob("*"))
+
+
+def _wait_until_it_waits(pid: int, lock: Path) -> None:
+    """Until the process has opened the lock file."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        for descriptor in Path(f"/proc/{pid}/fd").glob("*"):
+            try:
+                if os.readlink(descriptor) == str(lock):  # noqa: PTH115
+                    return
+            except OSError:
+                continue
+    pytest.fail("it never came to the lock")
+
+
+def test_the_geometry_of_the_tests_is_the_shipped_one() -> None:
+    """repositories.py reads what install copies."""
+    shipped = install.shipped_models() / "tensorrt_llm" / "1" / "config.json"
+
+    assert json.loads(shipped.read_text()) == SYNTHETIC_GEOMETRY
