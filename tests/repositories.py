@@ -48,7 +48,7 @@ def synthetic_repository(
         set_decoupled(opened, False)
     for number, name in enumerate([*warm, *cold]):
         adapter = synthetic_adapter(root.parent / f"{root.name}-adapters" / name, number)
-        register.add(opened, name, adapter, warm=number < len(tuple(warm)))
+        register.add(opened, name, adapter, register.Options(warm=number < len(tuple(warm))))
     set_cache_pages(opened, pages)
     return opened
 

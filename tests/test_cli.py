@@ -84,7 +84,16 @@ def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) 
 
 @pytest.mark.parametrize(
     "arguments",
-    [("nonsense",), ("add",), ("list",), ("list", "--repo"), ("add", "a", "b", "--repo", ".", "--task-id", "0")],
+    [
+        ("nonsense",),
+        ("add",),
+        ("add", "a", "--repo", "b"),
+        ("add", "a", "--all", "b", "--repo", "c"),
+        ("add", "a", "b", "--repo", ".", "--task-id", "0"),
+        ("list",),
+        ("list", "--repo"),
+        ("bench", "convert", "--ranks", "x"),
+    ],
 )
 def test_wrong_words_are_usage(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: Sequence[str]
@@ -140,6 +149,18 @@ def test_add_and_remove(capsys: pytest.CaptureFixture[str], repo: Path, adapter:
     code, out, _ = run(capsys, "add", "new", adapter, "--repo", repo, "--no-warmup", "--task-id", "9", "--json")
     entry = json.loads(out)["entry"]
     assert (0, 9, False) == (code, entry["lora_task_id"], entry["warm"])
+
+
+def test_add_all(capsys: pytest.CaptureFixture[str], repo: Path, tmp_path: Path) -> None:
+    """A line for each; exit code 1 when one was refused."""
+    for number in range(3):
+        synthetic_adapter(tmp_path / "all" / f"n{number}", number)
+    (tmp_path / "all" / "n1" / "adapter_config.json").write_text("{")
+    code, out, err = run(capsys, "add", "--all", tmp_path / "all", "--repo", repo)
+
+    assert code == 1
+    assert [line.split(":")[0] for line in out.splitlines()] == ["n0 added", "n2 added"]
+    assert err.startswith("n1 refused: ")
 
 
 def test_plan_says_whether_all_fit_and_sets_what_it_recommends(capsys: pytest.CaptureFixture[str], repo: Path) -> None:

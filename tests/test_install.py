@@ -16,6 +16,7 @@ from tritonlora import install, register, repository, wiring
 from tritonlora.errors import RepositoryError
 from tritonlora.install import MODEL_MODULES, ROUTER_MODULES, shipped_models
 from tritonlora.pbtxt import parse_config
+from tritonlora.register import Options
 from tritonlora.repository import read_text
 from upstream_configs import fill, protobuf, upstream
 
@@ -188,7 +189,7 @@ def test_a_router_without_adapters_can_be_given_some(tmp_path: Path) -> None:
     root = upstream_repository(tmp_path / "repo", "v0.18.0")
     install.init(root)
     opened = repository.open_repository(root)
-    register.add(opened, "pirate", synthetic_adapter(tmp_path / "adapter"), dtype="bfloat16")
+    register.add(opened, "pirate", synthetic_adapter(tmp_path / "adapter"), Options(dtype="bfloat16"))
     config = protobuf(read_text(opened.config_path))
 
     assert ["lora_1_warmup"] == [sample.name for sample in config.model_warmup]

@@ -26,6 +26,7 @@ from repositories import synthetic_adapter
 from tritonlora import check, files, install, pack, register, repository
 from tritonlora.errors import EngineMismatch, InvalidAdapter, RepositoryError, TritonLoraError
 from tritonlora.pbtxt import parse
+from tritonlora.register import Options
 from tritonlora.repository import Repository, read_table, read_text
 from upstream_configs import protobuf
 
@@ -139,7 +140,7 @@ def test_other_content_under_an_old_name_gets_a_new_id(opened: Repository, adapt
 def test_warm_can_be_switched_without_a_new_id(opened: Repository, adapters: Callable[[int], Path]) -> None:
     """The content is the same."""
     register.add(opened, "pirate", adapters(0))
-    register.add(opened, "pirate", adapters(0), warm=False)
+    register.add(opened, "pirate", adapters(0), Options(warm=False))
 
     entry = read_table(opened).entries["pirate"]
     assert (1, False) == (entry.lora_task_id, entry.warm)
@@ -188,7 +189,7 @@ def test_the_users_own_warmup_samples_keep_their_ids_and_files(
     [
         ("a/b", 0, {}, "'a/b' is not a legal adapter name"),
         ("haiku", 1, {"task_id": 1}, "lora_task_id 1 was given to adapter 'pirate'"),
-        ("haiku", 1, {"dtype": "float16"}, "has dtype bfloat16, not float16"),
+        ("haiku", 1, {"options": Options(dtype="float16")}, "has dtype bfloat16, not float16"),
     ],
 )
 def test_a_refused_adapter_leaves_everything_as_it_was(
@@ -239,10 +240,10 @@ def test_without_an_engine_the_dtype_must_be_given(opened: Repository, adapters:
     with pytest.raises(EngineMismatch, match="give --dtype, or --base"):
         register.add(opened, "pirate", adapters(0))
 
-    added = register.add(opened, "pirate", adapters(0), dtype="bfloat16")
+    added = register.add(opened, "pirate", adapters(0), Options(dtype="bfloat16"))
     assert "were not checked against it" in added.remarks[0]
     with pytest.raises(EngineMismatch, match="'pirate' is registered as bfloat16, and all adapters of an engine share"):
-        register.add(opened, "haiku", adapters(1), dtype="float32")
+        register.add(opened, "haiku", adapters(1), Options(dtype="float32"))
 
 
 @pytest.mark.parametrize(
@@ -260,7 +261,7 @@ def test_a_config_that_cannot_be_edited_is_named(
     before = snapshot(opened.root)
 
     with pytest.raises(RepositoryError, match=message):
-        register.add(opened, "pirate", adapters(0), dtype="bfloat16")
+        register.add(opened, "pirate", adapters(0), Options(dtype="bfloat16"))
 
     assert before == snapshot(opened.root)
 
@@ -408,3 +409,58 @@ def test_weights_are_those_of_the_adapter(opened: Repository, adapters: Callable
 
     assert torch.equal(lora_A.reshape(-1), row[: 8 * 64])
     assert torch.equal((lora_B * 2).reshape(-1), row[8 * 64 : 8 * 64 + 64 * 8])
+
+
+def test_a_directory_of_adapters_is_added_at_once(opened: Repository, tmp_path: Path) -> None:
+    """Each under an id of its own; the bad ones are reported, and stop nobody."""
+    directories = {f"n{number}": synthetic_adapter(tmp_path / f"n{number}", number) for number in range(5)}
+    (directories["n2"] / "adapter_model.safetensors").write_bytes(b"short")
+    directories["a b"] = directories["n0"]
+    done: list[str] = []
+    results = register.add_all(opened, directories, on_done=lambda one: done.append(one.name))
+    refused = {one.name: one.error for one in results if isinstance(one, register.Refused)}
+    table = read_table(opened)
+
+    assert sorted(directories) == sorted(done)
+    assert {"n2", "a b"} == refused.keys()
+    assert "'a b' is not a legal adapter name" in refused["a b"]
+    assert {"n0", "n1", "n3", "n4"} == table.entries.keys()
+    assert 4 == len({entry.lora_task_id for entry in table.entries.values()})
+    assert [] == check.check(opened, deep=True)
+
+    before = snapshot(opened.root)
+    again = register.add_all(opened, {name: directories[name] for name in table.entries})
+    assert all(isinstance(one, register.Added) and one.unchanged for one in again)
+    assert before == snapshot(opened.root)
+
+
+def test_an_interrupted_directory_keeps_what_was_finished(opened: Repository, tmp_path: Path) -> None:
+    """Registered, warm and sound."""
+    directories = {f"n{number}": synthetic_adapter(tmp_path / f"n{number}", number) for number in range(6)}
+
+    def stop_at_once(_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        register.add_all(opened, directories, on_done=stop_at_once)
+
+    assert 1 == len(read_table(opened).entries)
+    assert [] == errors(opened)
+
+
+def test_a_disk_that_is_full_for_real_is_one_message(opened: Repository, adapters: Callable[[int], Path]) -> None:
+    """The kernel refuses the write in the middle of the weights (a limit on the size of files)."""
+    before = snapshot(opened.root)
+    code = """
+import resource, sys
+from tritonlora.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+sys.exit(main(["add", "pirate", sys.argv[1], "--repo", sys.argv[2]]))
+"""
+    command = [sys.executable, "-c", code, str(adapters(0)), str(opened.root)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert (1, "") == (done.returncode, done.stdout)
+    assert "error: cannot write to" in done.stderr
+    assert "File too large" in done.stderr
+    assert before == snapshot(opened.root)

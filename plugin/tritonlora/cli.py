@@ -18,14 +18,20 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 from tritonlora import __version__
 from tritonlora.errors import RepositoryError, TritonLoraError
+
+if TYPE_CHECKING:
+    from tritonlora.adapters import AdapterEntry
+    from tritonlora.register import Options
+    from tritonlora.repository import Repository
 
 app = typer.Typer(
     name="tritonlora",
@@ -151,9 +157,12 @@ def _print_diff(path: Path, before: str | None, after: str) -> None:
 
 @app.command()
 def add(
-    name: Annotated[str, typer.Argument(help="The name that clients will send.")],
-    adapter_dir: Annotated[Path, typer.Argument(help="The PEFT adapter's directory.")],
     repo: Repo,
+    name: Annotated[str | None, typer.Argument(help="The name that clients will send.")] = None,
+    adapter_dir: Annotated[Path | None, typer.Argument(help="The PEFT adapter's directory.")] = None,
+    every: Annotated[
+        Path | None, typer.Option("--all", metavar="DIR", help="Add every adapter in DIR, named as its directory.")
+    ] = None,
     warmup: Annotated[bool, typer.Option("--warmup/--no-warmup", help="Load it at start, or on first use.")] = True,
     task_id: Annotated[int | None, typer.Option("--task-id", min=1, help="Its lora_task_id, never used yet.")] = None,
     dtype: Dtype = None,
@@ -162,20 +171,20 @@ def add(
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Convert an adapter, write its warmup files and register its name."""
+    """Convert an adapter, write its warmup files and register its name: NAME ADAPTER_DIR, or --all DIR."""
     from tritonlora import register, repository
 
+    options = register.Options(warm=warmup, dtype=dtype, base=base, allow_nonfinite=allow_nonfinite)
+    if every is not None:
+        if name is not None or task_id is not None or dry_run:
+            raise typer.BadParameter("--all goes without NAME, --task-id and --dry-run")
+        _add_all(repository.open_repository(repo), every, options, as_json=as_json)
+        return
+    if name is None or adapter_dir is None:
+        raise typer.BadParameter("give NAME and ADAPTER_DIR, or --all DIR")
     with stderr.status(f"converting {name}"):
         added = register.add(
-            repository.open_repository(repo),
-            name,
-            adapter_dir,
-            warm=warmup,
-            task_id=task_id,
-            dtype=dtype,
-            base=base,
-            allow_nonfinite=allow_nonfinite,
-            dry_run=dry_run,
+            repository.open_repository(repo), name, adapter_dir, options, task_id=task_id, dry_run=dry_run
         )
     for remark in added.remarks:
         stderr.print(f"note: {remark}", markup=False, highlight=False, soft_wrap=True)
@@ -183,8 +192,33 @@ def add(
         _print_json(added)
         return
     did = "is unchanged" if added.unchanged else "would be added" if dry_run else "added"
-    size = _size(added.entry.lora_weights_nbytes)
-    sys.stdout.write(f"{name} {did}: lora_task_id {added.entry.lora_task_id}, {size}\n")
+    sys.stdout.write(f"{name} {did}: {_id_and_size(added.entry)}\n")
+
+
+def _add_all(opened: Repository, directory: Path, options: Options, *, as_json: bool) -> None:
+    from tritonlora import register
+
+    adapters = {path.parent.name: path.parent for path in sorted(directory.glob("*/adapter_config.json"))}
+    if not adapters:
+        raise RepositoryError(f"{str(directory)!r} has no directory with an adapter_config.json in it")
+    with Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
+        task = progress.add_task(f"converting {len(adapters)} adapters", total=len(adapters))
+        results = register.add_all(opened, adapters, options, on_done=lambda _: progress.advance(task))
+    refused = [one for one in results if isinstance(one, register.Refused)]
+    if as_json:
+        _print_json(sorted(results, key=lambda one: one.name))
+    for one in sorted(results, key=lambda one: one.name):
+        if isinstance(one, register.Refused):
+            stderr.print(f"{one.name} refused: {one.error}", markup=False, highlight=False, soft_wrap=True)
+        elif not as_json:
+            did = "is unchanged" if one.unchanged else "added"
+            sys.stdout.write(f"{one.name} {did}: {_id_and_size(one.entry)}\n")
+    if refused:
+        raise typer.Exit(1)
+
+
+def _id_and_size(entry: AdapterEntry) -> str:
+    return f"lora_task_id {entry.lora_task_id}, {_size(entry.lora_weights_nbytes)}"
 
 
 @app.command()

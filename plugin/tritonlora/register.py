@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import datetime
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING
 from tritonlora import plan, warmup, wiring
 from tritonlora.adapters import AdapterEntry, AdapterTable, check_name, render, with_adapter, with_warm, without_adapter
 from tritonlora.engine import EngineProfile, load_profile
-from tritonlora.errors import ConfigError, EngineMismatch, RepositoryError
+from tritonlora.errors import ConfigError, EngineMismatch, RepositoryError, TritonLoraError
 from tritonlora.files import TEMPORARY_SUFFIX, locked, publish, sha256_of, temporary_name, write_bytes, write_text
 from tritonlora.modules import MODULES
 from tritonlora.pbtxt import ModelConfig, parse_config
@@ -29,6 +30,21 @@ from tritonlora.repository import Repository, engine_profile, read_config, read_
 
 if TYPE_CHECKING:
     from tritonlora.layout import Layout
+    from tritonlora.peft import Adapter
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How an adapter is converted and registered."""
+
+    warm: bool = True
+    dtype: str | None = None  # None: the engine's
+    base: Path | None = None  # the base model's checkpoint: stands in for an absent engine, and DoRA needs its weights
+    allow_nonfinite: bool = False
+
+
+DEFAULTS = Options()
+CONVERSIONS_AT_A_TIME = 2  # conversion is bound by memory: more only take each other's bandwidth
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,64 +57,155 @@ class Added:
     remarks: tuple[str, ...]  # what the user should know
 
 
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """An adapter that `add_all` could not add, and why."""
+
+    name: str
+    error: str
+
+
 def add(
     repository: Repository,
     name: str,
     adapter_directory: Path,
+    options: Options = DEFAULTS,
     *,
-    warm: bool = True,
     task_id: int | None = None,
-    dtype: str | None = None,
-    base: Path | None = None,
-    allow_nonfinite: bool = False,
     dry_run: bool = False,
 ) -> Added:
     """Convert a PEFT adapter and register it under `name`; the same content again changes nothing.
 
-    Other content under a known name replaces it under a new lora_task_id. `base` is the base model's checkpoint: it
-    stands in for an engine that is not on this machine, and DoRA needs its weights. On any error the repository is as
-    it was.
+    Other content under a known name replaces it under a new lora_task_id. On any error the repository is as it was.
     """
-    from tritonlora import pack, peft
+    with locked(repository.table_path.parent):
+        table = read_table(repository)
+        planned = _plan(repository, table, name, adapter_directory, options, task_id=task_id)
+        # Everything that can be refused is refused before a byte is written.
+        _rendered_config(repository, with_adapter(table, name, planned.entry))
+        if dry_run:
+            return Added(name, planned.entry, unchanged=False, remarks=planned.remarks)
+        _sweep(repository, table)
+        added = _write_tensors(repository, planned, table.entries.get(name) if task_id is None else None)
+        # The files of an adapter that this one replaces stay until the next command: requests may be using them.
+        _write_table(repository, _with(table, added))
+        return added
+
+
+def add_all(
+    repository: Repository,
+    adapters: Mapping[str, Path],
+    options: Options = DEFAULTS,
+    on_done: Callable[[Added | Refused], None] = lambda _: None,
+) -> list[Added | Refused]:
+    """`add` for many adapters by name, two at a time; one that is refused does not stop the others.
+
+    The table and config.pbtxt are written once, at the end. Interrupted, those that were finished are registered.
+    """
+    results: list[Added | Refused] = []
+
+    def note(result: Added | Refused) -> None:
+        results.append(result)
+        on_done(result)
+
+    with locked(repository.table_path.parent):
+        table = before = read_table(repository)
+        _sweep(repository, table)
+        planned = []
+        for name, directory in adapters.items():
+            try:
+                planned.append(_plan(repository, table, name, directory, options))
+                table = with_adapter(table, name, planned[-1].entry)  # so that each gets an id of its own
+                _rendered_config(repository, table)
+            except TritonLoraError as error:
+                note(Refused(name, str(error)))
+        table = before
+        pool = ThreadPoolExecutor(CONVERSIONS_AT_A_TIME)
+        try:
+            futures = {
+                pool.submit(_write_tensors, repository, one, before.entries.get(one.name)): one.name for one in planned
+            }
+            for future in as_completed(futures):
+                try:
+                    added = future.result()
+                    table = _with(table, added)
+                    note(added)
+                except TritonLoraError as error:
+                    note(Refused(futures[future], str(error)))
+        finally:
+            pool.shutdown(cancel_futures=True)
+            _write_table(repository, table)
+    return results
+
+
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """An adapter that has been looked at and can be converted."""
+
+    name: str
+    adapter: Adapter
+    layout: Layout
+    entry: AdapterEntry  # but for the digests
+    options: Options
+    remarks: tuple[str, ...]
+
+
+def _plan(
+    repository: Repository,
+    table: AdapterTable,
+    name: str,
+    directory: Path,
+    options: Options,
+    *,
+    task_id: int | None = None,
+) -> _Planned:
+    """Read the adapter and decide everything but its values; any AdapterError."""
+    from tritonlora import peft
     from tritonlora.layout import plan_layout
 
     check_name(name)
-    with locked(repository.table_path.parent):
-        table = read_table(repository)
-        config = read_config(repository.config_path)
-        profile = engine_profile(repository, config) or (load_profile(base, dtype=dtype) if base else None)
-        chosen, remarks = _choose_dtype(table, name, profile, dtype)
-        adapter = peft.load_adapter(adapter_directory)
-        layout = plan_layout(adapter, dtype=chosen, profile=profile, base=base)
-        entry = _entry_of(repository, _task_id(repository, table, task_id), layout, warm=warm)
-        entry = replace(
-            entry,
-            base_model_name_or_path=adapter.config.base_model_name_or_path or "",
-            pages=_pages(layout, profile, config),
-        )
-        # Everything that can be refused is refused before a byte is written.
-        _rendered_config(repository, with_adapter(table, name, entry))
-        if dry_run:
-            return Added(name, entry, unchanged=False, remarks=remarks)
+    config = read_config(repository.config_path)
+    profile = engine_profile(repository, config)
+    if profile is None and options.base is not None:
+        profile = load_profile(options.base, dtype=options.dtype)
+    dtype, remarks = _choose_dtype(table, name, profile, options.dtype)
+    adapter = peft.load_adapter(directory)
+    layout = plan_layout(adapter, dtype=dtype, profile=profile, base=options.base)
+    entry = replace(
+        _entry_of(repository, _task_id(repository, table, task_id), layout, warm=options.warm),
+        base_model_name_or_path=adapter.config.base_model_name_or_path or "",
+        pages=_pages(layout, profile, config),
+    )
+    return _Planned(name, adapter, layout, entry, options, remarks)
 
-        _sweep(repository, table)
-        repository.warmup_directory.mkdir(exist_ok=True)
-        weights_path, config_path = (
-            repository.root / file for file in (entry.lora_weights_file, entry.lora_config_file)
+
+def _write_tensors(repository: Repository, planned: _Planned, known: AdapterEntry | None) -> Added:
+    """Convert, and give the two files their names, unless `known` is the same content already."""
+    from tritonlora import pack
+
+    options, entry = planned.options, planned.entry
+    repository.warmup_directory.mkdir(exist_ok=True)
+    weights_path, config_path = (repository.root / file for file in (entry.lora_weights_file, entry.lora_config_file))
+    with temporary_name(weights_path) as weights, temporary_name(config_path) as rows:
+        pack.convert_file(
+            planned.adapter, planned.layout, weights, base=options.base, allow_nonfinite=options.allow_nonfinite
         )
-        with temporary_name(weights_path) as weights, temporary_name(config_path) as rows:
-            pack.convert_file(adapter, layout, weights, base=base, allow_nonfinite=allow_nonfinite)
-            rows.write_bytes(pack.lora_config(layout).numpy().astype("<i4").tobytes())
-            entry = replace(entry, lora_weights_sha256=sha256_of(weights), lora_config_sha256=sha256_of(rows))
-            known = table.entries.get(name)
-            if known is not None and task_id is None and _content(known) == _content(entry):
-                _write_table(repository, with_warm(table, name, warm))
-                return Added(name, replace(known, warm=warm), unchanged=known.warm == warm, remarks=remarks)
-            publish(weights, weights_path)
-            publish(rows, config_path)
-        # The files of an adapter that this one replaces stay until the next command: requests may be using them.
-        _write_table(repository, with_adapter(table, name, entry))
-        return Added(name, entry, unchanged=False, remarks=remarks)
+        rows.write_bytes(pack.lora_config(planned.layout).numpy().astype("<i4").tobytes())
+        entry = replace(entry, lora_weights_sha256=sha256_of(weights), lora_config_sha256=sha256_of(rows))
+        if known is not None and _content(known) == _content(entry):
+            entry = replace(known, warm=options.warm)
+            return Added(planned.name, entry, unchanged=known.warm == options.warm, remarks=planned.remarks)
+        publish(weights, weights_path)
+        publish(rows, config_path)
+    return Added(planned.name, entry, unchanged=False, remarks=planned.remarks)
+
+
+def _with(table: AdapterTable, added: Added) -> AdapterTable:
+    """`table` with what was added: under its new id, or, where the content was there already, warm or not."""
+    known = table.entries.get(added.name)
+    if known is not None and known.lora_task_id == added.entry.lora_task_id:
+        return with_warm(table, added.name, added.entry.warm)
+    return with_adapter(table, added.name, added.entry)
 
 
 def remove(repository: Repository, name: str) -> AdapterEntry:
