@@ -26,7 +26,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from tritonlora import __version__
-from tritonlora.errors import RepositoryError, TritonLoraError
+from tritonlora.errors import RepositoryError, ServerError, TritonLoraError
 
 if TYPE_CHECKING:
     from tritonlora.adapters import AdapterEntry
@@ -404,7 +404,8 @@ def serve(
         sys.stdout.write(f"ready on http://{running.http_url}; adapters loaded at start: {names}\n")
         sys.stdout.flush()
         status = running.wait()
-    raise typer.Exit(status)
+    if status:
+        raise ServerError(f"tritonserver ended by itself, with status {status}")
 
 
 def _print_table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
