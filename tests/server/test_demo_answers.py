@@ -38,7 +38,7 @@ class Served:
 
 
 def _peft_answers(base: Path) -> dict[tuple[str | None, str], str]:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(base)
     answers = {}
     for name in NAMES:
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
