@@ -30,8 +30,9 @@ def entry(dtype: object = "F32", shape: object = (2, 2), offsets: object = (0, 1
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.bool])
 def test_what_the_library_writes_is_read_back(dtype: torch.dtype, tmp_path: Path) -> None:
-    """Tensors of the library's own files come back bit for bit, empty ones too."""
+    """Tensors of the library's own files come back bit for bit, empty ones and single numbers too."""
     tensors = {"x": torch.ones(3, 5).to(dtype), "empty": torch.ones(0, 4).to(dtype), "y": torch.zeros(1).to(dtype)}
+    tensors["number"] = torch.ones(()).to(dtype)
     save_file(tensors, tmp_path / "f.safetensors", metadata={"format": "pt"})
     loaded = load_tensors(tmp_path / "f.safetensors")
 
@@ -77,7 +78,12 @@ def test_header_that_is_not_aligned_is_read(tmp_path: Path) -> None:
         ({"a": entry(), "b": entry(offsets=[8, 24])}, 24, "inside the tensor before it"),
         ({"a": entry()}, 15, "ends at byte 16 of 15"),
         ({"a": entry()}, 17, "1 bytes at the end belong to no tensor"),
-        (b'{"a": %s, "a": %s}' % ((json.dumps(entry()).encode(),) * 2), 16, "'a' occurs twice"),
+        (b'{"a": %s, "a": %s}' % ((json.dumps(entry()).encode(),) * 2), 16, "'a' occurs more than once"),
+        (
+            b'{"a": {"dtype": "F32", "dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}',
+            16,
+            "'dtype' occurs more than",
+        ),
     ],
 )
 def test_header_that_lies_is_refused(header: bytes | dict[str, Any], nbytes: int, message: str) -> None:

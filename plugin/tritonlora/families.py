@@ -201,12 +201,13 @@ def locate(path: str) -> tuple[int, Leaf] | None:
 
     `path` is as PEFT sees it: "model.layers.3.self_attn.q_proj".
     """
-    parts = path.split(".")
-    for position, part in enumerate(parts):
-        if part.isascii() and part.isdecimal() and part == str(int(part[:9])):
-            leaf = _LEAVES.get((".".join(parts[:position]), ".".join(parts[position + 1 :])))
-            return (int(part), leaf) if leaf else None
-    return None
+    match = _LAYER_PATH.fullmatch(path)
+    leaf = _LEAVES.get((match["stem"], match["tail"])) if match else None
+    return (int(match["layer"]), leaf) if match and leaf else None
+
+
+# The first number in a path is the layer's.
+_LAYER_PATH = re.compile(r"(?P<stem>.+?)\.(?P<layer>0|[1-9][0-9]{0,8})\.(?P<tail>.+)")
 
 
 def why_not(path: str) -> str:

@@ -10,15 +10,15 @@
 Source: what the engine reads, `LoraCache::copyToPages` in TensorRT-LLM cpp/tensorrt_llm/runtime/loraCache.cpp. Weights
 are full, not split by tensor-parallel rank. A is only cast; B is scaled in float32 and rounded once.
 
-Strategy: one block (an A, a B, a magnitude) at a time, straight from the mapped adapter to its place. What is A in the
-right dtype already is never touched by the processor, and padding is never written: it is a hole in the file.
+Strategy: one row at a time, straight from the mapped adapter to its place with one call. What is A in the right dtype
+already is only looked at, never copied, and padding is never written: it is a hole in the file.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -64,10 +64,12 @@ def pack(
     `base` is the base model's checkpoint, for DoRA. Raises InvalidAdapter naming each tensor with NaN or infinite
     values (unless `allow_nonfinite`), and UnsupportedAdapter naming each that is too large for `layout.dtype`.
     """
-    flat = out.view(-1)
 
-    def put(start: int, block: torch.Tensor) -> None:
-        flat[start : start + block.numel()].copy_(block.reshape(-1))
+    def put(index: int, blocks: Sequence[torch.Tensor]) -> None:
+        start = 0
+        for block in blocks:
+            out[index, start : start + block.numel()].copy_(block.view(-1))
+            start += block.numel()
 
     _convert(adapter, layout, base, allow_nonfinite, put)
 
@@ -91,12 +93,12 @@ def convert_file(
     itemsize = ITEMSIZES[layout.dtype]
     with path.open("wb", buffering=0) as file:
 
-        def put(start: int, block: torch.Tensor) -> None:
-            data = block.contiguous().view(torch.uint8).numpy().data.cast("B")
-            _write_at(file.fileno(), data, len(header) + start * itemsize)
+        def put(index: int, blocks: Sequence[torch.Tensor]) -> None:
+            data = [block.view(torch.uint8).numpy().data.cast("B") for block in blocks]
+            _write_at(file.fileno(), data, len(header) + index * layout.width * itemsize)
 
         try:
-            _write_at(file.fileno(), memoryview(header), 0)
+            _write_at(file.fileno(), [memoryview(header)], 0)
             os.ftruncate(file.fileno(), len(header) + layout.weights_nbytes)
             _convert(adapter, layout, base, allow_nonfinite, put)
         except OSError as error:
@@ -154,9 +156,9 @@ def _convert(
     layout: Layout,
     base: Path | None,
     allow_nonfinite: bool,
-    put: Callable[[int, torch.Tensor], None],
+    put: Callable[[int, Sequence[torch.Tensor]], None],
 ) -> None:
-    """`put(first element in lora_weights, values in layout.dtype)` for each A, B and magnitude, from two threads.
+    """`put(row, the blocks it starts with)` for each row, from two threads; blocks are contiguous, in layout.dtype.
 
     Raises the problems of all modules together, at the end.
     """
@@ -168,18 +170,24 @@ def _convert(
         from tritonlora.dora import base_weights
 
         weights = base_weights(adapter, base)
-    nonfinite: list[str] = []
-    too_large: list[str] = []
+    nonfinite: set[str] = set()
+    too_large: set[str] = set()
 
     def convert_rows(indices: Iterable[int]) -> None:
         for index in indices:
             source = layout.sources[index]
-            start = index * layout.width
-            for what, original, block in _row_blocks(adapter.modules[source.path], source.pieces, dtype, weights):
-                if not allow_nonfinite and not _all_finite(block):
-                    (too_large if _all_finite(original) else nonfinite).append(f"{what} of {source.path!r}")
-                put(start, block)
-                start += block.numel()
+            module = adapter.modules[source.path]
+            blocks = _blocks(module, source.pieces, dtype, weights)
+            if not allow_nonfinite and not _all_finite(*blocks):
+                originals = {
+                    "lora_A": module.lora_A,
+                    "lora_B": module.lora_B,
+                    "lora_magnitude_vector": module.magnitude,
+                }
+                for (what, original), block in zip(originals.items(), blocks, strict=False):
+                    if original is not None and not _all_finite(block):
+                        (too_large if _all_finite(original) else nonfinite).add(f"{what} of {source.path!r}")
+            put(index, blocks)
 
     # Two threads: one writes while the other computes. Waking torch's own threads for each small block would cost more
     # than they save, and very much more on a busy machine; the workers take over this thread's setting.
@@ -199,24 +207,22 @@ def _convert(
         )
 
 
-def _row_blocks(
+def _blocks(
     module: AdapterModule, pieces: tuple[Piece, ...], dtype: torch.dtype, base_weights: Mapping[str, torch.Tensor]
-) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-    """(name, the adapter's tensor, the row's values made from it)."""
-    lora_a, lora_b = module.lora_A, _take(module.lora_B, pieces)
-    yield "lora_A", lora_a, lora_a if lora_a.dtype is dtype else lora_a.to(dtype)
-    if lora_b.dtype is dtype:
-        # A tensor times a number is computed in float32 and rounded once, whatever the tensor's dtype.
-        yield "lora_B", module.lora_B, lora_b * module.scaling
-    else:
-        yield "lora_B", module.lora_B, (lora_b.float() * module.scaling).to(dtype)
+) -> list[torch.Tensor]:
+    """The values of one row: A, B, and DoRA's magnitude where there is one."""
+    lora_b = _take(module.lora_B, pieces)
+    # A tensor times a number is computed in float32 and rounded once, whatever the tensor's dtype.
+    scaled = lora_b * module.scaling if lora_b.dtype is dtype else (lora_b.float() * module.scaling).to(dtype)
+    blocks = [module.lora_A.to(dtype).contiguous(), scaled.contiguous()]
     if module.magnitude is not None:
         from tritonlora.dora import normalised_magnitude
 
         if module.path not in base_weights:
             raise UnsupportedAdapter("DoRA needs the base model's weights; give them with --base CHECKPOINT")
         magnitude = normalised_magnitude(module, base_weights[module.path])
-        yield "lora_magnitude_vector", module.magnitude, _take(magnitude, pieces).to(dtype)
+        blocks.append(_take(magnitude, pieces).to(dtype).contiguous())
+    return blocks
 
 
 def _take(tensor: torch.Tensor, pieces: tuple[Piece, ...]) -> torch.Tensor:
@@ -232,12 +238,18 @@ def _take(tensor: torch.Tensor, pieces: tuple[Piece, ...]) -> torch.Tensor:
     return chosen[0] if len(chosen) == 1 else torch.cat(chosen)
 
 
-def _all_finite(tensor: torch.Tensor) -> bool:
+def _all_finite(*tensors: torch.Tensor) -> bool:
     # NaN and infinities survive a sum, which is far cheaper than looking at each value; a sum may overflow by itself.
-    return math.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())
+    return math.isfinite(sum(tensor.sum().item() for tensor in tensors)) or all(
+        bool(tensor.isfinite().all()) for tensor in tensors
+    )
 
 
-def _write_at(descriptor: int, data: memoryview, offset: int) -> None:
-    while data:
-        written = os.pwrite(descriptor, data, offset)
-        data, offset = data[written:], offset + written
+def _write_at(descriptor: int, buffers: list[memoryview], offset: int) -> None:
+    while buffers:
+        written = os.pwritev(descriptor, buffers, offset)
+        offset += written
+        while buffers and written >= len(buffers[0]):
+            written -= len(buffers.pop(0))
+        if buffers:
+            buffers[0] = buffers[0][written:]

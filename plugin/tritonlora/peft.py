@@ -150,19 +150,16 @@ def _tensor_problems(path: str, tensors: Mapping[str, torch.Tensor], config: Ada
         for what, tensor in tensors.items()
         if tensor.dtype not in _WEIGHT_DTYPES
     ]
-    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or 0 in (*a.shape, *b.shape):
-        problems.append(f"{path!r}: lora_A is {_shape(a)} and lora_B {_shape(b)}, expected (r, in) and (out, r)")
-    elif a.shape[0] != config.rank_of(path):
-        problems.append(f"{path!r}: lora_A is {_shape(a)}, but adapter_config.json says r = {config.rank_of(path)}")
+    shape_a, shape_b = tuple(a.shape), tuple(b.shape)
+    if len(shape_a) != 2 or len(shape_b) != 2 or shape_a[0] != shape_b[1] or 0 in shape_a + shape_b:
+        problems.append(f"{path!r}: lora_A is {shape_a} and lora_B {shape_b}, expected (r, in) and (out, r)")
+    elif shape_a[0] != config.rank_of(path):
+        problems.append(f"{path!r}: lora_A is {shape_a}, but adapter_config.json says r = {config.rank_of(path)}")
     if (magnitude is None) == config.use_dora:
         problems.append(f"{path!r}: use_dora is {config.use_dora}, which its tensors contradict")
-    elif magnitude is not None and b.dim() == 2 and magnitude.numel() != b.shape[0]:
-        problems.append(f"{path!r}: lora_magnitude_vector is {_shape(magnitude)}, expected ({b.shape[0]},)")
+    elif magnitude is not None and len(shape_b) == 2 and magnitude.numel() != shape_b[0]:
+        problems.append(f"{path!r}: lora_magnitude_vector is {tuple(magnitude.shape)}, expected ({shape_b[0]},)")
     return problems
-
-
-def _shape(tensor: torch.Tensor) -> str:
-    return str(tuple(tensor.shape))
 
 
 def _adapter_directory(path: Path) -> Path:

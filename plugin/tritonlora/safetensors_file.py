@@ -12,6 +12,7 @@ import json
 import math
 import mmap
 import struct
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,18 +57,25 @@ def parse_header(header: bytes, data_nbytes: int) -> dict[str, TensorEntry]:
     Raises InvalidAdapter with every problem: duplicate names, unknown dtypes, impossible shapes, tensors that overlap,
     leave a gap or lie outside the data.
     """
-    problems: list[str] = []
+    repeated: Counter[str] = Counter()
+
+    def as_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            repeated.update(name for name, _ in pairs)
+            repeated.subtract(found.keys())
+        return found
+
     try:
-        pairs = json.loads(header.decode(), object_pairs_hook=_Pairs)
+        raw = json.loads(header.decode(), object_pairs_hook=as_dict)
     except (ValueError, RecursionError) as error:
         raise InvalidAdapter(f"the header is not JSON: {error}") from error
-    if not isinstance(pairs, _Pairs):
+    if not isinstance(raw, dict):
         raise InvalidAdapter("the header is not a JSON object")
+    problems = [f"{name!r} occurs more than once" for name, more in repeated.items() if more]
     entries: dict[str, TensorEntry] = {}
-    for name, value in pairs:
-        if name in entries:
-            problems.append(f"{name!r} occurs twice")
-        elif name != "__metadata__":
+    for name, value in raw.items():
+        if name != "__metadata__":
             entry = _parse_entry(value)
             if isinstance(entry, TensorEntry):
                 entries[name] = entry
@@ -101,26 +109,20 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     return {name: _view(mapped, 8 + header_nbytes, entry) for name, entry in entries.items()}
 
 
-class _Pairs(list[tuple[str, Any]]):
-    """A JSON object as it stands in the file, duplicate keys included."""
-
-
 def _parse_entry(value: object) -> TensorEntry | str:
-    if type(value) is not _Pairs or len(value) != 3:
+    if not isinstance(value, dict) or value.keys() != _FIELDS:
         return "expected exactly dtype, shape and data_offsets"
-    fields = dict(value)
-    if fields.keys() != _FIELDS:
-        return "expected exactly dtype, shape and data_offsets"
-    dtype = _DTYPES.get(fields["dtype"]) if isinstance(fields["dtype"], str) else None
+    shape, offsets = value["shape"], value["data_offsets"]
+    dtype = _DTYPES.get(value["dtype"]) if isinstance(value["dtype"], str) else None
     if dtype is None:
-        return f"unknown dtype {fields['dtype']!r}"
-    shape, offsets = fields["shape"], fields["data_offsets"]
+        return f"unknown dtype {value['dtype']!r}"
     if not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2:
         return "shape and data_offsets must be lists of sizes"
+    start, stop = offsets
     expected = math.prod(shape) * dtype.itemsize
-    if offsets[1] - offsets[0] != expected:
-        return f"{dtype} {shape} takes {expected} bytes, but its offsets {offsets} span {offsets[1] - offsets[0]}"
-    return TensorEntry(dtype, tuple(shape), offsets[0], offsets[1])
+    if stop - start != expected:
+        return f"{dtype} {shape} takes {expected} bytes, but its offsets {offsets} span {stop - start}"
+    return TensorEntry(dtype, tuple(shape), start, stop)
 
 
 def _is_sizes(value: object) -> bool:
