@@ -25,7 +25,8 @@ import triton_python_backend_utils as pb_utils
 sys.path.insert(0, str(Path(__file__).parent))  # the copy beside this file, whatever else is installed
 
 from tritonlora.errors import InvalidRequest, RequestError
-from tritonlora.routing import Forwarder, PreviousIds, Route, TableFile, map_tensors, public, resolve_rows
+from tritonlora.forwarding import Forwarder, public
+from tritonlora.routing import PreviousIds, Route, TableFile, map_tensors, resolve_rows, warmed
 
 ROUTING_INPUTS = ("lora_name", "lora_task_id")
 ENGINE_NEEDS = ("output_ids", "sequence_length")  # it refuses a request that does not ask for both
@@ -46,7 +47,8 @@ class TritonPythonModel:
         self._table = TableFile(directory / "adapters.json", pb_utils.Logger.log_error)
         self._forwarder = Forwarder(
             error_text,
-            warmed=[entry.lora_task_id for entry in self._table.table().entries.values() if entry.warm],
+            warmed=warmed(self._table.table()),
+            cache_pages=int(parameters["cache_pages"]) or None,
             cache_full_timeout=float(parameters["cache_full_timeout_seconds"]),
             load_timeout=float(parameters["load_timeout_seconds"]),
         )
