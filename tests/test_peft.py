@@ -226,6 +226,50 @@ def test_other_kinds_of_adapters_are_refused_by_name(peft_type: str) -> None:
         parse_config(config_bytes(peft_type=peft_type))
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bias": "lora_only"}, "'bias' is 'lora_only': .*train with bias='none'"),
+        ({"lora_bias": True}, "'lora_bias' is True: .*train with lora_bias=False"),
+        ({"target_modules": ["embed_tokens"]}, "embed_tokens.lora_embedding_A': LoRA on an embedding; train without"),
+        (
+            {"target_modules": ["lm_head"]},
+            "'lm_head': TensorRT-LLM has no LoRA for the output embedding; train without",
+        ),
+        ({"modules_to_save": ["lm_head"]}, r"lm_head\.weight': .*; a module saved in full .*without modules_to_save"),
+        ({"modules_to_save": ["input_layernorm"]}, r"0\.input_layernorm\.weight': .* train without modules_to_save"),
+        ({"trainable_token_indices": [1, 2]}, r"'trainable_token_indices' is \[1, 2\]: .*merge"),
+        ({"init_lora_weights": "pissa"}, "'pissa', which changed the base .*path_initial_model_for_weight_conversion"),
+        ({"init_lora_weights": "olora"}, "'olora', which changed the base .*path_initial_model_for_weight_conversion"),
+        (
+            {"alora_invocation_tokens": [1], "task_type": "CAUSAL_LM"},
+            "activated LoRA switches on inside a prompt.*train",
+        ),
+        ({"layer_replication": [[0, 2], [1, 2]]}, "the engine's layers are not those of the adapter; merge"),
+        ({"use_qalora": True}, "'use_qalora' is True: the input of lora_A is pooled"),
+    ],
+    ids=str,
+)
+def test_what_peft_can_save_and_the_engine_cannot_take_is_refused(
+    options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    """Adapters that PEFT itself made and saved, each refused by name with what could be done instead."""
+    saved = save_llama_adapter(tmp_path, **options)
+
+    with pytest.raises(UnsupportedAdapter, match=message):
+        load_adapter(saved.adapter)
+
+
+@pytest.mark.parametrize(
+    ("peft_type", "remedy"),
+    [("LOHA", "save_as_lora"), ("PREFIX_TUNING", "cannot be merged"), ("POLY", "each of them"), ("IA3", "merge the")],
+)
+def test_remedy_fits_the_kind_of_adapter(peft_type: str, remedy: str) -> None:
+    """A trained prompt cannot be merged, and a mixture is several adapters."""
+    with pytest.raises(UnsupportedAdapter, match=f"peft_type is '{peft_type}'.*{remedy}"):
+        parse_config(config_bytes(peft_type=peft_type))
+
+
 def test_every_field_that_peft_writes_by_default_is_accepted() -> None:
     """A plain LoraConfig of the installed PEFT, with nothing special set, is understood."""
     fields = dataclasses.asdict(peft.LoraConfig(r=3, lora_alpha=5))

@@ -57,8 +57,7 @@ def parse_config(text: bytes) -> AdapterConfig:
     peft_type = raw.get("peft_type", "LORA")
     if peft_type != "LORA":
         raise UnsupportedAdapter(
-            f"peft_type is {peft_type!r}; TensorRT-LLM takes only 'LORA': merge the adapter into the base model, or "
-            "train a LoRA adapter"
+            f"peft_type is {_short(peft_type)}; TensorRT-LLM takes only 'LORA': {_remedy_for_type(peft_type)}"
         )
     broken = _broken_fields(raw)
     if broken:
@@ -89,6 +88,32 @@ _HARMLESS = frozenset(
         *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size"),
     }
 )
+# What can be done with the other kinds. PEFT can approximate those of the second group by LoRA
+# (`supports_lora_conversion` in its layers), and those of the third choose between adapters for each token or task.
+_TYPES: tuple[tuple[frozenset[str], str], ...] = (
+    (
+        frozenset(
+            {
+                *("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "ADAPTION_PROMPT"),
+                "CARTRIDGE",
+            }
+        ),
+        "it is a trained prompt, not weights of layers, so that it cannot be merged either; train a LoRA adapter",
+    ),
+    (
+        frozenset(
+            {
+                *("LOHA", "LOKR", "VERA", "RANDLORA", "FOURIERFT", "SHIRA", "C3A", "DELORA", "WAVEFT", "MISS"),
+                *("VBLORA", "HIRA", "GRALORA", "PSOFT", "TINYLORA", "UNILORA"),
+            }
+        ),
+        "approximate it by LoRA with PEFT's save_as_lora, or merge the adapter into the base model",
+    ),
+    (
+        frozenset({"XLORA", "POLY"}),
+        "it mixes several adapters inside the model; convert each of them on its own, or train a LoRA adapter",
+    ),
+)
 _UNMODIFIED_BASE_INITS = ("true", "false", "gaussian", "orthogonal", "eva", "mica")
 _MERGE = "merge the adapter into the base model instead"
 _REFUSED: Mapping[str, str] = {
@@ -97,10 +122,11 @@ _REFUSED: Mapping[str, str] = {
     "layer_replication": f"the engine's layers are not those of the adapter; {_MERGE}",
     "target_parameters": f"LoRA on bare parameters (expert layers) cannot be sent; {_MERGE}",
     "trainable_token_indices": f"trained token embeddings cannot be sent; {_MERGE}",
-    "alora_invocation_tokens": "activated LoRA switches on inside a prompt, and the engine applies LoRA to all of it",
+    "alora_invocation_tokens": "activated LoRA switches on inside a prompt, and the engine applies LoRA to all of it; "
+    "train without it",
     "use_qalora": f"the input of lora_A is pooled by groups; {_MERGE}",
     "megatron_config": "Megatron's parallel layers are split otherwise; convert the adapter to plain PEFT first",
-    "arrow_config": "Arrow routes between adapters inside the model",
+    "arrow_config": "Arrow routes between adapters inside the model; convert each of them on its own",
     "use_bdlora": f"block-diagonal LoRA has other tensors; {_MERGE}",
     "kasa_config": f"KaSA has other tensors; {_MERGE}",
     "velora_config": f"VeLoRA is not verified here; {_MERGE}",
@@ -122,9 +148,21 @@ def _refused_fields(raw: Mapping[str, Any]) -> list[str]:
     return refused
 
 
+def _remedy_for_type(peft_type: object) -> str:
+    return next(
+        (remedy for types, remedy in _TYPES if peft_type in types),
+        "merge the adapter into the base model, or train a LoRA adapter",
+    )
+
+
 def _refused_init(value: object) -> list[str]:
     if value is None or str(value).lower() in _UNMODIFIED_BASE_INITS:
         return []
+    if value == "loftq":
+        return [
+            "'init_lora_weights' is 'loftq', which replaced the base weights by quantised ones; merge the adapter into "
+            "those, or train on a quantised base without LoftQ (QLoRA)"
+        ]
     return [
         f"'init_lora_weights' is {_short(value)}, which changed the base weights; convert the adapter to a plain LoRA "
         "with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
