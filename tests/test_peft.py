@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -262,11 +263,17 @@ def test_what_peft_can_save_and_the_engine_cannot_take_is_refused(
 
 @pytest.mark.parametrize(
     ("peft_type", "remedy"),
-    [("LOHA", "save_as_lora"), ("PREFIX_TUNING", "cannot be merged"), ("POLY", "each of them"), ("IA3", "merge the")],
+    [
+        ("LOHA", "save_as_lora"),
+        (["LORA"], "merge the"),
+        ("PREFIX_TUNING", "cannot be merged"),
+        ("POLY", "each of them"),
+        ("IA3", "merge the"),
+    ],
 )
-def test_remedy_fits_the_kind_of_adapter(peft_type: str, remedy: str) -> None:
+def test_remedy_fits_the_kind_of_adapter(peft_type: object, remedy: str) -> None:
     """A trained prompt cannot be merged, and a mixture is several adapters."""
-    with pytest.raises(UnsupportedAdapter, match=f"peft_type is '{peft_type}'.*{remedy}"):
+    with pytest.raises(UnsupportedAdapter, match=rf"peft_type is {re.escape(repr(peft_type))}.*{remedy}"):
         parse_config(config_bytes(peft_type=peft_type))
 
 
@@ -294,7 +301,13 @@ def test_every_field_that_peft_writes_by_default_is_accepted() -> None:
         (config_bytes(alpha_pattern={"(": 1}), "not a regular expression"),
         (config_bytes(rank_pattern={"(a+)+x": 1}), "a repeated group"),
         (config_bytes(rank_pattern={"(a|a)*x": 1}), "a repeated group"),
-        (config_bytes(rank_pattern={".*" * 7: 1}), "too many repetitions"),
+        (config_bytes(rank_pattern={".*" * 5: 1}), "too many alternatives and repetitions"),
+        (config_bytes(rank_pattern={"(m?o?d?e?l?)?" * 9: 1}), "too many alternatives and repetitions"),
+        (config_bytes(alpha_pattern={"(.|.|.)" * 20: 1}), "too many alternatives and repetitions"),
+        (config_bytes(alpha_pattern={"(?x:(a+) +)": 1}), "a repeated group, flags"),
+        (config_bytes(use_rslora="false"), "'use_rslora' is 'false', expected true or false"),
+        (b'{"r": 2, "r": 4, "lora_alpha": 4}', "'r' occurs more than once"),
+        (config_bytes(r=0, use_dora=1.5, lora_alpha=None), r"(?s)'r' is 0.*'lora_alpha' is None.*'use_dora' is 1\.5"),
     ],
 )
 def test_malformed_config_is_refused(text: bytes, message: str) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,8 +49,15 @@ def parse_config(text: bytes) -> AdapterConfig:
 
     Raises InvalidAdapter where it is broken, else UnsupportedAdapter naming every field that cannot be carried over.
     """
+    repeated: list[str] = []
+
+    def as_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        repeated.extend(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        return found
+
     try:
-        raw = json.loads(text.decode())
+        raw = json.loads(text.decode(), object_pairs_hook=as_dict)
     except (ValueError, RecursionError) as error:
         raise InvalidAdapter(f"adapter_config.json is not JSON: {error}") from error
     if not isinstance(raw, dict):
@@ -59,7 +67,7 @@ def parse_config(text: bytes) -> AdapterConfig:
         raise UnsupportedAdapter(
             f"peft_type is {_short(peft_type)}; TensorRT-LLM takes only 'LORA': {_remedy_for_type(peft_type)}"
         )
-    broken = _broken_fields(raw)
+    broken = [*(f"{key!r} occurs more than once" for key in repeated), *_broken_fields(raw)]
     if broken:
         raise InvalidAdapter(one_message("adapter_config.json is malformed", broken))
     refused = _refused_fields(raw)
@@ -150,7 +158,7 @@ def _refused_fields(raw: Mapping[str, Any]) -> list[str]:
 
 def _remedy_for_type(peft_type: object) -> str:
     return next(
-        (remedy for types, remedy in _TYPES if peft_type in types),
+        (remedy for types, remedy in _TYPES if isinstance(peft_type, str) and peft_type in types),
         "merge the adapter into the base model, or train a LoRA adapter",
     )
 
@@ -175,13 +183,20 @@ def _broken_fields(raw: Mapping[str, Any]) -> list[str]:
         problems.append(f"'r' is {_short(raw['r'])}, expected a positive integer")
     if not _is_number(raw.get("lora_alpha", 8)):
         problems.append(f"'lora_alpha' is {_short(raw['lora_alpha'])}, expected a number")
+    problems += [
+        f"{name!r} is {_short(raw[name])}, expected true or false"
+        for name in ("use_rslora", "use_dora", "fan_in_fan_out")
+        if raw.get(name) not in (None, True, False)
+    ]
     for name, is_value in (("rank_pattern", _is_rank), ("alpha_pattern", _is_number)):
         pattern = raw.get(name) or {}
         if not isinstance(pattern, dict):
             problems.append(f"{name!r} is {_short(pattern)}, expected an object")
             continue
         problems += [f"{name}[{key!r}] is {_short(v)}" for key, v in pattern.items() if not is_value(v)]
-        problems += [f"{name} has {key!r}: {error}" for key in pattern if (error := _regex_error(key))]
+        problems += [f"{name} has {_short(key)}: {error}" for key in pattern if (error := _regex_error(key))]
+        if sum(map(_ways, pattern)) > _MAX_WAYS:
+            problems.append(f"{name} has too many alternatives and repetitions in its regular expressions")
     return problems
 
 
@@ -191,10 +206,24 @@ def _first_match(patterns: Mapping[str, object], path: str) -> str | None:
     return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", path)), None)
 
 
+# A regular expression can take for ever to fail. This bounds the ways to try one on the name of a layer, which has fewer
+# than 64 characters as a rule: each repetition takes some of them, each option is taken or not, and each group is one of
+# its alternatives. Repeated groups, with which the ways grow exponentially, are refused, and flags, which could hide them.
+_MAX_WAYS = 1_000_000
+_REPEATED_GROUP = re.compile(r"\)[*+{]")
+_FLAGS = re.compile(r"\(\?[a-zA-Z-]")
+
+
+def _ways(pattern: str) -> float:
+    repetitions = min(len(re.findall(r"[*+{]", pattern)), 20)
+    alternatives = math.prod(min(group.count("|"), 1000) + 1 for group in re.split(r"[()]", pattern)[:50])
+    options = min(pattern.count("?"), 50)
+    return float(64**repetitions / math.factorial(repetitions) * 2**options * alternatives)
+
+
 def _regex_error(key: str) -> str:
-    # Such patterns can take for ever to fail, and no layer's name needs one.
-    if re.search(r"\)[*+{]", key) or len(re.findall(r"[*+]", key)) > 6 or len(key) > 1000:
-        return "a repeated group, too many repetitions, or too long"
+    if len(key) > 1000 or _REPEATED_GROUP.search(key) or _FLAGS.search(key):
+        return "a repeated group, flags, or too long"
     try:
         re.compile(rf"(.*\.)?({key})$")
     except (re.error, OverflowError, RecursionError) as error:
