@@ -206,9 +206,9 @@ def _first_match(patterns: Mapping[str, object], path: str) -> str | None:
     return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", path)), None)
 
 
-# A regular expression can take for ever to fail. This bounds the ways to try one on the name of a layer, which has fewer
-# than 64 characters as a rule: each repetition takes some of them, each option is taken or not, and each group is one of
-# its alternatives. Repeated groups, with which the ways grow exponentially, are refused, and flags, which could hide them.
+# A regular expression can take for ever to fail. This bounds the ways to try one on the name of a layer, which has less
+# than 64 characters as a rule: a repetition takes some of them, an option is taken or not, and a group is one of its
+# alternatives. Repeated groups, with which the ways grow exponentially, are refused, and flags, which could hide them.
 _MAX_WAYS = 1_000_000
 _REPEATED_GROUP = re.compile(r"\)[*+{]")
 _FLAGS = re.compile(r"\(\?[a-zA-Z-]")
