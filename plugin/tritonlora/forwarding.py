@@ -65,6 +65,23 @@ def meaning_of(error: str | None) -> Meaning:
     return next((meaning for text, meaning in _MEANINGS.items() if text in error), Meaning.ERROR)
 
 
+# What Triton says of a model that it cannot ask now; the code of these is INTERNAL.
+# Sources: core src/model_repository_manager, python_backend src/python_be.cc.
+_NOT_NOW = (
+    "is not ready",
+    "is not found",
+    "has no available versions",
+    "is not healthy",
+    "is unhealthy",
+    "shutting down",
+)
+
+
+def is_unavailable(error: str) -> bool:
+    """Whether the engine's model is not there now, but may be again."""
+    return any(text in error for text in _NOT_NOW)
+
+
 _BACKTRACE = re.compile(r"\s*\n\s*\d+\s+0x[0-9a-f]+.*", re.DOTALL)
 _SOURCE_LOCATION = re.compile(r"\s*\((?:/[^\s():]+)+:\d+\)")
 _PATH = re.compile(r"(?<![\w:/])(?:/[\w.+@-]+){2,}")

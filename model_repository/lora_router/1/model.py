@@ -9,9 +9,12 @@ request (every row of a batch) is answered from a thread of the pool, so that no
 from __future__ import annotations
 
 import functools
+import itertools
 import json
+import secrets
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,12 +27,15 @@ import triton_python_backend_utils as pb_utils
 
 sys.path.insert(0, str(Path(__file__).parent))  # the copy beside this file, whatever else is installed
 
-from tritonlora.errors import InvalidRequest, RequestError
-from tritonlora.forwarding import Forwarder, public
-from tritonlora.routing import PreviousIds, Route, TableFile, map_tensors, resolve_rows, warmed
+from tritonlora.errors import AdapterUnavailable, InvalidRequest, RequestError
+from tritonlora.forwarding import Forwarder, is_unavailable, public
+from tritonlora.metrics import Metrics
+from tritonlora.routing import PreviousIds, Route, TableFile, map_tensors, most_adapters, resolve_rows, warmed
 
 ROUTING_INPUTS = ("lora_name", "lora_task_id")
 ENGINE_NEEDS = ("output_ids", "sequence_length")  # it refuses a request that does not ask for both
+WATCH_SECONDS = 0.25
+SILENCE_SECONDS = 5.0  # a request that has heard nothing for so long has the engine's health looked at
 
 
 class TritonPythonModel:
@@ -44,14 +50,25 @@ class TritonPythonModel:
         self._target = parameters["target"]
         self._engine_outputs = {output["name"] for output in config["output"]} - {"previous_ids"}
         self._decoupled = pb_utils.using_decoupled_model_transaction_policy(config)
-        self._table = TableFile(directory / "adapters.json", pb_utils.Logger.log_error)
+        self._cancels_bls = hasattr(pb_utils.InferenceRequest, "cancel")  # not in Triton 2.51
+        self._target_stops = any(tensor["name"] == "stop" for tensor in config["input"])
+        kinds = pb_utils.MetricFamily.COUNTER, pb_utils.MetricFamily.GAUGE
+        self._metrics = Metrics(pb_utils.MetricFamily, *kinds)
+        self._table = TableFile(directory / "adapters.json", self._table_failed, self._metrics.table_read)
+        self._cache_pages = int(parameters["cache_pages"])
         self._forwarder = Forwarder(
             error_text,
             warmed=warmed(self._table.table()),
-            cache_pages=int(parameters["cache_pages"]) or None,
+            cache_pages=self._cache_pages or None,
             cache_full_timeout=float(parameters["cache_full_timeout_seconds"]),
             load_timeout=float(parameters["load_timeout_seconds"]),
+            on_load=lambda route, reason, seconds: self._metrics.loaded(route.lora_name, reason, seconds),
         )
+        self._request_ids = (str(number) for number in itertools.count(secrets.randbits(62)))
+        self._under_way = UnderWay()
+        self._closing = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, name="lora_router_watch", daemon=True)
+        self._watcher.start()
         self._pool = ThreadPoolExecutor(int(parameters["max_streams"]), thread_name_prefix="lora_router")
 
     def execute(self, requests: list[pb_utils.InferenceRequest]) -> None:
@@ -68,67 +85,182 @@ class TritonPythonModel:
                 if len(rows) > 1 and not self._decoupled:
                     raise InvalidRequest("a batch of several rows for LoRA adapters needs a decoupled engine model")
             except Exception as error:  # noqa: BLE001  whatever it is, this request must be answered
-                reply.fail(error)
+                self._metrics.refused(reply.fail(error))
                 reply.row_finished()
                 continue
             reply.rows = len(rows)
+            client_id = request.request_id() if len(rows) == 1 else ""
             for row, row_inputs in enumerate(rows):
-                self._pool.submit(self._answer, request, reply, row, row_inputs, routes[row])
+                request_id = client_id or next(self._request_ids)
+                self._pool.submit(self._answer, Row(request, reply, row, row_inputs, routes[row], request_id))
 
     def finalize(self) -> None:
-        """End the pool without waiting for the engine."""
+        """End the threads without waiting for the engine."""
+        self._closing.set()
+        self._watcher.join()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _answer(
-        self,
-        request: pb_utils.InferenceRequest,
-        reply: Reply,
-        row: int,
-        inputs: list[pb_utils.Tensor],
-        route: Route | None,
-    ) -> None:
+    def _answer(self, row: Row) -> None:
         """Answer one row."""
-        try:
-            send = functools.partial(self._send, request, inputs, route)
-            for answer in self._forwarder.forward(route, send, reply.is_cancelled):
-                if reply.is_cancelled():
-                    return
-                if error := engine_error(answer):
-                    raise EngineError(error, route)
-                if answer.output_tensors():  # the last answer of a decoupled model may be nothing but a flag
-                    reply.send(answer.output_tensors(), row)
-            reply.end_of_stream(row)
-        except Exception as error:  # noqa: BLE001
-            reply.fail(error)
-        finally:
-            reply.row_finished()
+        reply = row.reply
+        with self._metrics.request(row.route.lora_name if row.route else None) as counted:
+            self._under_way.add(row)
+            try:
+                send = functools.partial(self._send, row)
+                for answer in self._forwarder.forward(row.route, send, lambda: reply.client_left):
+                    counted.runs = row.answered = True
+                    row.heard_at = time.monotonic()
+                    if reply.client_left:
+                        self._stop(row)
+                        break
+                    if error := engine_error(answer):
+                        raise EngineError(error, row.route)
+                    if tensors := answer.output_tensors():  # the last one may be nothing but a flag
+                        reply.send(tensors, row.number)
+                if reply.client_left:
+                    counted.outcome = "cancelled"
+                else:
+                    reply.end_of_stream(row.number)
+            except Exception as error:  # noqa: BLE001
+                counted.outcome = reply.fail(error)
+            finally:
+                self._under_way.discard(row)
+                reply.row_finished()
 
-    def _send(
-        self, request: pb_utils.InferenceRequest, inputs: list[pb_utils.Tensor], route: Route | None, attach: bool
-    ) -> Iterator[pb_utils.InferenceResponse]:
+    def _send(self, row: Row, attach: bool) -> Iterator[pb_utils.InferenceResponse]:
         """Send the request to the engine's model, and give its answers."""
-        tensors = list(inputs)
-        if route:
-            task_id = torch.tensor([[route.entry.lora_task_id]], dtype=torch.uint64)
+        tensors = list(row.inputs)
+        if row.route:
+            task_id = torch.tensor([[row.route.entry.lora_task_id]], dtype=torch.uint64)
             tensors.append(pb_utils.Tensor.from_dlpack("lora_task_id", task_id))
-        if route and attach:
-            lora_weights, lora_config = map_tensors(self._repository, route)
+        if row.route and attach:
+            lora_weights, lora_config = map_tensors(self._repository, row.route)
             tensors.append(pb_utils.Tensor.from_dlpack("lora_weights", lora_weights))
             tensors.append(pb_utils.Tensor.from_dlpack("lora_config", lora_config))
-        forwarded = pb_utils.InferenceRequest(
+        row.forwarded = self._request_to_engine(row, tensors, row.request_id)
+        if self._decoupled:
+            yield from row.forwarded.exec(decoupled=True)
+        else:
+            yield row.forwarded.exec()
+
+    def _request_to_engine(
+        self, row: Row, tensors: list[pb_utils.Tensor], request_id: str
+    ) -> pb_utils.InferenceRequest:
+        request = row.request
+        return pb_utils.InferenceRequest(
             model_name=self._target,
             inputs=tensors,
             requested_output_names=sorted(self._engine_outputs & {*request.requested_output_names(), *ENGINE_NEEDS}),
-            request_id=request.request_id(),
+            request_id=request_id,
             correlation_id=request.correlation_id(),
             timeout=request.timeout(),
             parameters=json.loads(request.parameters() or "{}"),
             trace=request.trace(),
         )
-        if self._decoupled:
-            yield from forwarded.exec(decoupled=True)
-        else:
-            yield forwarded.exec()
+
+    # Beside the requests
+
+    def _watch(self) -> None:
+        """See now and then whose client has left, and bring the metrics up to date.
+
+        Asking Triton takes as long as forwarding a token, so no stream asks for itself.
+        """
+        while not self._closing.wait(WATCH_SECONDS):
+            try:
+                rows = self._under_way.rows()
+                for row in rows:
+                    # Of a stream that has begun Triton 2.51 loses the error with which the engine ends it, and the
+                    # thread would wait for ever: such a stream stops itself at its next answer.
+                    if row.reply.look_for_client() and not row.answered:
+                        self._stop(row)
+                self._look_after_the_silent(rows)
+                self._metrics.publish_info(most_adapters(self._table.table(), self._cache_pages))
+            except Exception as error:  # noqa: BLE001  the next round must come
+                pb_utils.Logger.log_error("".join(traceback.format_exception(error)))
+
+    def _stop(self, row: Row) -> None:
+        """Free the engine of a request that nobody waits for: by BLS, or by the engine's own `stop`.
+
+        The latter goes by the request id, so it must not be the id of another request, too.
+        """
+        if row.forwarded is None:
+            return
+        if self._cancels_bls:
+            row.forwarded.cancel()
+        elif self._target_stops and [one.request_id for one in self._under_way.rows()].count(row.request_id) == 1:
+            self._send_stop(row, row.request_id)
+
+    def _send_stop(self, row: Row, request_id: str) -> str | None:
+        """The engine's `stop` for that id, with the inputs of a row, since some must be there; the error, if any."""
+        tensors = [tensor for tensor in row.inputs if tensor.name() != "stop"]
+        stop = self._request_to_engine(row, [*tensors, pb_utils.Tensor("stop", np.array([[True]]))], request_id)
+        answers = stop.exec(decoupled=True) if self._decoupled else [stop.exec()]
+        return next(filter(None, map(error_text, answers)), None)
+
+    def _look_after_the_silent(self, rows: list[Row]) -> None:
+        """Answer the requests of an engine that has died: Triton 2.51 leaves them waiting.
+
+        Whether it lives is asked by a `stop` for an id that no request has.
+        """
+        now = time.monotonic()
+        silent = [row for row in rows if row.forwarded and now - row.heard_at > SILENCE_SECONDS]
+        if not silent or not self._target_stops:
+            return
+        error = self._send_stop(silent[0], next(self._request_ids))
+        for row in silent:
+            row.heard_at = now
+            if error and is_unavailable(error):
+                row.reply.give_up(AdapterUnavailable("the engine's model stopped before it had answered"))
+
+    def _table_failed(self, message: str) -> None:
+        pb_utils.Logger.log_error(message)
+        self._metrics.table_read(False)
+
+
+class Row:
+    """One row of a request, on its own way through the engine."""
+
+    def __init__(
+        self,
+        request: pb_utils.InferenceRequest,
+        reply: Reply,
+        number: int,
+        inputs: list[pb_utils.Tensor],
+        route: Route | None,
+        request_id: str,
+    ) -> None:
+        self.request = request
+        self.reply = reply
+        self.number = number
+        self.inputs = inputs
+        self.route = route
+        self.request_id = request_id
+        self.forwarded: Any = None  # the request to the engine, once there is one
+        self.answered = False
+        self.heard_at = time.monotonic()
+
+
+class UnderWay:
+    """The rows that are being answered. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._rows: set[Row] = set()
+
+    def add(self, row: Row) -> None:
+        """It is."""
+        with self._lock:
+            self._rows.add(row)
+
+    def discard(self, row: Row) -> None:
+        """It is no more."""
+        with self._lock:
+            self._rows.discard(row)
+
+    def rows(self) -> list[Row]:
+        """Those that are now."""
+        with self._lock:
+            return list(self._rows)
 
 
 class EngineError(Exception):
@@ -137,7 +269,7 @@ class EngineError(Exception):
     def __init__(self, error: pb_utils.TritonError, route: Route | None) -> None:
         adapter = f"LoRA adapter {route.lora_name!r}: " if route else ""
         super().__init__(adapter + public(error.message()))
-        self.code = error.code()
+        self.code = pb_utils.TritonError.UNAVAILABLE if is_unavailable(error.message()) else error.code()
 
 
 class Reply:
@@ -154,7 +286,8 @@ class Reply:
         self._lock = threading.Lock()
         self._finished_rows = 0
         self._answered = False
-        self.is_cancelled = self._sender.is_cancelled
+        self._complete = False
+        self.client_left = False
 
     def send(self, tensors: list[pb_utils.Tensor], row: int, *, ends: bool = False) -> None:
         """Pass on one answer of the engine: the outputs that the client asked for."""
@@ -178,8 +311,11 @@ class Reply:
             tensors = [pb_utils.Tensor(name, value) for name, value in zip(ENGINE_NEEDS, nothing, strict=True)]
             self.send(tensors, row, ends=True)
 
-    def fail(self, error: Exception) -> None:
-        """Answer with an error: its own words if it is one for clients, else a log entry and INTERNAL."""
+    def fail(self, error: Exception) -> str:
+        """Answer with an error: its own words if it is one for clients, else a log entry and INTERNAL.
+
+        Gives the name of the code.
+        """
         if isinstance(error, RequestError):
             status = pb_utils.TritonError(str(error), getattr(pb_utils.TritonError, error.code))
         elif isinstance(error, EngineError):
@@ -187,14 +323,35 @@ class Reply:
         else:
             pb_utils.Logger.log_error("".join(traceback.format_exception(error)))
             status = pb_utils.TritonError("the router failed on this request; the server's log says why")
-        self._respond(pb_utils.InferenceResponse(error=status))
+        if not self.client_left:
+            self._respond(pb_utils.InferenceResponse(error=status))
+        return str(status.code().name)
+
+    def look_for_client(self) -> bool:
+        """Whether the client has left. Not to be asked of Triton once the answer is complete."""
+        with self._lock:
+            if not self._complete and not self.client_left:
+                self.client_left = self._sender.is_cancelled()
+            return self.client_left
+
+    def give_up(self, error: RequestError) -> None:
+        """End with an error what no row will end."""
+        with self._lock:
+            if self._complete or self.client_left:
+                return
+            self._complete = self._answered = self.client_left = True  # nothing more is to be sent
+            status = pb_utils.TritonError(str(error), getattr(pb_utils.TritonError, error.code))
+            self._sender.send(
+                pb_utils.InferenceResponse(error=status), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+            )
 
     def row_finished(self) -> None:
         """Send the final flag after the last row."""
         with self._lock:
             self._finished_rows += 1
-            if self._finished_rows < self.rows:
+            if self._finished_rows < self.rows or self._complete:
                 return
+            self._complete = True
         if self._decoupled:
             self._sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
         elif not self._answered:
@@ -203,7 +360,8 @@ class Reply:
     def _respond(self, response: pb_utils.InferenceResponse) -> None:
         if self._decoupled:
             with self._lock:
-                self._sender.send(response)
+                if not self._complete:
+                    self._sender.send(response)
         elif not self._answered:
             self._answered = True
             self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
@@ -232,5 +390,8 @@ def tensor_of(tensors: list[pb_utils.Tensor], name: str) -> pb_utils.Tensor:
 
 
 def row_of(inputs: list[pb_utils.Tensor], row: int) -> list[pb_utils.Tensor]:
-    """One row of every input, as a batch of one."""
-    return [pb_utils.Tensor(tensor.name(), tensor.as_numpy()[row : row + 1]) for tensor in inputs]
+    """One row of every input, as a batch of one. No input of an engine is of strings; numpy has no bfloat16."""
+    return [
+        pb_utils.Tensor.from_dlpack(tensor.name(), torch.utils.dlpack.from_dlpack(tensor.to_dlpack())[row : row + 1])
+        for tensor in inputs
+    ]
