@@ -18,8 +18,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -158,7 +157,7 @@ def _convert(
     allow_nonfinite: bool,
     put: Callable[[int, Sequence[torch.Tensor]], None],
 ) -> None:
-    """`put(row, the blocks it starts with)` for each row, from two threads; blocks are contiguous, in layout.dtype.
+    """`put(row, the blocks it starts with)` for each row in turn; blocks are contiguous, in layout.dtype.
 
     Raises the problems of all modules together, at the end.
     """
@@ -173,9 +172,12 @@ def _convert(
     nonfinite: set[str] = set()
     too_large: set[str] = set()
 
-    def convert_rows(indices: Iterable[int]) -> None:
-        for index in indices:
-            source = layout.sources[index]
+    # One thread: writes to one file exclude each other, and a second thread would wait for them in vain. Waking torch's
+    # own threads for each small block costs more than they save, unless DoRA's norms of the base weights are computed.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads if weights else 1)
+    try:
+        for index, source in enumerate(layout.sources):
             module = adapter.modules[source.path]
             blocks = _blocks(module, source.pieces, dtype, weights)
             if not allow_nonfinite and not _all_finite(*blocks):
@@ -188,15 +190,6 @@ def _convert(
                     if original is not None and not _all_finite(block):
                         (too_large if _all_finite(original) else nonfinite).add(f"{what} of {source.path!r}")
             put(index, blocks)
-
-    # Two threads: one writes while the other computes. Waking torch's own threads for each small block would cost more
-    # than they save, and very much more on a busy machine; the workers take over this thread's setting.
-    count, threads = len(layout.sources), torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(2) as pool:
-            for _ in pool.map(convert_rows, (range(0, count, 2), range(1, count, 2))):
-                pass
     finally:
         torch.set_num_threads(threads)
     if nonfinite:
