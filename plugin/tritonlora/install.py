@@ -107,7 +107,8 @@ def plan_init(root: Path, target: str = DEFAULT_TARGET) -> list[FileChange]:
             router_config = wiring.set_parameter(router_config, key, value)
     except ConfigError as error:
         raise RepositoryError(f"{config_path}: {error}") from None
-    files = {"config.pbtxt": router_config, "1/model.py": (shipped_models() / ROUTER / "1" / "model.py").read_text()}
+    files = {"config.pbtxt": router_config}
+    files |= {f"1/{path.name}": path.read_text() for path in sorted((shipped_models() / ROUTER / "1").glob("*.py"))}
     files |= {f"1/tritonlora/{name}": (Path(__file__).parent / name).read_text() for name in ROUTER_MODULES}
     if not (root / ROUTER / "adapters.json").exists():
         files["adapters.json"] = render(AdapterTable())
