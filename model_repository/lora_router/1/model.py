@@ -112,8 +112,9 @@ class TritonPythonModel:
                     counted.runs = row.answered = True
                     row.heard_at = time.monotonic()
                     if reply.client_left:
+                        # To its end all the same: Triton 2.51 hangs on answers that a BLS request does not take.
                         self._stop(row)
-                        break
+                        continue
                     if error := engine_error(answer):
                         raise EngineError(error, row.route)
                     if tensors := answer.output_tensors():  # the last one may be nothing but a flag
@@ -170,8 +171,7 @@ class TritonPythonModel:
             try:
                 rows = self._under_way.rows()
                 for row in rows:
-                    # Of a stream that has begun Triton 2.51 loses the error with which the engine ends it, and the
-                    # thread would wait for ever: such a stream stops itself at its next answer.
+                    # A stream that has begun stops itself at its next answer.
                     if row.reply.look_for_client() and not row.answered:
                         self._stop(row)
                 self._look_after_the_silent(rows)
@@ -184,8 +184,9 @@ class TritonPythonModel:
 
         The latter goes by the request id, so it must not be the id of another request, too.
         """
-        if row.forwarded is None:
+        if row.forwarded is None or row.stopped:
             return
+        row.stopped = True
         if self._cancels_bls:
             row.forwarded.cancel()
         elif self._target_stops and [one.request_id for one in self._under_way.rows()].count(row.request_id) == 1:
@@ -196,7 +197,8 @@ class TritonPythonModel:
         tensors = [tensor for tensor in row.inputs if tensor.name() != "stop"]
         stop = self._request_to_engine(row, [*tensors, pb_utils.Tensor("stop", np.array([[True]]))], request_id)
         answers = stop.exec(decoupled=True) if self._decoupled else [stop.exec()]
-        return next(filter(None, map(error_text, answers)), None)
+        errors = [error for error in map(error_text, answers) if error]  # all of them are taken, see _answer
+        return errors[0] if errors else None
 
     def _look_after_the_silent(self, rows: list[Row]) -> None:
         """Answer the requests of an engine whose process has died: Triton 2.51 leaves them waiting.
@@ -241,6 +243,7 @@ class Row:
         self.request_id = request_id
         self.forwarded: Any = None  # the request to the engine, once there is one
         self.answered = False
+        self.stopped = False  # the engine was asked to end it
         self.heard_at = time.monotonic()
 
 
