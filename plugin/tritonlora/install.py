@@ -21,7 +21,7 @@ from tritonlora.repository import DEFAULT_TARGET, ROUTER, read_config, read_text
 
 # What the models import. The router's run inside a plain Triton container.
 ROUTER_MODULES = (
-    "__init__.py", "errors.py", "adapters.py", "routing.py", "residency.py", "forwarding.py", "metrics.py"
+    "__init__.py", "errors.py", "adapters.py", "routing.py", "residency.py", "forwarding.py",
 )  # fmt: skip
 TEXT_MODULES = ("__init__.py", "errors.py", "text.py", "tokenizer.py")
 MODEL_MODULES = {"lora_router": ROUTER_MODULES, "preprocessing": TEXT_MODULES, "postprocessing": TEXT_MODULES}

@@ -92,13 +92,10 @@ def _decoded(lora_name: bytes | str) -> str:
 class TableFile:
     """adapters.json as it is on disk now. A malformed or vanished file leaves the last good table in place."""
 
-    def __init__(
-        self, path: Path, on_failure: Callable[[str], None], on_reload: Callable[[], None] = lambda: None
-    ) -> None:
+    def __init__(self, path: Path, on_failure: Callable[[str], None]) -> None:
         """Read the table; AdapterTableError when there is no good one to begin with."""
         self._path = path
         self._on_failure = on_failure
-        self._on_reload = on_reload
         self._lock = threading.Lock()
         self._version: object = None
         self._table = self._read()
@@ -109,7 +106,6 @@ class TableFile:
             if self._stat() != self._version:
                 try:
                     self._table = self._read()
-                    self._on_reload()
                 except AdapterTableError as error:
                     self._on_failure(f"keeping the last good adapters.json: {error}")
             return self._table
@@ -133,15 +129,6 @@ class TableFile:
 def warmed(table: AdapterTable) -> list[AdapterEntry]:
     """The adapters that Triton's warmup gives to the engine, in the order in which it does."""
     return sorted((entry for entry in table.entries.values() if entry.warm), key=lambda entry: entry.lora_task_id)
-
-
-def most_adapters(table: AdapterTable, cache_pages: int) -> int:
-    """How many adapters the engine can hold at a time, were all as large as the largest; where its cache's size is not
-    known (0), how many there are.
-    """
-    if not cache_pages:
-        return len(table.entries)
-    return cache_pages // max((entry.pages or 1 for entry in table.entries.values()), default=1)
 
 
 class PreviousIds:

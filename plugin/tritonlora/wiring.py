@@ -101,8 +101,6 @@ def router_config(
         "cache_full_timeout_seconds": str(cache_full_timeout_seconds),
         "load_timeout_seconds": str(load_timeout_seconds),
         "cache_pages": str(cache_pages),
-        # An engine in the Python backend has a process of its own, which can die while Triton lives.
-        "engine_probe_seconds": "5" if target.backend == "python" else "0",
         "FORCE_CPU_ONLY_INPUT_TENSORS": "yes",
     }
     return _ROUTER.format(

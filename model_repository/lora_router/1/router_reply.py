@@ -45,7 +45,6 @@ class Reply:
         self._lock = threading.Lock()
         self._finished_rows = 0
         self._complete = False
-        self.client_left = False
 
     def send(self, tensors: list[pb_utils.Tensor], row: int, *, ends: bool = False) -> None:
         """Pass on one answer of the engine: the outputs that the client asked for."""
@@ -69,11 +68,8 @@ class Reply:
             tensors = [pb_utils.Tensor(name, value) for name, value in zip(ENGINE_NEEDS, nothing, strict=True)]
             self.send(tensors, row, ends=True)
 
-    def fail(self, error: Exception) -> str:
-        """Answer with an error: its own words if it is one for clients, else a log entry and INTERNAL.
-
-        Gives the name of the code.
-        """
+    def fail(self, error: Exception) -> None:
+        """Answer with an error: its own words if it is one for clients, else a log entry and INTERNAL."""
         if isinstance(error, RequestError):
             status = pb_utils.TritonError(str(error), getattr(pb_utils.TritonError, error.code))
         elif isinstance(error, EngineError):
@@ -81,27 +77,7 @@ class Reply:
         else:
             pb_utils.Logger.log_error("".join(traceback.format_exception(error)))
             status = pb_utils.TritonError("the router failed on this request; the server's log says why")
-        if not (self.client_left and self._decoupled):  # without its one answer Triton never ends a request
-            self._respond(pb_utils.InferenceResponse(error=status))
-        return str(status.code().name)
-
-    def look_for_client(self) -> bool:
-        """Whether the client has left. Not to be asked of Triton once the answer is complete."""
-        with self._lock:
-            if not self._complete and not self.client_left:
-                self.client_left = self._sender.is_cancelled()
-            return self.client_left
-
-    def give_up(self, error: RequestError) -> None:
-        """End with an error what no row will end."""
-        with self._lock:
-            if self._complete or self.client_left:
-                return
-            self._complete = self.client_left = True  # nothing more is to be sent
-            status = pb_utils.TritonError(str(error), getattr(pb_utils.TritonError, error.code))
-            self._sender.send(
-                pb_utils.InferenceResponse(error=status), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
-            )
+        self._respond(pb_utils.InferenceResponse(error=status))
 
     def row_finished(self) -> None:
         """Send the final flag after the last row."""
@@ -122,7 +98,6 @@ class Reply:
             if self._decoupled:
                 self._sender.send(response)
             else:
-                # Set first, in the lock: the server does not survive being asked about a request that it has released.
                 self._complete = True
                 self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 

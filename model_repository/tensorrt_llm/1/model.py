@@ -94,7 +94,7 @@ class RowAnswers:
     def cancel(self) -> None:
         """End the row that nobody waits for any more.
 
-        Not with an error: Triton 2.51 loses one that comes after the first answer to a BLS request, and its end with it.
+        Not with an error: after the first answer to a BLS request Triton 2.51 loses it, and the end with it.
         """
         self.send([], last=True)
 
