@@ -98,7 +98,6 @@ def test_router_config_carries_its_parameters() -> None:
             max_streams=3,
             cache_full_timeout_seconds=1.5,
             load_timeout_seconds=2,
-            cache_pages=9,
         )
     )
 
@@ -108,7 +107,6 @@ def test_router_config_carries_its_parameters() -> None:
         "max_streams": "3",
         "cache_full_timeout_seconds": "1.5",
         "load_timeout_seconds": "2",
-        "cache_pages": "9",
         "FORCE_CPU_ONLY_INPUT_TENSORS": "yes",
     } == {key: value.string_value for key, value in router.parameters.items()}
 

@@ -240,13 +240,6 @@ def _cache(subject: Subject) -> Iterator[Finding]:
             "the first ones are evicted while the server starts",
             "tritonlora plan --apply, or add some with --no-warmup",
         )
-    believed = read_config(subject.repository.root / ROUTER / "config.pbtxt").parameters.get("cache_pages", "0")
-    if believed not in ("0", str(found.tightest.host_pages)):
-        yield _warning(
-            f"{ROUTER}/config.pbtxt",
-            f"cache_pages is {believed}, and the engine's cache has {found.tightest.host_pages}",
-            "tritonlora plan --apply",
-        )
     if SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).total < found.resend_shm_bytes:
         yield _warning(
             str(SHARED_MEMORY),

@@ -280,9 +280,11 @@ def plan(
     found = repository.plan_of(opened, repository.read_table(opened), config, profile)
     if found is None:
         raise RepositoryError(f"{profile.source} was built without LoRA, so it has no LoRA cache")
-    applied = register.apply_plan(opened, found.recommendations) if apply else {}
+    to_set = {one.parameter: str(one.value) for one in found.recommendations if one.value != one.in_effect}
+    if apply:
+        register.set_parameters(opened, to_set)
     if as_json:
-        _print_json({**dataclasses.asdict(found), "fits": found.fits, "applied": applied})
+        _print_json({**dataclasses.asdict(found), "fits": found.fits, "applied": to_set if apply else {}})
         return
     for remark in found.remarks:
         stderr.print(f"note: {remark}", markup=False, highlight=False, soft_wrap=True)

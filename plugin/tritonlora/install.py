@@ -20,9 +20,7 @@ from tritonlora.pbtxt import ModelConfig
 from tritonlora.repository import DEFAULT_TARGET, ROUTER, read_config, read_text
 
 # What the models import. The router's run inside a plain Triton container.
-ROUTER_MODULES = (
-    "__init__.py", "errors.py", "adapters.py", "routing.py", "residency.py", "forwarding.py",
-)  # fmt: skip
+ROUTER_MODULES = ("__init__.py", "errors.py", "adapters.py", "routing.py")
 TEXT_MODULES = ("__init__.py", "errors.py", "text.py", "tokenizer.py")
 MODEL_MODULES = {"lora_router": ROUTER_MODULES, "preprocessing": TEXT_MODULES, "postprocessing": TEXT_MODULES}
 NOT_SHIPPED = shutil.ignore_patterns("__pycache__", ".lock")
@@ -107,8 +105,7 @@ def plan_init(root: Path, target: str = DEFAULT_TARGET) -> list[FileChange]:
             router_config = wiring.set_parameter(router_config, key, value)
     except ConfigError as error:
         raise RepositoryError(f"{config_path}: {error}") from None
-    files = {"config.pbtxt": router_config}
-    files |= {f"1/{path.name}": path.read_text() for path in sorted((shipped_models() / ROUTER / "1").glob("*.py"))}
+    files = {"config.pbtxt": router_config, "1/model.py": (shipped_models() / ROUTER / "1" / "model.py").read_text()}
     files |= {f"1/tritonlora/{name}": (Path(__file__).parent / name).read_text() for name in ROUTER_MODULES}
     if not (root / ROUTER / "adapters.json").exists():
         files["adapters.json"] = render(AdapterTable())

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import datetime
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from tritonlora.errors import ConfigError, EngineMismatch, RepositoryError, Trit
 from tritonlora.files import TEMPORARY_SUFFIX, locked, publish, sha256_of, temporary_name, write_bytes, write_text
 from tritonlora.modules import MODULES
 from tritonlora.pbtxt import ModelConfig, parse_config
-from tritonlora.repository import ROUTER, Repository, engine_profile, plan_of, read_config, read_table, read_text
+from tritonlora.repository import Repository, engine_profile, read_config, read_table, read_text
 
 if TYPE_CHECKING:
     from tritonlora.layout import Layout
@@ -148,23 +148,6 @@ class _Planned:
     entry: AdapterEntry  # but for the digests
     options: Options
     remarks: tuple[str, ...]
-
-
-def apply_plan(repository: Repository, recommendations: Iterable[plan.Recommendation]) -> dict[str, str]:
-    """Set the recommended parameters of the engine's model, and tell the router how large the cache is then.
-
-    Gives the parameters of the engine's model that were changed.
-    """
-    changed = {one.parameter: str(one.value) for one in recommendations if one.value != one.in_effect}
-    set_parameters(repository, changed)
-    config = read_config(repository.config_path)
-    found = plan_of(repository, read_table(repository), config, engine_profile(repository, config))
-    if found is not None:
-        with locked(repository.table_path.parent):
-            path = repository.root / ROUTER / "config.pbtxt"
-            pages = str(found.tightest.host_pages)
-            write_text(path, wiring.set_parameter(read_text(path), "cache_pages", pages))
-    return changed
 
 
 def _plan(

@@ -70,14 +70,12 @@ def router_config(
     max_streams: int = 256,
     cache_full_timeout_seconds: float = 30,
     load_timeout_seconds: float = 120,
-    cache_pages: int = 0,
 ) -> str:
     """The complete config.pbtxt of the Python-backend router in front of `target`.
 
     It declares the target's inputs and outputs in the target's order, less lora_weights and lora_config, plus the
     optional input lora_name (TYPE_STRING [ 1 ]) and, with `previous_ids`, an output of that name (TYPE_INT32 [ -1 ]):
-    the tokens of this stream that were sent before this response. `cache_pages` is the size of the engine's LoRA cache,
-    0 when it is not known.
+    the tokens of this stream that were sent before this response.
 
     Raises ConfigError when the target has no LoRA inputs, or with every value in it that nobody has filled in yet.
     """
@@ -100,7 +98,6 @@ def router_config(
         "max_streams": str(max_streams),
         "cache_full_timeout_seconds": str(cache_full_timeout_seconds),
         "load_timeout_seconds": str(load_timeout_seconds),
-        "cache_pages": str(cache_pages),
         "FORCE_CPU_ONLY_INPUT_TENSORS": "yes",
     }
     return _ROUTER.format(

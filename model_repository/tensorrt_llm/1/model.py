@@ -88,15 +88,14 @@ class RowAnswers:
 
     def fail(self, message: str) -> None:
         """End the row with an error."""
-        error = pb_utils.InferenceResponse(error=pb_utils.TritonError(message))
-        self._reply.send(error, ends_row=True, rows=self._rows)
+        self._end(pb_utils.TritonError(message))
 
     def cancel(self) -> None:
-        """End the row that nobody waits for any more.
+        """End the row that nobody waits for any more."""
+        self._end(pb_utils.TritonError("the request was cancelled", pb_utils.TritonError.CANCELLED))
 
-        Not with an error: after the first answer to a BLS request Triton 2.51 loses it, and the end with it.
-        """
-        self.send([], last=True)
+    def _end(self, error: pb_utils.TritonError) -> None:
+        self._reply.send(pb_utils.InferenceResponse(error=error), ends_row=True, rows=self._rows)
 
 
 def array_of(tensor: pb_utils.Tensor) -> npt.NDArray[np.generic] | torch.Tensor:
