@@ -131,12 +131,58 @@ def test_engine_profile_is_read_from_a_build() -> None:
     assert (32, 2, 1, 3) == (profile.max_lora_rank, profile.tp_size, profile.pp_size, profile.max_beam_width)
 
 
+# What the releases write for one Llama, as far as LoRA is concerned: (pretrained_config, build_config) over ENGINE's.
+LORA_CONFIG = ENGINE["build_config"]["lora_config"]
+LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "0.9.0": (
+        {"max_lora_rank": 32, "lora_target_modules": ["attn_q", "attn_v", "attn_dense"], "moe_num_experts": 0},
+        {"lora_config": ...},
+    ),
+    "0.10.0": ({"moe_num_experts": 0, "moe_top_k": 0}, {"auto_parallel_config": {"world_size": 1}}),
+    "0.13.0": (
+        {"moe": {"num_experts": 0, "top_k": 0, "normalization_mode": None}, "mlp_bias": False},
+        {"kv_cache_type": "PAGED", "plugin_config": {"dtype": "bfloat16", "lora_plugin": "auto"}},
+    ),
+    "0.17.0.post1": (
+        {"moe": {"num_experts": 0, "shared_expert_intermediate_size": 0, "top_k": 0}, "runtime_defaults": None},
+        {"use_mrope": False, "monitor_memory": False},
+    ),
+    "1.0.0": (
+        {"moe": {"num_experts": 0}, "model_type": "llama", "has_partial_lora_mask": False},
+        {"lora_config": {**LORA_CONFIG, "max_loras": None, "max_cpu_loras": None, "lora_request": None}},
+    ),
+}
+
+
+@pytest.mark.parametrize("version", LAYOUTS)
+def test_engines_of_every_release_have_the_same_profile(version: str) -> None:
+    """What has moved or been added since v0.9 makes no difference."""
+    pretrained, build = LAYOUTS[version]
+    engine: dict[str, Any] = {
+        "version": version,
+        "pretrained_config": {**ENGINE["pretrained_config"], **pretrained},
+        "build_config": {k: v for k, v in {**ENGINE["build_config"], **build}.items() if v is not ...},
+    }
+
+    assert profile_from_engine(ENGINE, "e") == profile_from_engine(engine, "e")
+
+
+def test_experts_are_counted() -> None:
+    """Wherever the release writes them."""
+    moe = with_changes(ENGINE, "build_config.lora_config.lora_target_modules", ["moe_router"])
+    for path, value in {"moe": {"num_experts": 8}, "moe_num_experts": 8}.items():
+        profile = profile_from_engine(with_changes(moe, f"pretrained_config.{path}", value), "e")
+
+        assert ModuleDims(BY_NAME["moe_router"], 4096, 8) == profile.modules["moe_router"]
+
+
 @pytest.mark.parametrize("plugin", [None, False, ""])
 def test_engine_without_the_lora_plugin_has_no_modules(plugin: object) -> None:
-    """An engine that was not built for LoRA is a profile with nothing in it, not an error."""
-    assert (
-        {} == profile_from_engine(with_changes(ENGINE, "build_config.plugin_config.lora_plugin", plugin), "e").modules
-    )
+    """An engine that was not built for LoRA is a profile with nothing in it, not an error, whatever else it says."""
+    without = with_changes(ENGINE, "build_config.plugin_config.lora_plugin", plugin)
+    bare = with_changes(without, "build_config.lora_config", {"max_lora_rank": 0, "lora_target_modules": []})
+
+    assert [{}, {}] == [profile_from_engine(config, "e").modules for config in (without, bare)]
 
 
 def test_attention_output_of_an_engine_is_hidden_by_hidden() -> None:
@@ -155,6 +201,8 @@ def test_attention_output_of_an_engine_is_hidden_by_hidden() -> None:
         ("pretrained_config.mapping", [], r"pretrained_config.mapping is \[\], expected an object"),
         ("build_config.lora_config.lora_target_modules", ["attn_z"], r"unknown LoRA module 'attn_z'"),
         ("build_config.lora_config.lora_target_modules", [], r"has the LoRA plugin but .*--lora_target_modules"),
+        ("build_config.lora_config.max_lora_rank", 0, r"'max_lora_rank' is 0, expected a positive integer"),
+        ("pretrained_config.moe", {"num_experts": "8"}, r"'num_experts' is '8', expected a positive integer"),
         ("build_config", None, r"unknown layout \(version '0.18.0'\)"),
     ],
 )

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an engine accepts: dims, dtype, target modules, max rank, parallelism.
 
-It is read from the config.json of a TensorRT-LLM engine (`trtllm-build`, v0.10 and later) or from that of a Hugging
+It is read from the config.json of a TensorRT-LLM engine (`trtllm-build`, v0.9 and later) or from that of a Hugging
 Face model. This file does not import torch.
 """
 
@@ -157,19 +157,21 @@ def profile_from_hf(
 
 
 def profile_from_engine(config: Mapping[str, Any], source: str) -> EngineProfile:
-    """The profile of a TensorRT-LLM engine's config.json (`pretrained_config` and `build_config`, v0.10 and later).
+    """The profile of a TensorRT-LLM engine's config.json (`pretrained_config` and `build_config`, v0.9 and later).
 
     An engine without the LoRA plugin has no `modules`. Raises EngineMismatch, naming everything missing or unknown.
+    Source: TensorRT-LLM cpp/tensorrt_llm/runtime/gptJsonConfig.cpp.
     """
     pretrained, build = config.get("pretrained_config"), config.get("build_config")
     if not isinstance(pretrained, dict) or not isinstance(build, dict):
         raise EngineMismatch(
             f"{source!r} is an engine of an unknown layout (version {config.get('version', 'not given')!r}): expected "
-            "`pretrained_config` and `build_config`; build the engine with TensorRT-LLM v0.10 or later"
+            "`pretrained_config` and `build_config`; build the engine with trtllm-build of TensorRT-LLM v0.9 or later"
         )
     problems: list[str] = []
     mapping = _section(pretrained, "mapping", "pretrained_config", problems)
-    lora = _section(build, "lora_config", "build_config", problems)
+    # The first releases with pretrained_config kept the two fields there.
+    lora = _section(build, "lora_config", "build_config", problems) if "lora_config" in build else pretrained
     plugins = _section(build, "plugin_config", "build_config", problems)
     hidden = _size(pretrained, ("hidden_size",), problems)
     heads = _size(pretrained, ("num_attention_heads",), problems)
@@ -185,8 +187,9 @@ def profile_from_engine(config: Mapping[str, Any], source: str) -> EngineProfile
     dtype = pretrained.get("dtype")
     if dtype not in DTYPES:
         problems.append(f"pretrained_config.dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
-    # trtllm-build writes null (or leaves the key out) where LoRA is off.
-    targets = _engine_targets(lora.get("lora_target_modules"), problems) if plugins.get("lora_plugin") else []
+    # trtllm-build writes null (or leaves the key out) where LoRA is off; the other two fields say nothing then.
+    has_lora = bool(plugins.get("lora_plugin"))
+    targets = _engine_targets(lora.get("lora_target_modules"), problems) if has_lora else []
     profile = EngineProfile(
         source=source,
         architecture=str(pretrained.get("architecture", "")),
@@ -194,7 +197,7 @@ def profile_from_engine(config: Mapping[str, Any], source: str) -> EngineProfile
         num_layers=sizes.layers,
         # createLoraModules takes attn_dense to be hidden x hidden, whatever the heads are.
         modules=_modules(targets, sizes, dense_in=sizes.hidden),
-        max_lora_rank=_size(lora, ("max_lora_rank",), problems, missing=64),
+        max_lora_rank=_size(lora, ("max_lora_rank",), problems) if has_lora else 0,
         tp_size=_size(mapping, ("tp_size",), problems, missing=1),
         pp_size=_size(mapping, ("pp_size",), problems, missing=1),
         max_beam_width=_size(build, ("max_beam_width",), problems, missing=1),
@@ -264,10 +267,10 @@ def _engine_targets(names: object, problems: list[str]) -> list[str]:
 
 
 def _experts(pretrained: Mapping[str, Any], problems: list[str]) -> int:
+    """The number of experts: 0 for a model that has none, which newer releases write out and older ones leave out."""
     moe = pretrained.get("moe")
-    if isinstance(moe, dict):
-        return _size(moe, ("num_experts",), problems, missing=0)
-    return _size(pretrained, ("moe_num_experts",), problems, missing=0)
+    section, key = (moe, "num_experts") if isinstance(moe, dict) else (pretrained, "moe_num_experts")
+    return 0 if section.get(key) == 0 else _size(section, (key,), problems, missing=0)
 
 
 def _hf_modules(config: Mapping[str, Any], architecture: Architecture) -> frozenset[str]:
