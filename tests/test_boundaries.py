@@ -17,7 +17,17 @@ CORE = (
     "modules.py", "families.py", "engine.py", "cache.py", "plan.py", "textformat.py", "model_config.py", "pbtxt.py",
     "wiring.py", "warmup.py", "adapters.py", "routing.py", "layout.py", "text.py", "tokenizer.py",
 )  # fmt: skip
-WITHOUT_TORCH = (*CORE, "cli.py", "repository.py", "register.py", "install.py", "check.py", "server.py", "client.py")
+WITHOUT_TORCH = (
+    *CORE,
+    "cli.py",
+    "repository.py",
+    "register.py",
+    "install.py",
+    "undo.py",
+    "check.py",
+    "server.py",
+    "client.py",
+)
 WRITES = {"write_text", "write_bytes", "unlink", "rename", "replace_file", "mkdir", "rmtree", "touch", "symlink_to"}
 
 

@@ -21,6 +21,7 @@ import typer
 
 from repositories import SYNTHETIC_GEOMETRY, set_cache_pages, synthetic_adapter, synthetic_repository
 from tritonlora import __version__, cli, install, repository
+from upstream_configs import upstream_repository
 
 COMMANDS = ("demo", "init", "add", "remove", "list", "plan", "check", "convert", "serve", "generate", "bench")
 
@@ -201,6 +202,24 @@ def test_init_shows_a_diff_and_then_says_what_it_wrote(capsys: pytest.CaptureFix
     assert (0, f"changed {config}\n", "") == run(capsys, "init", repo)
     assert text == config.read_text()
     assert (0, "nothing to do: the router is in place\n", "") == run(capsys, "init", repo)
+
+
+def test_init_can_be_undone(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """It says what it does to which file; notes go to stderr."""
+    root = upstream_repository(tmp_path / "repo", "v0.18.0")
+    ensemble = root / "ensemble" / "config.pbtxt"
+    before = ensemble.read_bytes()
+    code, out, err = run(capsys, "init", root)
+    assert (0, True) == (code, f"wrote {root / 'lora_router' / 'config.pbtxt'}\nwrote" in out)
+    assert "note: 'tensorrt_llm_bls' calls 'tensorrt_llm' itself" in err
+    code, out, _ = run(capsys, "init", root, "--undo", "--dry-run")
+    assert (0, True) == (code, '-      model_name: "lora_router"' in out.splitlines())
+    code, out, _ = run(capsys, "init", root, "--undo", "--json")
+
+    assert (0, before) == (code, ensemble.read_bytes())
+    assert {"path": str(ensemble), "change": "changed"} in json.loads(out)
+    assert 1 == run(capsys, "init", root, "--undo")[0]
+    assert 2 == run(capsys, "init", root, "--undo", "--target", "x")[0]
 
 
 def test_convert_writes_both_files(capsys: pytest.CaptureFixture[str], adapter: Path, tmp_path: Path) -> None:

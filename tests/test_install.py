@@ -18,18 +18,9 @@ from tritonlora.install import MODEL_MODULES, ROUTER_MODULES, shipped_models
 from tritonlora.pbtxt import parse_config
 from tritonlora.register import Options
 from tritonlora.repository import read_text
-from upstream_configs import fill, protobuf, upstream
+from upstream_configs import protobuf, upstream_repository
 
 VERSIONS = ("v0.10.0", "v0.15.0", "v0.18.0")
-
-
-def upstream_repository(root: Path, version: str, *, filled: bool = True) -> Path:
-    """A model repository made from upstream's templates."""
-    for model in ("ensemble", "preprocessing", "postprocessing", "tensorrt_llm", "tensorrt_llm_bls"):
-        text = upstream(version, model)
-        (root / model / "1").mkdir(parents=True)
-        (root / model / "config.pbtxt").write_text(fill(text) if filled else text)
-    return root
 
 
 def contents(root: Path) -> dict[str, str]:
@@ -125,15 +116,99 @@ def test_an_unfilled_template_is_refused_and_nothing_is_written(tmp_path: Path) 
 
 
 def test_what_is_no_such_repository_is_refused(tmp_path: Path) -> None:
-    """No directory, no engine, no ensemble: each with what to do."""
+    """No directory, no engine, no ensemble that leads to it, somebody else's router: each with what to do."""
     with pytest.raises(RepositoryError, match="there is no model repository"):
         install.init(tmp_path / "nowhere")
     root = upstream_repository(tmp_path / "repo", "v0.18.0")
-    with pytest.raises(RepositoryError, match="no model 'llama'.*name the engine's model with --target"):
+    before = contents(root)
+    with pytest.raises(
+        RepositoryError, match="no model 'llama'.*name the engine's model with --target: 'tensorrt_llm'"
+    ):
         install.init(root, "llama")
-    shutil.rmtree(root / "ensemble")
-    with pytest.raises(RepositoryError, match="no ensemble in .* has a step for 'tensorrt_llm'"):
+    with pytest.raises(RepositoryError, match="no ensemble of 'ensemble' has a step for 'tensorrt_llm_bls'"):
+        install.init(root, "tensorrt_llm_bls")
+    assert before == contents(root)
+    (root / "lora_router").mkdir()
+    (root / "lora_router" / "config.pbtxt").write_text('backend: "python"')
+    with pytest.raises(RepositoryError, match="has a model 'lora_router' that is not tritonlora's; rename that one"):
         install.init(root)
+
+
+def rename_target(root: Path, name: str) -> None:
+    """Give the engine's model another name, as people do who serve several."""
+    (root / "tensorrt_llm").rename(root / name)
+    config = root / name / "config.pbtxt"
+    config.write_text(config.read_text().replace('name: "tensorrt_llm"', f'name: "{name}"'))
+    for ensemble in root.glob("ensemble*/config.pbtxt"):
+        ensemble.write_text(ensemble.read_text().replace('model_name: "tensorrt_llm"', f'model_name: "{name}"'))
+
+
+def steps(root: Path, ensemble: str) -> list[str]:
+    """The models of an ensemble, in order."""
+    return [step.model_name for step in parse_config(read_text(root / ensemble / "config.pbtxt")).steps]
+
+
+def test_every_ensemble_of_the_engine_is_led_to_the_router(tmp_path: Path) -> None:
+    """With another name than tensorrt_llm, and an ensemble beside them that has nothing to do with it."""
+    root = upstream_repository(tmp_path / "repo", "v0.18.0")
+    rename_target(root, "llama")
+    for other in ("ensemble_chat", "vision"):
+        shutil.copytree(root / "ensemble", root / other)
+    config = root / "vision" / "config.pbtxt"
+    config.write_text(config.read_text().replace('model_name: "llama"', 'model_name: "vit"'))
+    vision = read_text(config)
+    install.init(root, "llama")
+
+    assert [["preprocessing", "lora_router", "postprocessing"]] * 2 == [
+        steps(root, "ensemble"), steps(root, "ensemble_chat"),
+    ]  # fmt: skip
+    assert vision == read_text(config)
+    assert "llama" == repository.open_repository(root).target
+    assert [] == install.init(root), "the target is known from now on"
+    with pytest.raises(RepositoryError, match="the router of .* stands before 'llama', and one repository has one"):
+        install.init(root, "vision")
+
+
+def test_without_an_ensemble_clients_are_told_to_ask_the_router(tmp_path: Path) -> None:
+    """It takes what the engine's model takes, and lora_name."""
+    root = upstream_repository(tmp_path / "repo", "v0.18.0")
+    shutil.rmtree(root / "ensemble")
+    install.init(root)
+
+    assert [
+        "no ensemble has a step for 'tensorrt_llm': clients send their tokens to 'lora_router'",
+        "'tensorrt_llm_bls' calls 'tensorrt_llm' itself and takes no lora_name: clients that want adapters ask "
+        "'lora_router'",
+    ] == install.notes(root)
+
+
+def test_the_bls_model_is_not_led_through_the_router_and_init_says_so(tmp_path: Path) -> None:
+    """It calls the engine by itself. One that calls another model is left out of it."""
+    root = upstream_repository(tmp_path / "repo", "v0.18.0")
+    install.init(root)
+    note = "'tensorrt_llm_bls' calls 'tensorrt_llm' itself and takes no lora_name: clients that want adapters ask "
+    bls = root / "tensorrt_llm_bls" / "config.pbtxt"
+    texts = [read_text(bls), wiring.set_parameter(read_text(bls), "tensorrt_llm_model_name", "other")]
+
+    assert [f"{note}'ensemble'"] == install.notes(root)
+    bls.write_text(texts[1])
+    assert [] == install.notes(root)
+
+
+def test_stopped_while_it_makes_the_router_nothing_is_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The router's directory comes into its place whole; half-made, it stands where tritonserver sees no model."""
+    root = upstream_repository(tmp_path / "repo", "v0.18.0")
+    before = contents(root)
+
+    def stop(*_: object) -> None:
+        assert before.keys() == {name for name in contents(root) if not name.startswith("tensorrt_llm/.")}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tritonlora.undo.begin", stop)
+    with pytest.raises(KeyboardInterrupt):
+        install.init(root)
+
+    assert before == contents(root)
 
 
 # What ships

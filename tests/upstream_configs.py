@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import string
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,3 +45,14 @@ def fill(text: str, **values: str) -> str:
 def protobuf(text: str) -> Any:
     """The config as protobuf's own parser sees it."""
     return text_format.Parse(text, ModelConfig())
+
+
+def upstream_repository(
+    root: Path, version: str, *, filled: bool = True, values: Mapping[str, str] | None = None
+) -> Path:
+    """A model repository made from upstream's templates, with `values` besides VALUES."""
+    for model in ("ensemble", "preprocessing", "postprocessing", "tensorrt_llm", "tensorrt_llm_bls"):
+        text = upstream(version, model)
+        (root / model / "1").mkdir(parents=True)
+        (root / model / "config.pbtxt").write_text(fill(text, **(values or {})) if filled else text)
+    return root

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from tritonlora.adapters import AdapterEntry
     from tritonlora.register import Options
     from tritonlora.repository import Repository
+    from tritonlora.undo import FileChange
 
 app = typer.Typer(
     name="tritonlora",
@@ -125,33 +126,41 @@ def demo(
 @app.command()
 def init(
     repo: Annotated[Path, typer.Argument(help="An existing model repository.", envvar="TRITONLORA_REPO")],
-    target: Annotated[str, typer.Option("--target", help="The engine's model.")] = "tensorrt_llm",
+    target: Annotated[
+        str | None, typer.Option("--target", help="The engine's model; by default tensorrt_llm.", show_default=False)
+    ] = None,
+    undo: Annotated[bool, typer.Option("--undo", help="Take the router out; every file as it was before.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the changes as a diff; write nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Put the router into a model repository and lead its ensemble to it. Never touches an engine."""
+    """Put the router into a model repository and lead its ensembles to it. Never touches an engine."""
     from tritonlora import install
+    from tritonlora import undo as undoing
 
-    changes = install.init(repo, target, dry_run=dry_run)
+    if undo and target is not None:
+        raise typer.BadParameter("--undo goes without --target")
+    changes = undoing.undo(repo, dry_run=dry_run) if undo else install.init(repo, target, dry_run=dry_run)
+    notes = [] if undo or dry_run else install.notes(repo)
     if as_json:
-        _print_json([{"path": str(change.path), "new": change.before is None} for change in changes])
-        return
-    if dry_run:
+        _print_json([{"path": str(one.path), "change": one.kind} for one in changes])
+    elif dry_run:
         for change in changes:
-            _print_diff(change.path, change.before, change.after)
-    if not changes:
+            _print_diff(change)
+    else:
+        sys.stdout.write("".join(f"{change.kind} {change.path}\n" for change in changes))
+    if not changes and not as_json:
         sys.stdout.write("nothing to do: the router is in place\n")
-    for change in changes if not dry_run else []:
-        sys.stdout.write(f"{'wrote' if change.before is None else 'changed'} {change.path}\n")
+    for note in notes:
+        stderr.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _print_diff(path: Path, before: str | None, after: str) -> None:
+def _print_diff(change: FileChange) -> None:
     styles = {"+": "green", "-": "red", "@": "cyan"}
-    old = [] if before is None else before.splitlines()
-    lines = difflib.unified_diff(
-        old, after.splitlines(), "/dev/null" if before is None else str(path), str(path), lineterm=""
+    old, new = (
+        ("/dev/null", []) if text is None else (str(change.path), text.splitlines())
+        for text in (change.before, change.after)
     )
-    for line in lines:
+    for line in difflib.unified_diff(old[1], new[1], old[0], new[0], lineterm=""):
         stdout.print(line, style=styles.get(line[:1]), markup=False, highlight=False, soft_wrap=True)
 
 

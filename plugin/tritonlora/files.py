@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,10 +30,17 @@ def locked(directory: Path) -> Iterator[None]:
     """Be the only writer, and turn the file system's refusals into RepositoryError."""
     lock = filelock.FileLock(directory / ".lock", timeout=LOCK_TIMEOUT_SECONDS)
     try:
-        with lock:
+        with writing(directory), lock:
             yield
     except filelock.Timeout:
         raise RepositoryError(f"another tritonlora has been writing to {directory} for a long time") from None
+
+
+@contextlib.contextmanager
+def writing(directory: Path) -> Iterator[None]:
+    """Turn the file system's refusals into RepositoryError."""
+    try:
+        yield
     except OSError as error:
         raise RepositoryError(f"cannot write to {directory}: {error}; nothing was changed") from error
 
@@ -45,6 +53,17 @@ def temporary_name(path: Path) -> Iterator[Path]:
         yield temporary
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def temporary_directory(path: Path) -> Iterator[Path]:
+    """A directory in the making beside `path`; it is deleted at the end unless it was moved away."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
+    temporary.mkdir()
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def publish(temporary: Path, path: Path) -> None:

@@ -2,37 +2,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """Put the router into a model repository, and lead its ensembles to it.
 
-The router's files come before the ensembles that lead to it, so that the repository loads whenever this is stopped.
+The router comes before the ensembles that lead to it, so that the repository loads whenever this is stopped.
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from tritonlora import wiring
+from tritonlora import undo, wiring
 from tritonlora.adapters import AdapterTable, render
 from tritonlora.errors import ConfigError, RepositoryError
-from tritonlora.files import locked, write_text
-from tritonlora.pbtxt import ModelConfig
+from tritonlora.files import locked, temporary_directory, write_text, writing
+from tritonlora.pbtxt import ModelConfig, has_template
 from tritonlora.repository import DEFAULT_TARGET, ROUTER, read_config, read_text
+from tritonlora.undo import FileChange
 
 # What the models import. The router's run inside a plain Triton container.
 ROUTER_MODULES = ("__init__.py", "errors.py", "adapters.py", "routing.py")
 TEXT_MODULES = ("__init__.py", "errors.py", "text.py", "tokenizer.py")
 MODEL_MODULES = {"lora_router": ROUTER_MODULES, "preprocessing": TEXT_MODULES, "postprocessing": TEXT_MODULES}
+_BLS_TARGET = "tensorrt_llm_model_name"  # parameter of upstream's tensorrt_llm_bls: the model that it calls
 NOT_SHIPPED = shutil.ignore_patterns("__pycache__", ".lock")
-
-
-@dataclass(frozen=True, slots=True)
-class FileChange:
-    """One file that a command writes."""
-
-    path: Path
-    before: str | None  # None: it is new
-    after: str
 
 
 def shipped_models() -> Path:
@@ -74,17 +66,15 @@ def _write_modules(package: Path, modules: Sequence[str]) -> None:
         shutil.copyfile(Path(__file__).parent / module, package / module)
 
 
-def plan_init(root: Path, target: str = DEFAULT_TARGET) -> list[FileChange]:
-    """What `init` writes: the router in front of `target`, and the ensembles that now lead to it. Idempotent."""
+def plan_init(root: Path, target: str | None = None) -> list[FileChange]:
+    """What `init` writes: the router in front of `target`, and the ensembles that now lead to it. Idempotent.
+
+    `target` is by default the one that the router stands before already, else "tensorrt_llm".
+    """
+    target = _choose_target(root, target)
     config_path = root / target / "config.pbtxt"
-    if not config_path.is_file():
-        raise RepositoryError(
-            f"{str(root)!r} has no model {target!r} (no {config_path}); name the engine's model with --target"
-        )
     engine_config = read_config(config_path)
     ensembles = _ensembles_of(root, target)
-    if not ensembles:
-        raise RepositoryError(f"no ensemble in {str(root)!r} has a step for {target!r}; there is nothing to rewire")
     changes = []
     takes_previous_ids = False
     for path, config in ensembles.items():
@@ -115,32 +105,110 @@ def plan_init(root: Path, target: str = DEFAULT_TARGET) -> list[FileChange]:
     return [change for change in changes if change.before != change.after]
 
 
-def init(root: Path, target: str = DEFAULT_TARGET, *, dry_run: bool = False) -> list[FileChange]:
+def init(root: Path, target: str | None = None, *, dry_run: bool = False) -> list[FileChange]:
     """Put the router into the model repository at `root`, and rewire its ensembles; the changes made, or to be made.
 
-    The router's files come before the ensembles that lead to it, so that the repository loads whenever this stops.
+    The router comes in one step and before the ensembles that lead to it, so that the repository loads whenever this
+    stops.
     """
     if not root.is_dir():
         raise RepositoryError(f"there is no model repository at {str(root)!r}")
     changes = plan_init(root, target)
-    if not dry_run and changes:
-        (root / ROUTER).mkdir(exist_ok=True)
-        with locked(root / ROUTER):
-            changes = plan_init(root, target)
-            for change in sorted(changes, key=lambda change: change.before is not None):
-                change.path.parent.mkdir(parents=True, exist_ok=True)
-                write_text(change.path, change.after)
+    if dry_run or not changes:
+        return changes
+    if not (root / ROUTER).exists():
+        _put_router(root, _choose_target(root, target), changes)
+    with locked(root / ROUTER):
+        for change in sorted(plan_init(root, target), key=lambda change: change.before is not None):
+            change.path.parent.mkdir(parents=True, exist_ok=True)
+            undo.write(root, change.path, (change.after or "").encode())
     return changes
 
 
+def _put_router(root: Path, target: str, changes: Sequence[FileChange]) -> None:
+    """Make the router's directory beside the engine's files, where it is no model yet, and move it into its place."""
+    contents = {
+        change.path.relative_to(root / ROUTER): (change.after or "").encode()
+        for change in changes
+        if change.path.is_relative_to(root / ROUTER)
+    }
+    with writing(root), temporary_directory(root / target / ROUTER) as router:
+        for name, content in contents.items():
+            (router / name).parent.mkdir(parents=True, exist_ok=True)
+            (router / name).write_bytes(content)
+        undo.begin(router, contents)
+        router.rename(root / ROUTER)
+
+
+def notes(root: Path) -> list[str]:
+    """What somebody who has just put the router into `root` should know."""
+    router = read_config(root / ROUTER / "config.pbtxt")
+    target = router.parameters.get("target", DEFAULT_TARGET)
+    ensembles = _ensembles_of(root, target)
+    said = [] if ensembles else [f"no ensemble has a step for {target!r}: clients send their tokens to {ROUTER!r}"]
+    return said + [
+        f"{name!r} calls {target!r} itself and takes no lora_name: clients that want adapters ask "
+        + (" or ".join(repr(path.parent.name) for path in ensembles) or repr(ROUTER))
+        for name in models_past_the_router(root, target)
+    ]
+
+
+def models_past_the_router(root: Path, target: str) -> list[str]:
+    """The models that call the engine's by BLS, which no config can lead through the router.
+
+    Upstream's tensorrt_llm_bls forwards the inputs that it knows, and lora_name is none of them.
+    """
+    configs = {path.parent.name: read_config(path) for path in sorted(root.glob("*/config.pbtxt"))}
+    called = {name: config.parameters.get(_BLS_TARGET) for name, config in configs.items()}
+    return [
+        name
+        for name, value in called.items()
+        if value is not None and (value == target or (target == DEFAULT_TARGET and (not value or has_template(value))))
+    ]
+
+
+def _choose_target(root: Path, asked: str | None) -> str:
+    """The engine's model; RepositoryError where it is not plain which one that is, or it is not there."""
+    path = root / ROUTER / "config.pbtxt"
+    present = read_config(path).parameters.get("target", "") if path.is_file() else None
+    if present == "":
+        raise RepositoryError(f"{str(root)!r} has a model {ROUTER!r} that is not tritonlora's; rename that one first")
+    if asked and present and asked != present:
+        raise RepositoryError(
+            f"the router of {str(root)!r} stands before {present!r}, and one repository has one router; "
+            f"serve {asked!r} from another repository, or take the router out with: tritonlora init --undo {root}"
+        )
+    target = asked or present or DEFAULT_TARGET
+    if not (root / target / "config.pbtxt").is_file():
+        takes_adapters = [
+            repr(path.parent.name)
+            for path in sorted(root.glob("*/config.pbtxt"))
+            if not (config := read_config(path)).steps
+            and all(config.input(name) for name in wiring.LORA_INPUTS)
+            and _BLS_TARGET not in config.parameters
+        ]
+        raise RepositoryError(
+            f"{str(root)!r} has no model {target!r} (no {root / target / 'config.pbtxt'}); "
+            f"name the engine's model with --target{f': {chr(32).join(takes_adapters)}' if takes_adapters else ''}"
+        )
+    return target
+
+
 def _ensembles_of(root: Path, target: str) -> dict[Path, ModelConfig]:
-    """The ensembles with a step for `target` or for the router."""
+    """The ensembles with a step for `target` or for the router; RepositoryError where all lead to other models."""
     configs = {path: read_config(path) for path in sorted(root.glob("*/config.pbtxt"))}
-    return {
+    ensembles = {path: config for path, config in configs.items() if config.steps}
+    found = {
         path: config
-        for path, config in configs.items()
+        for path, config in ensembles.items()
         if any(step.model_name in (target, ROUTER) for step in config.steps)
     }
+    if ensembles and not found:
+        names = ", ".join(repr(path.parent.name) for path in ensembles)
+        raise RepositoryError(
+            f"no ensemble of {names} has a step for {target!r}; name the engine's model with --target"
+        )
+    return found
 
 
 def _router_parameters(root: Path) -> dict[str, str]:

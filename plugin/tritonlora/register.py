@@ -19,11 +19,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tritonlora import plan, warmup, wiring
+from tritonlora import plan, undo, warmup, wiring
 from tritonlora.adapters import AdapterEntry, AdapterTable, check_name, render, with_adapter, with_warm, without_adapter
 from tritonlora.engine import EngineProfile, load_profile
 from tritonlora.errors import ConfigError, EngineMismatch, RepositoryError, TritonLoraError
-from tritonlora.files import TEMPORARY_SUFFIX, locked, publish, sha256_of, temporary_name, write_bytes, write_text
+from tritonlora.files import TEMPORARY_SUFFIX, locked, publish, sha256_of, temporary_name, write_text
 from tritonlora.modules import MODULES
 from tritonlora.pbtxt import ModelConfig, parse_config
 from tritonlora.repository import Repository, engine_profile, read_config, read_table, read_text
@@ -233,7 +233,7 @@ def set_parameters(repository: Repository, parameters: Mapping[str, str]) -> Non
         text = read_text(repository.config_path)
         for key, value in parameters.items():
             text = wiring.set_parameter(text, key, value)
-        write_text(repository.config_path, text)
+        undo.write(repository.root, repository.config_path, text.encode())
 
 
 def _task_id(repository: Repository, table: AdapterTable, asked: int | None) -> int:
@@ -345,8 +345,8 @@ def _write_config(repository: Repository, table: AdapterTable) -> None:
         files = warmup.shared_files(parse_config(text))
         files |= {warmup.task_id_file(sample.task_id): warmup.task_id_bytes(sample.task_id) for sample in samples}
         for name, content in files.items():
-            write_bytes(repository.warmup_directory / name, content)
-    write_text(repository.config_path, text)
+            undo.write(repository.root, repository.warmup_directory / name, content)
+    undo.write(repository.root, repository.config_path, text.encode())
 
 
 def _sweep(repository: Repository, table: AdapterTable) -> None:

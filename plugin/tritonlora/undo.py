@@ -1,0 +1,168 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""Take tritonlora out of a model repository again: every file as it was, byte for byte.
+
+What was there before is kept in lora_router/1/originals, where tritonserver does not look: a copy of each file that
+tritonlora changed, and written.json with the SHA-256 of what it wrote. Both are there before the file itself changes,
+so that a command may be stopped at any instant. A file that somebody has edited since is never written over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tritonlora.errors import RepositoryError, one_message
+from tritonlora.files import locked, temporary_directory, write_bytes, write_text
+from tritonlora.repository import ROUTER, Repository, read_table
+
+ORIGINALS = Path(ROUTER, "1", "originals")
+WRITTEN = ORIGINALS / "written.json"
+_NOT_RECORDED = {f"{ROUTER}/adapters.json", f"{ROUTER}/.lock"}
+
+# File, relative to the repository -> SHA-256 of what tritonlora wrote last and of what it wrote before that. A command
+# that is stopped in between leaves the older content.
+Digests = dict[str, list[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class FileChange:
+    """One file that a command writes or deletes."""
+
+    path: Path
+    before: str | None  # None: it is new
+    after: str | None  # None: it goes
+
+    @property
+    def kind(self) -> str:
+        """ "wrote", "changed" or "removed"."""
+        return "wrote" if self.before is None else "changed" if self.after is not None else "removed"
+
+
+def begin(router: Path, contents: Mapping[Path, bytes]) -> None:
+    """Keep the originals of whatever is written from now on. `contents` are the files of `router`, all of them new."""
+    written = router / WRITTEN.relative_to(ROUTER)
+    written.parent.mkdir()
+    names = {f"{ROUTER}/{name.as_posix()}": content for name, content in contents.items()}
+    digests = {name: [_digest(content)] for name, content in names.items() if name not in _NOT_RECORDED}
+    write_text(written, _render(digests))
+
+
+def write(root: Path, path: Path, content: bytes) -> None:
+    """Write a whole file of the repository at `root` so that `undo` can put back what was there."""
+    name = path.relative_to(root).as_posix()
+    if (root / WRITTEN).is_file() and name not in _NOT_RECORDED:
+        before = path.read_bytes() if path.is_file() else None
+        digests = _read_digests(root)
+        if name not in digests and before is not None and before != content:
+            (root / ORIGINALS / name).parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(root / ORIGINALS / name, before)
+        # What somebody edited in between stays on record as edited.
+        if name not in digests or before is None or _is_known(root, name, before, digests[name]):
+            digests[name] = [*digests.get(name, []), _digest(content)][-2:]
+            write_text(root / WRITTEN, _render(digests))
+    write_bytes(path, content)
+
+
+def plan_undo(root: Path) -> list[FileChange]:
+    """What `undo` does; RepositoryError, naming every file, where it would lose something of the user's."""
+    if not (root / WRITTEN).is_file():
+        raise RepositoryError(
+            f"there is nothing to undo: {str(root)!r} has no {WRITTEN}, which is there after `tritonlora init`"
+        )
+    if names := sorted(read_table(Repository(root)).entries):
+        raise RepositoryError(
+            f"adapters are registered: {', '.join(names)}; take them out first, with: tritonlora remove NAME"
+        )
+    digests = _read_digests(root)
+    problems = [
+        f"{name}: it is not of tritonlora's; move it elsewhere"
+        for name in _files_of_router(root)
+        if name not in digests and name not in _NOT_RECORDED
+    ]
+    changes = []
+    for name, written in digests.items():
+        path, original = root / name, _original(root, name)
+        before = path.read_bytes() if path.is_file() else None
+        if before is None and original is not None:
+            problems.append(f"{name}: it is gone; its original is {ORIGINALS / name}")
+        elif before is not None and not _is_known(root, name, before, written):
+            remedy = (
+                "put your changes elsewhere and delete it" if original is None else f"copy {ORIGINALS / name} there"
+            )
+            problems.append(f"{name}: it was edited since; {remedy}")
+        elif before != original:
+            changes.append(FileChange(path, _text(before), _text(original)))
+    if problems:
+        raise RepositoryError(one_message("not everything can be put back as it was; nothing was changed", problems))
+    return changes
+
+
+def undo(root: Path, *, dry_run: bool = False) -> list[FileChange]:
+    """Put every file back, and take the router out; what was, or would be, done.
+
+    The ensembles come first and the router goes in one step, so that the repository loads whenever this stops.
+    """
+    changes = plan_undo(root)
+    if dry_run:
+        return changes
+    with locked(root / ROUTER):
+        changes = plan_undo(root)
+        for change in sorted(changes, key=lambda change: change.after is None):
+            original = _original(root, change.path.relative_to(root).as_posix())
+            if original is not None:
+                write_bytes(change.path, original)
+            elif not change.path.is_relative_to(root / ROUTER):
+                change.path.unlink()
+                _remove_if_empty(change.path.parent)
+        # Inside a model's directory: beside the models it would be taken for one.
+        other = next(path.parent for path in root.glob("*/config.pbtxt") if path.parent.name != ROUTER)
+        with temporary_directory(other / ROUTER) as doomed:
+            (root / ROUTER).rename(doomed / ROUTER)
+    return changes
+
+
+def _render(digests: Digests) -> str:
+    return json.dumps(digests, indent=2) + "\n"
+
+
+def _read_digests(root: Path) -> Digests:
+    try:
+        digests: Digests = json.loads((root / WRITTEN).read_bytes())
+    except (OSError, ValueError) as error:
+        raise RepositoryError(f"cannot read {root / WRITTEN}: {error}") from None
+    return digests
+
+
+def _original(root: Path, name: str) -> bytes | None:
+    path = root / ORIGINALS / name
+    return path.read_bytes() if path.is_file() else None
+
+
+def _is_known(root: Path, name: str, content: bytes, written: list[str]) -> bool:
+    """Whether `content` is what tritonlora wrote, or what was there before."""
+    return _digest(content) in written or content == _original(root, name)
+
+
+def _files_of_router(root: Path) -> list[str]:
+    return sorted(
+        path.relative_to(root).as_posix()
+        for path in (root / ROUTER).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts and not path.is_relative_to(root / ORIGINALS)
+    )
+
+
+def _remove_if_empty(directory: Path) -> None:
+    if not any(directory.iterdir()):
+        directory.rmdir()
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _text(content: bytes | None) -> str | None:
+    return None if content is None else content.decode(errors="replace")

@@ -1,0 +1,79 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""init and add on model repositories made from upstream's templates, served by a real tritonserver.
+
+Every config is upstream's own, filled as its tools/fill_template.py does. The CPU engine and the shipped text models
+stand behind them, as the files that upstream has for these places need a GPU and a tokenizer.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from repositories import synthetic_adapter
+from tritonlora import client, install, register, repository, wiring
+from tritonlora.errors import ServerError
+from tritonlora.install import MODEL_MODULES, shipped_models
+from tritonlora.server import Server
+from upstream_configs import VERSIONS, upstream_repository
+
+PARAMETERS = {
+    "tensorrt_llm": {"synthetic": "true", "gpt_model_path": "1"},
+    "preprocessing": {"tokenizer_dir": "", "add_special_tokens": ""},
+    "postprocessing": {"tokenizer_dir": "", "skip_special_tokens": ""},
+}
+
+
+def on_the_cpu(root: Path) -> Path:
+    """Put what can run here behind upstream's declarations; the engine's backend is then Python, like theirs."""
+    shutil.rmtree(root / "tensorrt_llm_bls")  # calls upstream's own code
+    for model, parameters in PARAMETERS.items():
+        version = root / model / "1"
+        shutil.copytree(shipped_models() / model / "1", version, dirs_exist_ok=True, symlinks=True)
+        if (version / "tritonlora").is_symlink():
+            (version / "tritonlora").unlink()
+            (version / "tritonlora").mkdir()
+            for module in MODEL_MODULES[model]:
+                shutil.copyfile(Path(install.__file__).parent / module, version / "tritonlora" / module)
+        config = root / model / "config.pbtxt"
+        text = config.read_text()
+        for key, value in parameters.items():
+            text = wiring.set_parameter(text, key, value)
+        config.write_text(text)
+    return root
+
+
+@pytest.mark.parametrize(("version", "decoupled"), [*((version, "True") for version in VERSIONS), ("v0.18.0", "False")])
+def test_adapters_answer_by_name_in_upstream_s_repositories(
+    tmp_path: Path, version: str, decoupled: str, launch: Callable[..., Server]
+) -> None:
+    """A warm adapter, one that is loaded on its first request, the base model, and nobody for an unknown name.
+
+    Without streaming the engine gives the prompt back, too.
+    """
+    values = {"triton_backend": "python", "decoupled_mode": decoupled}
+    root = on_the_cpu(upstream_repository(tmp_path / "repo", version, values=values))
+    install.init(root)
+    opened = repository.open_repository(root)
+    for number, name in enumerate(("warm", "cold")):
+        adapter = synthetic_adapter(tmp_path / name, number)
+        register.add(opened, name, adapter, register.Options(warm=name == "warm"))
+
+    server = launch(root)
+    inputs = {"stream": decoupled == "True", "bad_words": "", "stop_words": ""}
+
+    def ask(name: str | None) -> str:
+        return "".join(client.generate("hi", lora_name=name, max_tokens=5, url=server.http_url, inputs=inputs))
+
+    try:
+        answers = [ask(name).removeprefix("hi") for name in ("warm", "cold", "warm", None)]
+        with pytest.raises(ServerError, match="unknown LoRA adapter 'x'; available: cold, warm"):
+            ask("x")
+    finally:
+        server.stop()
+
+    assert ["[1]hi", "[2]hi", "[1]hi", "[base"] == answers

@@ -1,0 +1,172 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""undo.py: a model repository as it was before tritonlora, byte for byte."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from repositories import synthetic_adapter, synthetic_repository
+from tritonlora import install, register, repository, undo
+from tritonlora.adapters import AdapterTable, render
+from tritonlora.errors import RepositoryError
+from tritonlora.repository import Repository, read_text
+from upstream_configs import upstream_repository
+
+
+def files(root: Path) -> dict[str, bytes | None]:
+    """Every file and directory in a repository."""
+    return {
+        path.relative_to(root).as_posix(): path.read_bytes() if path.is_file() else None for path in root.rglob("*")
+    }
+
+
+def added(root: Path, name: str, seed: int = 0) -> Repository:
+    """The repository with one more adapter."""
+    opened = repository.open_repository(root)
+    adapter = synthetic_adapter(root.parent / "adapters" / name, seed)
+    register.add(opened, name, adapter, register.Options(dtype="bfloat16"))
+    return opened
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Upstream's repository, with Windows line ends in the ensemble and no newline at its end."""
+    root = upstream_repository(tmp_path / "repo", "v0.18.0")
+    ensemble = root / "ensemble" / "config.pbtxt"
+    ensemble.write_bytes(ensemble.read_bytes().rstrip().replace(b"\n", b"\r\n"))
+    return root
+
+
+@pytest.mark.parametrize("version", ["v0.10.0", "v0.15.0", "v0.18.0"])
+def test_init_is_undone_byte_for_byte(tmp_path: Path, version: str) -> None:
+    """Nothing more and nothing less than before, and it can all be done again."""
+    root = upstream_repository(tmp_path / "repo", version)
+    before = files(root)
+    for _ in range(2):
+        install.init(root)
+        assert before != files(root)
+        changes = undo.undo(root)
+
+        assert before == files(root)
+    assert ["changed"] == [one.kind for one in changes if one.path.parent.name == "ensemble"]
+
+
+def test_everything_that_tritonlora_has_done_is_undone(root: Path) -> None:
+    """The dtype of lora_weights, the warmup files, and parameters, too, of which some were written twice."""
+    (root / "tensorrt_llm" / "warmup").mkdir()
+    (root / "tensorrt_llm" / "warmup" / "input_ids").write_bytes(b"mine")
+    before = files(root)
+    install.init(root)
+    opened = added(root, "pirate")
+    register.set_parameters(opened, {"lora_cache_host_memory_bytes": "1"})
+    added(root, "bard", 1)
+    for name in ("pirate", "bard"):
+        register.remove(opened, name)
+    assert before["tensorrt_llm/config.pbtxt"] != files(root)["tensorrt_llm/config.pbtxt"]
+    undo.undo(root)
+
+    assert before == files(root)
+
+
+def test_a_dry_run_shows_what_undo_does(root: Path) -> None:
+    """The same list, and nothing is changed."""
+    install.init(root)
+    before = files(root)
+    planned = undo.undo(root, dry_run=True)
+
+    assert before.items() <= files(root).items()
+    assert planned == undo.undo(root)
+
+
+@pytest.mark.parametrize(
+    ("file", "remedy"),
+    [
+        ("ensemble/config.pbtxt", "it was edited since; copy lora_router/1/originals/ensemble/config.pbtxt there"),
+        ("lora_router/config.pbtxt", "it was edited since; put your changes elsewhere and delete it"),
+        ("lora_router/notes.txt", "it is not of tritonlora's; move it elsewhere"),
+    ],
+)
+def test_what_was_edited_since_is_named_and_nothing_is_changed(root: Path, file: str, remedy: str) -> None:
+    """Whoever edited it decides, also after another init."""
+    install.init(root)
+    with (root / file).open("a") as edited:
+        edited.write("\n# mine")
+    install.init(root)
+    with (root / file).open("a") as edited:
+        edited.write("\n# mine")
+    before = files(root)
+    with pytest.raises(RepositoryError, match=f"nothing was changed: {file}: {remedy}"):
+        undo.undo(root)
+
+    assert before == files(root)
+
+
+def test_the_remedies_work(root: Path) -> None:
+    """An original that was put back by hand, and a file of the router that was deleted."""
+    before = files(root)
+    install.init(root)
+    ensemble, router = root / "ensemble" / "config.pbtxt", root / "lora_router" / "config.pbtxt"
+    ensemble.write_text("# mine")
+    router.write_text("# mine")
+    ensemble.write_bytes((root / undo.ORIGINALS / "ensemble" / "config.pbtxt").read_bytes())
+    router.unlink()
+    undo.undo(root)
+
+    assert before == files(root)
+
+
+def test_an_edit_before_the_last_write_is_not_lost(root: Path) -> None:
+    """A file that somebody edited between two commands is one that was edited."""
+    install.init(root)
+    opened = added(root, "pirate")
+    opened.config_path.write_text(read_text(opened.config_path) + "# mine\n")
+    register.remove(opened, "pirate")
+    assert read_text(opened.config_path).endswith("# mine\n")
+
+    with pytest.raises(RepositoryError, match="tensorrt_llm/config.pbtxt: it was edited since; copy"):
+        undo.undo(root)
+
+
+def test_a_command_that_was_stopped_can_be_undone(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the record and the file: the file is the older one."""
+    before = files(root)
+    install.init(root)
+    opened = added(root, "pirate")
+    register.remove(opened, "pirate")
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("tritonlora.undo.write_bytes", stop)
+        with pytest.raises(KeyboardInterrupt):
+            register.set_parameters(opened, {"max_beam_width": "2"})
+    undo.undo(root)
+
+    assert before == files(root)
+
+
+def test_registered_adapters_are_not_thrown_away(root: Path) -> None:
+    """They are named, with the command that takes them out."""
+    install.init(root)
+    added(root, "pirate")
+
+    with pytest.raises(RepositoryError, match="adapters are registered: pirate; .*tritonlora remove NAME"):
+        undo.undo(root)
+
+
+def test_a_router_that_init_did_not_put_there_is_not_taken_out(tmp_path: Path) -> None:
+    """That of the shipped repository: there is nothing before it."""
+    opened = synthetic_repository(tmp_path / "repo")
+    install.init(opened.root)
+    opened.table_path.write_text(render(AdapterTable()))
+
+    with pytest.raises(
+        RepositoryError, match="nothing to undo: .*written.json, which is there after `tritonlora init`"
+    ):
+        undo.undo(opened.root)
+    with pytest.raises(RepositoryError, match="there is nothing to undo"):
+        undo.undo(tmp_path)
