@@ -8,6 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 from tritonlora.adapters import AdapterEntry, AdapterTable, with_adapter
+from tritonlora.flavours import TENSORS
+from tritonlora.warmup import WarmupSample
 
 
 def entry(task_id: int = 1, **changes: Any) -> AdapterEntry:
@@ -29,6 +31,14 @@ def entry(task_id: int = 1, **changes: Any) -> AdapterEntry:
         pages=1,
     )
     return replace(sound, **changes)
+
+
+def sample(
+    task_id: int, weights_shape: tuple[int, int], config_shape: tuple[int, int], dtype: str = "bfloat16"
+) -> WarmupSample:
+    """The warmup sample of an adapter with such tensors."""
+    shapes = {"lora_weights_shape": weights_shape, "lora_config_shape": config_shape, "dtype": dtype}
+    return WarmupSample(task_id, TENSORS.sample_inputs(entry(task_id, **shapes)))
 
 
 TABLE = with_adapter(with_adapter(AdapterTable(), "pirate", entry(1)), "haiku", entry(2, warm=False, pages=None))

@@ -48,6 +48,7 @@ class AdapterEntry:
     warm: bool  # loaded by the engine's model_warmup
     added_at: str  # ISO 8601, UTC
     pages: int | None = None  # of the engine's LoRA cache; None: the engine was not known
+    lora_path: str | None = None  # the directory of both files, where the engine reads it by itself
 
     @property
     def lora_weights_nbytes(self) -> int:
@@ -223,6 +224,10 @@ _FIELD_CHECKS: dict[str, _Check] = {
     "warm": (lambda value: isinstance(value, bool), "true or false"),
     "added_at": (lambda value: isinstance(value, str), "a string"),
     "pages": (lambda value: value is None or (type(value) is int and value > 0), "a positive integer or null"),
+    "lora_path": (
+        lambda value: value is None or _is_inside_repository(value),
+        "a path relative to the model repository and inside it, or null",
+    ),
 }
 
 

@@ -12,23 +12,24 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from tritonlora import warmup, wiring
+from tritonlora import warmup
 from tritonlora.adapters import AdapterEntry, AdapterTable
+from tritonlora.cpu_engine.settings import is_cpu_engine
 from tritonlora.engine import EngineProfile
 from tritonlora.errors import ConfigError, TritonLoraError
 from tritonlora.files import TEMPORARY_SUFFIX, sha256_of
+from tritonlora.flavours import Flavour, Rows, flavour_of_config
 from tritonlora.modules import BY_ID
 from tritonlora.pbtxt import TRITON_TYPES, ModelConfig, Unfilled, has_template
 from tritonlora.repository import (
     ROUTER,
     Repository,
     engine_profile,
-    is_cpu_engine,
     plan_of,
     read_config,
-    read_rows,
     read_table,
     read_text,
+    served_config,
 )
 from tritonlora.server import SHARED_MEMORY
 
@@ -53,6 +54,7 @@ class Subject:
     table: AdapterTable
     config_text: str
     config: ModelConfig
+    flavour: Flavour
     profile: EngineProfile | None
     deep: bool
 
@@ -62,14 +64,16 @@ def check(repository: Repository, *, deep: bool = False) -> list[Finding]:
 
     Raises TritonLoraError only where nothing can be checked at all: adapters.json or a config.pbtxt is unreadable.
     """
-    config = read_config(repository.config_path)
+    config = served_config(repository.config_path)
+    flavour = flavour_of_config(config)
     findings: list[Finding] = []
     try:
         profile = engine_profile(repository, config)
     except TritonLoraError as error:
         profile = None
         findings.append(_error("gpt_model_path", str(error), "give the parameter the engine's own directory"))
-    subject = Subject(repository, read_table(repository), read_text(repository.config_path), config, profile, deep)
+    table, text = read_table(repository), read_text(repository.config_path)
+    subject = Subject(repository, table, text, config, flavour, profile, deep)
     for one in CHECKS:
         findings += one(subject)
     return sorted(findings, key=lambda finding: finding.severity)
@@ -105,17 +109,18 @@ def _engine(subject: Subject) -> Iterator[Finding]:
     """The engine can take LoRA at all, and in the adapters' dtype."""
     config, profile = subject.config, subject.profile
     where = f"{subject.repository.target}/config.pbtxt"
-    location = config.parameters.get("gpt_model_path", "")
+    location = subject.flavour.model_location(config, subject.repository.target_directory)
     if profile is None and not has_template(location):
-        yield _warning(where, f"no config.json at gpt_model_path {location!r}", "run check where the engine is")
+        yield _warning(where, f"no config.json at {location}", "run check where the engine is")
     if profile is not None and not profile.modules:
         yield _error(
             "engine",
             "it was built without LoRA: it ignores adapters and answers from the base model",
-            "build it with trtllm-build --lora_plugin auto --lora_target_modules …",
+            subject.flavour.to_lora,
         )
     dtypes = {entry.dtype for entry in subject.table.entries.values()}
-    if config.backend == "python" and "bfloat16" in dtypes and not is_cpu_engine(config):
+    by_numpy = config.backend == "python" and subject.flavour.sends_weights
+    if by_numpy and "bfloat16" in dtypes and not is_cpu_engine(config.parameters):
         yield _error(
             where,
             "backend 'python' reads lora_weights through numpy, which has no bfloat16",
@@ -130,36 +135,35 @@ def _files(subject: Subject) -> Iterator[Finding]:
     """Each adapter's files are there, whole and unaltered."""
     for name, entry in subject.table.entries.items():
         again = f"add it again: tritonlora add {name} ADAPTER_DIR"
-        parts = (
-            (entry.lora_weights_file, entry.lora_weights_nbytes, entry.lora_weights_sha256),
-            (entry.lora_config_file, entry.lora_config_nbytes, entry.lora_config_sha256),
-        )
-        for file, nbytes, digest in parts:
-            path = subject.repository.root / file
-            if not path.is_file():
-                yield _error(f"adapter {name}", f"{file} is missing", again)
-            elif path.stat().st_size != nbytes:
-                yield _error(f"adapter {name}", f"{file} has {path.stat().st_size} bytes, expected {nbytes}", again)
-            elif subject.deep and sha256_of(path) != digest:
-                yield _error(f"adapter {name}", f"{file} was altered: its SHA-256 is not the registered one", again)
+        digests = {
+            entry.lora_weights_file: entry.lora_weights_sha256,
+            entry.lora_config_file: entry.lora_config_sha256,
+        }
+        root = subject.repository.root
+        missing = [f"{file} is missing" for file in digests if not (root / file).is_file()]
+        problems = missing or subject.flavour.stored_problems(root, entry)
+        if not problems and subject.deep:
+            altered = [file for file, digest in digests.items() if sha256_of(root / file) != digest]
+            problems = [f"{file} was altered: its SHA-256 is not the registered one" for file in altered]
+        for problem in problems:
+            yield _error(f"adapter {name}", problem, again)
 
 
 def _rows(subject: Subject) -> Iterator[Finding]:
     """Each adapter is one that this engine accepts."""
     for name, entry in subject.table.entries.items():
         try:
-            rows = read_rows(subject.repository, entry)
+            rows = subject.flavour.rows(subject.repository.root, entry)
         except TritonLoraError:
             continue  # _files says so
-        for problem in dict.fromkeys(_row_problems(entry, rows, subject.profile)):
+        for problem in dict.fromkeys(_row_problems(entry, rows, subject)):
             yield _error(f"adapter {name}", problem, "convert it for this engine, or remove it")
 
 
-def _row_problems(
-    entry: AdapterEntry, rows: tuple[tuple[int, ...], ...], profile: EngineProfile | None
-) -> Iterator[str]:
+def _row_problems(entry: AdapterEntry, rows: Rows, subject: Subject) -> Iterator[str]:
     """What TensorRT-LLM's loraValidateRequestTensors (runtime/loraUtils.cpp) would refuse."""
-    if profile and entry.dtype != profile.dtype:
+    profile = subject.profile
+    if profile and subject.flavour.sends_weights and entry.dtype != profile.dtype:
         yield f"it is {entry.dtype}, and the engine takes {profile.dtype}"
     for module_id, layer, size, *dora in rows:
         module = BY_ID.get(module_id)
@@ -183,9 +187,8 @@ def _row_problems(
 def _declarations(subject: Subject) -> Iterator[Finding]:
     """The engine's model declares its LoRA inputs as the adapters are."""
     where = f"{subject.repository.target}/config.pbtxt"
-    for name in wiring.LORA_INPUTS:
-        if subject.config.input(name) is None:
-            yield _error(where, f"it declares no input {name}", "take the config of tensorrtllm_backend v0.9.0 to v1.x")
+    for name in subject.flavour.missing([spec.name for spec in subject.config.inputs]):
+        yield _error(where, f"it declares no input {name}", subject.flavour.origin)
     weights, rows = subject.config.input("lora_weights"), subject.config.input("lora_config")
     for name, entry in subject.table.entries.items():
         if weights and weights.data_type != TRITON_TYPES[entry.dtype]:
@@ -198,26 +201,30 @@ def _declarations(subject: Subject) -> Iterator[Finding]:
 def _warmup_block(subject: Subject) -> Iterator[Finding]:
     """The generated model_warmup block is that of the table, and its files are there."""
     where = f"{subject.repository.target}/config.pbtxt"
+    names = {entry.lora_task_id: name for name, entry in subject.table.entries.items() if entry.warm}
     try:
         found = {sample.task_id: sample for sample in warmup.read_block(subject.config_text)}
-        shared = warmup.shared_files(subject.config) if found else {}
+        loaded = {name: entry for name, entry in subject.table.entries.items() if entry.lora_task_id in found}
+        files = warmup.files(subject.config, AdapterTable(loaded), subject.repository.served_root) if found else {}
     except ConfigError as error:
         yield _error(where, str(error), REPAIR)
         return
-    warm = {entry.lora_task_id: (name, entry) for name, entry in subject.table.entries.items() if entry.warm}
-    for task_id, (name, entry) in warm.items():
-        sample = warmup.WarmupSample(task_id, entry.lora_weights_shape, entry.lora_config_shape, entry.dtype)
+    try:
+        block = warmup.render_block(subject.config, warmup.samples(subject.config, subject.table))
+        expected = {sample.task_id: sample for sample in warmup.read_block(warmup.replace_block("", block))}
+    except ConfigError:
+        return  # _declarations says why
+    for task_id, name in names.items():
         if task_id not in found:
             yield _warning(where, f"adapter {name} has no warmup sample: it is loaded on its first request", REPAIR)
-        elif found[task_id] != sample:
+        elif found[task_id] != expected[task_id]:
             yield _error(where, f"the warmup sample of adapter {name} has other dims than its files", REPAIR)
-    for task_id in found.keys() - warm.keys():
+    for task_id in found.keys() - names.keys():
         yield _error(where, f"it warms up lora_task_id {task_id}, which no warm adapter has", REPAIR)
-    files = {**shared, **{warmup.task_id_file(task_id): warmup.task_id_bytes(task_id) for task_id in found}}
-    for name, content in files.items():
-        path = subject.repository.warmup_directory / name
+    for file, content in files.items():
+        path = subject.repository.warmup_directory / file
         if not path.is_file() or path.read_bytes() != content:
-            yield _error(f"warmup/{name}", "it is missing or altered, and warmup samples need it", REPAIR)
+            yield _error(f"warmup/{file}", "it is missing or altered, and warmup samples need it", REPAIR)
 
 
 def _cache(subject: Subject) -> Iterator[Finding]:
@@ -259,7 +266,7 @@ def _router(subject: Subject) -> Iterator[Finding]:
     mine = {spec.name: spec for spec in (*router.inputs, *router.outputs)}
     for spec in (*subject.config.inputs, *subject.config.outputs):
         here = mine.get(spec.name)
-        if spec.name in wiring.FROM_ROUTER:
+        if spec.name in subject.flavour.from_router:
             continue
         if here is None or (here.data_type, here.dims) != (spec.data_type, spec.dims):
             yield _error(f"{ROUTER}/config.pbtxt", f"{spec.name} is not declared as {target} declares it", init)

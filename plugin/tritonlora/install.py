@@ -15,6 +15,7 @@ from tritonlora import undo, wiring
 from tritonlora.adapters import AdapterTable, render
 from tritonlora.errors import ConfigError, RepositoryError
 from tritonlora.files import locked, temporary_directory, write_text, writing
+from tritonlora.flavours import flavour_of_config
 from tritonlora.pbtxt import ModelConfig, has_template
 from tritonlora.repository import DEFAULT_TARGET, ROUTER, read_config, read_text
 from tritonlora.undo import FileChange
@@ -184,7 +185,7 @@ def _choose_target(root: Path, asked: str | None) -> str:
             repr(path.parent.name)
             for path in sorted(root.glob("*/config.pbtxt"))
             if not (config := read_config(path)).steps
-            and all(config.input(name) for name in wiring.LORA_INPUTS)
+            and not flavour_of_config(config).missing([spec.name for spec in config.inputs])
             and _BLS_TARGET not in config.parameters
         ]
         raise RepositoryError(

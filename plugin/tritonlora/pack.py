@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Layout",
     "Row",
+    "check_values",
     "convert_file",
     "lora_config",
     "npy_header",
@@ -102,6 +103,11 @@ def convert_file(
             _convert(adapter, layout, base, allow_nonfinite, put)
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def check_values(adapter: Adapter, layout: Layout, *, allow_nonfinite: bool = False) -> None:
+    """Refuse the values that `convert_file` refuses, without writing any."""
+    _convert(adapter, layout, None, allow_nonfinite, lambda _index, _blocks: None)
 
 
 def npy_header(shape: Sequence[int], dtype: str) -> bytes:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import datetime
 import itertools
+import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from tritonlora.adapters import AdapterEntry, AdapterTable, check_name, render, 
 from tritonlora.engine import EngineProfile, load_profile
 from tritonlora.errors import ConfigError, EngineMismatch, RepositoryError, TritonLoraError
 from tritonlora.files import TEMPORARY_SUFFIX, locked, publish, sha256_of, temporary_name, write_text
+from tritonlora.flavours import Flavour, flavour_of_config
 from tritonlora.modules import MODULES
 from tritonlora.pbtxt import ModelConfig, parse_config
 from tritonlora.repository import Repository, engine_profile, read_config, read_table, read_text
@@ -146,6 +148,7 @@ class _Planned:
     adapter: Adapter
     layout: Layout
     entry: AdapterEntry  # but for the digests
+    flavour: Flavour
     options: Options
     remarks: tuple[str, ...]
 
@@ -165,36 +168,36 @@ def _plan(
 
     check_name(name)
     config = read_config(repository.config_path)
+    flavour = flavour_of_config(config)
     profile = engine_profile(repository, config)
     if profile is None and options.base is not None:
         profile = load_profile(options.base, dtype=options.dtype)
-    dtype, remarks = _choose_dtype(table, name, profile, options.dtype)
+    dtype, remarks = _choose_dtype(table, name, profile, options.dtype, flavour.assumed_dtype)
     adapter = peft.load_adapter(directory)
+    flavour.check_adapter(adapter)
     layout = plan_layout(adapter, dtype=dtype, profile=profile, base=options.base)
     entry = replace(
-        _entry_of(repository, _task_id(repository, table, task_id), layout, warm=options.warm),
+        _entry_of(repository, flavour, _task_id(repository, table, task_id), layout, warm=options.warm),
         base_model_name_or_path=adapter.config.base_model_name_or_path or "",
-        pages=_pages(layout, profile, config),
+        pages=_pages(layout, profile, config) if flavour.sends_weights else None,
     )
-    return _Planned(name, adapter, layout, entry, options, remarks)
+    return _Planned(name, adapter, layout, entry, flavour, options, remarks)
 
 
 def _write_tensors(repository: Repository, planned: _Planned, known: AdapterEntry | None) -> Added:
-    """Convert, and give the two files their names, unless `known` is the same content already."""
-    from tritonlora import pack
-
+    """Convert or copy, and give the two files their names, unless `known` is the same content already."""
     options, entry = planned.options, planned.entry
-    repository.warmup_directory.mkdir(exist_ok=True)
     weights_path, config_path = (repository.root / file for file in (entry.lora_weights_file, entry.lora_config_file))
-    with temporary_name(weights_path) as weights, temporary_name(config_path) as rows:
-        pack.convert_file(
-            planned.adapter, planned.layout, weights, base=options.base, allow_nonfinite=options.allow_nonfinite
-        )
-        rows.write_bytes(pack.lora_config(planned.layout).numpy().astype("<i4").tobytes())
+    repository.warmup_directory.mkdir(exist_ok=True)
+    # In the warmup directory, not beside the files, whose own directory may come to nothing.
+    temporary = repository.warmup_directory / f"adapter_{entry.lora_task_id}"
+    with temporary_name(temporary) as weights, temporary_name(temporary) as rows:
+        planned.flavour.store(planned.adapter, planned.layout, weights, rows, options.base, options.allow_nonfinite)
         entry = replace(entry, lora_weights_sha256=sha256_of(weights), lora_config_sha256=sha256_of(rows))
         if known is not None and _content(known) == _content(entry):
             entry = replace(known, warm=options.warm)
             return Added(planned.name, entry, unchanged=known.warm == options.warm, remarks=planned.remarks)
+        weights_path.parent.mkdir(exist_ok=True)
         publish(weights, weights_path)
         publish(rows, config_path)
     return Added(planned.name, entry, unchanged=False, remarks=planned.remarks)
@@ -251,13 +254,17 @@ def _task_id(repository: Repository, table: AdapterTable, asked: int | None) -> 
     return next(number for number in itertools.count(table.next_lora_task_id) if number not in taken)
 
 
-def _entry_of(repository: Repository, task_id: int, layout: Layout, *, warm: bool) -> AdapterEntry:
+def _entry_of(repository: Repository, flavour: Flavour, task_id: int, layout: Layout, *, warm: bool) -> AdapterEntry:
     """The entry of an adapter that is still to be converted: its digests are all zeros."""
-    directory = repository.warmup_directory
+
+    def place(template: str) -> str:
+        return repository.relative(repository.warmup_directory / template.format(id=task_id))
+
     return AdapterEntry(
         lora_task_id=task_id,
-        lora_weights_file=repository.relative(directory / warmup.weights_file(task_id)),
-        lora_config_file=repository.relative(directory / warmup.config_file(task_id)),
+        lora_weights_file=place(flavour.weights_file),
+        lora_config_file=place(flavour.config_file),
+        lora_path=place(flavour.lora_path) if flavour.lora_path else None,
         dtype=layout.dtype,
         lora_weights_shape=layout.weights_shape,
         lora_config_shape=layout.config_shape,
@@ -277,11 +284,11 @@ def _content(entry: AdapterEntry) -> tuple[object, ...]:
 
 
 def _choose_dtype(
-    table: AdapterTable, name: str, profile: EngineProfile | None, asked: str | None
+    table: AdapterTable, name: str, profile: EngineProfile | None, asked: str | None, assumed: str | None
 ) -> tuple[str, tuple[str, ...]]:
     """The dtype to convert to: the engine's. An engine that is not here must be described by the user."""
     others = {entry.dtype: other for other, entry in table.entries.items() if other != name}
-    known = profile.dtype if profile else next(iter(others), None)
+    known = profile.dtype if profile else next(iter(others), assumed)
     chosen = asked or known
     if chosen is None:
         raise EngineMismatch(
@@ -312,22 +319,13 @@ def _pages(layout: Layout, profile: EngineProfile | None, config: ModelConfig) -
 # The warmup block
 
 
-def _samples(table: AdapterTable) -> list[warmup.WarmupSample]:
-    """One sample for each warm adapter, in the order of their ids."""
-    warm = sorted((entry for entry in table.entries.values() if entry.warm), key=lambda entry: entry.lora_task_id)
-    return [
-        warmup.WarmupSample(entry.lora_task_id, entry.lora_weights_shape, entry.lora_config_shape, entry.dtype)
-        for entry in warm
-    ]
-
-
 def _rendered_config(repository: Repository, table: AdapterTable) -> str:
     """The engine model's config.pbtxt for `table`; RepositoryError, naming the file, when it cannot be edited."""
     text = read_text(repository.config_path)
     try:
-        for dtype, columns in sorted({(entry.dtype, entry.lora_config_shape[1]) for entry in table.entries.values()}):
-            text = wiring.declare_lora_weights(text, dtype, columns=columns)
-        return warmup.replace_block(text, warmup.render_block(parse_config(text), _samples(table)))
+        text = flavour_of_config(parse_config(text)).declare(text, table.entries.values())
+        config = parse_config(text)
+        return warmup.replace_block(text, warmup.render_block(config, warmup.samples(config, table)))
     except ConfigError as error:
         raise RepositoryError(f"{repository.config_path}: {error}") from None
 
@@ -340,12 +338,8 @@ def _write_table(repository: Repository, table: AdapterTable) -> None:
 def _write_config(repository: Repository, table: AdapterTable) -> None:
     """Bring the warmup files and config.pbtxt in step with `table`."""
     text = _rendered_config(repository, table)
-    samples = _samples(table)
-    if samples:
-        files = warmup.shared_files(parse_config(text))
-        files |= {warmup.task_id_file(sample.task_id): warmup.task_id_bytes(sample.task_id) for sample in samples}
-        for name, content in files.items():
-            undo.write(repository.root, repository.warmup_directory / name, content)
+    for name, content in warmup.files(parse_config(text), table, repository.served_root).items():
+        undo.write(repository.root, repository.warmup_directory / name, content)
     undo.write(repository.root, repository.config_path, text.encode())
 
 
@@ -354,5 +348,9 @@ def _sweep(repository: Repository, table: AdapterTable) -> None:
     directory = repository.warmup_directory
     retired = set(table.retired_lora_task_ids)
     for path in directory.glob("*"):
-        if warmup.task_id_of(path.name) in retired or path.name.endswith(TEMPORARY_SUFFIX):
+        if warmup.task_id_of(path.name) not in retired and not path.name.endswith(TEMPORARY_SUFFIX):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
             path.unlink(missing_ok=True)

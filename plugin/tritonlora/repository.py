@@ -7,15 +7,14 @@
 
 from __future__ import annotations
 
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from tritonlora.adapters import AdapterEntry, AdapterTable, parse
-from tritonlora.cpu_engine.settings import parse_settings, read_profile
-from tritonlora.engine import EngineProfile, load_profile
+from tritonlora.adapters import AdapterTable, parse
+from tritonlora.engine import EngineProfile
 from tritonlora.errors import AdapterTableError, ConfigError, RepositoryError
-from tritonlora.pbtxt import ModelConfig, has_template, parse_config
+from tritonlora.flavours import flavour_of_config
+from tritonlora.pbtxt import ModelConfig, parse_config
 from tritonlora.plan import CachePlan, Entry, plan_cache
 
 ROUTER = "lora_router"
@@ -28,6 +27,7 @@ class Repository:
 
     root: Path
     target: str = DEFAULT_TARGET
+    served_root: Path = Path()  # where the server sees `root`
 
     @property
     def table_path(self) -> Path:
@@ -63,8 +63,9 @@ def open_repository(root: Path) -> Repository:
         raise RepositoryError(
             f"model repository {str(root)!r} has no {ROUTER!r}; put it there with: tritonlora init {root}"
         )
-    target = read_config(router_config).parameters.get("target", DEFAULT_TARGET)
-    repository = Repository(root, target)
+    parameters = read_config(router_config).parameters
+    target = parameters.get("target", DEFAULT_TARGET)
+    repository = Repository(root, target, Path(parameters.get("repository_path") or root.resolve()))
     if not repository.config_path.is_file():
         raise RepositoryError(f"model repository {str(root)!r} has no model {target!r} (no {repository.config_path})")
     return repository
@@ -98,41 +99,29 @@ def read_table(repository: Repository) -> AdapterTable:
         raise AdapterTableError(f"cannot read {repository.table_path}: {error}") from None
 
 
-def read_rows(repository: Repository, entry: AdapterEntry) -> tuple[tuple[int, ...], ...]:
-    """The rows of an adapter's lora_config; RepositoryError when the file is missing or has the wrong size."""
-    path = repository.root / entry.lora_config_file
+def served_config(path: Path) -> ModelConfig:
+    """The config of a target as the server has it, which completes some of it when it loads the model."""
+    config = read_config(path)
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise RepositoryError(f"cannot read {path}: {error.strerror}") from None
-    if len(content) != entry.lora_config_nbytes:
-        raise RepositoryError(f"{path} has {len(content)} bytes, expected {entry.lora_config_nbytes}")
-    return tuple(struct.iter_unpack(f"<{entry.lora_config_shape[1]}i", content))
+        return flavour_of_config(config).served_config(config, path.parent)
+    except ConfigError as error:
+        raise RepositoryError(str(error)) from None
 
 
 def engine_profile(repository: Repository, config: ModelConfig) -> EngineProfile | None:
-    """What the engine behind the target accepts; None when its config.json is not on this machine."""
-    location = config.parameters.get("gpt_model_path", "")
-    if not location or has_template(location) or not (repository.target_directory / location).exists():
-        return None
-    if is_cpu_engine(config):  # its LoRA limits are parameters; a TensorRT-LLM engine has them in its config.json
-        return read_profile(parse_settings(config.parameters, repository.target_directory))
-    return load_profile(repository.target_directory / location)
-
-
-def is_cpu_engine(config: ModelConfig) -> bool:
-    """Whether the target is the engine that ships with tritonlora."""
-    return "synthetic" in config.parameters
+    """What the engine behind the target accepts; None when the config.json that says it is not on this machine."""
+    return flavour_of_config(config).profile(config, repository.target_directory)
 
 
 def plan_of(
     repository: Repository, table: AdapterTable, config: ModelConfig, profile: EngineProfile | None
 ) -> CachePlan | None:
-    """The cache plan of a repository's adapters; None when the engine is not known."""
-    if profile is None or not profile.modules:
+    """The cache plan of a repository's adapters; None when the engine is not known or its cache is not in pages."""
+    flavour = flavour_of_config(config)
+    if profile is None or not profile.modules or not flavour.sends_weights:
         return None
     entries = [
-        Entry(name, read_rows(repository, entry), entry.lora_weights_nbytes, entry.warm)
+        Entry(name, flavour.rows(repository.root, entry), entry.lora_weights_nbytes, entry.warm)
         for name, entry in sorted(table.entries.items())
     ]
     return plan_cache(entries, profile, config.parameters)

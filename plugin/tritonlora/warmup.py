@@ -14,29 +14,21 @@ import re
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from tritonlora.adapters import AdapterTable
 from tritonlora.errors import ConfigError, one_message
-from tritonlora.pbtxt import TRITON_TYPES, Message, ModelConfig, TensorSpec, error_at, filled, newline_of, parse, quote
+from tritonlora.flavours import FLAVOURS, Flavour, SampleInput, flavour_of_config, string_bytes
+from tritonlora.pbtxt import Message, ModelConfig, TensorSpec, error_at, filled, newline_of, parse, quote
 
 BEGIN = "# tritonlora: model_warmup (generated; edits here are lost)"
 END = "# tritonlora: end"
 
-INPUT_IDS = (1, 2, 3, 4)
-
-SHARED_FILES = {
-    "input_ids": "input_ids",
-    "input_lengths": "input_lengths",
-    "end_id": "end_id",
-    "request_output_len": "output_lengths",
-    "beam_width": "beam_width",
-}
-"""Input of the engine's model -> its file, the same for all samples."""
-
-_LORA_INPUTS = ("lora_task_id", "lora_weights", "lora_config")
-_ADAPTER_FILE = re.compile(r"lora_id_([1-9][0-9]*)|adapter_(?:model|config)_([1-9][0-9]*)\.bin")
+_SHARED = {name for flavour in FLAVOURS for name in flavour.shared_inputs}
+_TASK_IDS = {flavour.task_id for flavour in FLAVOURS}
+_ADAPTER_FILE = re.compile(r"(?:lora_(?:id|name|path)_|adapter_(?:(?:model|config)_)?)([1-9][0-9]*)(?:\.bin)?")
 _LINE_END = re.compile(r"\A\r?\n")
 _STRUCT_CODES = {"TYPE_INT32": "i", "TYPE_UINT32": "I", "TYPE_INT64": "q", "TYPE_UINT64": "Q"}
-_DTYPES = {data_type: dtype for dtype, data_type in TRITON_TYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +36,7 @@ class WarmupSample:
     """One adapter that is loaded at start."""
 
     task_id: int
-    weights_shape: tuple[int, int]  # (n, W)
-    config_shape: tuple[int, int]  # (n, 3), or (n, 4) with DoRA
-    dtype: str  # of lora_weights: "bfloat16", "float16" or "float32"
+    inputs: tuple[SampleInput, ...]  # those of its own; the shared ones are the same in every sample
 
     @property
     def name(self) -> str:
@@ -57,96 +47,73 @@ class WarmupSample:
 # --- Files ---------------------------------------------------------------------------------------------------------
 
 
-def shared_files(
-    config: ModelConfig,
-    *,
-    input_ids: Sequence[int] = INPUT_IDS,
-    end_id: int = 0,
-    request_output_len: int = 1,
-    beam_width: int = 1,
-) -> dict[str, bytes]:
-    """The files that all samples share, by name: little-endian, with the integer types that `config` declares.
+def shared_files(config: ModelConfig) -> dict[str, bytes]:
+    """The files that all samples share, by name: little-endian, in the types that `config` declares.
 
-    Only what the model has an input for is there. The defaults load an adapter into any engine: token ids that every
-    vocabulary has, and one token of output, so that it hardly matters which token ends it.
-    Raises ConfigError for a required input that has no file.
+    Only what the model has an input for is there. Raises ConfigError for a required input that has no file.
     """
-    values = {
-        "input_ids": tuple(input_ids),
-        "input_lengths": (len(input_ids),),
-        "end_id": (end_id,),
-        "request_output_len": (request_output_len,),
-        "beam_width": (beam_width,),
-    }
-    _require_inputs(config)
+    flavour = _require_inputs(config)
     problems = []
     files = {}
-    for spec in _shared_inputs(config):
-        code = _STRUCT_CODES.get(filled(spec.data_type))
-        if code is None:
+    for spec in _shared_inputs(config, flavour):
+        shared = flavour.shared_inputs[spec.name]
+        data_type = filled(spec.data_type)
+        if isinstance(shared.value, str):
+            files[shared.file] = string_bytes(shared.value)
+        elif data_type in _STRUCT_CODES:
+            files[shared.file] = struct.pack(f"<{len(shared.value)}{_STRUCT_CODES[data_type]}", *shared.value)
+        else:
             expected = ", ".join(_STRUCT_CODES)
-            problems.append(f"expected input {spec.name!r} to be one of {expected}; got {spec.data_type}")
-            continue
-        numbers = values[spec.name]
-        try:
-            files[SHARED_FILES[spec.name]] = struct.pack(f"<{len(numbers)}{code}", *numbers)
-        except struct.error:
-            problems.append(f"{spec.name} {list(numbers)} does not fit into {spec.data_type}")
+            problems.append(f"expected input {spec.name!r} to be one of {expected}; got {data_type}")
     if problems:
         raise ConfigError(one_message("the warmup files cannot be written", problems))
     return files
 
 
-def task_id_bytes(task_id: int) -> bytes:
-    """The content of `task_id_file(task_id)`: uint64, little-endian."""
-    return struct.pack("<Q", task_id)
+def files(config: ModelConfig, table: AdapterTable, served: Path) -> dict[str, bytes]:
+    """The files of the warm adapters' samples, by name, but for the adapters themselves.
+
+    `served` is the model repository's path as the server sees it. Raises as `shared_files` does.
+    """
+    flavour = flavour_of_config(config)
+    warm = {name: entry for name, entry in table.entries.items() if entry.warm}
+    found = shared_files(config) if warm else {}
+    for name, entry in warm.items():
+        found |= flavour.sample_files(name, entry, served)
+    return found
 
 
-def task_id_file(task_id: int) -> str:
-    """The name of the file with the task id."""
-    return f"lora_id_{task_id}"
-
-
-def weights_file(task_id: int) -> str:
-    """The name of the file with lora_weights: (n, W), raw."""
-    return f"adapter_model_{task_id}.bin"
-
-
-def config_file(task_id: int) -> str:
-    """The name of the file with lora_config: int32, (n, 3) or (n, 4), raw."""
-    return f"adapter_config_{task_id}.bin"
+def samples(config: ModelConfig, table: AdapterTable) -> list[WarmupSample]:
+    """One for each warm adapter, in the order of their ids."""
+    flavour = flavour_of_config(config)
+    warm = sorted((entry for entry in table.entries.values() if entry.warm), key=lambda entry: entry.lora_task_id)
+    return [WarmupSample(entry.lora_task_id, flavour.sample_inputs(entry)) for entry in warm]
 
 
 def task_id_of(file: str) -> int | None:
-    """The task id of an adapter's warmup file, from the file's name; None when it is no such name."""
+    """The task id of an adapter's file or directory beside the shared ones, from its name; None when it is no such."""
     match = _ADAPTER_FILE.fullmatch(file)
-    return int(match[1] or match[2]) if match else None
+    return int(match[1]) if match else None
 
 
 # --- The block -----------------------------------------------------------------------------------------------------
 
 
-def render_block(config: ModelConfig, samples: Sequence[WarmupSample], *, input_length: int = len(INPUT_IDS)) -> str:
+def render_block(config: ModelConfig, samples: Sequence[WarmupSample]) -> str:
     """The text between the comment lines: one model_warmup sample for each adapter. "" when there are none.
 
-    `input_length` is the number of tokens in the file input_ids. Raises ConfigError with everything in which a
-    sample is not what `config` declares.
+    Raises ConfigError with everything in which a sample is not what `config` declares.
     """
     if not samples:
         return ""
-    _require_inputs(config)
-    lengths = {"input_ids": input_length}
-    shared = [
-        _Input(spec, filled(spec.data_type), (lengths.get(spec.name, 1),), SHARED_FILES[spec.name])
-        for spec in _shared_inputs(config)
-    ]
+    flavour = _require_inputs(config)
+    shared = [_shared_sample(spec, flavour) for spec in _shared_inputs(config, flavour)]
     declared = {spec.name: spec for spec in config.inputs}
-    problems = [problem for entry in shared for problem in _mismatch(entry, "every sample")]
+    problems = [problem for one in shared for problem in _mismatch(one, declared[one.name], "every sample")]
     rendered = []
     for sample in samples:
-        own = _lora_inputs(declared, sample)
-        problems += [problem for entry in own for problem in _mismatch(entry, sample.name)]
-        rendered.append(_render_sample(sample, [*shared, *own]))
+        problems += [problem for one in sample.inputs for problem in _mismatch(one, declared[one.name], sample.name)]
+        rendered.append(_render_sample(sample, [*shared, *sample.inputs], declared))
     if problems:
         raise ConfigError(one_message("the warmup samples do not fit the model", problems))
     return "model_warmup [\n" + ",\n".join(rendered) + "\n]\n"
@@ -199,7 +166,7 @@ def foreign_task_id_files(text: str) -> tuple[str, ...]:
         entry
         for sample in parse(replace_block(text, "")).message.messages("model_warmup")
         for entry in sample.messages("inputs")
-        if (key := entry.scalar("key")) and key.value == "lora_task_id"
+        if (key := entry.scalar("key")) and key.value in _TASK_IDS
     ]
     files = [value.scalar("input_data_file") for entry in entries if (value := entry.message("value"))]
     return tuple(file.value for file in files if file is not None)
@@ -224,74 +191,59 @@ def _line(content: str) -> re.Pattern[str]:
 # --- Samples -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Input:
-    """One input of a sample: what the model declares, and what the file holds."""
-
-    declared: TensorSpec
-    data_type: str
-    shape: tuple[int, ...]  # without the batch dim
-    file: str
+def _shared_inputs(config: ModelConfig, flavour: Flavour) -> list[TensorSpec]:
+    return [spec for spec in config.inputs if spec.name in flavour.shared_inputs]
 
 
-def _shared_inputs(config: ModelConfig) -> list[TensorSpec]:
-    return [spec for spec in config.inputs if spec.name in SHARED_FILES]
+def _shared_sample(spec: TensorSpec, flavour: Flavour) -> SampleInput:
+    shared = flavour.shared_inputs[spec.name]
+    size = 1 if isinstance(shared.value, str) else len(shared.value)
+    return SampleInput(spec.name, filled(spec.data_type), (size,), shared.file)
 
 
-def _lora_inputs(declared: Mapping[str, TensorSpec], sample: WarmupSample) -> list[_Input]:
-    task_id = sample.task_id
-    weights_type = TRITON_TYPES[sample.dtype]
-    return [
-        _Input(declared["lora_task_id"], "TYPE_UINT64", (1,), task_id_file(task_id)),
-        _Input(declared["lora_weights"], weights_type, sample.weights_shape, weights_file(task_id)),
-        _Input(declared["lora_config"], "TYPE_INT32", sample.config_shape, config_file(task_id)),
-    ]
-
-
-def _require_inputs(config: ModelConfig) -> None:
-    """Triton counts a sample's required inputs; the engine loads an adapter only with all three LoRA inputs."""
-    known = {*SHARED_FILES, *_LORA_INPUTS}
+def _require_inputs(config: ModelConfig) -> Flavour:
+    """The flavour. Triton counts a sample's required inputs; the engine loads an adapter only with all of LoRA's."""
+    flavour = flavour_of_config(config)
+    known = {*flavour.shared_inputs, *flavour.inputs}
     problems = [
         f"input {spec.name!r} is required, and there is no value to warm it up with; declare it optional"
         for spec in config.inputs
         if spec.name not in known and not spec.optional
     ]
-    problems += [
-        f"it declares no input {name!r}, which the models of tensorrtllm_backend have from v0.9.0 on"
-        for name in _LORA_INPUTS
-        if config.input(name) is None
-    ]
+    if missing := flavour.missing([spec.name for spec in config.inputs]):
+        problems.append(f"it declares no input {', '.join(map(repr, missing))}: {flavour.origin}")
     if problems:
         raise ConfigError(one_message(f"{config.name or 'the model'!r} cannot be warmed up", problems))
+    return flavour
 
 
-def _mismatch(entry: _Input, sample: str) -> list[str]:
+def _mismatch(one: SampleInput, declared: TensorSpec, sample: str) -> list[str]:
     """In what an input of `sample` is not what the model declares."""
-    name, data_type, dims = entry.declared.name, filled(entry.declared.data_type), filled(entry.declared.dims)
+    data_type, dims = filled(declared.data_type), filled(declared.dims)
     problems = []
-    if entry.data_type != data_type:
-        problems.append(f"{sample}: {name} is declared {data_type}, and its file holds {entry.data_type}")
-    shape = _shape(entry)
+    if one.data_type != data_type:
+        problems.append(f"{sample}: {one.name} is declared {data_type}, and its file holds {one.data_type}")
+    shape = _shape(one, declared)
     if len(shape) != len(dims) or any(size not in (-1, got) for size, got in zip(dims, shape, strict=False)):
-        problems.append(f"{sample}: {name} is declared with dims {list(dims)}, and has {list(entry.shape)}")
+        problems.append(f"{sample}: {one.name} is declared with dims {list(dims)}, and has {list(one.shape)}")
     return problems
 
 
-def _shape(entry: _Input) -> tuple[int, ...]:
+def _shape(one: SampleInput, declared: TensorSpec) -> tuple[int, ...]:
     """The shape with the leading ones that a model without batching has to declare itself."""
-    return (1,) * (len(filled(entry.declared.dims)) - len(entry.shape)) + entry.shape
+    return (1,) * (len(filled(declared.dims)) - len(one.shape)) + one.shape
 
 
-def _render_sample(sample: WarmupSample, inputs: Sequence[_Input]) -> str:
+def _render_sample(sample: WarmupSample, inputs: Sequence[SampleInput], declared: Mapping[str, TensorSpec]) -> str:
     lines = ["  {", f"    name: {quote(sample.name)}", "    batch_size: 1"]
-    for entry in inputs:
+    for one in inputs:
         lines += [
             "    inputs {",
-            f"      key: {quote(entry.declared.name)}",
+            f"      key: {quote(one.name)}",
             "      value {",
-            f"        data_type: {entry.data_type}",
-            f"        dims: [ {', '.join(map(str, _shape(entry)))} ]",
-            f"        input_data_file: {quote(entry.file)}",
+            f"        data_type: {one.data_type}",
+            f"        dims: [ {', '.join(map(str, _shape(one, declared[one.name])))} ]",
+            f"        input_data_file: {quote(one.file)}",
             "      }",
             "    }",
         ]
@@ -299,28 +251,22 @@ def _render_sample(sample: WarmupSample, inputs: Sequence[_Input]) -> str:
 
 
 def _read_sample(sample: Message) -> WarmupSample:
-    """A sample of the block; ValueError when it is not one that `render_block` writes."""
-    values = {
-        key.value: value
-        for entry in sample.messages("inputs")
-        if (key := entry.scalar("key")) and (value := entry.message("value"))
-    }
+    """A sample of the block, with its dims as they stand there; ValueError when it is not one of ours."""
     name = sample.scalar("name")
     match = re.fullmatch(r"lora_(\d+)_warmup", name.value if name else "", re.ASCII)
-    if match is None or any(key not in values for key in _LORA_INPUTS):
+    inputs = [
+        _read_input(key.value, value)
+        for entry in sample.messages("inputs")
+        if (key := entry.scalar("key")) and (value := entry.message("value")) and key.value not in _SHARED
+    ]
+    if match is None or not inputs:
         raise ValueError(f"sample {name.value if name else ''!r} is not one of ours")
-    data_type = values["lora_weights"].scalar("data_type")
-    dtype = _DTYPES.get(data_type.value if data_type else "")
-    if dtype is None:
-        raise ValueError(f"lora_weights of sample {match[0]!r} has no data_type of a LoRA")
-    weights_shape, config_shape = (
-        _last_two_dims(values[key], match[0], key) for key in ("lora_weights", "lora_config")
-    )
-    return WarmupSample(int(match[1]), weights_shape, config_shape, dtype)
+    return WarmupSample(int(match[1]), tuple(inputs))
 
 
-def _last_two_dims(value: Message, sample: str, key: str) -> tuple[int, int]:
+def _read_input(key: str, value: Message) -> SampleInput:
+    data_type, file = value.scalar("data_type"), value.scalar("input_data_file")
     dims = [scalar.value for scalar in value.scalars("dims")]
-    if len(dims) < 2 or not all(dim.isdecimal() for dim in dims):
-        raise ValueError(f"{key} of sample {sample!r} has the dims {dims}")
-    return int(dims[-2]), int(dims[-1])
+    if data_type is None or file is None or not all(dim.isdecimal() for dim in dims):
+        raise ValueError(f"its {key} has dims {dims} or lacks a type or a file")
+    return SampleInput(key, data_type.value, tuple(map(int, dims)), file.value)

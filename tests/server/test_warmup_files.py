@@ -13,20 +13,14 @@ from typing import Any
 
 import pytest
 
+from table import sample
+from tritonlora.declarations import declare_lora_weights
 from tritonlora.errors import ServerError
+from tritonlora.flavours import TENSORS, task_id_bytes, task_id_file
 from tritonlora.pbtxt import append_value, parse, parse_config
 from tritonlora.server import Server
-from tritonlora.warmup import (
-    WarmupSample,
-    config_file,
-    render_block,
-    replace_block,
-    shared_files,
-    task_id_bytes,
-    task_id_file,
-    weights_file,
-)
-from tritonlora.wiring import declare_lora_weights, rewire_ensemble, router_config, set_parameter
+from tritonlora.warmup import render_block, replace_block, shared_files
+from tritonlora.wiring import rewire_ensemble, router_config, set_parameter
 
 UPSTREAM = Path(__file__).parent.parent / "upstream"
 
@@ -107,7 +101,8 @@ VALUES = {
     "preprocessing_instance_count": "1",
     "postprocessing_instance_count": "1",
 }
-SAMPLES = (WarmupSample(1, (4, 96), (4, 3), "bfloat16"), WarmupSample(2**64 - 1, (3, 160), (3, 3), "bfloat16"))
+SHAPES = {1: (4, 96), 2**64 - 1: (3, 160)}  # task id -> (n, W)
+SAMPLES = [sample(task_id, shape, (shape[0], 3)) for task_id, shape in SHAPES.items()]
 
 
 def filled_upstream(version: str, model: str) -> str:
@@ -134,11 +129,10 @@ def engine_config(version: str, seen: Path) -> str:
 def write_warmup(directory: Path, config: str) -> None:
     """The warmup files for SAMPLES: weights of bfloat16 ones, a config of ones."""
     files = shared_files(parse_config(config))
-    for sample in SAMPLES:
-        rows, width = sample.weights_shape
-        files[task_id_file(sample.task_id)] = task_id_bytes(sample.task_id)
-        files[weights_file(sample.task_id)] = b"\x80\x3f" * (rows * width)
-        files[config_file(sample.task_id)] = b"\1\0\0\0" * (rows * sample.config_shape[1])
+    for task_id, (rows, width) in SHAPES.items():
+        files[task_id_file(task_id)] = task_id_bytes(task_id)
+        files[TENSORS.weights_file.format(id=task_id)] = b"\x80\x3f" * (rows * width)
+        files[TENSORS.config_file.format(id=task_id)] = b"\1\0\0\0" * (rows * 3)
     (directory / "warmup").mkdir()
     for name, content in files.items():
         (directory / "warmup" / name).write_bytes(content)
@@ -176,9 +170,8 @@ def test_a_real_server_loads_each_adapter_from_the_block_and_serves_it_by_name(
 
     server = launch(repository)
 
-    for sample in SAMPLES:
-        rows, width = sample.weights_shape
-        got = json.loads((seen / str(sample.task_id)).read_text())
+    for task_id, (rows, width) in SHAPES.items():
+        got = json.loads((seen / str(task_id)).read_text())
         assert ["torch.bfloat16", [1, rows, width]] == got["lora_weights"]
         assert ["torch.int32", [1, rows, 3]] == got["lora_config"]
         assert ["torch.uint64", [1]] == got["lora_task_id"]
@@ -201,7 +194,7 @@ def test_a_real_server_refuses_a_weights_file_that_is_too_short(tmp_path: Path, 
     config = engine_config("v0.18.0", tmp_path)
     directory = write_model(tmp_path / "repository", "tensorrt_llm", config, ENGINE)
     write_warmup(directory, config)
-    path = directory / "warmup" / weights_file(1)
+    path = directory / "warmup" / TENSORS.weights_file.format(id=1)
     path.write_bytes(path.read_bytes()[:-1])
 
     with pytest.raises(ServerError, match="warmup setting expects 768 bytes, but the data provided from .*767 bytes"):

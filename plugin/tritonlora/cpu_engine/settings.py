@@ -56,6 +56,11 @@ def parse_settings(parameters: Mapping[str, str], model_directory: Path) -> Sett
     return Settings(**values)
 
 
+def is_cpu_engine(parameters: Mapping[str, str]) -> bool:
+    """Whether a model with these parameters is the engine that ships with tritonlora."""
+    return "synthetic" in parameters
+
+
 def _one_of(*choices: str) -> tuple[Callable[[str], str], str]:
     return {choice: choice for choice in choices}.__getitem__, f"one of {', '.join(choices)}"
 

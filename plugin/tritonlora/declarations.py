@@ -1,0 +1,43 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""Declare the engine model's LoRA inputs as the adapters are: text to text, losslessly and idempotent."""
+
+from __future__ import annotations
+
+from tritonlora.errors import ConfigError
+from tritonlora.pbtxt import TRITON_TYPES, Document, Message, insert_field, parse, replace_value
+
+
+def declare_lora_weights(text: str, dtype: str, columns: int = 3) -> str:
+    """The target's config.pbtxt with `lora_weights` declared as `dtype` ("bfloat16", "float16" or "float32").
+
+    With 4 columns (DoRA), lora_config's last dim becomes 4; with 3 it stays as it is. Raises ConfigError when the model
+    has no LoRA inputs.
+    """
+    document = parse(text)
+    text = _set_data_type(document, _declared(document, "lora_weights"), TRITON_TYPES[dtype])
+    if columns != 4:
+        return text
+    document = parse(text)
+    return _set_last_dim(document, _declared(document, "lora_config"), columns)
+
+
+def _declared(document: Document, name: str) -> Message:
+    for tensor in document.message.messages("input"):
+        if name in (scalar.value for scalar in tensor.scalars("name")):
+            return tensor
+    raise ConfigError(f"the model declares no input {name!r}, so it takes no adapters as tensors")
+
+
+def _set_data_type(document: Document, tensor: Message, data_type: str) -> str:
+    current = tensor.scalar("data_type")
+    if current is None:
+        return insert_field(document, tensor, f"data_type: {data_type}")
+    return replace_value(document, current, data_type)
+
+
+def _set_last_dim(document: Document, tensor: Message, size: int) -> str:
+    dim = tensor.scalar("dims")
+    if dim is None or dim.value in ("-1", str(size)):
+        return document.text
+    return replace_value(document, dim, str(size))
