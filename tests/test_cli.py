@@ -20,7 +20,7 @@ import pytest
 import typer
 
 from repositories import SYNTHETIC_GEOMETRY, set_cache_pages, synthetic_adapter, synthetic_repository
-from tritonlora import __version__, cli, install, repository
+from tritonlora import __version__, cli, install, register, repository
 from upstream_configs import upstream_repository
 
 COMMANDS = ("demo", "init", "add", "remove", "list", "plan", "check", "convert", "serve", "generate", "bench")
@@ -171,10 +171,57 @@ def test_plan_says_whether_all_fit_and_sets_what_it_recommends(capsys: pytest.Ca
 
     assert code == 0
     assert "NOT all adapters fit: 2 of 1 pages" in out
-    assert "\nrecommended: lora_cache_" in out
+    assert "\nrecommended: lora_cache_optimal_adapter_size = " in out
+    assert "\nlora_cache_max_adapter_size = 8 stays; the least host cache the engine loads with: " in out
 
     assert json.loads(run(capsys, "plan", "--repo", repo, "--apply", "--json")[1])["applied"]
     assert "\nall adapters fit: 2 of " in run(capsys, "plan", "--repo", repo)[1]
+
+
+def test_plan_answers_what_if(capsys: pytest.CaptureFixture[str], repo: Path) -> None:
+    """For adapters that are not there; --apply makes room for them."""
+    set_cache_pages(repository.open_repository(repo), 100)
+    code, out, _ = run(capsys, "plan", "--repo", repo, "--what-if", "rank=16,count=200")
+
+    assert code == 0
+    assert ["pirate", "haiku"] == [line.split("\t")[0] for line in out.splitlines()[1:3]][::-1]
+    assert "NOT all adapters fit: 402 of 100 pages" in out
+    run(capsys, "plan", "--repo", repo, "--what-if", "rank=16,count=200", "--apply")
+    assert "\nall adapters fit: " in run(capsys, "plan", "--repo", repo, "--what-if", "rank=16,count=200")[1]
+
+
+@pytest.mark.parametrize(
+    "text", ["rank=16", "count=1", "rank=0,count=1", "rank=x,count=1", "16,200", "rank=1,count=1,a=1"]
+)
+def test_a_what_if_that_is_none_is_usage(capsys: pytest.CaptureFixture[str], repo: Path, text: str) -> None:
+    """Exit code 2."""
+    assert 2 == run(capsys, "plan", "--repo", repo, "--what-if", text)[0]
+
+
+def test_plan_says_which_adapters_to_keep_warm(capsys: pytest.CaptureFixture[str], repo: Path, tmp_path: Path) -> None:
+    """By weights, in a cache with room for one besides the one that comes and goes."""
+    set_cache_pages(repository.open_repository(repo), 1)
+    weights = tmp_path / "weights"
+    weights.write_text("haiku: 3\npirate: 1\n")
+    code, out, _ = run(capsys, "plan", "--repo", repo, "--weights", weights)
+
+    assert code == 0
+    assert "\nkeep warm: none\nload on first use: haiku, pirate\n100.0% of requests may carry weights again, " in out
+    choice = json.loads(run(capsys, "plan", "--repo", repo, "--weights", weights, "--json")[1])["warm_choice"]
+    assert 1.0 == choice["resend_share"]
+    weights.write_text("nobody: 3")
+    assert (1, "") == run(capsys, "plan", "--repo", repo, "--weights", weights)[:2]
+
+
+def test_plan_can_be_made_from_the_base_model(capsys: pytest.CaptureFixture[str], repo: Path, tmp_path: Path) -> None:
+    """Where the engine is not, its config.json stands for it."""
+    opened = repository.open_repository(repo)
+    shutil.copytree(opened.target_directory / "1", tmp_path / "base")
+    register.set_parameters(opened, {"gpt_model_path": "/nowhere"})
+    code, _, err = run(capsys, "plan", "--repo", repo)
+
+    assert (1, True) == (code, "or give the base model's directory with --base" in err)
+    assert 0 == run(capsys, "plan", "--repo", repo, "--base", tmp_path / "base")[0]
 
 
 def test_check_is_silent_about_nothing_and_fails_on_errors(capsys: pytest.CaptureFixture[str], repo: Path) -> None:

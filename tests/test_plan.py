@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 
 import pytest
@@ -216,6 +217,12 @@ def test_traffic_of_unknown_adapters_is_refused() -> None:
         choose_warm(plan_cache([llama_adapter("a", 8)], LLAMA_2_7B, {}), {"b": 1.0})
 
 
+def test_what_if_of_a_rank_that_the_engine_does_not_take_is_refused() -> None:
+    """Once, not once for each adapter."""
+    with pytest.raises(EngineMismatch, match="^an engine: the engine takes ranks 1 to 64, not 65$"):
+        what_if([], LLAMA_2_7B, {}, rank=65, count=200)
+
+
 SMALL = {"attn_q": (16, 16), "attn_k": (16, 8), "attn_v": (16, 8), "attn_dense": (16, 16), "mlp_4h_to_h": (48, 16)}
 LAYERS = 4
 
@@ -223,7 +230,7 @@ LAYERS = 4
 @st.composite
 def adapters(draw: st.DrawFn) -> list[Entry]:
     module_ids = [BY_NAME[name].id for name in SMALL]
-    row = st.tuples(st.sampled_from(module_ids), st.integers(0, LAYERS - 1), st.integers(1, 16))
+    row = st.tuples(st.sampled_from(module_ids), st.integers(0, LAYERS - 1), st.integers(1, 16), st.integers(0, 1))
     rows = draw(st.lists(st.lists(row, min_size=1, max_size=20, unique_by=lambda row: row[:2]), max_size=8))
     return [Entry(f"a{number}", tuple(each), 0) for number, each in enumerate(rows)]
 
@@ -267,3 +274,61 @@ def test_plan_and_cache_agree(entries: list[Entry], tp_size: int, pp_size: int, 
     assert better.fits
     assert all_stay(entries, profile, better.parameters)
     assert better.parameters.host_memory_bytes >= plan.parameters.host_memory_bytes
+
+
+def upstreams_pages(
+    entry: Entry, profile: EngineProfile, layers: range, optimal: int, memory: int
+) -> tuple[int, int, int]:
+    """(bytes of a page, pages of the host cache, pages of the adapter), as upstream's formulas have them.
+
+    TensorRT-LLM `getPageManagerConfig`, `getMaxNumSlots` and `determineNumPages`, written down once more, with 64 for
+    lora_cache_max_adapter_size and 2 bytes a value.
+    """
+    split_in = {"attn_dense", "mlp_4h_to_h"}
+
+    def local(name: str) -> tuple[int, int]:
+        inward, outward = SMALL[name]
+        tp = profile.tp_size
+        return (inward // tp, outward) if name in split_in else (inward, outward // tp)
+
+    one_dim = {name: sum(local(name)) for name in SMALL}
+    width = min(one_dim.values())
+    opt, largest = min(optimal, profile.max_lora_rank), min(64, profile.max_lora_rank)
+    per_layer = sum(opt * math.ceil(one / width) for one in one_dim.values())
+    slots_per_page = max(per_layer * len(layers), math.ceil(largest * max(one_dim.values()) / width))
+    page = used = 0
+    for module_id, layer, r, dora in entry.rows:
+        if layer not in layers:
+            continue
+        name = next(name for name in SMALL if BY_NAME[name].id == module_id)
+        slots = math.ceil((r * one_dim[name] + dora * local(name)[1]) / width)
+        if used + slots > slots_per_page:
+            page, used = page + 1, 0
+        used += slots
+    return slots_per_page * width * 2, math.ceil(memory // (width * 2) / slots_per_page), page + 1
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    entries=adapters(),
+    tp_size=st.sampled_from([1, 2, 4]),
+    pp_size=st.sampled_from([1, 2, 4]),
+    optimal=st.integers(1, 20),
+    memory=st.integers(20_000, 200_000),
+)
+def test_a_plan_has_upstreams_figures(
+    entries: list[Entry], tp_size: int, pp_size: int, optimal: int, memory: int
+) -> None:
+    """Page size, pages of the cache, and pages of every adapter on every pipeline rank."""
+    profile = profile_of(SMALL, num_layers=LAYERS, tp_size=tp_size, pp_size=pp_size, max_lora_rank=16)
+    parameters = {"lora_cache_optimal_adapter_size": str(optimal), "lora_cache_host_memory_bytes": str(memory)}
+    plan = plan_cache(entries, profile, parameters)
+    layers = [range(LAYERS // pp_size * rank, LAYERS // pp_size * (rank + 1)) for rank in range(pp_size)]
+    expected = [[upstreams_pages(entry, profile, each, optimal, memory) for entry in entries] for each in layers]
+
+    assert [max(ranks) for ranks in zip(*[[pages for *_, pages in each] for each in expected], strict=True)] == [
+        adapter.pages for adapter in plan.adapters
+    ]
+    for each, rank in zip(expected, plan.ranks, strict=True):
+        assert {(rank.page_bytes, rank.host_pages)} >= {(size, total) for size, total, _ in each}
+        assert sum(pages for *_, pages in each) == rank.pages

@@ -9,30 +9,25 @@ Modules that import torch are imported inside the commands that need them.
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import json
 import os
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from tritonlora import __version__
 from tritonlora.errors import RepositoryError, ServerError, TritonLoraError
+from tritonlora.terminal import print_diff, print_json, print_note, print_plan, print_table, size, stderr
 
 if TYPE_CHECKING:
     from tritonlora.adapters import AdapterEntry
     from tritonlora.register import Options
     from tritonlora.repository import Repository
-    from tritonlora.undo import FileChange
 
 app = typer.Typer(
     name="tritonlora",
@@ -42,8 +37,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-stdout = Console()
-stderr = Console(stderr=True)
 
 Repo = Annotated[Path, typer.Option("--repo", envvar="TRITONLORA_REPO", metavar="REPO", help="The model repository.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -53,6 +46,7 @@ AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Take Na
 Base = Annotated[
     Path | None, typer.Option("--base", help="Directory of the base model's checkpoint.", exists=True, file_okay=False)
 ]
+MOST_WHAT_IF = 100_000
 Url = Annotated[str, typer.Option("--url", metavar="HOST:PORT", help="The server's HTTP endpoint.")]
 
 
@@ -84,16 +78,6 @@ def main(arguments: list[str] | None = None) -> int:
 def _interrupt(_number: int, _frame: FrameType | None) -> None:
     # Not KeyboardInterrupt: typer would take that for itself, and make it exit code 1.
     raise _Interrupted
-
-
-def _print_json(value: object) -> None:
-    sys.stdout.write(json.dumps(value, indent=2, default=_jsonable) + "\n")
-
-
-def _jsonable(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
-    return str(value)
 
 
 def _version(value: bool) -> None:
@@ -142,26 +126,16 @@ def init(
     changes = undoing.undo(repo, dry_run=dry_run) if undo else install.init(repo, target, dry_run=dry_run)
     notes = [] if undo or dry_run else install.notes(repo)
     if as_json:
-        _print_json([{"path": str(one.path), "change": one.kind} for one in changes])
+        print_json([{"path": str(one.path), "change": one.kind} for one in changes])
     elif dry_run:
         for change in changes:
-            _print_diff(change)
+            print_diff(change)
     else:
         sys.stdout.write("".join(f"{change.kind} {change.path}\n" for change in changes))
     if not changes and not as_json:
         sys.stdout.write("nothing to do: the router is in place\n")
     for note in notes:
-        stderr.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
-
-
-def _print_diff(change: FileChange) -> None:
-    styles = {"+": "green", "-": "red", "@": "cyan"}
-    old, new = (
-        ("/dev/null", []) if text is None else (str(change.path), text.splitlines())
-        for text in (change.before, change.after)
-    )
-    for line in difflib.unified_diff(old[1], new[1], old[0], new[0], lineterm=""):
-        stdout.print(line, style=styles.get(line[:1]), markup=False, highlight=False, soft_wrap=True)
+        print_note(note)
 
 
 @app.command()
@@ -196,9 +170,9 @@ def add(
             repository.open_repository(repo), name, adapter_dir, options, task_id=task_id, dry_run=dry_run
         )
     for remark in added.remarks:
-        stderr.print(f"note: {remark}", markup=False, highlight=False, soft_wrap=True)
+        print_note(remark)
     if as_json:
-        _print_json(added)
+        print_json(added)
         return
     did = "is unchanged" if added.unchanged else "would be added" if dry_run else "added"
     sys.stdout.write(f"{name} {did}: {_id_and_size(added.entry)}\n")
@@ -215,7 +189,7 @@ def _add_all(opened: Repository, directory: Path, options: Options, *, as_json: 
         results = register.add_all(opened, adapters, options, on_done=lambda _: progress.advance(task))
     refused = [one for one in results if isinstance(one, register.Refused)]
     if as_json:
-        _print_json(sorted(results, key=lambda one: one.name))
+        print_json(sorted(results, key=lambda one: one.name))
     for one in sorted(results, key=lambda one: one.name):
         if isinstance(one, register.Refused):
             stderr.print(f"{one.name} refused: {one.error}", markup=False, highlight=False, soft_wrap=True)
@@ -227,7 +201,7 @@ def _add_all(opened: Repository, directory: Path, options: Options, *, as_json: 
 
 
 def _id_and_size(entry: AdapterEntry) -> str:
-    return f"lora_task_id {entry.lora_task_id}, {_size(entry.lora_weights_nbytes)}"
+    return f"lora_task_id {entry.lora_task_id}, {size(entry.lora_weights_nbytes)}"
 
 
 @app.command()
@@ -239,7 +213,7 @@ def remove(
 
     entry = register.remove(repository.open_repository(repo), name)
     if as_json:
-        _print_json({"name": name, "entry": entry})
+        print_json({"name": name, "entry": entry})
     else:
         sys.stdout.write(f"{name} removed: lora_task_id {entry.lora_task_id} is retired\n")
 
@@ -251,7 +225,7 @@ def list_adapters(repo: Repo, as_json: AsJson = False) -> None:
 
     table = repository.read_table(repository.open_repository(repo))
     if as_json:
-        _print_json(dict(sorted(table.entries.items())))
+        print_json(dict(sorted(table.entries.items())))
         return
     columns = ("lora_name", "lora_task_id", "rank", "modules", "size", "pages", "start")
     rows = [
@@ -260,71 +234,78 @@ def list_adapters(repo: Repo, as_json: AsJson = False) -> None:
             str(entry.lora_task_id),
             ",".join(map(str, entry.adapter_sizes)),
             ",".join(entry.modules),
-            _size(entry.lora_weights_nbytes),
+            size(entry.lora_weights_nbytes),
             str(entry.pages or "?"),
             "warm" if entry.warm else "on first use",
         )
         for name, entry in sorted(table.entries.items())
     ]
-    _print_table(columns, rows)
+    print_table(columns, rows)
 
 
 @app.command()
 def plan(
     repo: Repo,
     apply: Annotated[bool, typer.Option("--apply", help="Set the recommended parameters.")] = False,
+    what_if: Annotated[
+        str | None, typer.Option("--what-if", metavar="rank=R,count=N", help="Plan for N more adapters of rank R.")
+    ] = None,
+    weights: Annotated[
+        typer.FileText | None,
+        typer.Option(
+            "--weights",
+            metavar="FILE",
+            help="Say which adapters to keep warm: lines `name: weight`, or the "
+            "text of the server's /metrics; '-' reads standard input.",
+        ),
+    ] = None,
+    base: Base = None,
     as_json: AsJson = False,
 ) -> None:
     """Say which pages of the engine's LoRA cache each adapter takes, and whether all fit."""
-    from tritonlora import register, repository
+    from tritonlora import engine, register, repository
+    from tritonlora import plan as planning
+    from tritonlora.traffic import parse_traffic
 
     opened = repository.open_repository(repo)
     config = repository.read_config(opened.config_path)
+    table = repository.read_table(opened)
     profile = repository.engine_profile(opened, config)
+    if profile is None and base is not None:
+        profile = engine.load_profile(base, dtype=next((one.dtype for one in table.entries.values()), None))
     if profile is None:
         location = config.parameters.get("gpt_model_path", "")
         raise RepositoryError(
-            f"no config.json at the model's gpt_model_path {location!r}; run plan where the engine is"
+            f"no config.json at the model's gpt_model_path {location!r}; run plan where the engine is, "
+            "or give the base model's directory with --base"
         )
-    found = repository.plan_of(opened, repository.read_table(opened), config, profile)
-    if found is None:
-        raise RepositoryError(f"{profile.source} was built without LoRA, so it has no LoRA cache")
-    to_set = {one.parameter: str(one.value) for one in found.recommendations if one.value != one.in_effect}
+    entries = repository.plan_entries(opened, table, config)
+    if what_if is None:
+        found = planning.plan_cache(entries, profile, config.parameters)
+    else:
+        rank, count = _rank_and_count(what_if)
+        found = planning.what_if(entries, profile, config.parameters, rank=rank, count=count)
+    traffic = None if weights is None else parse_traffic(weights.read(), table.entries)
+    choice = None if traffic is None else planning.choose_warm(found, traffic)
+    applied = None
     if apply:
-        register.set_parameters(opened, to_set)
+        applied = {one.parameter: str(one.value) for one in found.recommendations if one.value != one.in_effect}
+        register.set_parameters(opened, applied)
     if as_json:
-        _print_json({**dataclasses.asdict(found), "fits": found.fits, "applied": to_set if apply else {}})
+        print_json({**dataclasses.asdict(found), "fits": found.fits, "warm_choice": choice, "applied": applied or {}})
         return
     for remark in found.remarks:
-        stderr.print(f"note: {remark}", markup=False, highlight=False, soft_wrap=True)
-    columns = ("lora_name", "rank", "modules", "size", "pages", "start")
-    rows = [
-        (
-            one.name,
-            ",".join(map(str, one.ranks)),
-            ",".join(one.modules),
-            _size(one.nbytes),
-            str(one.pages),
-            "warm" if one.warm else "on first use",
-        )
-        for one in found.adapters
-    ]
-    _print_table(columns, rows)
-    tightest = found.tightest
-    verdict = "all adapters fit" if found.fits else "NOT all adapters fit"
-    lines = [
-        f"{verdict}: {tightest.pages} of {tightest.host_pages} pages of {_size(tightest.page_bytes)}",
-        f"loading takes {_size(found.load_bytes)} of host memory, "
-        f"sending an adapter again {_size(found.resend_shm_bytes)} of /dev/shm",
-        *(f"room for {count} more of rank {rank}" for rank, count in found.room.items()),
-        *(
-            f"{'set' if apply else 'recommended:'} {one.parameter} = {one.value} (in effect: {one.in_effect}); "
-            f"{one.cost}: {_size(one.cost_bytes)}"
-            for one in found.recommendations
-            if one.value != one.in_effect
-        ),
-    ]
-    sys.stdout.write("\n".join(lines) + "\n")
+        print_note(remark)
+    print_plan(found, table.entries, choice, applied)
+
+
+def _rank_and_count(text: str) -> tuple[int, int]:
+    """The numbers of "rank=16,count=200"."""
+    given = dict(part.strip().split("=", 1) for part in text.split(",") if "=" in part)
+    numbers = [int(given.get(key, "")) if given.get(key, "").isdecimal() else 0 for key in ("rank", "count")]
+    if len(given) != 2 or min(numbers) < 1 or max(numbers) > MOST_WHAT_IF:
+        raise typer.BadParameter(f"{text!r} is not rank=R,count=N with whole numbers from 1 to {MOST_WHAT_IF}")
+    return numbers[0], numbers[1]
 
 
 @app.command()
@@ -343,7 +324,7 @@ def check(
         register.repair(opened)
     findings = checks.check(opened, deep=deep)
     if as_json:
-        _print_json(findings)
+        print_json(findings)
     else:
         for one in findings:
             sys.stdout.write(f"{one.severity}: {one.where}: {one.problem}\n  remedy: {one.remedy}\n")
@@ -370,7 +351,7 @@ def convert(
             adapter_dir, out_dir, dtype=dtype, base=base, file_format=file_format, allow_nonfinite=allow_nonfinite
         )
     if as_json:
-        _print_json(converted)
+        print_json(converted)
     else:
         sys.stdout.write(f"{converted.weights_path}: {converted.dtype} {list(converted.weights_shape)}\n")
         sys.stdout.write(f"{converted.config_path}: int32 {list(converted.config_shape)}\n")
@@ -417,25 +398,6 @@ def serve(
         raise ServerError(f"tritonserver ended by itself, with status {status}")
 
 
-def _print_table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-    """A table: drawn on a terminal, tab-separated lines in a pipe."""
-    if not stdout.is_terminal:
-        sys.stdout.write("".join("\t".join(row) + "\n" for row in [columns, *rows]))
-        return
-    table = Table(*columns)
-    for row in rows:
-        table.add_row(*row)
-    stdout.print(table)
-
-
-def _size(nbytes: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if nbytes < 1024:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1024
-    return f"{nbytes:.1f} GiB"
-
-
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="The text to send; '-' reads standard input.")],
@@ -451,7 +413,7 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     pieces = client.generate(text, lora_name=lora_name, max_tokens=max_tokens, url=url, model=model)
     if as_json:
-        _print_json({"lora_name": lora_name, "text_output": "".join(pieces)})
+        print_json({"lora_name": lora_name, "text_output": "".join(pieces)})
         return
     for piece in pieces:
         sys.stdout.write(piece)
@@ -482,6 +444,6 @@ def bench_convert(
     if plot:
         benchmark.draw(results, plot)
     if as_json:
-        _print_json(results)
+        print_json(results)
     else:
         sys.stdout.write(benchmark.table(results) + "\n")

@@ -172,7 +172,12 @@ def plan_cache(entries: Sequence[Entry], profile: EngineProfile, parameters: Map
 def what_if(
     entries: Sequence[Entry], profile: EngineProfile, parameters: Mapping[str, str], *, rank: int, count: int
 ) -> CachePlan:
-    """The plan with `count` more warm adapters of adapter size `rank`, on all modules and layers."""
+    """The plan with `count` more warm adapters of adapter size `rank`, on all modules and layers.
+
+    EngineMismatch as for `plan_cache`, and when the engine does not take that rank.
+    """
+    if profile.modules and not 0 < rank <= profile.max_lora_rank:
+        raise EngineMismatch(f"{profile.source}: the engine takes ranks 1 to {profile.max_lora_rank}, not {rank}")
     rows = _full_rows(profile, rank)
     width = max((rank * (dims.in_features + dims.out_features) for dims in profile.modules.values()), default=0)
     weights_nbytes = len(rows) * width * ELEMENT_SIZES[profile.dtype]

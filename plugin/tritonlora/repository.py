@@ -120,8 +120,15 @@ def plan_of(
     flavour = flavour_of_config(config)
     if profile is None or not profile.modules or not flavour.sends_weights:
         return None
-    entries = [
+    return plan_cache(plan_entries(repository, table, config), profile, config.parameters)
+
+
+def plan_entries(repository: Repository, table: AdapterTable, config: ModelConfig) -> list[Entry]:
+    """The registered adapters as the planner needs them; RepositoryError for an engine that has no such cache."""
+    flavour = flavour_of_config(config)
+    if not flavour.sends_weights:
+        raise RepositoryError(f"{repository.target!r} reads adapters from disk itself; there is no cache to plan")
+    return [
         Entry(name, flavour.rows(repository.root, entry), entry.lora_weights_nbytes, entry.warm)
         for name, entry in sorted(table.entries.items())
     ]
-    return plan_cache(entries, profile, config.parameters)

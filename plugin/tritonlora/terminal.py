@@ -1,0 +1,126 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""How results look: on a terminal, in a pipe, and as JSON. Data goes to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from tritonlora.plan import AdapterPlan, CachePlan, WarmChoice
+    from tritonlora.undo import FileChange
+
+stdout = Console()
+stderr = Console(stderr=True)
+
+NAMES_SHOWN = 20
+
+
+def print_json(value: object) -> None:
+    """A value on stdout, dataclasses as objects."""
+    sys.stdout.write(json.dumps(value, indent=2, default=_jsonable) + "\n")
+
+
+def _jsonable(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    return str(value)
+
+
+def print_note(note: str) -> None:
+    """Something to know, on stderr."""
+    stderr.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table: drawn on a terminal, tab-separated lines in a pipe."""
+    if not stdout.is_terminal:
+        sys.stdout.write("".join("\t".join(row) + "\n" for row in [columns, *rows]))
+        return
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*row)
+    stdout.print(table)
+
+
+def print_diff(change: FileChange) -> None:
+    """What a command does to a file, as a unified diff."""
+    styles = {"+": "green", "-": "red", "@": "cyan"}
+    old, new = (
+        ("/dev/null", []) if text is None else (str(change.path), text.splitlines())
+        for text in (change.before, change.after)
+    )
+    for line in difflib.unified_diff(old[1], new[1], old[0], new[0], lineterm=""):
+        stdout.print(line, style=styles.get(line[:1]), markup=False, highlight=False, soft_wrap=True)
+
+
+def size(nbytes: float) -> str:
+    """Bytes in the unit that people read."""
+    for unit in ("B", "KiB", "MiB"):
+        if nbytes < 1024:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.1f} GiB"
+
+
+def print_plan(
+    plan: CachePlan, registered: Iterable[str], choice: WarmChoice | None, applied: Mapping[str, str] | None
+) -> None:
+    """A plan; of its adapters only the `registered` ones get a row. `applied`: the parameters that were set."""
+    names = set(registered)
+    columns = ("lora_name", "rank", "modules", "size", "pages", "start")
+    print_table(columns, [_plan_row(one) for one in plan.adapters if one.name in names])
+    sys.stdout.write("".join(f"{line}\n" for line in _plan_lines(plan, choice, applied)))
+
+
+def _plan_row(adapter: AdapterPlan) -> tuple[str, ...]:
+    return (
+        adapter.name,
+        ",".join(map(str, adapter.ranks)),
+        ",".join(adapter.modules),
+        size(adapter.nbytes),
+        str(adapter.pages),
+        "warm" if adapter.warm else "on first use",
+    )
+
+
+def _plan_lines(plan: CachePlan, choice: WarmChoice | None, applied: Mapping[str, str] | None) -> Iterator[str]:
+    tightest = plan.tightest
+    yield (
+        f"{'all adapters fit' if plan.fits else 'NOT all adapters fit'}: "
+        f"{tightest.pages} of {tightest.host_pages} pages of {size(tightest.page_bytes)}; "
+        f"{len(plan.adapters)} adapters, {size(sum(one.nbytes for one in plan.adapters))}"
+    )
+    if tightest.refusal:
+        yield f"the engine will not load: {tightest.refusal}"
+    yield (
+        f"loading takes {size(plan.load_bytes)} of host memory, "
+        f"sending an adapter again {size(plan.resend_shm_bytes)} of /dev/shm"
+    )
+    yield from (f"room for {count} more of rank {rank}" for rank, count in plan.room.items())
+    for one in plan.recommendations:
+        if one.value == one.in_effect:
+            yield f"{one.parameter} = {one.value} stays; {one.cost}: {size(one.cost_bytes)}"
+        else:
+            verb = "recommended:" if applied is None else "set"
+            yield f"{verb} {one.parameter} = {one.value} (was: {one.in_effect}); {one.cost}: {size(one.cost_bytes)}"
+    if choice is not None:
+        yield f"keep warm: {_listed(choice.warm)}"
+        yield f"load on first use: {_listed(choice.cold)}"
+        yield (
+            f"{choice.resend_share:.1%} of requests may carry weights again, "
+            f"{size(choice.resend_bytes)} a request on average"
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    return (", ".join(names[:NAMES_SHOWN]) + more) or "none"

@@ -1,0 +1,57 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""Which adapters are asked for, and how much: from a file of weights, or from what the server measures."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Container
+
+from tritonlora.errors import TritonLoraError, one_message
+
+REQUESTS_METRIC = "lora_router_requests_total"
+_SAMPLE = re.compile(
+    rf'^{REQUESTS_METRIC}\{{(?:[^"}}]*"[^"]*",)*?\s*lora_name="([^"]*)"[^}}]*\}}\s+(\S+)', re.MULTILINE
+)
+
+
+def parse_traffic(text: str, registered: Container[str]) -> dict[str, float]:
+    """Requests, or any weights in proportion to them, by adapter name.
+
+    `text` is the body of the server's /metrics, of which adapters that are not registered any more are left out, or has
+    a line `name: weight` for each adapter, blank lines and # comments aside. TritonLoraError names every wrong line.
+    """
+    if REQUESTS_METRIC in text:
+        samples = [(name, _weight(value)) for name, value in _SAMPLE.findall(text) if name in registered]
+        return {name: math.fsum(value or 0 for other, value in samples if other == name) for name, _ in samples}
+
+    weights: dict[str, float] = {}
+    problems = []
+    for number, line in enumerate(text.splitlines(), 1):
+        entry = line.partition("#")[0].strip()
+        if not entry:
+            continue
+        name, _, value = (part.strip() for part in entry.rpartition(":"))
+        weight = _weight(value)
+        if not name or weight is None:
+            problems.append(f"line {number}: expected 'name: weight' with a weight from 0, got {entry[:100]!r}")
+        elif name not in registered:
+            problems.append(f"line {number}: no adapter {name!r} is registered")
+        elif name in weights:
+            problems.append(f"line {number}: {name!r} is there twice")
+        else:
+            weights[name] = weight
+    if not weights and not problems:
+        problems = [f"there is neither a line 'name: weight' nor the metric {REQUESTS_METRIC}"]
+    if problems:
+        raise TritonLoraError(one_message("the weights cannot be read", problems))
+    return weights
+
+
+def _weight(text: str) -> float | None:
+    try:
+        weight = float(text)
+    except ValueError:
+        return None
+    return weight if math.isfinite(weight) and weight >= 0 else None
