@@ -39,11 +39,13 @@ def synthetic_repository(
     cold: Iterable[str] = (),
     pages: int = 100,
     decoupled: bool = True,
+    streams: int = 4,
     parameters: Mapping[str, str] | None = None,
 ) -> Repository:
     """The shipped repository with adapters in it, and an engine cache of `pages` pages; each adapter takes one."""
     install.create_repository(root, {"tensorrt_llm": dict(parameters or {})})
     opened = repository.open_repository(root)
+    set_streams(opened, streams)
     if not decoupled:
         set_decoupled(opened, False)
     for number, name in enumerate([*warm, *cold]):
@@ -51,6 +53,14 @@ def synthetic_repository(
         register.add(opened, name, adapter, register.Options(warm=number < len(tuple(warm))))
     set_cache_pages(opened, pages)
     return opened
+
+
+def set_streams(opened: Repository, streams: int) -> None:
+    """Give the router that many instances, which each take a moment to start."""
+    path = opened.root / "lora_router" / "config.pbtxt"
+    text = repository.read_text(path)
+    assert text.count("count: 16") == 1
+    write_text(path, text.replace("count: 16", f"count: {streams}"))
 
 
 def set_cache_pages(opened: Repository, pages: int) -> None:

@@ -81,11 +81,13 @@ def test_init_keeps_what_somebody_has_tuned(tmp_path: Path) -> None:
     root = upstream_repository(tmp_path / "repo", "v0.18.0")
     install.init(root)
     config = root / "lora_router" / "config.pbtxt"
-    config.write_text(wiring.set_parameter(config.read_text(), "max_streams", "7"))
+    tuned = wiring.set_parameter(config.read_text(), "load_timeout_seconds", "7")
+    config.write_text(tuned.replace("count: 16", "count: 5"))
     (root / "lora_router" / "adapters.json").write_text("mine")
     install.init(root)
 
-    assert "7" == parse_config(config.read_text()).parameters["max_streams"]
+    found = parse_config(config.read_text())
+    assert ("7", 5) == (found.parameters["load_timeout_seconds"], found.instance_count)
     assert "mine" == (root / "lora_router" / "adapters.json").read_text()
 
 

@@ -21,7 +21,15 @@ from tritonlora.repository import DEFAULT_TARGET, ROUTER, read_config, read_text
 from tritonlora.undo import FileChange
 
 # What the models import. The router's run inside a plain Triton container.
-ROUTER_MODULES = ("__init__.py", "errors.py", "adapters.py", "routing.py")
+ROUTER_MODULES = (
+    "__init__.py",
+    "errors.py",
+    "adapters.py",
+    "dlpack.py",
+    "routing.py",
+    "residency.py",
+    "forwarding.py",
+)
 TEXT_MODULES = ("__init__.py", "errors.py", "text.py", "tokenizer.py")
 MODEL_MODULES = {"lora_router": ROUTER_MODULES, "preprocessing": TEXT_MODULES, "postprocessing": TEXT_MODULES}
 _BLS_TARGET = "tensorrt_llm_model_name"  # parameter of upstream's tensorrt_llm_bls: the model that it calls
@@ -88,11 +96,12 @@ def plan_init(root: Path, target: str | None = None) -> list[FileChange]:
             raise RepositoryError(f"{path}: {error}") from None
         changes.append(FileChange(path, before, after))
     try:
+        tuned = _router_there(root)
+        streams = {"max_streams": tuned.instance_count} if tuned and isinstance(tuned.instance_count, int) else {}
         router_config = wiring.router_config(
-            engine_config, name=ROUTER, target_name=target, previous_ids=takes_previous_ids
+            engine_config, name=ROUTER, target_name=target, previous_ids=takes_previous_ids, **streams
         )
-        # What somebody has tuned stays.
-        for key, value in _router_parameters(root).items():
+        for key, value in _tuned_parameters(tuned).items():
             router_config = wiring.set_parameter(router_config, key, value)
     except ConfigError as error:
         raise RepositoryError(f"{config_path}: {error}") from None
@@ -212,11 +221,15 @@ def _ensembles_of(root: Path, target: str) -> dict[Path, ModelConfig]:
     return found
 
 
-def _router_parameters(root: Path) -> dict[str, str]:
-    """The parameters of the router that is there already, less the one that `init` sets."""
+def _router_there(root: Path) -> ModelConfig | None:
+    """The config of the router that is there already: what somebody has tuned in it stays."""
     path = root / ROUTER / "config.pbtxt"
-    found = read_config(path).parameters if path.is_file() else {}
-    return {key: value for key, value in found.items() if key != "target"}
+    return read_config(path) if path.is_file() else None
+
+
+def _tuned_parameters(router: ModelConfig | None) -> dict[str, str]:
+    """The parameters of a router, less the one that `init` sets."""
+    return {key: value for key, value in router.parameters.items() if key != "target"} if router else {}
 
 
 def _takes_previous_tokens(root: Path, model: str) -> bool:

@@ -51,9 +51,10 @@ input [
 output [
 {outputs}
 ]
+# As many streams at a time; each instance is a process of 20 MB.
 instance_group [
   {{
-    count: 1
+    count: {max_streams}
     kind: KIND_CPU
   }}
 ]
@@ -67,7 +68,7 @@ def router_config(
     name: str = "lora_router",
     target_name: str = "tensorrt_llm",
     previous_ids: bool = False,
-    max_streams: int = 256,
+    max_streams: int = 16,
     cache_full_timeout_seconds: float = 30,
     load_timeout_seconds: float = 120,
 ) -> str:
@@ -98,7 +99,6 @@ def router_config(
         outputs.append(TensorSpec("previous_ids", "TYPE_INT32", (-1,)))
     parameters = {
         "target": target_name,
-        "max_streams": str(max_streams),
         "cache_full_timeout_seconds": str(cache_full_timeout_seconds),
         "load_timeout_seconds": str(load_timeout_seconds),
         "FORCE_CPU_ONLY_INPUT_TENSORS": "yes",
@@ -107,6 +107,7 @@ def router_config(
         target=quote(target_name),
         name=quote(name),
         max_batch_size=target.max_batch_size,
+        max_streams=max_streams,
         decoupled="true" if target.decoupled else "false",
         inputs=",\n".join(map(_tensor, inputs)),
         outputs=",\n".join(map(_tensor, outputs)),

@@ -2,8 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The router: forwards each request to the engine's model, for the adapter that it names.
 
-This file only translates between Triton and `tritonlora.routing`, which decides. `execute` returns at once; every
-request (every row of a batch) is answered from a thread of the pool, so that no stream holds up another.
+This file only translates between Triton and `tritonlora.routing` and `tritonlora.forwarding`, which decide.
+
+An instance answers one request at a time, from its first token to its last; Triton runs as many instances, a process
+each, as there can be streams (`instance_group` in config.pbtxt). Threads would be cheaper, and they are a trap: two
+decoupled BLS requests at a time in one process deadlock sooner or later. `ResponseIterator::Next` waits for the GIL
+while it has the iterator's mutex, the thread that delivers answers for that mutex while it has the mutex of the table
+of iterators, and `Stub::GetResponseIterator` for the latter while it has the GIL (python_backend src/pb_stub.cc, seen
+with 2.51, and the same in its main branch of July 2026).
 """
 
 from __future__ import annotations
@@ -11,21 +17,21 @@ from __future__ import annotations
 import functools
 import json
 import sys
-import threading
 import traceback
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import triton_python_backend_utils as pb_utils
 
 sys.path.insert(0, str(Path(__file__).parent))  # the copy beside this file, whatever else is installed
 
 from tritonlora.errors import InvalidRequest, RequestError
-from tritonlora.routing import Forwarder, PreviousIds, Route, TableFile, map_tensors, public, resolve_rows
+from tritonlora.forwarding import Forwarder, is_unavailable, public
+from tritonlora.residency import open_residency, shared_directory
+from tritonlora.routing import PreviousIds, Route, TableFile, map_tensors, resolve_rows
 
 ROUTING_INPUTS = ("lora_name", "lora_task_id")
 ENGINE_NEEDS = ("output_ids", "sequence_length")  # it refuses a request that does not ask for both
@@ -44,62 +50,50 @@ class TritonPythonModel:
         self._engine_outputs = {output["name"] for output in config["output"]} - {"previous_ids"}
         self._decoupled = pb_utils.using_decoupled_model_transaction_policy(config)
         self._table = TableFile(directory / "adapters.json", pb_utils.Logger.log_error)
+        warmed = [entry.lora_task_id for entry in self._table.table().entries.values() if entry.warm]
+        self._residency = open_residency(shared_directory(args["model_name"]), warmed)
         self._forwarder = Forwarder(
+            self._residency,
             error_text,
-            warmed=[entry.lora_task_id for entry in self._table.table().entries.values() if entry.warm],
             cache_full_timeout=float(parameters["cache_full_timeout_seconds"]),
             load_timeout=float(parameters["load_timeout_seconds"]),
         )
-        self._pool = ThreadPoolExecutor(int(parameters["max_streams"]), thread_name_prefix="lora_router")
+        # The stub forgets a stream in a thread of its own. If nobody else held it by then, that thread would wait for
+        # the GIL with the mutex that the next request needs while it holds the GIL.
+        self._last_streams: deque[object] = deque(maxlen=4)
 
     def execute(self, requests: list[pb_utils.InferenceRequest]) -> None:
-        """Resolve the adapters of each request and hand its rows to the pool."""
+        """Answer the requests, one after the other."""
         for request in requests:
             reply = Reply(request, self._decoupled)
             try:
-                batch = request.inputs()[0].shape()[0]
-                lora_names, lora_task_ids = (values_of(request, name) for name in ROUTING_INPUTS)
-                routes = resolve_rows(self._table.table(), lora_names, lora_task_ids, batch)
-                inputs = [tensor for tensor in request.inputs() if tensor.name() not in ROUTING_INPUTS]
-                split = batch > 1 and (any(routes) or reply.is_stream)  # each row is a stream of its own
-                rows = [row_of(inputs, row) for row in range(batch)] if split else [inputs]
-                if len(rows) > 1 and not self._decoupled:
-                    raise InvalidRequest("a batch of several rows for LoRA adapters needs a decoupled engine model")
+                self._answer(request, reply)
             except Exception as error:  # noqa: BLE001  whatever it is, this request must be answered
                 reply.fail(error)
-                reply.row_finished()
-                continue
-            reply.rows = len(rows)
-            for row, row_inputs in enumerate(rows):
-                self._pool.submit(self._answer, request, reply, row, row_inputs, routes[row])
+            reply.complete()
 
     def finalize(self) -> None:
-        """End the pool without waiting for the engine."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        """Leave what the instances share."""
+        self._residency.close()
 
-    def _answer(
-        self,
-        request: pb_utils.InferenceRequest,
-        reply: Reply,
-        row: int,
-        inputs: list[pb_utils.Tensor],
-        route: Route | None,
-    ) -> None:
-        """Answer one row."""
-        try:
-            send = functools.partial(self._send, request, inputs, route)
-            for answer in self._forwarder.forward(route, send, reply.is_cancelled):
-                if reply.is_cancelled():
-                    return
+    def _answer(self, request: pb_utils.InferenceRequest, reply: Reply) -> None:
+        """Answer one request, row by row where its rows are streams of their own."""
+        batch = request.inputs()[0].shape()[0]
+        lora_names, lora_task_ids = (values_of(request, name) for name in ROUTING_INPUTS)
+        routes = resolve_rows(self._table.table(), lora_names, lora_task_ids, batch)
+        inputs = [tensor for tensor in request.inputs() if tensor.name() not in ROUTING_INPUTS]
+        split = batch > 1 and (any(routes) or reply.is_stream)
+        if split and not self._decoupled:
+            raise InvalidRequest("a batch of several rows for LoRA adapters needs a decoupled engine model")
+        for row in range(batch if split else 1):
+            reply.begin_row(row if split else None)
+            send = functools.partial(self._send, request, row_of(inputs, row) if split else inputs, routes[row])
+            for answer in self._forwarder.forward(routes[row], send):
                 if error := engine_error(answer):
-                    raise EngineError(error, route)
-                if answer.output_tensors():  # the last answer of a decoupled model may be nothing but a flag
-                    reply.send(answer.output_tensors(), row)
-            reply.end_of_stream(row)
-        except Exception as error:  # noqa: BLE001
-            reply.fail(error)
-        finally:
-            reply.row_finished()
+                    raise EngineError(error, routes[row])
+                if tensors := answer.output_tensors():  # the last one may be nothing but a flag
+                    reply.send(tensors)
+            reply.end_row()
 
     def _send(
         self, request: pb_utils.InferenceRequest, inputs: list[pb_utils.Tensor], route: Route | None, attach: bool
@@ -107,12 +101,11 @@ class TritonPythonModel:
         """Send the request to the engine's model, and give its answers."""
         tensors = list(inputs)
         if route:
-            task_id = torch.tensor([[route.entry.lora_task_id]], dtype=torch.uint64)
-            tensors.append(pb_utils.Tensor.from_dlpack("lora_task_id", task_id))
+            tensors.append(pb_utils.Tensor("lora_task_id", np.array([[route.entry.lora_task_id]], np.uint64)))
         if route and attach:
             lora_weights, lora_config = map_tensors(self._repository, route)
             tensors.append(pb_utils.Tensor.from_dlpack("lora_weights", lora_weights))
-            tensors.append(pb_utils.Tensor.from_dlpack("lora_config", lora_config))
+            tensors.append(pb_utils.Tensor("lora_config", lora_config))
         forwarded = pb_utils.InferenceRequest(
             model_name=self._target,
             inputs=tensors,
@@ -123,10 +116,12 @@ class TritonPythonModel:
             parameters=json.loads(request.parameters() or "{}"),
             trace=request.trace(),
         )
-        if self._decoupled:
-            yield from forwarded.exec(decoupled=True)
-        else:
+        if not self._decoupled:
             yield forwarded.exec()
+            return
+        answers = forwarded.exec(decoupled=True)
+        self._last_streams.append(answers)
+        yield from answers
 
 
 class EngineError(Exception):
@@ -135,46 +130,48 @@ class EngineError(Exception):
     def __init__(self, error: pb_utils.TritonError, route: Route | None) -> None:
         adapter = f"LoRA adapter {route.lora_name!r}: " if route else ""
         super().__init__(adapter + public(error.message()))
-        self.code = error.code()
+        self.code = pb_utils.TritonError.UNAVAILABLE if is_unavailable(error.message()) else error.code()
 
 
 class Reply:
-    """The answer to one request: what its rows send, and the final flag once all of them have finished."""
+    """The answer to one request: what its rows send, and the final flag."""
 
     def __init__(self, request: pb_utils.InferenceRequest, decoupled: bool) -> None:
-        self.rows = 1
         self._sender = request.get_response_sender()
         self._decoupled = decoupled
         self._wanted = request.requested_output_names()
         self.is_stream = decoupled and any(values_of(request, "streaming") or [])
         self._detokenised = self.is_stream and "previous_ids" in self._wanted
-        self._previous_ids: dict[int, PreviousIds] = {}
-        self._lock = threading.Lock()
-        self._finished_rows = 0
+        self._previous_ids = PreviousIds()
+        self._row: int | None = None
         self._answered = False
-        self.is_cancelled = self._sender.is_cancelled
 
-    def send(self, tensors: list[pb_utils.Tensor], row: int, *, ends: bool = False) -> None:
+    def begin_row(self, row: int | None) -> None:
+        """What follows is of this row of a batch that is split; None when it is not."""
+        self._row = row
+        self._previous_ids = PreviousIds()
+
+    def send(self, tensors: list[pb_utils.Tensor], *, ends: bool = False) -> None:
         """Pass on one answer of the engine: the outputs that the client asked for."""
-        if self.rows > 1:  # the engine has seen a batch of one
+        if self._row is not None:  # the engine has seen a batch of one
             tensors = [tensor for tensor in tensors if tensor.name() != "batch_index"]
-            tensors.append(pb_utils.Tensor("batch_index", np.array([[row]], np.int32)))
+            tensors.append(pb_utils.Tensor("batch_index", np.array([[self._row]], np.int32)))
         if self._detokenised:
             output_ids, sequence_length = (tensor_of(tensors, name).as_numpy() for name in ENGINE_NEEDS)
             new = output_ids[0, 0, : sequence_length[0, 0]].tolist()
-            previous_ids = self._previous_ids.setdefault(row, PreviousIds())
             # Without new tokens previous_ids mean the end of the stream, which the engine's answers never do.
             if ends or (new and output_ids.shape[1] == 1):
-                tensors = [*tensors, pb_utils.Tensor("previous_ids", np.array([previous_ids.ids()], np.int32))]
-            previous_ids.add(new)
+                previous_ids = np.array([self._previous_ids.ids()], np.int32)
+                tensors = [*tensors, pb_utils.Tensor("previous_ids", previous_ids)]
+            self._previous_ids.add(new)
         self._respond(pb_utils.InferenceResponse([tensor for tensor in tensors if tensor.name() in self._wanted]))
 
-    def end_of_stream(self, row: int) -> None:
+    def end_row(self) -> None:
         """Tell the detokeniser, which holds back a character that is not complete, that no more tokens come."""
         if self._detokenised:
             nothing = (np.zeros((1, 1, 0), np.int32), np.zeros((1, 1), np.int32))
             tensors = [pb_utils.Tensor(name, value) for name, value in zip(ENGINE_NEEDS, nothing, strict=True)]
-            self.send(tensors, row, ends=True)
+            self.send(tensors, ends=True)
 
     def fail(self, error: Exception) -> None:
         """Answer with an error: its own words if it is one for clients, else a log entry and INTERNAL."""
@@ -187,23 +184,18 @@ class Reply:
             status = pb_utils.TritonError("the router failed on this request; the server's log says why")
         self._respond(pb_utils.InferenceResponse(error=status))
 
-    def row_finished(self) -> None:
-        """Send the final flag after the last row."""
-        with self._lock:
-            self._finished_rows += 1
-            if self._finished_rows < self.rows:
-                return
+    def complete(self) -> None:
+        """Send the final flag."""
+        if not self._answered:
+            self.fail(RequestError("the engine's model sent no answer"))
         if self._decoupled:
             self._sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-        elif not self._answered:
-            self.fail(RequestError("the engine's model sent no answer"))
 
     def _respond(self, response: pb_utils.InferenceResponse) -> None:
+        self._answered = True
         if self._decoupled:
-            with self._lock:
-                self._sender.send(response)
-        elif not self._answered:
-            self._answered = True
+            self._sender.send(response)
+        else:
             self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
 

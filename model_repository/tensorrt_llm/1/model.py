@@ -88,14 +88,15 @@ class RowAnswers:
 
     def fail(self, message: str) -> None:
         """End the row with an error."""
-        self._end(pb_utils.TritonError(message))
+        error = pb_utils.InferenceResponse(error=pb_utils.TritonError(message))
+        self._reply.send(error, ends_row=True, rows=self._rows)
 
     def cancel(self) -> None:
-        """End the row that nobody waits for any more."""
-        self._end(pb_utils.TritonError("the request was cancelled", pb_utils.TritonError.CANCELLED))
+        """End the row that nobody waits for any more.
 
-    def _end(self, error: pb_utils.TritonError) -> None:
-        self._reply.send(pb_utils.InferenceResponse(error=error), ends_row=True, rows=self._rows)
+        Not with an error: after the first answer to a BLS request Triton 2.51 loses it, and the end with it.
+        """
+        self.send([], last=True)
 
 
 def array_of(tensor: pb_utils.Tensor) -> npt.NDArray[np.generic] | torch.Tensor:

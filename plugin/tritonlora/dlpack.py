@@ -1,0 +1,83 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""A file as a tensor of any dtype, bfloat16 included, without torch.
+
+numpy has no bfloat16, and torch in each process of the router would cost ten times what the rest of it does. DLPack
+describes a tensor in six fields; they are filled in here for a mapping of the file.
+
+Source: dmlc/dlpack include/dlpack/dlpack.h. This file runs inside a plain Triton container: numpy only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+_CPU = 1  # kDLCPU
+_DTYPES = {"float16": (2, 16), "float32": (2, 32), "bfloat16": (4, 16)}  # (DLDataTypeCode, bits)
+
+
+class _Device(ctypes.Structure):
+    _fields_: ClassVar = [("device_type", ctypes.c_int32), ("device_id", ctypes.c_int32)]
+
+
+class _DataType(ctypes.Structure):
+    _fields_: ClassVar = [("code", ctypes.c_uint8), ("bits", ctypes.c_uint8), ("lanes", ctypes.c_uint16)]
+
+
+class _Tensor(ctypes.Structure):
+    _fields_: ClassVar = [
+        ("data", ctypes.c_void_p),
+        ("device", _Device),
+        ("ndim", ctypes.c_int32),
+        ("dtype", _DataType),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.c_void_p),  # NULL: dense, row by row
+        ("byte_offset", ctypes.c_uint64),
+    ]
+
+
+_Deleter = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+class _ManagedTensor(ctypes.Structure):
+    _fields_: ClassVar = [("dl_tensor", _Tensor), ("manager_ctx", ctypes.c_void_p), ("deleter", _Deleter)]
+
+
+# What each tensor that somebody still holds is made of, by the address of its _ManagedTensor.
+_alive: dict[int, tuple[object, ...]] = {}
+
+
+def _forget(address: int) -> None:
+    del _alive[address]
+
+
+_delete = _Deleter(_forget)
+
+_new_capsule = ctypes.pythonapi.PyCapsule_New
+_new_capsule.restype = ctypes.py_object
+_new_capsule.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+
+
+def mapped(path: Path, dtype: str, shape: tuple[int, ...]) -> object:
+    """The file's content as a DLPack capsule ("dltensor") on the CPU, for one consumer.
+
+    `dtype` is one of float16, float32, bfloat16; the file holds the elements of `shape` row by row, little-endian, and
+    nothing else. Its pages are those of the page cache, private and read-only: a copy is made only by the consumer.
+    """
+    with path.open("rb") as file:
+        flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_POPULATE", 0)  # one call instead of a fault for every page
+        mapping = mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ)
+    content = np.frombuffer(mapping, np.uint8)
+    code, bits = _DTYPES[dtype]
+    dims = (ctypes.c_int64 * len(shape))(*shape)
+    tensor = _Tensor(content.ctypes.data, _Device(_CPU, 0), len(shape), _DataType(code, bits, 1), dims, None, 0)
+    managed = _ManagedTensor(tensor, None, _delete)
+    address = ctypes.addressof(managed)
+    _alive[address] = (managed, dims, content)
+    capsule: object = _new_capsule(address, b"dltensor", None)
+    return capsule

@@ -1,0 +1,157 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""residency.py: what is shared by instances that come, go and are killed."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+
+from tritonlora import residency
+from tritonlora.residency import open_residency, shared_directory
+
+SPAWN = multiprocessing.get_context("spawn")
+
+
+def test_the_first_instance_says_what_was_warmed(tmp_path: Path) -> None:
+    """And the others see what each of them has learnt since."""
+    with closing(open_residency(tmp_path / "shared", [1, 2])) as one:
+        one.missed(2)
+        one.accepted(3)
+        with closing(open_residency(tmp_path / "shared", [1, 2])) as other:
+            assert [True, False, True, False] == [other.holds(task_id) for task_id in (1, 2, 3, 4)]
+
+
+def test_the_last_instance_leaves_nothing(tmp_path: Path) -> None:
+    """Nor does one that comes and goes while another stays take anything away."""
+    one = open_residency(tmp_path / "shared", [1])
+    open_residency(tmp_path / "shared", [1]).close()
+
+    assert one.holds(1)
+
+    one.close()
+
+    assert [] == list(tmp_path.iterdir())
+
+
+def test_many_instances_start_and_end_at_once(tmp_path: Path) -> None:
+    """Whoever is the first makes the directory, whoever is the last removes it, and nobody is without one."""
+
+    def come_and_go(number: int) -> bool:
+        with closing(open_residency(tmp_path / "shared", [7])) as mine:
+            mine.accepted(number)
+            return mine.holds(number) and mine.holds(7)
+
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(come_and_go, range(200)))
+
+    assert [True] * 200 == results
+    assert [] == list(tmp_path.iterdir())
+
+
+def _stay(directory: Path, connection: Connection) -> None:
+    mine = open_residency(directory, [1])
+    with ExitStack() as stack:
+        stack.enter_context(mine.claim(5, 1))
+        stack.enter_context(mine.place(1)).join()
+        connection.send("ready")
+        connection.recv()
+
+
+def test_an_instance_that_is_killed_holds_up_nobody(tmp_path: Path) -> None:
+    """Its claim and its place in the line end with it, and a later server removes what it left."""
+    ours, theirs = SPAWN.Pipe()
+    shared = tmp_path / f"{residency.PREFIX}shared"
+    process = SPAWN.Process(target=_stay, args=(shared, theirs))
+    process.start()
+    assert ours.recv() == "ready"
+    mine = open_residency(shared, [])
+    with pytest.raises(TimeoutError), mine.claim(5, 0.01):
+        pass
+    assert mine.has_line_for(9)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+
+    with mine.claim(5, 10) as loads, mine.place(1) as place:
+        place.join()
+        place.wait(time.monotonic() + 10)
+
+    assert loads
+    assert not mine.has_line_for(9)
+
+    os.close(mine._descriptor)  # as if killed, too
+
+    with closing(open_residency(tmp_path / f"{residency.PREFIX}other", [])):
+        assert [f"{residency.PREFIX}other"] == [path.name for path in tmp_path.iterdir()]
+
+
+def test_a_request_joins_a_line_unless_its_adapter_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And then too, once somebody has waited for long."""
+    with closing(open_residency(tmp_path / "shared", [1])) as mine, mine.place(1) as first:
+        assert [False, False] == [mine.has_line_for(1), mine.has_line_for(2)]
+
+        first.join()
+
+        assert [False, True] == [mine.has_line_for(1), mine.has_line_for(2)]
+
+        monkeypatch.setattr(residency, "OVERTAKING_SECONDS", 0.0)
+
+        assert [True, True] == [mine.has_line_for(1), mine.has_line_for(2)]
+
+
+def test_the_line_is_served_in_the_order_of_arrival(tmp_path: Path) -> None:
+    """Also when the one that came first joins last."""
+    with closing(open_residency(tmp_path / "shared", [])) as mine, mine.place(1) as first, mine.place(1) as second:
+        second.join()
+        first.join()
+        with pytest.raises(TimeoutError):
+            second.wait(time.monotonic() + 0.01)
+        first.wait(time.monotonic() + 10)
+        first.leave()
+        second.wait(time.monotonic() + 10)
+
+
+def test_a_try_that_failed_is_repeated_when_a_request_ends(tmp_path: Path) -> None:
+    """Not before, as long as the longest wait has not passed."""
+    with closing(open_residency(tmp_path / "shared", [])) as mine, mine.place(60) as place:
+        place.join()
+        place.wait(time.monotonic() + 10)
+        place._retry_at += 60
+        with pytest.raises(TimeoutError):
+            place.wait(time.monotonic() + 0.01)
+        mine.ended()
+        place.wait(time.monotonic() + 10)
+
+
+def test_a_directory_that_somebody_removed_costs_beliefs_and_nothing_else(tmp_path: Path) -> None:
+    """Nothing counts as held, and every request may go on."""
+    with closing(open_residency(tmp_path / "shared", [1])) as mine:
+        shutil.rmtree(tmp_path / "shared")
+        mine.accepted(1)
+        mine.missed(1)
+        mine.ended()
+        with mine.claim(1, 1) as loads, mine.place(1) as place:
+            place.join()
+            place.wait(time.monotonic() + 10)
+
+        assert loads
+        assert not mine.holds(1)
+
+
+def test_servers_in_containers_do_not_share_by_accident() -> None:
+    """The name says which server, of which process id namespace, and which model."""
+    directory = shared_directory("lora_router")
+
+    assert directory.name.startswith(residency.PREFIX)
+    assert str(Path("/proc/self/ns/pid").stat().st_ino) in directory.name
+    assert directory.name.endswith(f"-{os.getppid()}-lora_router")
