@@ -1,0 +1,100 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""Many adapters through a small cache, many requests at a time, on a real tritonserver."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import random
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from repositories import synthetic_repository
+from tritonlora.adapters import AdapterTable, render, with_adapter
+from tritonlora.files import write_text
+from tritonlora.repository import Repository, read_table
+from tritonlora.server import Server
+
+ADAPTERS = 200
+PAGES = 8
+STREAMS = 32
+REQUESTS = 500
+TOKENS = 8
+
+Launch = Callable[..., Server]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, launch: Launch) -> Server:
+    """A server of 200 cold adapters with a cache for 8, and more streams than that."""
+    return launch(many_adapters(tmp_path_factory.mktemp("load") / "repo").root)
+
+
+def many_adapters(root: Path) -> Repository:
+    """A repository with ADAPTERS cold adapters of one page each. They share their files; answers tell them apart."""
+    opened = synthetic_repository(root, cold=["n1"], pages=PAGES, streams=12)
+    first = read_table(opened).entries["n1"]
+    table = AdapterTable()
+    for number in range(1, ADAPTERS + 1):
+        table = with_adapter(table, f"n{number}", replace(first, lora_task_id=number))
+    write_text(opened.table_path, render(table))
+    return opened
+
+
+def expected(name: str) -> str:
+    """What the synthetic engine answers: the task id, which is in the name, over and over."""
+    return (f"[{name[1:]}]x" * TOKENS)[:TOKENS]
+
+
+def texts(server: Server, names: Sequence[str], leaves: Callable[[int], bool] = lambda _: False) -> list[Any]:
+    """The answers, asked for over STREAMS connections. A client that `leaves` does so in mid-stream: ""."""
+    local = threading.local()
+    connections: list[http.client.HTTPConnection] = []
+
+    def connection() -> http.client.HTTPConnection:
+        if not hasattr(local, "connection"):
+            local.connection = http.client.HTTPConnection(server.http_url, timeout=60)
+            connections.append(local.connection)
+        found: http.client.HTTPConnection = local.connection
+        return found
+
+    def one(number: int, name: str) -> Any:
+        body = {"text_input": "x", "max_tokens": TOKENS, "lora_name": name, "stream": leaves(number)}
+        if leaves(number):
+            connection().request("POST", "/v2/models/ensemble/generate_stream", json.dumps(body | {"max_tokens": 100}))
+            connection().getresponse().read(20)
+            connection().close()
+            return ""
+        connection().request("POST", "/v2/models/ensemble/generate", json.dumps(body))
+        answer = json.loads(connection().getresponse().read())
+        return answer.get("text_output", answer)
+
+    try:
+        with ThreadPoolExecutor(STREAMS) as pool:
+            return list(pool.map(one, range(len(names)), names))
+    finally:
+        for opened in connections:
+            opened.close()
+
+
+def test_two_hundred_adapters_share_a_cache_of_eight(server: Server) -> None:
+    """In random and in cyclic order: no error, no wrong adapter."""
+    cyclic = [f"n{1 + number % ADAPTERS}" for number in range(REQUESTS // 2)]
+    names = [*cyclic, *random.Random(0).choices(cyclic, k=REQUESTS // 2)]  # noqa: S311
+
+    assert [expected(name) for name in names] == texts(server, names)
+
+
+def test_clients_that_leave_do_not_disturb_the_others(server: Server) -> None:
+    """Every sixth one closes its connection in the middle of a stream."""
+    names = [f"n{1 + number % 20}" for number in range(REQUESTS // 2)]
+    answers = texts(server, names, leaves=lambda number: number % 6 == 5)
+
+    assert ["" if number % 6 == 5 else expected(name) for number, name in enumerate(names)] == answers
