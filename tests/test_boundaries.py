@@ -19,7 +19,7 @@ CORE = (
 )  # fmt: skip
 WITHOUT_TORCH = (
     *CORE, "cli.py", "terminal.py", "repository.py", "register.py", "install.py", "undo.py", "check.py", "server.py",
-    "client.py",
+    "serving.py", "client.py",
 )  # fmt: skip
 WRITES = {"write_text", "write_bytes", "unlink", "rename", "replace_file", "mkdir", "rmtree", "touch", "symlink_to"}
 

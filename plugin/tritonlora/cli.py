@@ -21,8 +21,8 @@ import typer
 from rich.progress import Progress
 
 from tritonlora import __version__
-from tritonlora.errors import RepositoryError, ServerError, TritonLoraError
-from tritonlora.terminal import print_diff, print_json, print_note, print_plan, print_table, size, stderr
+from tritonlora.errors import RepositoryError, ServerError, TritonLoraError, one_message
+from tritonlora.terminal import loading, print_diff, print_json, print_note, print_plan, print_table, size, stderr
 
 if TYPE_CHECKING:
     from tritonlora.adapters import AdapterEntry
@@ -366,36 +366,57 @@ def serve(
     metrics_port: Annotated[int, typer.Option("--metrics-port", min=1, max=65535)] = 8002,
     address: Annotated[str | None, typer.Option("--address", help="Listen here only; default: everywhere.")] = None,
     timeout: Annotated[float, typer.Option("--ready-timeout", help="Seconds to wait until it is ready.")] = 3600.0,
+    world_size: Annotated[
+        int | None, typer.Option("--world-size", min=1, help="Processes of the engine; by default what it says.")
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="When ready, ask every warm adapter once, and one that nobody registered.")
+    ] = False,
     print_command: Annotated[
         bool, typer.Option("--print-command", help="Print what would be run; run nothing.")
     ] = False,
 ) -> None:
     """Start tritonserver on the repository and say which adapters are ready. What follows -- goes to tritonserver."""
-    from tritonlora import repository, server
+    from tritonlora import repository, server, serving
 
     opened = repository.open_repository(repo)
+    config = repository.served_config(opened.config_path)
+    table = repository.read_table(opened)
     ports = server.Ports(http_port, grpc_port, metrics_port)
+    world = serving.world_of(opened, config, world_size)
     if print_command:
         found = server.find_tritonserver()
         words = [f"{key}={shlex.quote(value)}" for key, value in found.environment.items()]
-        command = server.server_command(found, repo, ports, address=address, extra=context.args)
+        command = server.server_command(found, repo, ports, address=address, extra=context.args, world=world)
         sys.stdout.write(" ".join([*words, *map(shlex.quote, command)]) + "\n")
         return
-    warm = [name for name, entry in repository.read_table(opened).entries.items() if entry.warm]
+    if taken := server.ports_in_use(ports, address):
+        raise ServerError(
+            f"in use already: port {', '.join(map(str, taken))}; choose others with --http-port and so on"
+        )
+    warm = sorted(name for name, entry in table.entries.items() if entry.warm)
     with server.Server(
         repo,
         ports=ports,
         address=address,
         extra=context.args,
+        world=world,
         on_log=lambda line: stderr.print(line, markup=False, highlight=False, soft_wrap=True),
+        explain=lambda log: serving.explain(log, table),
     ) as running:
-        running.wait_until_ready(timeout)
-        names = ", ".join(sorted(warm)) or "none yet"
-        sys.stdout.write(f"ready on http://{running.http_url}; adapters loaded at start: {names}\n")
+        with stderr.status("starting tritonserver") as status:
+            running.wait_until_ready(timeout, on_progress=lambda models: status.update(loading(models)))
+        if verify and (problems := serving.verify(running.http_url, opened, config, table)):
+            raise ServerError(one_message("the server is ready, but not right", problems))
+        sys.stdout.write(
+            f"ready on http://{running.http_url}; adapters loaded at start: {', '.join(warm) or 'none yet'}\n"
+        )
+        if verify:
+            sys.stdout.write("verified: each of them answers, and an unregistered lora_task_id is refused\n")
         sys.stdout.flush()
-        status = running.wait()
-    if status:
-        raise ServerError(f"tritonserver ended by itself, with status {status}")
+        exit_status = running.wait()
+    if exit_status:
+        raise ServerError(f"tritonserver ended by itself, with status {exit_status}")
 
 
 @app.command()

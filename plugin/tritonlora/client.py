@@ -42,11 +42,21 @@ def generate(
     the server's own words, or when the server cannot be reached. Closing the iterator cancels the request.
     """
     body = request_body(prompt, lora_name, max_tokens, {"stream": True, **(inputs or {})})
+    for event in _answers(url, model, body, timeout):
+        text = event.get("text_output", "")
+        yield "".join(text) if isinstance(text, list) else str(text)
+
+
+def ask(model: str, inputs: Mapping[str, Any], *, url: str = DEFAULT_URL, timeout: float = TIMEOUT_SECONDS) -> int:
+    """Send one request to any model and read all it answers; the number of answers. Errors are those of `generate`."""
+    return sum(1 for _ in _answers(url, model, json.dumps(inputs).encode(), timeout))
+
+
+def _answers(url: str, model: str, body: bytes, timeout: float) -> Iterator[dict[str, Any]]:
     for event in _events(url, f"/v2/models/{urllib.parse.quote(model, safe='')}/generate_stream", body, timeout):
         if "error" in event:
             raise ServerError(str(event["error"]))
-        text = event.get("text_output", "")
-        yield "".join(text) if isinstance(text, list) else str(text)
+        yield event
 
 
 def _events(url: str, path: str, body: bytes, timeout: float) -> Iterator[dict[str, Any]]:

@@ -18,6 +18,7 @@ import http.client
 import importlib.metadata
 import importlib.util
 import os
+import re
 import shutil
 import signal
 import socket
@@ -37,10 +38,15 @@ import platformdirs
 from tritonlora.errors import ServerError
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  Triton's Python backend keeps its regions here
+MPIRUN = "mpirun"
 LOG_LINES_KEPT = 400
 LOG_LINES_SHOWN = 50
 READY_POLL_SECONDS = 0.05
 EXIT_TIMEOUT_SECONDS = 30  # tritonserver's own default: what is being answered may be answered to its end
+
+
+# core, src/model_lifecycle.cc: "loading: lora_router:1", "successfully loaded 'lora_router'"
+_LOADING = re.compile(r"\bloading: (?P<begun>[^:\s\"]+):\d+|successfully loaded '(?P<done>[^']+)'")
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +135,27 @@ def free_ports() -> Ports:
         return Ports(*(one.getsockname()[1] for one in sockets))
 
 
+def ports_in_use(ports: Ports, address: str | None = None) -> list[int]:
+    """Those of the ports on which nobody else can listen now, at `address` (None: any interface)."""
+    taken = []
+    for port in (ports.http, ports.grpc, ports.metrics):
+        with socket.socket() as one:
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a connection that has just ended is no obstacle
+            try:
+                one.bind((address or "", port))
+            except OSError:
+                taken.append(port)
+    return taken
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """The processes of one engine: a tritonserver for each, of which the first loads all models and answers."""
+
+    size: int = 1  # tensor-parallel times pipeline-parallel
+    target: str = "tensorrt_llm"  # the only model that the others load
+
+
 def server_command(
     tritonserver: Tritonserver,
     repository: Path,
@@ -138,25 +165,39 @@ def server_command(
     shm_prefix: str | None = None,
     exit_timeout: int = EXIT_TIMEOUT_SECONDS,
     extra: Sequence[str] = (),
+    world: World | None = None,
 ) -> list[str]:
     """The command line that serves `repository`; `extra` comes last, so that it has the last word.
 
-    Like TensorRT-LLM's launch script it switches the completion of configs off: a config.pbtxt here is whole.
+    Like TensorRT-LLM's scripts/launch_triton_server.py it switches the completion of configs off, since a config.pbtxt
+    here is whole, and starts one server for each process of an engine that has several, by mpirun.
     """
+    world = world or World()
     address_arguments = [f"--{kind}-address={address}" for kind in ("http", "grpc", "metrics")] if address else []
-    shm_arguments = [f"--backend-config=python,shm-region-prefix-name={shm_prefix}"] if shm_prefix else []
+
+    def one(rank: int) -> list[str]:
+        prefix = shm_prefix if world.size == 1 else f"{shm_prefix or 'prefix'}{rank}_"
+        return [
+            str(tritonserver.executable),
+            *tritonserver.arguments,
+            f"--model-repository={repository}",
+            *(["--model-control-mode=explicit", f"--load-model={world.target}"] if rank else []),
+            f"--grpc-port={ports.grpc}",
+            f"--http-port={ports.http}",
+            f"--metrics-port={ports.metrics}",
+            f"--exit-timeout-secs={exit_timeout}",
+            "--disable-auto-complete-config",
+            *address_arguments,
+            *([f"--backend-config=python,shm-region-prefix-name={prefix}"] if prefix else []),
+            *extra,
+        ]
+
+    if world.size == 1:
+        return one(0)
     return [
-        str(tritonserver.executable),
-        *tritonserver.arguments,
-        f"--model-repository={repository}",
-        f"--http-port={ports.http}",
-        f"--grpc-port={ports.grpc}",
-        f"--metrics-port={ports.metrics}",
-        f"--exit-timeout-secs={exit_timeout}",
-        "--disable-auto-complete-config",
-        *address_arguments,
-        *shm_arguments,
-        *extra,
+        MPIRUN,
+        "--allow-run-as-root",
+        *(word for rank in range(world.size) for word in ("-n", "1", *one(rank), ":")),
     ]
 
 
@@ -172,14 +213,23 @@ class Server:
         exit_timeout: int = EXIT_TIMEOUT_SECONDS,
         extra: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
+        world: World | None = None,
         on_log: Callable[[str], None] | None = None,
+        explain: Callable[[Sequence[str]], str | None] = lambda _: None,
     ) -> None:
         """`on_log` gets every line of the server's log (from a thread of its own).
+
+        `explain` makes of the log of a server that did not start what the user should know first, if it can.
 
         `ports` default to free ones, and `address` to this machine only (None: every interface). When the server is
         stopped, requests under way have `exit_timeout` seconds to end.
         """
         tritonserver = find_tritonserver()
+        if world is not None and world.size > 1 and shutil.which(MPIRUN) is None:
+            raise ServerError(
+                f"the engine has {world.size} processes, and there is no {MPIRUN} on PATH to start them; "
+                "serve inside a container of tritonserver:<yy.mm>-trtllm-python-py3, which has it"
+            )
         self.ports = ports or free_ports()
         self._address = address or "127.0.0.1"
         self._shm_prefix = f"tritonlora_{os.getpid()}_{self.ports.http}_"
@@ -192,10 +242,12 @@ class Server:
             shm_prefix=self._shm_prefix,
             exit_timeout=exit_timeout,
             extra=extra,
+            world=world,
         )
         self._environment = {**os.environ, **tritonserver.environment, **(environment or {})}
         self._log: deque[str] = deque(maxlen=LOG_LINES_KEPT)
         self._on_log = on_log
+        self._explain = explain
 
     def __enter__(self) -> Server:
         """Launch; `wait_until_ready` is for the caller to call."""
@@ -253,9 +305,23 @@ class Server:
                 if self._on_log:
                     self._on_log(line.rstrip("\n"))
 
-    def wait_until_ready(self, timeout: float = 600.0) -> None:
-        """Return when every model is ready; ServerError with the end of the log when that does not come about."""
+    def models(self) -> dict[str, bool]:
+        """The models that the server has begun to load, by the log so far -> whether they are ready."""
+        found = (match for line in list(self._log) if (match := _LOADING.search(line)))
+        states: dict[str, bool] = {}
+        for match in found:
+            states[match["begun"] or match["done"]] = match["done"] is not None
+        return states
+
+    def wait_until_ready(
+        self, timeout: float = 600.0, on_progress: Callable[[dict[str, bool]], None] = lambda _: None
+    ) -> None:
+        """Return when every model is ready; ServerError with the end of the log when that does not come about.
+
+        `on_progress` is called with `models` again and again meanwhile.
+        """
         while not self._is_ready():
+            on_progress(self.models())
             if self._process.poll() is not None:
                 raise self._failure(f"exited with status {self._process.returncode} before it was ready")
             if time.monotonic() - self._started > timeout:
@@ -275,7 +341,9 @@ class Server:
     def _failure(self, what: str) -> ServerError:
         self.stop()
         tail = "\n".join(f"  | {line}" for line in list(self._log)[-LOG_LINES_SHOWN:])
-        return ServerError(f"tritonserver (pid {self.pid}) {what}; the end of its log:\n{tail}")
+        message = f"tritonserver (pid {self.pid}) {what}; the end of its log:\n{tail}"
+        reason = self._explain(list(self._log))
+        return ServerError(f"{message}\n{reason}" if reason else message)
 
     def wait(self) -> int:
         """Wait for the server to end by itself; its exit status."""

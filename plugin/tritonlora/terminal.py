@@ -71,6 +71,12 @@ def size(nbytes: float) -> str:
     return f"{nbytes:.1f} GiB"
 
 
+def loading(models: Mapping[str, bool]) -> str:
+    """How far a server is that loads `models`: name -> whether it is ready."""
+    waiting = [name for name, is_ready in models.items() if not is_ready]
+    return f"{len(models) - len(waiting)} of {len(models)} models ready; loading {', '.join(waiting) or '…'}"
+
+
 def print_plan(
     plan: CachePlan, registered: Iterable[str], choice: WarmChoice | None, applied: Mapping[str, str] | None
 ) -> None:

@@ -44,6 +44,12 @@ class WarmupSample:
         return f"lora_{self.task_id}_warmup"
 
 
+def task_id_of_sample(name: str) -> int | None:
+    """The task id of the sample with that name; None when it is none of ours."""
+    match = re.fullmatch(r"lora_(\d+)_warmup", name, re.ASCII)
+    return int(match[1]) if match else None
+
+
 # --- Files ---------------------------------------------------------------------------------------------------------
 
 
@@ -253,15 +259,15 @@ def _render_sample(sample: WarmupSample, inputs: Sequence[SampleInput], declared
 def _read_sample(sample: Message) -> WarmupSample:
     """A sample of the block, with its dims as they stand there; ValueError when it is not one of ours."""
     name = sample.scalar("name")
-    match = re.fullmatch(r"lora_(\d+)_warmup", name.value if name else "", re.ASCII)
+    task_id = task_id_of_sample(name.value if name else "")
     inputs = [
         _read_input(key.value, value)
         for entry in sample.messages("inputs")
         if (key := entry.scalar("key")) and (value := entry.message("value")) and key.value not in _SHARED
     ]
-    if match is None or not inputs:
+    if task_id is None or not inputs:
         raise ValueError(f"sample {name.value if name else ''!r} is not one of ours")
-    return WarmupSample(int(match[1]), tuple(inputs))
+    return WarmupSample(task_id, tuple(inputs))
 
 
 def _read_input(key: str, value: Message) -> SampleInput:

@@ -4,16 +4,20 @@
 
 from __future__ import annotations
 
+import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 
 from repositories import synthetic_repository
+from tritonlora import register
 from tritonlora.server import Ports, free_ports
 
 TRITONLORA = (sys.executable, "-m", "tritonlora")
@@ -46,12 +50,12 @@ def processes() -> Iterator[list[subprocess.Popen[str]]]:
 def test_serve_says_what_is_ready_and_leaves_no_process_behind(
     repo: Path, processes: list[subprocess.Popen[str]], number: signal.Signals
 ) -> None:
-    """Ready on stdout, the server's log on stderr, and an end in order."""
+    """Ready and verified on stdout, the server's log on stderr, and an end in order."""
     ports = free_ports()
-    processes.append(start(repo, ports))
+    processes.append(start(repo, ports, "--verify"))
     serving = processes[0]
     assert serving.stdout is not None
-    ready = serving.stdout.readline()
+    ready, verified = serving.stdout.readline(), serving.stdout.readline()
     family = psutil.Process(serving.pid).children(recursive=True)
     asked = subprocess.run(
         [
@@ -73,6 +77,7 @@ def test_serve_says_what_is_ready_and_leaves_no_process_behind(
     _, log = serving.communicate(timeout=60)
 
     assert f"ready on http://127.0.0.1:{ports.http}; adapters loaded at start: pirate\n" == ready
+    assert "verified: each of them answers, and an unregistered lora_task_id is refused\n" == verified
     assert (0, "[2]hello\n") == (asked.returncode, asked.stdout)
     assert len(family) >= 5, "tritonserver and the stubs of four models"
     assert 130 == serving.returncode
@@ -90,3 +95,47 @@ def test_serve_names_the_reason_when_the_server_does_not_start(
     assert (1, "") == (processes[0].returncode, out)
     assert "before it was ready" in err
     assert "no-such-option" in err
+
+
+@pytest.mark.parametrize(
+    ("parameters", "problem"),
+    [
+        (
+            {"lora_target_modules": "none"},
+            "'tensorrt_llm' answered lora_task_id 2147483647, which nobody registered: it ignores adapters",
+        ),
+        (
+            {"lora_cache_host_memory_bytes": "36864"},
+            "adapter 'bard' does not answer: .* task 1 not found in cache.*; its cache is too small: tritonlora plan",
+        ),
+        (
+            {"max_lora_rank": "4"},
+            "adapter 'bard' could not be loaded: .*Invalid low_rank .8.*remedy: build the engine with a larger",
+        ),
+    ],
+    ids=["an engine without LoRA", "a cache that is too small", "an engine that refuses an adapter"],
+)
+def test_serve_ends_when_an_adapter_does_not_answer(
+    tmp_path: Path, processes: list[subprocess.Popen[str]], parameters: dict[str, str], problem: str
+) -> None:
+    """Exit code 1, the adapter named with the remedy, and no process behind."""
+    opened = synthetic_repository(tmp_path / "repo", warm=["bard", "pirate"])
+    register.set_parameters(opened, parameters)
+    processes.append(start(opened.root, free_ports(), "--verify"))
+    out, err = processes[0].communicate(timeout=60)
+
+    assert (1, "") == (processes[0].returncode, out)
+    assert re.search(problem, err, re.DOTALL)
+
+
+def test_serve_names_the_port_that_is_taken(repo: Path, processes: list[subprocess.Popen[str]]) -> None:
+    """Before anything is started."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        ports = replace(free_ports(), grpc=taken.getsockname()[1])
+        processes.append(start(repo, ports))
+        out, err = processes[0].communicate(timeout=60)
+
+    assert (1, "") == (processes[0].returncode, out)
+    assert f"error: in use already: port {ports.grpc}; choose others with --http-port and so on\n" == err

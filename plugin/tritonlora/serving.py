@@ -1,0 +1,101 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""What a server on this repository's adapters needs: how many processes, why it did not start, whether all answer.
+
+`server` knows how to run a tritonserver and nothing of adapters; here the two meet.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from tritonlora import client
+from tritonlora.adapters import MAX_TASK_ID, AdapterTable
+from tritonlora.errors import ServerError, TritonLoraError
+from tritonlora.flavours import flavour_of_config
+from tritonlora.model_config import ModelConfig
+from tritonlora.repository import ROUTER, Repository, engine_profile
+from tritonlora.server import World
+from tritonlora.warmup import task_id_of_sample
+
+VERIFY_TIMEOUT_SECONDS = 120.0
+
+# core, src/backend_model_instance.cc: a sample whose files are wrong, and one that the model refused
+_FAILED_SAMPLE = re.compile(r"failed to run warmup sample '(?P<sample>[^']+)': (?P<error>.*)")
+_BAD_FILE = re.compile(r"(?P<error>(?:warmup setting expects|failed to open).*?_(?P<id>\d+)(?:\.bin)?(?!\d).*)")
+_REMEDIES = {
+    "same data type as base model": "tritonlora check says which dtype the engine takes",
+    "not enabled for this model": "build the engine with that module, or convert the adapter without it",
+    "low_rank": "build the engine with a larger --max_lora_rank",
+    "has to few values": "convert the adapter for this engine: tritonlora add {name} ADAPTER_DIR",
+    "layerId": "convert the adapter for this engine: tritonlora add {name} ADAPTER_DIR",
+    "no done tasks to evict": "make the engine's LoRA cache larger: tritonlora plan --apply",
+    "pageIds.has_value": "make the engine's LoRA cache larger: tritonlora plan --apply",
+    "bytes, but the data provided": "its file was cut; write it again: tritonlora add {name} ADAPTER_DIR",
+    "failed to open": "its file is missing; write it again: tritonlora add {name} ADAPTER_DIR",
+}
+MISS = "not found in cache"  # cpp/tensorrt_llm/batch_manager/peftCacheManager.cpp
+_ELSE = "tritonlora check may say why; without it the server starts: tritonlora remove {name}"
+
+
+def world_of(repository: Repository, config: ModelConfig, size: int | None = None) -> World:
+    """The processes that serve the engine: `size`, or what the engine was built for, or one where nobody knows."""
+    if size is None:
+        try:
+            profile = engine_profile(repository, config)
+        except TritonLoraError:  # `check` explains that; here it must not keep anybody from serving
+            profile = None
+        size = profile.tp_size * profile.pp_size if profile else 1
+    return World(size, repository.target)
+
+
+def explain(log: Sequence[str], table: AdapterTable) -> str | None:
+    """Which adapter kept the server from starting, by its log, and what to do; None when it was none."""
+    for line in log:
+        failed = _FAILED_SAMPLE.search(line)
+        if failed:
+            task_id = task_id_of_sample(failed["sample"])
+        else:
+            failed = _BAD_FILE.search(line)
+            task_id = int(failed["id"]) if failed else None
+        name = table.name_of(task_id) if task_id is not None else None
+        if failed is None or name is None:
+            continue
+        remedy = next((text for mark, text in _REMEDIES.items() if mark in failed["error"]), _ELSE)
+        error = failed["error"].rstrip(' ;"|')
+        return f"adapter {name!r} could not be loaded: {error}\n  remedy: {remedy.format(name=name)}"
+    return None
+
+
+def verify(url: str, repository: Repository, config: ModelConfig, table: AdapterTable) -> list[str]:
+    """Ask for every warm adapter once, and for one that nobody registered; the problems found.
+
+    An engine that holds adapters is asked itself, by task id and without weights, so that only what its warmup loaded
+    can answer.
+    """
+    flavour = flavour_of_config(config)
+    model = repository.target if flavour.sends_weights else ROUTER
+    shared = {name: one.value for name, one in flavour.shared_inputs.items() if config.input(name) is not None}
+    problems = []
+    for name, entry in sorted(table.entries.items()):
+        if not entry.warm:
+            continue
+        adapter = {flavour.task_id: entry.lora_task_id}
+        try:
+            client.ask(model, {**shared, **adapter}, url=url, timeout=VERIFY_TIMEOUT_SECONDS)
+        except ServerError as error:
+            remedy = "; its cache is too small: tritonlora plan --apply" if MISS in str(error) else ""
+            problems.append(f"adapter {name!r} does not answer: {error}{remedy}")
+    unregistered = next(number for number in range(MAX_TASK_ID, 0, -1) if table.name_of(number) is None)
+    try:
+        client.ask(model, {**shared, flavour.task_id: unregistered}, url=url, timeout=VERIFY_TIMEOUT_SECONDS)
+    except ServerError as error:
+        if flavour.sends_weights and MISS not in str(error):
+            problems.append(f"{flavour.task_id} {unregistered}, which nobody registered, was refused oddly: {error}")
+    else:
+        problems.append(
+            f"{model!r} answered {flavour.task_id} {unregistered}, which nobody registered: it ignores adapters, and "
+            f"answers from the base model; {flavour.to_lora}"
+        )
+    return problems

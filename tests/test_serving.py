@@ -1,0 +1,140 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""serving.py and the command line of server.py, without a server; tests/server/test_serve.py has one."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+
+from engine_configs import ENGINE
+from repositories import synthetic_repository
+from table import TABLE
+from tritonlora import install, register, repository, serving
+from tritonlora.errors import ServerError
+from tritonlora.repository import read_config
+from tritonlora.server import Ports, Server, Tritonserver, World, ports_in_use, server_command
+from upstream_configs import upstream_repository
+
+
+def test_an_engine_of_several_processes_is_started_as_upstream_starts_it() -> None:
+    """TensorRT-LLM scripts/launch_triton_server.py --world_size 2: all but the first load the engine's model only."""
+    server = [
+        "/opt/tritonserver/bin/tritonserver",
+        "--model-repository=/repo",
+    ]
+    ports = ["--grpc-port=8001", "--http-port=8000", "--metrics-port=8002", "--exit-timeout-secs=30"]
+    end = ["--disable-auto-complete-config", "--backend-config=python,shm-region-prefix-name={}", "--log-info=1", ":"]
+    expected = [
+        *("mpirun", "--allow-run-as-root"),
+        *("-n", "1", *server, *ports, *(word.format("prefix0_") for word in end)),
+        *("-n", "1", *server, "--model-control-mode=explicit", "--load-model=llama"),
+        *(*ports, *(word.format("prefix1_") for word in end)),
+    ]
+
+    assert expected == server_command(
+        Tritonserver(Path(server[0])), Path("/repo"), Ports(), extra=["--log-info=1"], world=World(2, "llama")
+    )
+
+
+def test_an_engine_of_several_processes_needs_mpirun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused before anything is started, with the place where it is."""
+    monkeypatch.setattr("tritonlora.server.MPIRUN", "no-such-mpirun")
+
+    with pytest.raises(ServerError, match="has 4 processes, and there is no no-such-mpirun on PATH.*trtllm-python-py3"):
+        Server(tmp_path, world=World(4))
+
+
+def test_the_number_of_processes_is_the_engine_s(tmp_path: Path) -> None:
+    """Tensor times pipeline parallel, of the engine at gpt_model_path; one where that is not known."""
+    opened_root = upstream_repository(tmp_path / "repo", "v0.18.0")
+    install.init(opened_root)
+    opened = repository.open_repository(opened_root)
+
+    def world(size: int | None = None) -> World:
+        return serving.world_of(opened, read_config(opened.config_path), size)
+
+    assert World(1, "tensorrt_llm") == world()
+    engine = tmp_path / "engine"
+    engine.mkdir()
+    pretrained = {**ENGINE["pretrained_config"], "mapping": {"world_size": 4, "tp_size": 2, "pp_size": 2}}
+    (engine / "config.json").write_text(json.dumps({**ENGINE, "pretrained_config": pretrained}))
+    register.set_parameters(opened, {"gpt_model_path": str(engine)})
+    assert World(4, "tensorrt_llm") == world()
+    assert World(2, "tensorrt_llm") == world(2)
+    (engine / "config.json").write_text("{")
+    assert World(1, "tensorrt_llm") == world()
+
+
+def test_ports_that_somebody_listens_on_are_found() -> None:
+    """By number, and no others."""
+    with socket.socket() as taken, socket.socket() as free:
+        for one in (taken, free):
+            one.bind(("127.0.0.1", 0))
+        taken.listen()
+        ports = Ports(taken.getsockname()[1], free.getsockname()[1], taken.getsockname()[1])
+        free.close()
+
+        assert [ports.http, ports.metrics] == ports_in_use(ports, "127.0.0.1")
+
+
+FAILURES = {
+    "a sample that the engine refused": (
+        'backend_model.cc:692] "ERROR: Failed to create instance: failed to run warmup sample '
+        "'lora_1_warmup': Executor failed process requestId 1 due to the following error: Invalid low_rank (8); "
+        '"',
+        "adapter 'pirate' could not be loaded: Executor failed process requestId 1 due to the following error: Invalid "
+        "low_rank (8)\n"
+        "  remedy: build the engine with a larger --max_lora_rank",
+    ),
+    "a sample whose adapter does not fit": (
+        "| llm | 1 | UNAVAILABLE: Invalid argument: failed to run warmup sample 'lora_2_warmup': Error storing "
+        "task=2 in PEFT cache -- Cache is full. There are no done tasks to evict;  |",
+        "adapter 'haiku' could not be loaded: Error storing task=2 in PEFT cache -- Cache is full. There are no done "
+        "tasks to evict\n  remedy: make the engine's LoRA cache larger: tritonlora plan --apply",
+    ),
+    "a file that is too short": (
+        '"warmup setting expects 8192 bytes, but the data provided from adapter_model_2.binonly has 8187 bytes"',
+        "adapter 'haiku' could not be loaded: warmup setting expects 8192 bytes, but the data provided from "
+        "adapter_model_2.binonly has 8187 bytes\n"
+        "  remedy: its file was cut; write it again: tritonlora add haiku ADAPTER_DIR",
+    ),
+    "a file that is missing": (
+        "ERROR: failed to open text file for read /repo/tensorrt_llm/warmup/lora_id_1: No such file or directory",
+        "adapter 'pirate' could not be loaded: failed to open text file for read "
+        "/repo/tensorrt_llm/warmup/lora_id_1: No such file or directory\n"
+        "  remedy: its file is missing; write it again: tritonlora add pirate ADAPTER_DIR",
+    ),
+    "an error that nobody has seen before": (
+        "failed to run warmup sample 'lora_1_warmup': the flux capacitor is empty;",
+        "adapter 'pirate' could not be loaded: the flux capacitor is empty\n"
+        "  remedy: tritonlora check may say why; without it the server starts: tritonlora remove pirate",
+    ),
+    "an id that begins with that of another": (
+        "failed to open text file for read /repo/tensorrt_llm/warmup/lora_id_12: No such file or directory",
+        None,
+    ),
+    "a sample of the user's own": ("failed to run warmup sample 'mine': no;", None),
+    "something else": ("error: creating server: Internal - failed to load all models", None),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_the_adapter_that_kept_the_server_from_starting_is_named(name: str) -> None:
+    """With the engine's words and the remedy."""
+    line, expected = FAILURES[name]
+
+    assert expected == serving.explain(["something before", line, "something after"], TABLE)
+
+
+def test_a_server_that_is_not_there_verifies_nothing(tmp_path: Path) -> None:
+    """Neither an adapter's answer nor a refusal."""
+    opened = synthetic_repository(tmp_path / "repo", warm=["pirate"])
+    table = repository.read_table(opened)
+    problems = serving.verify("127.0.0.1:9", opened, read_config(opened.config_path), table)
+
+    assert "adapter 'pirate' does not answer: no answer from 127.0.0.1:9" in problems[0]
+    assert "lora_task_id 2147483647, which nobody registered, was refused oddly: no answer" in problems[1]
