@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -152,9 +153,10 @@ def instance(tmp_path: Path) -> Iterator[Instance]:
     """Forwarders for Engine's answers, one for each instance of a router; the engine was started with adapter 1."""
     with contextlib.ExitStack() as stack:
 
-        def open_one(**times: float) -> Forwarder[str]:
-            residency = stack.enter_context(contextlib.closing(open_residency(tmp_path / "shared", [1])))
-            return Forwarder(residency, lambda answer: answer[1:] if answer.startswith("!") else None, **times)
+        def open_one(cache_pages: int | None = None, **options: Any) -> Forwarder[str]:
+            opened = open_residency(tmp_path / "shared", {1: 1}, cache_pages)
+            residency = stack.enter_context(contextlib.closing(opened))
+            return Forwarder(residency, lambda answer: answer[1:] if answer.startswith("!") else None, **options)
 
         yield open_one
 
@@ -355,3 +357,31 @@ def test_an_exception_while_sending_frees_the_adapter_for_others(instance: Insta
         list(shared.forward(cold(5), broken))
 
     assert answers(5) == list(shared.forward(cold(5), engine.sender(cold(5))))
+
+
+def test_what_cannot_be_resident_brings_its_weights_at_once(instance: Instance) -> None:
+    """With the cache's size known, no request fails first: the engine is asked once for each."""
+    engine, shared = Engine(3), instance(cache_pages=3)
+    engine.cached = [1]
+    asked = []
+    for number in range(40):
+        route = cold(1 + number % 5)
+        send = engine.sender(route)
+
+        def counted(attach: bool, send: Callable[[bool], Iterator[str]] = send) -> Iterator[str]:
+            asked.append(attach)
+            return send(attach)
+
+        assert answers(route.entry.lora_task_id) == list(shared.forward(route, counted))
+    assert [False, *[True] * 39] == asked
+
+
+def test_each_load_is_reported_with_its_reason(instance: Instance) -> None:
+    """First use, or evicted since; a request that brings no weights is no load."""
+    loads: list[tuple[str, str]] = []
+    engine = Engine(1)
+    shared = instance(on_load=lambda route, reason, seconds: loads.append((route.lora_name, reason)))
+    for task_id in (5, 5, 6, 5, 1):
+        assert answers(task_id) == list(shared.forward(cold(task_id), engine.sender(cold(task_id))))
+
+    assert [("n5", "first_use"), ("n6", "first_use"), ("n5", "evicted"), ("n1", "evicted")] == loads

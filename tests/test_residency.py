@@ -24,17 +24,17 @@ SPAWN = multiprocessing.get_context("spawn")
 
 def test_the_first_instance_says_what_was_warmed(tmp_path: Path) -> None:
     """And the others see what each of them has learnt since."""
-    with closing(open_residency(tmp_path / "shared", [1, 2])) as one:
+    with closing(open_residency(tmp_path / "shared", {1: 1, 2: 1})) as one:
         one.missed(2)
-        one.accepted(3)
-        with closing(open_residency(tmp_path / "shared", [1, 2])) as other:
+        one.accepted(3, 1)
+        with closing(open_residency(tmp_path / "shared", {1: 1, 2: 1})) as other:
             assert [True, False, True, False] == [other.holds(task_id) for task_id in (1, 2, 3, 4)]
 
 
 def test_the_last_instance_leaves_nothing(tmp_path: Path) -> None:
     """Nor does one that comes and goes while another stays take anything away."""
-    one = open_residency(tmp_path / "shared", [1])
-    open_residency(tmp_path / "shared", [1]).close()
+    one = open_residency(tmp_path / "shared", {1: 1})
+    open_residency(tmp_path / "shared", {1: 1}).close()
 
     assert one.holds(1)
 
@@ -47,8 +47,8 @@ def test_many_instances_start_and_end_at_once(tmp_path: Path) -> None:
     """Whoever is the first makes the directory, whoever is the last removes it, and nobody is without one."""
 
     def come_and_go(number: int) -> bool:
-        with closing(open_residency(tmp_path / "shared", [7])) as mine:
-            mine.accepted(number)
+        with closing(open_residency(tmp_path / "shared", {7: 1})) as mine:
+            mine.accepted(number, 1)
             return mine.holds(number) and mine.holds(7)
 
     with ThreadPoolExecutor(8) as pool:
@@ -59,10 +59,10 @@ def test_many_instances_start_and_end_at_once(tmp_path: Path) -> None:
 
 
 def _stay(directory: Path, connection: Connection) -> None:
-    mine = open_residency(directory, [1])
+    mine = open_residency(directory, {1: 1})
     with ExitStack() as stack:
         stack.enter_context(mine.claim(5, 1))
-        stack.enter_context(mine.place(1)).join()
+        stack.enter_context(mine.place(9, 1)).join()
         connection.send("ready")
         connection.recv()
 
@@ -74,7 +74,7 @@ def test_an_instance_that_is_killed_holds_up_nobody(tmp_path: Path) -> None:
     process = SPAWN.Process(target=_stay, args=(shared, theirs))
     process.start()
     assert ours.recv() == "ready"
-    mine = open_residency(shared, [])
+    mine = open_residency(shared, {})
     with pytest.raises(TimeoutError), mine.claim(5, 0.01):
         pass
     assert mine.has_line_for(9)
@@ -82,7 +82,7 @@ def test_an_instance_that_is_killed_holds_up_nobody(tmp_path: Path) -> None:
     os.kill(process.pid, signal.SIGKILL)
     process.join()
 
-    with mine.claim(5, 10) as loads, mine.place(1) as place:
+    with mine.claim(5, 10) as loads, mine.place(9, 1) as place:
         place.join()
         place.wait(time.monotonic() + 10)
 
@@ -91,13 +91,13 @@ def test_an_instance_that_is_killed_holds_up_nobody(tmp_path: Path) -> None:
 
     os.close(mine._descriptor)  # as if killed, too
 
-    with closing(open_residency(tmp_path / f"{residency.PREFIX}other", [])):
+    with closing(open_residency(tmp_path / f"{residency.PREFIX}other", {})):
         assert [f"{residency.PREFIX}other"] == [path.name for path in tmp_path.iterdir()]
 
 
 def test_a_request_joins_a_line_unless_its_adapter_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And then too, once somebody has waited for long."""
-    with closing(open_residency(tmp_path / "shared", [1])) as mine, mine.place(1) as first:
+    with closing(open_residency(tmp_path / "shared", {1: 1})) as mine, mine.place(9, 1) as first:
         assert [False, False] == [mine.has_line_for(1), mine.has_line_for(2)]
 
         first.join()
@@ -111,7 +111,11 @@ def test_a_request_joins_a_line_unless_its_adapter_is_held(tmp_path: Path, monke
 
 def test_the_line_is_served_in_the_order_of_arrival(tmp_path: Path) -> None:
     """Also when the one that came first joins last."""
-    with closing(open_residency(tmp_path / "shared", [])) as mine, mine.place(1) as first, mine.place(1) as second:
+    with (
+        closing(open_residency(tmp_path / "shared", {})) as mine,
+        mine.place(9, 1) as first,
+        mine.place(9, 1) as second,
+    ):
         second.join()
         first.join()
         with pytest.raises(TimeoutError):
@@ -123,7 +127,7 @@ def test_the_line_is_served_in_the_order_of_arrival(tmp_path: Path) -> None:
 
 def test_a_try_that_failed_is_repeated_when_a_request_ends(tmp_path: Path) -> None:
     """Not before, as long as the longest wait has not passed."""
-    with closing(open_residency(tmp_path / "shared", [])) as mine, mine.place(60) as place:
+    with closing(open_residency(tmp_path / "shared", {})) as mine, mine.place(9, 60) as place:
         place.join()
         place.wait(time.monotonic() + 10)
         place._retry_at += 60
@@ -135,17 +139,51 @@ def test_a_try_that_failed_is_repeated_when_a_request_ends(tmp_path: Path) -> No
 
 def test_a_directory_that_somebody_removed_costs_beliefs_and_nothing_else(tmp_path: Path) -> None:
     """Nothing counts as held, and every request may go on."""
-    with closing(open_residency(tmp_path / "shared", [1])) as mine:
+    with closing(open_residency(tmp_path / "shared", {1: 1})) as mine:
         shutil.rmtree(tmp_path / "shared")
-        mine.accepted(1)
+        mine.accepted(1, 1)
         mine.missed(1)
         mine.ended()
-        with mine.claim(1, 1) as loads, mine.place(1) as place:
+        with mine.claim(1, 1) as loads, mine.place(9, 1) as place:
             place.join()
             place.wait(time.monotonic() + 10)
 
         assert loads
         assert not mine.holds(1)
+
+
+def test_what_has_been_idle_for_longest_is_forgotten_first(tmp_path: Path) -> None:
+    """As the engine evicts; in pages, of which an adapter may take several, and never what a request uses."""
+    with ExitStack() as stack:
+        one, other = (
+            stack.enter_context(closing(open_residency(tmp_path / "shared", {1: 1, 2: 2, 3: 1}, 4))) for _ in range(2)
+        )
+        one.accepted(1, 1)  # in use from here on
+        other.accepted(4, 1)
+        other.ended()
+
+        assert [True, False, True, True] == [one.holds(task_id) for task_id in (1, 2, 3, 4)]
+
+        one.ended()
+        other.accepted(3, 1)
+        other.ended()
+        other.accepted(5, 2)
+        other.ended()
+
+        assert [True, False, True, False, True] == [one.holds(task_id) for task_id in (1, 2, 3, 4, 5)]
+
+
+def test_those_in_line_are_told_apart(tmp_path: Path) -> None:
+    """For whoever wants to know what is waited for."""
+    with (
+        closing(open_residency(tmp_path / "shared", {})) as mine,
+        mine.place(7, 1) as first,
+        mine.place(5, 1) as second,
+    ):
+        second.join()
+        first.join()
+
+        assert [7, 5] == mine.waiting()
 
 
 def test_servers_in_containers_do_not_share_by_accident() -> None:

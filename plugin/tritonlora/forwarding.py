@@ -104,12 +104,17 @@ class Forwarder(Generic[Answer]):
         cache_full_timeout: float = 30.0,
         load_timeout: float = 60.0,
         retry_interval: float = 0.25,
+        on_load: Callable[[Route, str, float], None] = lambda *_: None,
     ) -> None:
         """`error_of` gives the error text of an answer, or None. Times are in seconds.
 
         `retry_interval` is the longest wait between two tries while the engine's cache is full: other clients of the
         engine, of whom this router knows nothing, may free it.
+
+        `on_load(route, reason, seconds)` is called for every adapter that the engine has taken: the reason is
+        "first_use" or "evicted", the seconds are those from sending to the first answer.
         """
+        self._on_load = on_load
         self._residency = residency
         self._error_of = error_of
         self._cache_full_timeout = cache_full_timeout
@@ -127,7 +132,7 @@ class Forwarder(Generic[Answer]):
             yield from send(False)
             return
         try:
-            with self._residency.place(self._retry_interval) as place:
+            with self._residency.place(route.entry.lora_task_id, self._retry_interval) as place:
                 answers = self._accepted(route, send, place)
             yield from answers
         finally:
@@ -135,8 +140,9 @@ class Forwarder(Generic[Answer]):
 
     def _accepted(self, route: Route, send: Callable[[bool], Iterable[Answer]], place: Place) -> Iterator[Answer]:
         """All the answers, once the first one says nothing against the state of the engine's cache."""
-        task_id = route.entry.lora_task_id
+        task_id, pages = route.entry.lora_task_id, route.entry.pages or 1
         deadline = time.monotonic() + self._cache_full_timeout
+        reason = "evicted" if self._residency.was_held(task_id) else "first_use"
         attach = not self._residency.holds(task_id)
         misses = 0
         if self._residency.has_line_for(task_id):
@@ -150,13 +156,16 @@ class Forwarder(Generic[Answer]):
                     f"tried for {self._cache_full_timeout:g} s"
                 ) from None
             with self._claim(route, insist=misses > 1) if attach else contextlib.nullcontext(False) as loads:
+                began = time.monotonic()
                 answers = iter(send(loads))
                 first = next(answers, None)
                 if first is None:
                     return iter(())
                 meaning = meaning_of(self._error_of(first))
                 if meaning is Meaning.ANSWER:
-                    self._residency.accepted(task_id)
+                    self._residency.accepted(task_id, pages)
+                    if loads:
+                        self._on_load(route, reason, time.monotonic() - began)
             if meaning is Meaning.FULL:
                 place.join()
             elif meaning is Meaning.MISS and not loads:

@@ -5,13 +5,21 @@
 Strategy. Triton runs each instance of the router in a process of its own. What they share are files in a directory in
 memory, and locks on files (`flock`), which the kernel takes from a process that dies:
 
-    held/<lora_task_id>      the engine has answered a request for the adapter, and has not missed it since
+    held/<lora_task_id>      the engine has answered a request for the adapter, and has not missed it since. As many
+                             bytes as the adapter takes pages; its time is that of the last request's end; locked by
+                             the requests that use it
     loading/<lora_task_id>   locked by the instance that is sending the adapter's weights
-    line/<arrival>-<pid>     locked by a request that waits for room in the cache; the one that came first is tried next
+    line/<arrival>-<pid>-<lora_task_id>
+                             locked by a request that waits for room in the cache; the one that came first is tried next
     ended                    touched whenever a request for an adapter has ended: there may be room now
 
-What is believed is learnt from the engine's answers only. A wrong belief costs time and nothing else: a miss is
-recovered from, and the engine ignores weights that it has. So every operation takes a lost directory for an empty one.
+What is believed is learnt from the engine's answers only. The engine evicts the adapter whose last request ended
+longest ago, of those that no request uses (TensorRT-LLM cpp/tensorrt_llm/runtime/loraCache.cpp). Where the cache's size
+is known, what it cannot hold any more is forgotten in the same order, so that its next request brings the weights at
+once instead of failing first; where it is not, an adapter is forgotten when the engine has missed it.
+
+A wrong belief costs time and nothing else: a miss is recovered from, and the engine ignores weights that it has. So
+every operation takes a lost directory for an empty one.
 
 This file runs inside a plain Triton container: standard library only.
 """
@@ -24,7 +32,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -46,8 +54,11 @@ def shared_directory(router: str) -> Path:
     return parent / f"{PREFIX}{Path('/proc/self/ns/pid').stat().st_ino}-{os.getppid()}-{router}"
 
 
-def open_residency(directory: Path, warmed: Iterable[int]) -> Residency:
+def open_residency(directory: Path, warmed: Mapping[int, int], cache_pages: int | None = None) -> Residency:
     """Take part in what is shared in `directory`; the first one makes it, with `warmed` as held.
+
+    `warmed` has the pages of the adapters that the engine was started with, by lora_task_id, in the order in which they
+    were loaded; `cache_pages` is the size of the engine's cache, None when it is not known.
 
     Directories that servers have left behind, which were killed, are removed.
     """
@@ -62,17 +73,20 @@ def open_residency(directory: Path, warmed: Iterable[int]) -> Residency:
             fcntl.flock(descriptor, fcntl.LOCK_SH)
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(descriptor), directory.stat()):
-                    return Residency(directory, descriptor)
+                    return Residency(directory, descriptor, cache_pages)
             os.close(descriptor)  # it was removed in between
 
 
-def _make(directory: Path, warmed: Iterable[int]) -> None:
+def _make(directory: Path, warmed: Mapping[int, int]) -> None:
     """All of it at once, or nothing when another instance was faster."""
     fresh = Path(tempfile.mkdtemp(prefix=f".{PREFIX}", dir=directory.parent))
     for name in ("held", "loading", "line"):
         (fresh / name).mkdir()
-    for file in ("ended", *(f"held/{task_id}" for task_id in warmed)):
-        (fresh / file).touch()
+    (fresh / "ended").touch()
+    for order, (task_id, pages) in enumerate(warmed.items()):
+        (fresh / "loading" / str(task_id)).touch()
+        (fresh / "held" / str(task_id)).write_bytes(bytes(pages))
+        os.utime(fresh / "held" / str(task_id), ns=(order, order))
     try:
         fresh.rename(directory)
     except OSError:
@@ -93,8 +107,10 @@ def _remove_unused(directory: Path) -> None:
 class Residency:
     """One instance's view of the shared directory."""
 
-    def __init__(self, directory: Path, descriptor: int) -> None:
+    def __init__(self, directory: Path, descriptor: int, cache_pages: int | None) -> None:
         """`descriptor` is the directory's, with a shared lock."""
+        self._cache_pages = cache_pages
+        self._used: int | None = None  # descriptor of the held adapter that a request of this instance uses
         self.directory = directory
         self._held = str(directory / "held")
         self._line = str(directory / "line")
@@ -109,11 +125,30 @@ class Residency:
         """Whether a request for the adapter can go out without weights."""
         return os.path.exists(f"{self._held}/{task_id}")  # noqa: PTH110  for every request: Path is slow
 
-    def accepted(self, task_id: int) -> None:
-        """The engine answered a request for the adapter."""
-        if not self.holds(task_id):
-            with contextlib.suppress(OSError):
-                (self.directory / "held" / str(task_id)).touch()
+    def accepted(self, task_id: int, pages: int) -> None:
+        """The engine answered a request for the adapter, which takes that many pages, and holds it until `ended`."""
+        with contextlib.suppress(OSError):
+            self._used = os.open(f"{self._held}/{task_id}", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+            fcntl.flock(self._used, fcntl.LOCK_SH)
+            if not os.fstat(self._used).st_size:
+                os.truncate(self._used, pages)
+                self._forget_evicted()
+
+    def _forget_evicted(self) -> None:
+        """Forget what the engine cannot hold beside the rest: those that have been idle for longest."""
+        if self._cache_pages is None:
+            return
+        held = sorted((file.stat().st_mtime_ns, file.stat().st_size, file.path) for file in os.scandir(self._held))
+        surplus = sum(pages for _, pages, _ in held) - self._cache_pages
+        for _, pages, path in held:
+            if surplus <= 0:
+                return
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                Path(path).unlink()
+                surplus -= pages
+            os.close(descriptor)
 
     def missed(self, task_id: int) -> None:
         """The engine does not hold the adapter."""
@@ -121,8 +156,12 @@ class Residency:
             (self.directory / "held" / str(task_id)).unlink()
 
     def ended(self) -> None:
-        """A request for an adapter ended, so that the engine may evict that adapter now."""
+        """This instance's request for an adapter ended, so that the engine may evict that adapter now."""
         now = time.monotonic_ns()
+        if self._used is not None:
+            os.utime(self._used, ns=(now, now))
+            os.close(self._used)
+            self._used = None
         with contextlib.suppress(OSError):
             os.utime(self.directory / "ended", ns=(now, now))
 
@@ -146,10 +185,14 @@ class Residency:
                 held.close()
             yield mine
 
+    def was_held(self, task_id: int) -> bool:
+        """Whether any instance has loaded the adapter before."""
+        return os.path.exists(f"{self.directory}/loading/{task_id}")  # noqa: PTH110
+
     @contextlib.contextmanager
-    def place(self, retry_interval: float) -> Iterator[Place]:
+    def place(self, task_id: int, retry_interval: float) -> Iterator[Place]:
         """A request's place in the line for room in the cache; it does not stand there until it joins."""
-        place = Place(self, retry_interval)
+        place = Place(self, task_id, retry_interval)
         try:
             yield place
         finally:
@@ -168,6 +211,12 @@ class Residency:
             return min(os.listdir(self._line), default=None)  # noqa: PTH208  for every request: Path is slow
         return None
 
+    def waiting(self) -> list[int]:
+        """lora_task_ids of the requests that wait for room, the first one first."""
+        with contextlib.suppress(OSError):
+            return [int(ticket.split("-")[2]) for ticket in sorted(os.listdir(self._line))]  # noqa: PTH208
+        return []
+
     def drop_if_dead(self, ticket: str) -> None:
         """Remove a request from the line whose process has died."""
         path = self.directory / "line" / ticket
@@ -179,13 +228,13 @@ class Residency:
 class Place:
     """A request's place in the line."""
 
-    def __init__(self, residency: Residency, retry_interval: float) -> None:
+    def __init__(self, residency: Residency, task_id: int, retry_interval: float) -> None:
         """`retry_interval` in seconds is the longest wait between two tries of the first in line: other clients of the
         engine, of whom the router knows nothing, may make room.
         """
         self._residency = residency
         self._retry_interval = retry_interval
-        self._ticket = f"{time.monotonic_ns():020d}-{os.getpid()}"
+        self._ticket = f"{time.monotonic_ns():020d}-{os.getpid()}-{task_id}"
         self._file: IO[str] | None = None
         self._ends: int | None = None  # as it was before the last try
         self._pause = FIRST_RETRY_SECONDS

@@ -88,6 +88,11 @@ def _decoded(lora_name: bytes | str) -> str:
     return name
 
 
+def warmed(table: AdapterTable) -> dict[int, int]:
+    """Pages of the adapters that the engine is started with, by lora_task_id, in the order in which it loads them."""
+    return {entry.lora_task_id: entry.pages or 1 for entry in table.entries.values() if entry.warm}
+
+
 class TableFile:
     """adapters.json as it is on disk now. A malformed or vanished file leaves the last good table in place."""
 

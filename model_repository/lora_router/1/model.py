@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # the copy beside this file, wha
 from tritonlora.errors import InvalidRequest, RequestError
 from tritonlora.forwarding import Forwarder, is_unavailable, public
 from tritonlora.residency import open_residency, shared_directory
-from tritonlora.routing import PreviousIds, Route, TableFile, map_tensors, resolve_rows
+from tritonlora.routing import PreviousIds, Route, TableFile, map_tensors, resolve_rows, warmed
 
 ROUTING_INPUTS = ("lora_name", "lora_task_id")
 ENGINE_NEEDS = ("output_ids", "sequence_length")  # it refuses a request that does not ask for both
@@ -50,8 +50,8 @@ class TritonPythonModel:
         self._engine_outputs = {output["name"] for output in config["output"]} - {"previous_ids"}
         self._decoupled = pb_utils.using_decoupled_model_transaction_policy(config)
         self._table = TableFile(directory / "adapters.json", pb_utils.Logger.log_error)
-        warmed = [entry.lora_task_id for entry in self._table.table().entries.values() if entry.warm]
-        self._residency = open_residency(shared_directory(args["model_name"]), warmed)
+        cache_pages = int(parameters.get("cache_pages", "0")) or None
+        self._residency = open_residency(shared_directory(args["model_name"]), warmed(self._table.table()), cache_pages)
         self._forwarder = Forwarder(
             self._residency,
             error_text,
