@@ -10,19 +10,22 @@
 Source: what the engine reads, `LoraCache::copyToPages` in TensorRT-LLM cpp/tensorrt_llm/runtime/loraCache.cpp. Weights
 are full, not split by tensor-parallel rank. A is only cast; B is scaled in float32 and rounded once.
 
-Strategy: one row at a time, straight from the mapped adapter to its place with one call. What is A in the right dtype
-already is only looked at, never copied, and padding is never written: it is a hole in the file.
+Strategy: one row after the other is put together, checked with one sum and written with one call, all while it is in
+the processor's cache. Padding is never written: it is a hole in the file.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 from typing import TYPE_CHECKING
 
-from tritonlora.errors import InvalidAdapter, UnsupportedAdapter, one_message
+from tritonlora.errors import AdapterError, InvalidAdapter, UnsupportedAdapter, one_message
 from tritonlora.layout import ITEMSIZES, Layout, Piece, Row, plan_layout
 from tritonlora.modules import ModuleDims
 
@@ -65,13 +68,12 @@ def pack(
     values (unless `allow_nonfinite`), and UnsupportedAdapter naming each that is too large for `layout.dtype`.
     """
 
-    def put(index: int, blocks: Sequence[torch.Tensor]) -> None:
-        start = 0
-        for block in blocks:
-            out[index, start : start + block.numel()].copy_(block.view(-1))
-            start += block.numel()
-
-    _convert(adapter, layout, base, allow_nonfinite, put)
+    rows = _Rows(adapter, layout, base)
+    with _threads(layout):
+        for index in range(len(layout.rows)):
+            rows.fill(index, out[index])
+    if not allow_nonfinite:
+        rows.raise_nonfinite()
 
 
 def convert_file(
@@ -88,21 +90,16 @@ def convert_file(
     The file is written in place: give a temporary name, and rename it when this returns. Raises as `pack` does, and
     OSError with the file's name (a full disk).
     """
-    import torch
-
-    itemsize = ITEMSIZES[layout.dtype]
-    with path.open("wb", buffering=0) as file:
-
-        def put(index: int, blocks: Sequence[torch.Tensor]) -> None:
-            data = [block.view(torch.uint8).numpy().data.cast("B") for block in blocks]
-            _write_at(file.fileno(), data, len(header) + index * layout.width * itemsize)
-
-        try:
-            _write_at(file.fileno(), [memoryview(header)], 0)
+    rows = _Rows(adapter, layout, base)
+    try:
+        with path.open("wb", buffering=0) as file:
+            _write_at(file.fileno(), memoryview(header), 0)
             os.ftruncate(file.fileno(), len(header) + layout.weights_nbytes)
-            _convert(adapter, layout, base, allow_nonfinite, put)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(path)) from error
+            _write_rows(rows, layout, file.fileno(), len(header))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    if not allow_nonfinite:
+        rows.raise_nonfinite()
 
 
 def check_values(adapter: Adapter, layout: Layout, *, allow_nonfinite: bool = False) -> None:
@@ -156,72 +153,132 @@ def unpack_magnitudes(
     return found
 
 
-def _convert(
-    adapter: Adapter,
-    layout: Layout,
-    base: Path | None,
-    allow_nonfinite: bool,
-    put: Callable[[int, Sequence[torch.Tensor]], None],
-) -> None:
-    """`put(row, the blocks it starts with)` for each row in turn; blocks are contiguous, in layout.dtype.
-
-    Raises the problems of all modules together, at the end.
-    """
+@contextlib.contextmanager
+def _threads(layout: Layout) -> Iterator[None]:
+    """One thread, unless DoRA's norms of the base weights are computed: it is not worth waking more for one row."""
     import torch
 
-    dtype: torch.dtype = getattr(torch, layout.dtype)
-    weights: Mapping[str, torch.Tensor] = {}
-    if base is not None and layout.config_shape[1] == 4:
-        from tritonlora.dora import base_weights
-
-        weights = base_weights(adapter, base)
-    nonfinite: set[str] = set()
-    too_large: set[str] = set()
-
-    # One thread: writes to one file exclude each other, and a second thread would wait for them in vain. Waking torch's
-    # own threads for each small block costs more than they save, unless DoRA's norms of the base weights are computed.
     threads = torch.get_num_threads()
-    torch.set_num_threads(threads if weights else 1)
+    torch.set_num_threads(threads if layout.config_shape[1] == 4 else 1)
     try:
-        for index, source in enumerate(layout.sources):
-            module = adapter.modules[source.path]
-            blocks = _blocks(module, source.pieces, dtype, weights)
-            if not allow_nonfinite and not _all_finite(*blocks):
-                originals = {
-                    "lora_A": module.lora_A,
-                    "lora_B": module.lora_B,
-                    "lora_magnitude_vector": module.magnitude,
-                }
-                for (what, original), block in zip(originals.items(), blocks, strict=False):
-                    if original is not None and not _all_finite(block):
-                        (too_large if _all_finite(original) else nonfinite).add(f"{what} of {source.path!r}")
-            put(index, blocks)
+        yield
     finally:
         torch.set_num_threads(threads)
-    if nonfinite:
-        raise InvalidAdapter(one_message("NaN or infinite values (--allow-nonfinite converts them)", sorted(nonfinite)))
-    if too_large:
-        raise UnsupportedAdapter(
-            one_message(f"values too large for {layout.dtype}; convert to bfloat16", sorted(too_large))
-        )
 
 
-def _blocks(
-    module: AdapterModule, pieces: tuple[Piece, ...], dtype: torch.dtype, base_weights: Mapping[str, torch.Tensor]
-) -> list[torch.Tensor]:
-    """The values of one row: A, B, and DoRA's magnitude where there is one."""
-    lora_b = _take(module.lora_B, pieces)
-    # A tensor times a number is computed in float32 and rounded once, whatever the tensor's dtype.
-    scaled = lora_b * module.scaling if lora_b.dtype is dtype else (lora_b.float() * module.scaling).to(dtype)
-    blocks = [module.lora_A.to(dtype).contiguous(), scaled.contiguous()]
-    if module.magnitude is not None:
+class _Rows:
+    """The rows of one adapter, filled in turn, and the values among them that cannot be carried over."""
+
+    def __init__(self, adapter: Adapter, layout: Layout, base: Path | None) -> None:
+        self._adapter = adapter
+        self._layout = layout
+        self._base_weights: Mapping[str, torch.Tensor] = {}
+        if base is not None and layout.config_shape[1] == 4:
+            from tritonlora.dora import base_weights
+
+            self._base_weights = base_weights(adapter, base)
+        self._nonfinite: set[str] = set()
+        self._too_large: set[str] = set()
+
+    def fill(self, index: int, row: torch.Tensor) -> int:
+        """Put the row's values at the start of `row` (W,), and tell how many they are."""
+        source = self._layout.sources[index]
+        module = self._adapter.modules[source.path]
+        lora_b = _take(module.lora_B, source.pieces)
+        a_end = module.lora_A.numel()
+        end = b_end = a_end + lora_b.numel()
+        row[:a_end].view(module.lora_A.shape).copy_(module.lora_A)
+        _multiply(lora_b, module.scaling, row[a_end:b_end].view(lora_b.shape))
+        if module.magnitude is not None:
+            end += lora_b.shape[0]
+            row[b_end:end].copy_(_take(self._normalised_magnitude(module), source.pieces))
+        if not _all_finite(row[:end]):
+            self._remember("lora_A", module.path, module.lora_A, row[:a_end])
+            self._remember("lora_B", module.path, module.lora_B, row[a_end:b_end])
+            if module.magnitude is not None:
+                self._remember("lora_magnitude_vector", module.path, module.magnitude, row[b_end:end])
+        return end
+
+    def raise_nonfinite(self) -> None:
+        """One error with every tensor so far that is not finite, or does not stay so."""
+        problems = [
+            f"{tensor} has NaN or infinite values (--allow-nonfinite converts them)" for tensor in self._nonfinite
+        ]
+        problems += [
+            f"{tensor} has values too large for {self._layout.dtype}; convert to bfloat16" for tensor in self._too_large
+        ]
+        if problems:
+            kind: type[AdapterError] = InvalidAdapter if self._nonfinite else UnsupportedAdapter
+            raise kind(one_message(f"cannot convert the weights in {str(self._adapter.directory)!r}", sorted(problems)))
+
+    def _remember(self, what: str, path: str, original: torch.Tensor, converted: torch.Tensor) -> None:
+        if not _all_finite(converted):
+            (self._too_large if _all_finite(original) else self._nonfinite).add(f"{what} of {path!r}")
+
+    def _normalised_magnitude(self, module: AdapterModule) -> torch.Tensor:
         from tritonlora.dora import normalised_magnitude
 
-        if module.path not in base_weights:
+        if module.path not in self._base_weights:
             raise UnsupportedAdapter("DoRA needs the base model's weights; give them with --base CHECKPOINT")
-        magnitude = normalised_magnitude(module, base_weights[module.path])
-        blocks.append(_take(magnitude, pieces).to(dtype).contiguous())
-    return blocks
+        return normalised_magnitude(module, self._base_weights[module.path])
+
+
+def _multiply(tensor: torch.Tensor, scaling: float, out: torch.Tensor) -> None:
+    import torch
+
+    # A tensor times a number is computed in float32 and rounded once, to the tensor's own dtype.
+    if tensor.dtype is out.dtype:
+        torch.mul(tensor, scaling, out=out)
+    else:
+        out.copy_(tensor.float() * scaling)
+
+
+# Handing a batch over takes as long as writing some hundred KiB. Three: one is filled, one is written, one waits.
+_BATCH_NBYTES = 1 << 20
+_BATCHES = 3
+
+
+def _write_rows(rows: _Rows, layout: Layout, descriptor: int, start: int) -> None:
+    """Fill the rows here, some at a time, while another thread is in the kernel with those before."""
+    import torch
+
+    count, row_nbytes, itemsize = len(layout.rows), layout.width * ITEMSIZES[layout.dtype], ITEMSIZES[layout.dtype]
+    size = max(1, _BATCH_NBYTES // row_nbytes)
+    free: SimpleQueue[torch.Tensor] = SimpleQueue()
+    filled: SimpleQueue[tuple[torch.Tensor, list[tuple[memoryview, int]]] | None] = SimpleQueue()
+    errors: list[OSError] = []
+
+    def write() -> None:
+        while (job := filled.get()) is not None:
+            batch, contents = job
+            try:
+                for content, offset in contents:
+                    _write_at(descriptor, content, offset)
+            except OSError as error:
+                errors.append(error)
+            free.put(batch)
+
+    for _ in range(_BATCHES):
+        free.put(torch.empty((size, layout.width), dtype=getattr(torch, layout.dtype)))
+    writer = Thread(target=write)
+    writer.start()
+    try:
+        with _threads(layout):
+            for first in range(0, count, size):
+                batch = free.get()
+                if errors:
+                    break
+                contents = []
+                for index, row in zip(range(first, count), batch, strict=False):
+                    nbytes = rows.fill(index, row) * itemsize
+                    content = row.view(torch.uint8).numpy().data[:nbytes]
+                    contents.append((content, start + index * row_nbytes))
+                filled.put((batch, contents))
+    finally:
+        filled.put(None)
+        writer.join()
+    if errors:
+        raise errors[0]
 
 
 def _take(tensor: torch.Tensor, pieces: tuple[Piece, ...]) -> torch.Tensor:
@@ -237,18 +294,12 @@ def _take(tensor: torch.Tensor, pieces: tuple[Piece, ...]) -> torch.Tensor:
     return chosen[0] if len(chosen) == 1 else torch.cat(chosen)
 
 
-def _all_finite(*tensors: torch.Tensor) -> bool:
+def _all_finite(tensor: torch.Tensor) -> bool:
     # NaN and infinities survive a sum, which is far cheaper than looking at each value; a sum may overflow by itself.
-    return math.isfinite(sum(tensor.sum().item() for tensor in tensors)) or all(
-        bool(tensor.isfinite().all()) for tensor in tensors
-    )
+    return math.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())
 
 
-def _write_at(descriptor: int, buffers: list[memoryview], offset: int) -> None:
-    while buffers:
-        written = os.pwritev(descriptor, buffers, offset)
-        offset += written
-        while buffers and written >= len(buffers[0]):
-            written -= len(buffers.pop(0))
-        if buffers:
-            buffers[0] = buffers[0][written:]
+def _write_at(descriptor: int, content: memoryview, offset: int) -> None:
+    while content:
+        written = os.pwrite(descriptor, content, offset)
+        content, offset = content[written:], offset + written
