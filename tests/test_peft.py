@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from tritonlora.peft import load_adapter
 from tritonlora.peft_config import AdapterConfig, parse_config
 
 Q = "model.layers.0.self_attn.q_proj"
+V = "model.layers.0.self_attn.v_proj"
 
 
 def config_bytes(**fields: Any) -> bytes:
@@ -113,17 +115,47 @@ def test_keys_with_an_adapter_name_are_understood(tmp_path: Path) -> None:
     assert [Q] == list(load_adapter(write_adapter(tmp_path, tensors)).modules)
 
 
+def write_sharded(directory: Path, weight_map: Mapping[str, str], shards: Mapping[str, Iterable[str]]) -> None:
+    """A config, the index, and each shard with a random LoRA of the paths named."""
+    directory.mkdir(exist_ok=True)
+    (directory / "adapter_config.json").write_bytes(config_bytes())
+    for shard, paths in shards.items():
+        pairs = [lora_pair(path) for path in paths]
+        save_file({f"base_model.model.{k}": v for pair in pairs for k, v in pair.items()}, directory / shard)
+    (directory / "adapter_model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def map_of(path: str, shard: str) -> dict[str, str]:
+    return {f"base_model.model.{path}.lora_{matrix}.weight": shard for matrix in "AB"}
+
+
 def test_sharded_checkpoint_is_read_whole(tmp_path: Path) -> None:
     """The shards that the index names make one adapter."""
-    other = "model.layers.0.self_attn.v_proj"
-    write_adapter(tmp_path, lora_pair(Q))
-    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model-00001-of-00002.safetensors")
-    pair = {f"base_model.model.{name}": tensor for name, tensor in lora_pair(other).items()}
-    save_file(pair, tmp_path / "adapter_model-00002-of-00002.safetensors")
-    weight_map = {"a": "adapter_model-00001-of-00002.safetensors", "b": "adapter_model-00002-of-00002.safetensors"}
-    (tmp_path / "adapter_model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    write_sharded(
+        tmp_path, map_of(Q, "1.safetensors") | map_of(V, "2.safetensors"), {"1.safetensors": [Q], "2.safetensors": [V]}
+    )
 
-    assert {Q, other} == load_adapter(tmp_path).modules.keys()
+    assert {Q, V} == load_adapter(tmp_path).modules.keys()
+
+
+def test_index_that_its_shards_contradict_is_refused(tmp_path: Path) -> None:
+    """Missing shards, tensors in another shard than stated, and tensors that the index leaves out, all in one error."""
+    k, o = Q.replace("q_proj", "k_proj"), Q.replace("q_proj", "o_proj")
+    weight_map = map_of(Q, "1.safetensors") | map_of(V, "1.safetensors") | map_of(k, "3.safetensors")
+    write_sharded(tmp_path, weight_map | map_of(o, "../4.safetensors"), {"1.safetensors": [Q, o]})
+    write_sharded(tmp_path / "outside", {}, {"4.safetensors": [o]})
+    write_sharded(tmp_path, weight_map | map_of("x", "2.safetensors"), {"1.safetensors": [Q, o], "2.safetensors": [V]})
+
+    with pytest.raises(InvalidAdapter, match="its shards disagree") as caught:
+        load_adapter(tmp_path)
+    text = str(caught.value)
+    for part in (
+        f"'base_model.model.{o}.lora_A.weight' is in '1.safetensors', but the index says 'nothing of it'",
+        f"'base_model.model.{V}.lora_B.weight' is not in '1.safetensors'",
+        f"'base_model.model.{V}.lora_B.weight' is in '2.safetensors', but the index says '1.safetensors'",
+        "3.safetensors' is not a file",
+    ):
+        assert part in text
 
 
 @pytest.mark.parametrize("shard", ["../x.safetensors", "/etc/passwd", "..", 3])
@@ -134,6 +166,29 @@ def test_index_that_names_a_path_is_refused(shard: object, tmp_path: Path) -> No
 
     with pytest.raises(InvalidAdapter, match=r"is not the name of a file|names no shards"):
         load_adapter(tmp_path)
+
+
+def test_problems_of_config_and_tensors_are_in_one_error(tmp_path: Path) -> None:
+    """What is wrong with the config does not hide what is wrong with the tensors, nor the other way round."""
+    tensors = {**lora_pair(Q), **lora_pair("lm_head"), f"{V}.lora_A.weight": torch.ones(2, 8)}
+    adapter = write_adapter(tmp_path, tensors, r=0, bias="all", use_rslora="no")
+
+    with pytest.raises(
+        InvalidAdapter, match=r"(?s)'r' is 0.*'use_rslora' is 'no'.*'bias' is 'all'.*lora_B is missing.*'lm_head'"
+    ):
+        load_adapter(adapter)
+    (adapter / "adapter_model.safetensors").write_bytes(b"short")
+    with pytest.raises(InvalidAdapter, match=r"(?s)'r' is 0.*is not a whole safetensors file"):
+        load_adapter(adapter)
+
+
+def test_tensors_of_another_kind_of_adapter_are_not_listed(tmp_path: Path) -> None:
+    """The peft_type says it all."""
+    adapter = write_adapter(tmp_path, {f"{Q}.hada_w1_a": torch.ones(2, 8)}, peft_type="LOHA")
+
+    with pytest.raises(UnsupportedAdapter, match="peft_type is 'LOHA'") as caught:
+        load_adapter(adapter)
+    assert "hada_w1_a" not in str(caught.value)
 
 
 def test_all_that_is_not_understood_is_listed_in_one_error(tmp_path: Path) -> None:

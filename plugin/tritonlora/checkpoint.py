@@ -9,6 +9,7 @@ pickle runs.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -25,14 +26,7 @@ def load_checkpoint(directory: Path, safetensors_name: str, pickle_name: str) ->
         if (directory / name).is_file():
             return load(file_inside(directory, name))
         if (directory / f"{name}.index.json").is_file():
-            tensors: dict[str, torch.Tensor] = {}
-            for shard in _shards(file_inside(directory, f"{name}.index.json")):
-                loaded = load(file_inside(directory, shard))
-                repeated = sorted(tensors.keys() & loaded.keys())
-                if repeated:
-                    raise InvalidAdapter(one_message(f"{shard!r} repeats tensors of another shard", repeated))
-                tensors.update(loaded)
-            return tensors
+            return _load_shards(directory, file_inside(directory, f"{name}.index.json"), load)
     raise InvalidAdapter(f"there is neither {safetensors_name} nor {pickle_name} in {str(directory)!r}")
 
 
@@ -80,14 +74,42 @@ def read_json_bytes(path: Path) -> bytes:
         raise InvalidAdapter(f"cannot read {str(path)!r}: {error.strerror}") from error
 
 
-def _shards(index: Path) -> list[str]:
+def _load_shards(
+    directory: Path, index: Path, load: Callable[[Path], dict[str, torch.Tensor]]
+) -> dict[str, torch.Tensor]:
+    """The tensors of all shards, where these hold exactly what the index says."""
+    weight_map = _weight_map(index)
+    tensors: dict[str, torch.Tensor] = {}
+    problems = []
+    for shard in sorted(set(weight_map.values())):
+        try:
+            loaded = load(file_inside(directory, shard))
+        except InvalidAdapter as error:
+            problems.append(str(error))
+            continue
+        stated = {key for key, name in weight_map.items() if name == shard}
+        problems += [f"{key!r} is not in {shard!r}" for key in sorted(stated - loaded.keys())]
+        problems += [
+            f"{key!r} is in {shard!r}, but the index says {weight_map.get(key, 'nothing of it')!r}"
+            for key in sorted(loaded.keys() - stated)
+        ]
+        tensors.update(loaded)
+    if problems:
+        raise InvalidAdapter(
+            one_message(f"{str(index)!r} and its shards disagree; fetch the checkpoint again", problems)
+        )
+    return tensors
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor -> shard. Raises InvalidAdapter."""
     try:
-        shards = sorted(set(json.loads(read_json_bytes(index))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        weight_map = json.loads(read_json_bytes(index))["weight_map"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InvalidAdapter(f"{str(index)!r} is not the index of a sharded checkpoint: {error!r}") from error
-    if not shards or not all(isinstance(shard, str) for shard in shards):
-        raise InvalidAdapter(f"{str(index)!r} names no shards")
-    return shards
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise InvalidAdapter(f"{str(index)!r} names no shards; expected `weight_map`, from tensors to files")
+    return weight_map
 
 
 def _not_a_plain_tensor(key: object, value: object) -> str:

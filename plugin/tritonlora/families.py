@@ -182,6 +182,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {architecture.name: architecture for
 
 # First match wins; the last line always matches.
 _WHY_NOT = (
+    (r"^[^0-9]+\.(0[0-9]|[1-9][0-9]{4})[0-9]*\.", "a layer's number is below 10000 and has no leading zeros"),
     (r"(^|\.)(lm_head|embed_out|proj_out)$", "TensorRT-LLM has no LoRA for the output embedding"),
     (r"(^|\.)(embed_tokens|wte|word_embeddings|shared|embed_in)$", "TensorRT-LLM has no LoRA for embeddings"),
     (r"experts?(\.|$)|block_sparse_moe|shared_mlp", "LoRA on expert layers cannot be sent to a TensorRT-LLM engine"),
@@ -206,8 +207,8 @@ def locate(path: str) -> tuple[int, Leaf] | None:
     return (int(match["layer"]), leaf) if match and leaf else None
 
 
-# The first number in a path is the layer's.
-_LAYER_PATH = re.compile(r"(?P<stem>.+?)\.(?P<layer>0|[1-9][0-9]{0,8})\.(?P<tail>.+)")
+# The first number in a path is the layer's. No model has ten thousand layers.
+_LAYER_PATH = re.compile(r"(?P<stem>.+?)\.(?P<layer>0|[1-9][0-9]{0,3})\.(?P<tail>.+)")
 
 
 def why_not(path: str) -> str:

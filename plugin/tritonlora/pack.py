@@ -104,7 +104,14 @@ def convert_file(
 
 def check_values(adapter: Adapter, layout: Layout, *, allow_nonfinite: bool = False) -> None:
     """Refuse the values that `convert_file` refuses, without writing any."""
-    _convert(adapter, layout, None, allow_nonfinite, lambda _index, _blocks: None)
+    import torch
+
+    rows, row = _Rows(adapter, layout, None), torch.empty(layout.width, dtype=getattr(torch, layout.dtype))
+    with _threads(layout):
+        for index in range(len(layout.rows)):
+            rows.fill(index, row)
+    if not allow_nonfinite:
+        rows.raise_nonfinite()
 
 
 def npy_header(shape: Sequence[int], dtype: str) -> bytes:

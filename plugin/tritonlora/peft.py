@@ -8,8 +8,9 @@ Shapes are never turned round: PEFT stores A as (r, in) and B as (out, r), for C
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -57,39 +58,73 @@ def load_adapter(path: Path) -> Adapter:
     lists all that is wrong.
     """
     directory = _adapter_directory(path)
-    config = parse_config(read_json_bytes(file_inside(directory, "adapter_config.json")))
-    tensors = load_checkpoint(directory, "adapter_model.safetensors", "adapter_model.bin")
-    return adapter_from_tensors(directory, config, tensors)
+    problems = _Problems()
+    config: AdapterConfig | None = None
+    tensors: Mapping[str, torch.Tensor] = {}
+    with problems.collected():
+        config = parse_config(read_json_bytes(file_inside(directory, "adapter_config.json")))
+    with problems.collected():
+        tensors = load_checkpoint(directory, "adapter_model.safetensors", "adapter_model.bin")
+    modules: dict[str, AdapterModule] = {}
+    # Tensors of another peft_type, which the config's problems name, need no reasons of their own.
+    if not problems or any(map(_LORA_KEY.fullmatch, tensors)):
+        modules = _modules(tensors, config, problems)
+    if problems or config is None:
+        kind: type[AdapterError] = InvalidAdapter if problems.invalid else UnsupportedAdapter
+        raise kind(
+            one_message(f"cannot use the adapter in {str(directory)!r}", [*problems.invalid, *problems.unsupported])
+        )
+    return Adapter(directory, config, modules)
 
 
-def adapter_from_tensors(directory: Path, config: AdapterConfig, tensors: Mapping[str, torch.Tensor]) -> Adapter:
-    """Sort a PEFT state dict into modules. Raises as `load_adapter` does."""
+@dataclass(slots=True)
+class _Problems:
+    invalid: list[str] = field(default_factory=list)
+    unsupported: list[str] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.invalid or self.unsupported)
+
+    @contextlib.contextmanager
+    def collected(self) -> Iterator[None]:
+        """Keep an error's text for later instead of letting it end the reading."""
+        try:
+            yield
+        except AdapterError as error:
+            kept = self.invalid if isinstance(error, InvalidAdapter) else self.unsupported
+            kept.append(str(error).replace("\n", "\n  "))
+
+
+def _modules(
+    tensors: Mapping[str, torch.Tensor], config: AdapterConfig | None, problems: _Problems
+) -> dict[str, AdapterModule]:
+    """Sort a PEFT state dict into modules; without a config, which is a problem already, only look for more."""
     groups: dict[str, _Group] = {}
-    unsupported: list[str] = []
-    problems: list[str] = []
     for key in sorted(tensors):
         match = _LORA_KEY.fullmatch(key)
         if match is None:
-            unsupported.append(f"{key!r}: {_why_not_key(key)}")
+            problems.unsupported.append(f"{key!r}: {_why_not_key(key)}")
             continue
         group = groups.setdefault(match["path"], _Group())
         group.names.add(match["name"] or match["magnitude_name"] or "")
         what = match["matrix"] or "magnitude"
         if what in group.tensors:
-            problems.append(f"{match['path']!r} has more than one {what}, the second is {key!r}")
+            problems.invalid.append(f"{match['path']!r} has more than one {what}, the second is {key!r}")
         group.tensors[what] = tensors[key]
     names = {name for group in groups.values() for name in group.names}
     if len(names) > 1:
-        problems.append(f"tensors of several adapters: {', '.join(map(repr, sorted(names)))}; save each on its own")
+        problems.invalid.append(
+            f"tensors of several adapters: {', '.join(map(repr, sorted(names)))}; save each on its own"
+        )
     modules = {}
     for path, group in groups.items():
         place = locate(path)
         if place is None:
-            unsupported.append(f"{path!r}: {why_not(path)}")
+            problems.unsupported.append(f"{path!r}: {why_not(path)}")
             continue
         found = _tensor_problems(path, group.tensors, config)
-        problems += found
-        if not found:
+        problems.invalid += found
+        if config is not None and not found:
             rank = int(group.tensors["A"].shape[0])
             modules[path] = AdapterModule(
                 path=path,
@@ -100,12 +135,9 @@ def adapter_from_tensors(directory: Path, config: AdapterConfig, tensors: Mappin
                 scaling=config.scaling_of(path, rank),
                 magnitude=group.tensors.get("magnitude"),
             )
-    if not groups and not unsupported:
-        problems.append("there is no LoRA tensor in it")
-    if problems or unsupported:
-        kind: type[AdapterError] = InvalidAdapter if problems else UnsupportedAdapter
-        raise kind(one_message(f"cannot use the adapter in {str(directory)!r}", [*problems, *unsupported]))
-    return Adapter(directory, config, modules)
+    if not groups and not problems:
+        problems.invalid.append("there is no LoRA tensor in it")
+    return modules
 
 
 _LORA_KEY = re.compile(
@@ -141,7 +173,7 @@ def _why_not_key(key: str) -> str:
     return next(reason for pattern, reason in _WHY_NOT_KEY if re.search(pattern, key))
 
 
-def _tensor_problems(path: str, tensors: Mapping[str, torch.Tensor], config: AdapterConfig) -> list[str]:
+def _tensor_problems(path: str, tensors: Mapping[str, torch.Tensor], config: AdapterConfig | None) -> list[str]:
     missing = [f"{path!r}: lora_{matrix} is missing" for matrix in "AB" if matrix not in tensors]
     if missing:
         return missing
@@ -154,9 +186,9 @@ def _tensor_problems(path: str, tensors: Mapping[str, torch.Tensor], config: Ada
     shape_a, shape_b = tuple(a.shape), tuple(b.shape)
     if len(shape_a) != 2 or len(shape_b) != 2 or shape_a[0] != shape_b[1] or 0 in shape_a + shape_b:
         problems.append(f"{path!r}: lora_A is {shape_a} and lora_B {shape_b}, expected (r, in) and (out, r)")
-    elif shape_a[0] != config.rank_of(path):
+    elif config is not None and shape_a[0] != config.rank_of(path):
         problems.append(f"{path!r}: lora_A is {shape_a}, but adapter_config.json says r = {config.rank_of(path)}")
-    if (magnitude is None) == config.use_dora:
+    if config is not None and (magnitude is None) == config.use_dora:
         problems.append(f"{path!r}: use_dora is {config.use_dora}, which its tensors contradict")
     elif magnitude is not None and len(shape_b) == 2 and magnitude.numel() != shape_b[0]:
         problems.append(f"{path!r}: lora_magnitude_vector is {tuple(magnitude.shape)}, expected ({shape_b[0]},)")

@@ -47,7 +47,8 @@ class AdapterConfig:
 def parse_config(text: bytes) -> AdapterConfig:
     """Read adapter_config.json.
 
-    Raises InvalidAdapter where it is broken, else UnsupportedAdapter naming every field that cannot be carried over.
+    Raises InvalidAdapter where it is broken, else UnsupportedAdapter; either names every field that is malformed or
+    cannot be carried over.
     """
     repeated: list[str] = []
 
@@ -68,9 +69,9 @@ def parse_config(text: bytes) -> AdapterConfig:
             f"peft_type is {_short(peft_type)}; TensorRT-LLM takes only 'LORA': {_remedy_for_type(peft_type)}"
         )
     broken = [*(f"{key!r} occurs more than once" for key in repeated), *_broken_fields(raw)]
-    if broken:
-        raise InvalidAdapter(one_message("adapter_config.json is malformed", broken))
     refused = _refused_fields(raw)
+    if broken:
+        raise InvalidAdapter(one_message("adapter_config.json is malformed", [*broken, *refused]))
     if refused:
         raise UnsupportedAdapter(one_message("the adapter uses what cannot be carried to the engine", refused))
     return AdapterConfig(
