@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,13 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 
-from adapters import lora_pair, save_llama_adapter, write_adapter
+from adapters import LLAMA_CONFIG, lora_pair, save_llama_adapter, write_adapter
 from tritonlora.errors import InvalidAdapter, UnsupportedAdapter
 from tritonlora.peft import load_adapter
 from tritonlora.peft_config import AdapterConfig, parse_config
@@ -106,6 +108,34 @@ def test_ways_of_saving_an_adapter_are_understood(options: dict[str, Any], tmp_p
     for path, module in adapter.modules.items():
         delta = module.scaling * (module.lora_B.double() @ module.lora_A.double())
         torch.testing.assert_close(delta, expected[path], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_adapter_that_peft_converted_to_plain_lora_adds_up_to_the_trained_weights(init: Any, tmp_path: Path) -> None:
+    """The remedy in the refusal works: base weights and converted LoRA together are what was trained."""
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA_CONFIG))
+    before = {name: weight.detach().double() for name, weight in model.named_parameters()}
+    options = peft.LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj", "down_proj"], init_lora_weights=init)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trained = peft.get_peft_model(model, options)
+        options.init_lora_weights = True
+        trained.save_pretrained(str(tmp_path / "untrained"))
+        options.init_lora_weights = init
+        for name, weight in trained.named_parameters():
+            weight.data += 0.1 * torch.randn(weight.shape) * ("lora_" in name)
+        trained.save_pretrained(
+            str(tmp_path / "adapter"), path_initial_model_for_weight_conversion=str(tmp_path / "untrained")
+        )
+    adapter = load_adapter(tmp_path / "adapter")
+
+    assert 4 == len(adapter.modules)
+    for path, module in adapter.modules.items():
+        layer: Any = trained.get_base_model().get_submodule(path)
+        expected = layer.get_base_layer().weight.double() + layer.get_delta_weight("default").double()
+        delta = module.scaling * (module.lora_B.double() @ module.lora_A.double())
+        torch.testing.assert_close(before[f"{path}.weight"] + delta, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_keys_with_an_adapter_name_are_understood(tmp_path: Path) -> None:
