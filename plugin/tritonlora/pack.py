@@ -240,7 +240,7 @@ def _multiply(tensor: torch.Tensor, scaling: float, out: torch.Tensor) -> None:
         out.copy_(tensor.float() * scaling)
 
 
-# Handing a batch over takes as long as writing some hundred KiB. Three: one is filled, one is written, one waits.
+# Handing a batch over takes as long as writing about a hundred KiB. Three: one is filled, one is written, one waits.
 _BATCH_NBYTES = 1 << 20
 _BATCHES = 3
 
