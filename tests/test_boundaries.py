@@ -18,8 +18,8 @@ CORE = (
     "pbtxt.py", "wiring.py", "warmup.py", "adapters.py", "routing.py", "layout.py", "text.py", "tokenizer.py",
 )  # fmt: skip
 WITHOUT_TORCH = (
-    *CORE, "cli.py", "terminal.py", "repository.py", "register.py", "install.py", "undo.py", "check.py", "server.py",
-    "serving.py", "client.py",
+    *CORE, "cli.py", "terminal.py", "repository.py", "register.py", "install.py", "undo.py", "check.py",
+    "findings.py", "surroundings.py", "server.py", "serving.py", "client.py",
 )  # fmt: skip
 WRITES = {"write_text", "write_bytes", "unlink", "rename", "replace_file", "mkdir", "rmtree", "touch", "symlink_to"}
 

@@ -6,16 +6,21 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from engine_configs import ENGINE
 from repositories import set_cache_pages, synthetic_repository
-from tritonlora import check, register, repository, warmup
+from tritonlora import check, install, register, repository, warmup
 from tritonlora.adapters import render, with_warm
 from tritonlora.files import TEMPORARY_SUFFIX
 from tritonlora.repository import Repository, read_table, read_text
+from tritonlora.server import SHARED_MEMORY, free_ports
+from upstream_configs import fill, upstream, upstream_repository
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +75,20 @@ def _warm_both_in_a_cache_of_one(opened: Repository) -> None:
     set_cache_pages(opened, 1)
 
 
+def _own_sample(opened: Repository, key: str, file: str, content: bytes) -> None:
+    """A warmup sample of the user's own, outside the block."""
+    (opened.warmup_directory / file).write_bytes(content)
+    value = f'{{ data_type: TYPE_INT32 dims: [ 1 ] input_data_file: "{file}" }}'
+    sample = f'model_warmup {{ name: "mine" inputs {{ key: "{key}" value {value} }} }}\n'
+    opened.config_path.write_text(sample + read_text(opened.config_path))
+
+
+def _bls_model(root: Path) -> None:
+    """Upstream's tensorrt_llm_bls, unfilled where that does no harm."""
+    (root / "tensorrt_llm_bls").mkdir()
+    (root / "tensorrt_llm_bls" / "config.pbtxt").write_text(fill(upstream("v0.18.0", "tensorrt_llm_bls")))
+
+
 PLANTED: dict[str, tuple[Callable[[Repository], object], str, str]] = {
     "a weights file is missing": (
         lambda opened: (opened.warmup_directory / "adapter_model_2.bin").unlink(),
@@ -121,6 +140,16 @@ PLANTED: dict[str, tuple[Callable[[Repository], object], str, str]] = {
         "error",
         "engine: it was built without LoRA: it ignores adapters and answers from the base model",
     ),
+    "the engine was built for fewer beams": (
+        lambda opened: register.set_parameters(opened, {"max_beam_width": "4"}),
+        "error",
+        "tensorrt_llm/config.pbtxt: max_beam_width is 4, and the engine was built for 1",
+    ),
+    "the user's own warmup asks for more beams": (
+        lambda opened: _own_sample(opened, "beam_width", "my_beams", b"\3\0\0\0"),
+        "error",
+        "warmup/my_beams: a model_warmup sample of your own asks for 3 beams, and the engine was built for 1",
+    ),
     "the engine is not here": (
         lambda opened: register.set_parameters(opened, {"gpt_model_path": "/nowhere"}),
         "warning",
@@ -135,6 +164,22 @@ PLANTED: dict[str, tuple[Callable[[Repository], object], str, str]] = {
         lambda opened: edit(opened.config_path, "data_type: TYPE_FP32", "data_type: ${logits_datatype}"),
         "error",
         "tensorrt_llm/config.pbtxt: data_type of input 'draft_logits' is still ${logits_datatype}",
+    ),
+    "a type of another model is still a placeholder": (
+        lambda opened: edit(
+            opened.root / "preprocessing" / "config.pbtxt", "data_type: TYPE_STRING", "data_type: ${x}"
+        ),
+        "error",
+        "preprocessing/config.pbtxt: data_type of input 'QUERY' is still ${x}",
+    ),
+    "lora_config has four columns and three are declared": (
+        lambda opened: edit(
+            opened.table_path,
+            '"lora_config_shape": [\n        4,\n        3',
+            '"lora_config_shape": [\n        4,\n        4',
+        ),
+        "error",
+        "tensorrt_llm/config.pbtxt: lora_config has dims [-1, 3], and adapter cold has 4",
     ),
     "lora_weights is declared in another type": (
         lambda opened: lora_input(opened, "lora_weights", "TYPE_BF16", "TYPE_FP16"),
@@ -216,10 +261,35 @@ PLANTED: dict[str, tuple[Callable[[Repository], object], str, str]] = {
         "error",
         "ensemble/config.pbtxt: it leads to tensorrt_llm past the router: names have no effect",
     ),
+    "another model goes past the router": (
+        lambda opened: _bls_model(opened.root),
+        "warning",
+        "tensorrt_llm_bls/config.pbtxt: it calls tensorrt_llm itself: a lora_name in a request to it has no effect",
+    ),
+    "the router's code is an older one": (
+        lambda opened: edit(opened.root / "lora_router" / "1" / "model.py", "import", "import  "),
+        "warning",
+        "lora_router/1/model.py: it is not that of this version of tritonlora",
+    ),
+    "a module of the router is missing": (
+        lambda opened: (opened.root / "lora_router" / "1" / "tritonlora" / "routing.py").unlink(),
+        "warning",
+        "lora_router/1/tritonlora/routing.py: it is missing",
+    ),
+    "an add was killed before it wrote the table": (
+        lambda opened: (opened.warmup_directory / "adapter_model_3.bin").write_bytes(b""),
+        "warning",
+        "warmup/adapter_model_3.bin: no adapter has it: an `add` that was stopped left it",
+    ),
+    "an init was killed": (
+        lambda opened: (opened.target_directory / f".lora_router.0{TEMPORARY_SUFFIX}").mkdir(),
+        "warning",
+        f"tensorrt_llm/.lora_router.0{TEMPORARY_SUFFIX}: a command that was stopped left it",
+    ),
     "a command was killed": (
         lambda opened: (opened.warmup_directory / f".x{TEMPORARY_SUFFIX}").write_bytes(b""),
         "warning",
-        f"warmup/.x{TEMPORARY_SUFFIX}: a command that was stopped left it half-written",
+        f"tensorrt_llm/warmup/.x{TEMPORARY_SUFFIX}: a command that was stopped left it half-written",
     ),
     "files of a removed adapter are left": (
         lambda opened: opened.table_path.write_text(
@@ -263,6 +333,7 @@ def test_an_altered_file_is_found_by_its_digest(opened: Repository) -> None:
         "a shared warmup file is missing",
         "a task id file was altered",
         "a command was killed",
+        "an init was killed",
     ],
 )
 def test_what_is_generated_can_be_put_right(opened: Repository, name: str) -> None:
@@ -272,3 +343,61 @@ def test_what_is_generated_can_be_put_right(opened: Repository, name: str) -> No
     register.repair(opened)
 
     assert [] == found(opened, deep=True)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "the router declares another type",
+        "the router has another transaction policy",
+        "an ensemble goes past the router",
+        "the router's code is an older one",
+        "a module of the router is missing",
+    ],
+)
+def test_init_puts_the_router_right(opened: Repository, name: str) -> None:
+    """As the remedy says; check --fix does it, too."""
+    PLANTED[name][0](opened)
+    assert f"tritonlora init {opened.root}" in {one.remedy for one in check.check(opened)}
+    install.init(opened.root)
+
+    assert [] == found(opened)
+
+
+def test_a_small_dev_shm_is_found(opened: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Docker gives 64 MiB, and an adapter that is sent again needs room for all of it."""
+    usage = shutil.disk_usage("/")._replace(total=2 * 1024**2)
+    monkeypatch.setattr("tritonlora.surroundings.shutil.disk_usage", lambda _: usage)
+    problem = f"{SHARED_MEMORY}: to send an adapter again takes 2105392 bytes of shared memory, more than there is"
+
+    assert [("warning", problem)] == found(opened)
+
+
+def test_ports_in_use_are_found(opened: Repository) -> None:
+    """Those that a server would be given."""
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        ports = replace(free_ports(), metrics=taken.getsockname()[1])
+        findings = check.check(opened, ports=ports)
+
+    assert [("warning", f"port {ports.metrics}")] == [(one.severity, one.where) for one in findings]
+
+
+def test_a_real_engine_s_config_is_checked(tmp_path: Path) -> None:
+    """Upstream's repository with an engine that was built without LoRA, and for three beams."""
+    root = upstream_repository(tmp_path / "repo", "v0.18.0")
+    install.init(root)
+    opened = repository.open_repository(root)
+    build = {**ENGINE["build_config"], "plugin_config": {"lora_plugin": None}}
+    (tmp_path / "config.json").write_text(json.dumps({**ENGINE, "build_config": build}))
+    register.set_parameters(opened, {"gpt_model_path": str(tmp_path), "max_beam_width": "4"})
+
+    assert [
+        ("error", "engine: it was built without LoRA: it ignores adapters and answers from the base model"),
+        ("error", "tensorrt_llm/config.pbtxt: max_beam_width is 4, and the engine was built for 3"),
+        (
+            "warning",
+            "tensorrt_llm_bls/config.pbtxt: it calls tensorrt_llm itself: a lora_name in a request to it has no effect",
+        ),
+    ] == found(opened)

@@ -21,6 +21,7 @@ import typer
 
 from repositories import SYNTHETIC_GEOMETRY, set_cache_pages, synthetic_adapter, synthetic_repository
 from tritonlora import __version__, cli, install, register, repository
+from tritonlora.server import free_ports
 from upstream_configs import upstream_repository
 
 COMMANDS = ("demo", "init", "add", "remove", "list", "plan", "check", "convert", "serve", "generate", "bench")
@@ -226,15 +227,17 @@ def test_plan_can_be_made_from_the_base_model(capsys: pytest.CaptureFixture[str]
 
 def test_check_is_silent_about_nothing_and_fails_on_errors(capsys: pytest.CaptureFixture[str], repo: Path) -> None:
     """Exit code 1 on an error; --fix."""
-    assert (0, "no problem found\n", "") == run(capsys, "check", "--repo", repo)
+    free = free_ports()
+    ports = ("--http-port", free.http, "--grpc-port", free.grpc, "--metrics-port", free.metrics)
+    assert (0, "no problem found\n", "") == run(capsys, "check", "--repo", repo, *ports)
 
     (repo / "tensorrt_llm" / "warmup" / "input_ids").unlink()
-    code, out, _ = run(capsys, "check", "--repo", repo)
+    code, out, _ = run(capsys, "check", "--repo", repo, *ports)
 
     assert code == 1
     assert out.startswith("error: warmup/input_ids: it is missing or altered")
     assert "\n  remedy: tritonlora check --fix\n" in out
-    assert (0, "[]\n", "") == run(capsys, "check", "--repo", repo, "--fix", "--json")
+    assert (0, "[]\n", "") == run(capsys, "check", "--repo", repo, "--fix", "--json", *ports)
 
 
 def test_init_shows_a_diff_and_then_says_what_it_wrote(capsys: pytest.CaptureFixture[str], repo: Path) -> None:

@@ -25,6 +25,7 @@ import torch
 from repositories import synthetic_adapter
 from tritonlora import check, files, install, pack, register, repository
 from tritonlora.errors import EngineMismatch, InvalidAdapter, RepositoryError, TritonLoraError
+from tritonlora.findings import Finding
 from tritonlora.pbtxt import parse
 from tritonlora.register import Options
 from tritonlora.repository import Repository, read_table, read_text
@@ -62,7 +63,7 @@ def snapshot(root: Path) -> dict[str, bytes]:
     }
 
 
-def errors(opened: Repository) -> list[check.Finding]:
+def errors(opened: Repository) -> list[Finding]:
     """What check calls an error."""
     return [finding for finding in check.check(opened, deep=True) if finding.severity == "error"]
 
@@ -179,6 +180,25 @@ def test_the_users_own_warmup_samples_keep_their_ids_and_files(
     assert mine in read_text(opened.config_path)
     with pytest.raises(RepositoryError, match="lora_task_id 1 is loaded by a model_warmup sample of your own"):
         register.add(opened, "haiku", adapters(1), task_id=1)
+
+
+def test_a_file_that_the_user_s_own_warmup_reads_is_not_written_over(
+    opened: Repository, adapters: Callable[[int], Path]
+) -> None:
+    """Of the same name and with other content; the same content is shared."""
+    sample = 'model_warmup { name: "mine" inputs { key: "input_ids" value { input_data_file: "input_ids" } } }\n'
+    opened.config_path.write_text(read_text(opened.config_path) + sample)
+    opened.warmup_directory.mkdir()
+    mine = opened.warmup_directory / "input_ids"
+    mine.write_bytes(struct.pack("<8i", *range(8)))
+    before = read_text(opened.config_path)
+    with pytest.raises(RepositoryError, match="of your own read warmup/input_ids, which tritonlora writes, too; give"):
+        register.add(opened, "pirate", adapters(0))
+
+    assert (before, 32) == (read_text(opened.config_path), mine.stat().st_size)
+    assert {} == read_table(opened).entries
+    mine.write_bytes(struct.pack("<4i", 1, 2, 3, 4))
+    register.add(opened, "pirate", adapters(0))
 
 
 # Refusing

@@ -8,59 +8,37 @@ Reads only; `register.repair` is what puts right what can be.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
-from tritonlora import warmup
+from tritonlora import surroundings, warmup
 from tritonlora.adapters import AdapterEntry, AdapterTable
 from tritonlora.cpu_engine.settings import is_cpu_engine
-from tritonlora.engine import EngineProfile
 from tritonlora.errors import ConfigError, TritonLoraError
-from tritonlora.files import TEMPORARY_SUFFIX, sha256_of
-from tritonlora.flavours import Flavour, Rows, flavour_of_config
+from tritonlora.files import sha256_of
+from tritonlora.findings import Finding, Subject
+from tritonlora.findings import error as _error
+from tritonlora.findings import warning as _warning
+from tritonlora.flavours import Rows, flavour_of_config
 from tritonlora.modules import BY_ID
-from tritonlora.pbtxt import TRITON_TYPES, ModelConfig, Unfilled, has_template
+from tritonlora.pbtxt import TRITON_TYPES, has_template
 from tritonlora.repository import (
     ROUTER,
     Repository,
     engine_profile,
+    half_written,
     plan_of,
     read_config,
     read_table,
     read_text,
     served_config,
 )
-from tritonlora.server import SHARED_MEMORY
+from tritonlora.server import Ports
 
 REPAIR = "tritonlora check --fix"
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing that is wrong."""
-
-    severity: str  # "error": it will not load or will answer wrongly; "warning": it may, or wastes something
-    where: str  # the file, model or adapter
-    problem: str
-    remedy: str
-
-
-@dataclass(frozen=True, slots=True)
-class Subject:
-    """What was read of a repository."""
-
-    repository: Repository
-    table: AdapterTable
-    config_text: str
-    config: ModelConfig
-    flavour: Flavour
-    profile: EngineProfile | None
-    deep: bool
-
-
-def check(repository: Repository, *, deep: bool = False) -> list[Finding]:
-    """All findings, errors first; `deep` also compares the files' SHA-256 with the table.
+def check(repository: Repository, *, deep: bool = False, ports: Ports | None = None) -> list[Finding]:
+    """All findings, errors first; `deep` also compares the files' SHA-256 with the table, `ports` are to be free.
 
     Raises TritonLoraError only where nothing can be checked at all: adapters.json or a config.pbtxt is unreadable.
     """
@@ -73,36 +51,13 @@ def check(repository: Repository, *, deep: bool = False) -> list[Finding]:
         profile = None
         findings.append(_error("gpt_model_path", str(error), "give the parameter the engine's own directory"))
     table, text = read_table(repository), read_text(repository.config_path)
-    subject = Subject(repository, table, text, config, flavour, profile, deep)
+    subject = Subject(repository, table, text, config, flavour, profile, deep, ports)
     for one in CHECKS:
         findings += one(subject)
     return sorted(findings, key=lambda finding: finding.severity)
 
 
-def _error(where: str, problem: str, remedy: str) -> Finding:
-    return Finding("error", where, problem, remedy)
-
-
-def _warning(where: str, problem: str, remedy: str) -> Finding:
-    return Finding("warning", where, problem, remedy)
-
-
 # The engine's model
-
-
-def _placeholders(subject: Subject) -> Iterator[Finding]:
-    """What is still a ${…} where Triton needs a value."""
-    config = subject.config
-    values: list[object] = [config.max_batch_size, config.decoupled, config.instance_count]
-    for spec in (*config.inputs, *config.outputs):
-        values += [spec.data_type, spec.dims, spec.optional]
-    for value in values:
-        if isinstance(value, Unfilled):
-            yield _error(
-                f"{subject.repository.target}/config.pbtxt",
-                f"{value.what} is still {value.template}",
-                "fill it in with upstream's tools/fill_template.py, or edit the file",
-            )
 
 
 def _engine(subject: Subject) -> Iterator[Finding]:
@@ -126,6 +81,23 @@ def _engine(subject: Subject) -> Iterator[Finding]:
             "backend 'python' reads lora_weights through numpy, which has no bfloat16",
             'use the C++ backend: backend: "tensorrtllm"',
         )
+
+
+def _beam_width(subject: Subject) -> Iterator[Finding]:
+    """Nobody asks for more beams than the engine was built for."""
+    if subject.profile is None:
+        return
+    where, most = f"{subject.repository.target}/config.pbtxt", subject.profile.max_beam_width
+    rebuild = f"set it to at most {most}, or build the engine with a larger --max_beam_width"
+    asked = subject.config.parameters.get("max_beam_width", "")
+    if asked.isdecimal() and int(asked) > most:
+        yield _error(where, f"max_beam_width is {asked}, and the engine was built for {most}", rebuild)
+    for file in warmup.foreign_files(subject.config_text, "beam_width"):
+        path = subject.repository.warmup_directory / file
+        width = int.from_bytes(path.read_bytes()[:4], "little") if path.is_file() else 0
+        if width > most:
+            problem = f"a model_warmup sample of your own asks for {width} beams, and the engine was built for {most}"
+            yield _error(f"warmup/{file}", problem, rebuild)
 
 
 # The adapters
@@ -247,12 +219,6 @@ def _cache(subject: Subject) -> Iterator[Finding]:
             "the first ones are evicted while the server starts",
             "tritonlora plan --apply, or add some with --no-warmup",
         )
-    if SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).total < found.resend_shm_bytes:
-        yield _warning(
-            str(SHARED_MEMORY),
-            f"to send an adapter again takes {found.resend_shm_bytes} bytes of shared memory, more than there is",
-            "docker run --shm-size …",
-        )
 
 
 # What leads to them
@@ -282,17 +248,26 @@ def _router(subject: Subject) -> Iterator[Finding]:
 
 def _leftovers(subject: Subject) -> Iterator[Finding]:
     """Files that a command left when it was stopped, or that a replaced adapter has left."""
+    for path in half_written(subject.repository):
+        yield _warning(subject.repository.relative(path), "a command that was stopped left it half-written", REPAIR)
     retired = set(subject.table.retired_lora_task_ids)
+    mine = set(warmup.foreign_files(subject.config_text))
     for path in sorted(subject.repository.warmup_directory.glob("*")):
-        if path.name.endswith(TEMPORARY_SUFFIX):
-            yield _warning(f"warmup/{path.name}", "a command that was stopped left it half-written", REPAIR)
-        elif warmup.task_id_of(path.name) in retired:
+        task_id = warmup.task_id_of(path.name)
+        if task_id in retired:
             yield _warning(f"warmup/{path.name}", "it belongs to an adapter that was removed or replaced", REPAIR)
+        elif path.name not in mine and (task_id or 0) >= subject.table.next_lora_task_id:
+            yield _warning(
+                f"warmup/{path.name}",
+                "no adapter has it: an `add` that was stopped left it, or it is a file of your own",
+                "add that adapter again, or delete the file",
+            )
 
 
 CHECKS: tuple[Callable[[Subject], Iterator[Finding]], ...] = (
-    _placeholders,
+    surroundings.placeholders,
     _engine,
+    _beam_width,
     _router,
     _files,
     _rows,
@@ -300,4 +275,8 @@ CHECKS: tuple[Callable[[Subject], Iterator[Finding]], ...] = (
     _warmup_block,
     _cache,
     _leftovers,
+    surroundings.models_past_the_router,
+    surroundings.router_files,
+    surroundings.shared_memory,
+    surroundings.ports,
 )

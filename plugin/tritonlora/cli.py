@@ -46,6 +46,9 @@ AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Take Na
 Base = Annotated[
     Path | None, typer.Option("--base", help="Directory of the base model's checkpoint.", exists=True, file_okay=False)
 ]
+HttpPort = Annotated[int, typer.Option("--http-port", min=1, max=65535)]
+GrpcPort = Annotated[int, typer.Option("--grpc-port", min=1, max=65535)]
+MetricsPort = Annotated[int, typer.Option("--metrics-port", min=1, max=65535)]
 MOST_WHAT_IF = 100_000
 Url = Annotated[str, typer.Option("--url", metavar="HOST:PORT", help="The server's HTTP endpoint.")]
 
@@ -313,16 +316,23 @@ def check(
     repo: Repo,
     deep: Annotated[bool, typer.Option("--deep", help="Compare the files' SHA-256, too.")] = False,
     fix: Annotated[bool, typer.Option("--fix", help="Put right what is generated, then check.")] = False,
+    http_port: HttpPort = 8000,
+    grpc_port: GrpcPort = 8001,
+    metrics_port: MetricsPort = 8002,
     as_json: AsJson = False,
 ) -> None:
     """Find everything that would make the server fail to load, or answer wrongly. Exit code 1 on any error."""
     from tritonlora import check as checks
-    from tritonlora import register, repository
+    from tritonlora import install, register, repository, server
 
     opened = repository.open_repository(repo)
     if fix:
-        register.repair(opened)
-    findings = checks.check(opened, deep=deep)
+        for put_right in (lambda: install.init(opened.root), lambda: register.repair(opened)):
+            try:
+                put_right()
+            except TritonLoraError as error:
+                print_note(f"not everything could be put right: {error}")
+    findings = checks.check(opened, deep=deep, ports=server.Ports(http_port, grpc_port, metrics_port))
     if as_json:
         print_json(findings)
     else:
@@ -361,9 +371,9 @@ def convert(
 def serve(
     context: typer.Context,
     repo: Repo,
-    http_port: Annotated[int, typer.Option("--http-port", min=1, max=65535)] = 8000,
-    grpc_port: Annotated[int, typer.Option("--grpc-port", min=1, max=65535)] = 8001,
-    metrics_port: Annotated[int, typer.Option("--metrics-port", min=1, max=65535)] = 8002,
+    http_port: HttpPort = 8000,
+    grpc_port: GrpcPort = 8001,
+    metrics_port: MetricsPort = 8002,
     address: Annotated[str | None, typer.Option("--address", help="Listen here only; default: everywhere.")] = None,
     timeout: Annotated[float, typer.Option("--ready-timeout", help="Seconds to wait until it is ready.")] = 3600.0,
     world_size: Annotated[

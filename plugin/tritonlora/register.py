@@ -24,11 +24,11 @@ from tritonlora import plan, undo, warmup, wiring
 from tritonlora.adapters import AdapterEntry, AdapterTable, check_name, render, with_adapter, with_warm, without_adapter
 from tritonlora.engine import EngineProfile, load_profile
 from tritonlora.errors import ConfigError, EngineMismatch, RepositoryError, TritonLoraError
-from tritonlora.files import TEMPORARY_SUFFIX, locked, publish, sha256_of, temporary_name, write_text
+from tritonlora.files import locked, publish, sha256_of, temporary_name, write_text
 from tritonlora.flavours import Flavour, flavour_of_config
 from tritonlora.modules import MODULES
 from tritonlora.pbtxt import ModelConfig, parse_config
-from tritonlora.repository import Repository, engine_profile, read_config, read_table, read_text
+from tritonlora.repository import Repository, engine_profile, half_written, read_config, read_table, read_text
 
 if TYPE_CHECKING:
     from tritonlora.layout import Layout
@@ -240,9 +240,10 @@ def set_parameters(repository: Repository, parameters: Mapping[str, str]) -> Non
 
 
 def _task_id(repository: Repository, table: AdapterTable, asked: int | None) -> int:
-    """The id for a new adapter: none that the user's own warmup samples load an adapter under."""
-    taken = set()
-    for file in warmup.foreign_task_id_files(read_text(repository.config_path)):
+    """The id for a new adapter: none that the user's own warmup samples load an adapter under or name a file after."""
+    text = read_text(repository.config_path)
+    taken = {warmup.task_id_of(file) for file in warmup.foreign_files(text)}
+    for file in warmup.foreign_files(text, *warmup.TASK_IDS):
         path = repository.warmup_directory / file
         if not path.is_file():
             raise RepositoryError(f"a model_warmup sample of {repository.config_path} needs {path}, which is missing")
@@ -325,9 +326,22 @@ def _rendered_config(repository: Repository, table: AdapterTable) -> str:
     try:
         text = flavour_of_config(parse_config(text)).declare(text, table.entries.values())
         config = parse_config(text)
-        return warmup.replace_block(text, warmup.render_block(config, warmup.samples(config, table)))
+        block = warmup.render_block(config, warmup.samples(config, table))
+        _keep_foreign_files(repository, text, warmup.files(config, table, repository.served_root))
+        return warmup.replace_block(text, block)
     except ConfigError as error:
         raise RepositoryError(f"{repository.config_path}: {error}") from None
+
+
+def _keep_foreign_files(repository: Repository, text: str, files: Mapping[str, bytes]) -> None:
+    """Refuse to write over a file that warmup samples of the user's own read, unless it says the same."""
+    paths = {name: repository.warmup_directory / name for name in warmup.foreign_files(text) if name in files}
+    taken = sorted(name for name, path in paths.items() if path.is_file() and path.read_bytes() != files[name])
+    if taken:
+        raise RepositoryError(
+            f"model_warmup samples of your own read {', '.join(f'warmup/{name}' for name in taken)}, which tritonlora "
+            "writes, too; give your files other names, or take out the samples that load adapters: `add` writes them"
+        )
 
 
 def _write_table(repository: Repository, table: AdapterTable) -> None:
@@ -345,11 +359,9 @@ def _write_config(repository: Repository, table: AdapterTable) -> None:
 
 def _sweep(repository: Repository, table: AdapterTable) -> None:
     """Delete the files of retired ids, and those that a stopped command left half-written. Others are the user's."""
-    directory = repository.warmup_directory
     retired = set(table.retired_lora_task_ids)
-    for path in directory.glob("*"):
-        if warmup.task_id_of(path.name) not in retired and not path.name.endswith(TEMPORARY_SUFFIX):
-            continue
+    kept = (path for path in repository.warmup_directory.glob("*") if warmup.task_id_of(path.name) in retired)
+    for path in [*half_written(repository), *kept]:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:

@@ -13,6 +13,7 @@ from pathlib import Path
 from tritonlora.adapters import AdapterTable, parse
 from tritonlora.engine import EngineProfile
 from tritonlora.errors import AdapterTableError, ConfigError, RepositoryError
+from tritonlora.files import TEMPORARY_SUFFIX
 from tritonlora.flavours import flavour_of_config
 from tritonlora.pbtxt import ModelConfig, parse_config
 from tritonlora.plan import CachePlan, Entry, plan_cache
@@ -111,6 +112,12 @@ def served_config(path: Path) -> ModelConfig:
 def engine_profile(repository: Repository, config: ModelConfig) -> EngineProfile | None:
     """What the engine behind the target accepts; None when the config.json that says it is not on this machine."""
     return flavour_of_config(config).profile(config, repository.target_directory)
+
+
+def half_written(repository: Repository) -> list[Path]:
+    """What commands that were stopped have left: files and directories in the making."""
+    places = [*repository.root.glob("*"), repository.warmup_directory]
+    return sorted(path for place in places for path in place.glob(f".*{TEMPORARY_SUFFIX}"))
 
 
 def plan_of(

@@ -25,7 +25,7 @@ BEGIN = "# tritonlora: model_warmup (generated; edits here are lost)"
 END = "# tritonlora: end"
 
 _SHARED = {name for flavour in FLAVOURS for name in flavour.shared_inputs}
-_TASK_IDS = {flavour.task_id for flavour in FLAVOURS}
+TASK_IDS = {flavour.task_id for flavour in FLAVOURS}
 _ADAPTER_FILE = re.compile(r"(?:lora_(?:id|name|path)_|adapter_(?:(?:model|config)_)?)([1-9][0-9]*)(?:\.bin)?")
 _LINE_END = re.compile(r"\A\r?\n")
 _STRUCT_CODES = {"TYPE_INT32": "i", "TYPE_UINT32": "I", "TYPE_INT64": "q", "TYPE_UINT64": "Q"}
@@ -166,13 +166,13 @@ def read_block(text: str) -> tuple[WarmupSample, ...]:
         ) from error
 
 
-def foreign_task_id_files(text: str) -> tuple[str, ...]:
-    """The files with a lora_task_id that samples outside the block, the user's own, load adapters under."""
+def foreign_files(text: str, *inputs: str) -> tuple[str, ...]:
+    """The files that samples outside the block, the user's own, read: those for `inputs`, or all."""
     entries = [
         entry
         for sample in parse(replace_block(text, "")).message.messages("model_warmup")
         for entry in sample.messages("inputs")
-        if (key := entry.scalar("key")) and key.value in _TASK_IDS
+        if (key := entry.scalar("key")) and (not inputs or key.value in inputs)
     ]
     files = [value.scalar("input_data_file") for entry in entries if (value := entry.message("value"))]
     return tuple(file.value for file in files if file is not None)

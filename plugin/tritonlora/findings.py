@@ -1,0 +1,48 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""What `check` finds, and what it looks at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tritonlora.adapters import AdapterTable
+from tritonlora.engine import EngineProfile
+from tritonlora.flavours import Flavour
+from tritonlora.pbtxt import ModelConfig
+from tritonlora.repository import Repository
+from tritonlora.server import Ports
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that is wrong."""
+
+    severity: str  # "error": it will not load or will answer wrongly; "warning": it may, or wastes something
+    where: str  # the file, model or adapter
+    problem: str
+    remedy: str
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What was read of a repository."""
+
+    repository: Repository
+    table: AdapterTable
+    config_text: str
+    config: ModelConfig
+    flavour: Flavour
+    profile: EngineProfile | None
+    deep: bool
+    ports: Ports | None  # that a server is to listen on
+
+
+def error(where: str, problem: str, remedy: str) -> Finding:
+    """A finding that keeps the server from loading, or makes it answer wrongly."""
+    return Finding("error", where, problem, remedy)
+
+
+def warning(where: str, problem: str, remedy: str) -> Finding:
+    """A finding that may do so, or that wastes something."""
+    return Finding("warning", where, problem, remedy)

@@ -1,0 +1,82 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""The checks of what is around the engine's model: the other models, the router's own files, and the machine."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+
+from tritonlora import install
+from tritonlora.errors import TritonLoraError
+from tritonlora.findings import Finding, Subject, error, warning
+from tritonlora.pbtxt import Unfilled
+from tritonlora.repository import ROUTER, plan_of, read_config
+from tritonlora.server import SHARED_MEMORY, ports_in_use
+
+
+def placeholders(subject: Subject) -> Iterator[Finding]:
+    """What is still a ${…} where Triton needs a value, in any model."""
+    for path in sorted(subject.repository.root.glob("*/config.pbtxt")):
+        name = path.parent.name
+        config = subject.config if name == subject.repository.target else read_config(path)
+        values: list[object] = [config.max_batch_size, config.decoupled, config.instance_count]
+        for spec in (*config.inputs, *config.outputs):
+            values += [spec.data_type, spec.dims, spec.optional]
+        for value in values:
+            if isinstance(value, Unfilled):
+                yield error(
+                    f"{name}/config.pbtxt",
+                    f"{value.what} is still {value.template}",
+                    "fill it in with upstream's tools/fill_template.py, or edit the file",
+                )
+
+
+def models_past_the_router(subject: Subject) -> Iterator[Finding]:
+    """Models that call the engine's by themselves. The generate endpoint drops what is no input of theirs unheard."""
+    root, target = subject.repository.root, subject.repository.target
+    for name in install.models_past_the_router(root, target):
+        yield warning(
+            f"{name}/config.pbtxt",
+            f"it calls {target} itself: a lora_name in a request to it has no effect",
+            "let clients that want adapters ask the ensemble",
+        )
+
+
+def router_files(subject: Subject) -> Iterator[Finding]:
+    """The router's code is that of this version of tritonlora."""
+    root = subject.repository.root
+    try:
+        changes = install.plan_init(root)
+    except TritonLoraError:
+        return  # the other checks say why
+    for change in changes:
+        if change.path.is_relative_to(root / ROUTER / "1"):
+            name = change.path.relative_to(root).as_posix()
+            problem = "is missing" if change.before is None else "is not that of this version of tritonlora"
+            yield warning(name, f"it {problem}", f"tritonlora init {root}")
+
+
+def shared_memory(subject: Subject) -> Iterator[Finding]:
+    """What the router sends with an adapter goes through /dev/shm."""
+    try:
+        plan = plan_of(subject.repository, subject.table, subject.config, subject.profile)
+    except TritonLoraError:
+        return
+    if plan and SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).total < plan.resend_shm_bytes:
+        yield warning(
+            str(SHARED_MEMORY),
+            f"to send an adapter again takes {plan.resend_shm_bytes} bytes of shared memory, more than there is",
+            "docker run --shm-size …",
+        )
+
+
+def ports(subject: Subject) -> Iterator[Finding]:
+    """A server can listen. It may be this repository's own that does already."""
+    taken = ports_in_use(subject.ports) if subject.ports else []
+    if taken:
+        yield warning(
+            f"port {', '.join(map(str, taken))}",
+            "in use: another server cannot start on it",
+            "stop what listens there, or choose others: tritonlora serve --http-port … --grpc-port … --metrics-port …",
+        )
