@@ -29,9 +29,26 @@ ROUTER_MODULES = (
     "routing.py",
     "residency.py",
     "forwarding.py",
+    "statistics.py",
 )
 TEXT_MODULES = ("__init__.py", "errors.py", "text.py", "tokenizer.py")
-MODEL_MODULES = {"lora_router": ROUTER_MODULES, "preprocessing": TEXT_MODULES, "postprocessing": TEXT_MODULES}
+LISTING_MODULES = (
+    "__init__.py",
+    "errors.py",
+    "adapters.py",
+    "dlpack.py",
+    "routing.py",
+    "residency.py",
+    "statistics.py",
+    "metrics.py",
+    "listing.py",
+)
+MODEL_MODULES = {
+    "lora_router": ROUTER_MODULES,
+    "lora_adapters": LISTING_MODULES,
+    "preprocessing": TEXT_MODULES,
+    "postprocessing": TEXT_MODULES,
+}
 _BLS_TARGET = "tensorrt_llm_model_name"  # parameter of upstream's tensorrt_llm_bls: the model that it calls
 NOT_SHIPPED = shutil.ignore_patterns("__pycache__", ".lock")
 

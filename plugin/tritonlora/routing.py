@@ -149,11 +149,10 @@ class PreviousIds:
 # An adapter's tensors
 
 
-def map_tensors(repository: Path, route: Route) -> tuple[object, npt.NDArray[np.int32]]:
-    """(lora_weights (1, n, W), lora_config (1, n, 3 or 4) int32) of an adapter, the weights as a DLPack capsule.
+def check_files(repository: Path, route: Route) -> None:
+    """AdapterUnavailable when a file of the adapter is missing or has the wrong size.
 
-    The weights are the pages of the file: nothing is copied before they are sent. AdapterUnavailable when a file is
-    missing or has the wrong size, which would otherwise be served as other weights or as a bus error.
+    It would otherwise be served as other weights or as a bus error.
     """
     entry = route.entry
     for file, nbytes in (
@@ -168,6 +167,15 @@ def map_tensors(repository: Path, route: Route) -> tuple[object, npt.NDArray[np.
             raise AdapterUnavailable(
                 f"LoRA adapter {route.lora_name!r}: {file} has {found} bytes on the server, expected {nbytes}"
             )
+
+
+def map_tensors(repository: Path, route: Route) -> tuple[object, npt.NDArray[np.int32]]:
+    """(lora_weights (1, n, W), lora_config (1, n, 3 or 4) int32) of an adapter, the weights as a DLPack capsule.
+
+    The weights are the pages of the file: nothing is copied before they are sent. Raises what `check_files` raises.
+    """
+    check_files(repository, route)
+    entry = route.entry
     lora_weights = dlpack.mapped(repository / entry.lora_weights_file, entry.dtype, (1, *entry.lora_weights_shape))
     lora_config: npt.NDArray[Any] = np.fromfile(repository / entry.lora_config_file, "<i4")
     return lora_weights, lora_config.reshape(1, *entry.lora_config_shape)

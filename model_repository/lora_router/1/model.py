@@ -32,6 +32,7 @@ from tritonlora.errors import InvalidRequest, RequestError
 from tritonlora.forwarding import Forwarder, is_unavailable, public
 from tritonlora.residency import open_residency, shared_directory
 from tritonlora.routing import PreviousIds, Route, TableFile, map_tensors, resolve_rows, warmed
+from tritonlora.statistics import BASE, DIRECTORY, OUTCOMES, Statistics
 
 ROUTING_INPUTS = ("lora_name", "lora_task_id")
 ENGINE_NEEDS = ("output_ids", "sequence_length")  # it refuses a request that does not ask for both
@@ -49,12 +50,16 @@ class TritonPythonModel:
         self._target = parameters["target"]
         self._engine_outputs = {output["name"] for output in config["output"]} - {"previous_ids"}
         self._decoupled = pb_utils.using_decoupled_model_transaction_policy(config)
-        self._table = TableFile(directory / "adapters.json", pb_utils.Logger.log_error)
+        table = TableFile(directory / "adapters.json", pb_utils.Logger.log_error).table()
         cache_pages = int(parameters.get("cache_pages", "0")) or None
-        self._residency = open_residency(shared_directory(args["model_name"]), warmed(self._table.table()), cache_pages)
+        self._residency = open_residency(shared_directory(args["model_name"]), warmed(table), cache_pages)
+        self._statistics = Statistics(self._residency.directory / DIRECTORY)
+        self._table = TableFile(directory / "adapters.json", self._table_failed)
+        self._seen_table = self._table.table()
         self._forwarder = Forwarder(
             self._residency,
             error_text,
+            on_load=self._loaded,
             cache_full_timeout=float(parameters["cache_full_timeout_seconds"]),
             load_timeout=float(parameters["load_timeout_seconds"]),
         )
@@ -66,26 +71,39 @@ class TritonPythonModel:
         """Answer the requests, one after the other."""
         for request in requests:
             reply = Reply(request, self._decoupled)
+            names: list[str] = []
             try:
-                self._answer(request, reply)
+                routes = self._routes(request)
+                names = [route.lora_name if route else BASE for route in routes]
+                self._count(names, "running")
+                self._answer(request, reply, routes)
+                outcome = "OK"
             except Exception as error:  # noqa: BLE001  whatever it is, this request must be answered
-                reply.fail(error)
+                outcome = reply.fail(error)
+            self._count(names, "running", -1)
+            self._count(names or [BASE], outcome)
             reply.complete()
 
     def finalize(self) -> None:
         """Leave what the instances share."""
         self._residency.close()
 
-    def _answer(self, request: pb_utils.InferenceRequest, reply: Reply) -> None:
-        """Answer one request, row by row where its rows are streams of their own."""
-        batch = request.inputs()[0].shape()[0]
+    def _routes(self, request: pb_utils.InferenceRequest) -> list[Route | None]:
+        """The adapter of each row."""
+        table = self._table.table()
+        if table is not self._seen_table:
+            self._seen_table = table
+            self._statistics.add(BASE, "table_reloads")
         lora_names, lora_task_ids = (values_of(request, name) for name in ROUTING_INPUTS)
-        routes = resolve_rows(self._table.table(), lora_names, lora_task_ids, batch)
+        return resolve_rows(table, lora_names, lora_task_ids, request.inputs()[0].shape()[0])
+
+    def _answer(self, request: pb_utils.InferenceRequest, reply: Reply, routes: list[Route | None]) -> None:
+        """Answer one request, row by row where its rows are streams of their own."""
         inputs = [tensor for tensor in request.inputs() if tensor.name() not in ROUTING_INPUTS]
-        split = batch > 1 and (any(routes) or reply.is_stream)
+        split = len(routes) > 1 and (any(routes) or reply.is_stream)
         if split and not self._decoupled:
             raise InvalidRequest("a batch of several rows for LoRA adapters needs a decoupled engine model")
-        for row in range(batch if split else 1):
+        for row in range(len(routes) if split else 1):
             reply.begin_row(row if split else None)
             send = functools.partial(self._send, request, row_of(inputs, row) if split else inputs, routes[row])
             for answer in self._forwarder.forward(routes[row], send):
@@ -93,6 +111,8 @@ class TritonPythonModel:
                     raise EngineError(error, routes[row])
                 if tensors := answer.output_tensors():  # the last one may be nothing but a flag
                     reply.send(tensors)
+            if not reply.answered:
+                raise RequestError("the engine's model sent no answer")
             reply.end_row()
 
     def _send(
@@ -123,6 +143,18 @@ class TritonPythonModel:
         self._last_streams.append(answers)
         yield from answers
 
+    def _count(self, names: list[str], column: str, amount: float = 1) -> None:
+        for name in names:
+            self._statistics.add(name, column, amount)
+
+    def _loaded(self, route: Route, reason: str, seconds: float) -> None:
+        self._statistics.add(route.lora_name, reason)
+        self._statistics.add(route.lora_name, "load_seconds", seconds)
+
+    def _table_failed(self, problem: str) -> None:
+        pb_utils.Logger.log_error(problem)
+        self._statistics.add(BASE, "table_failures")
+
 
 class EngineError(Exception):
     """An error that the engine answered, in words fit for the client."""
@@ -130,7 +162,7 @@ class EngineError(Exception):
     def __init__(self, error: pb_utils.TritonError, route: Route | None) -> None:
         adapter = f"LoRA adapter {route.lora_name!r}: " if route else ""
         super().__init__(adapter + public(error.message()))
-        self.code = pb_utils.TritonError.UNAVAILABLE if is_unavailable(error.message()) else error.code()
+        self.code = "UNAVAILABLE" if is_unavailable(error.message()) else name_of(error.code())
 
 
 class Reply:
@@ -144,7 +176,7 @@ class Reply:
         self._detokenised = self.is_stream and "previous_ids" in self._wanted
         self._previous_ids = PreviousIds()
         self._row: int | None = None
-        self._answered = False
+        self.answered = False
 
     def begin_row(self, row: int | None) -> None:
         """What follows is of this row of a batch that is split; None when it is not."""
@@ -173,26 +205,27 @@ class Reply:
             tensors = [pb_utils.Tensor(name, value) for name, value in zip(ENGINE_NEEDS, nothing, strict=True)]
             self.send(tensors, ends=True)
 
-    def fail(self, error: Exception) -> None:
-        """Answer with an error: its own words if it is one for clients, else a log entry and INTERNAL."""
-        if isinstance(error, RequestError):
-            status = pb_utils.TritonError(str(error), getattr(pb_utils.TritonError, error.code))
-        elif isinstance(error, EngineError):
-            status = pb_utils.TritonError(str(error), error.code)
+    def fail(self, error: Exception) -> str:
+        """Answer with an error: its own words if it is one for clients, else a log entry and INTERNAL. The outcome."""
+        message = str(error)
+        code = "INTERNAL"
+        if isinstance(error, (RequestError, EngineError)):
+            code = error.code
         else:
             pb_utils.Logger.log_error("".join(traceback.format_exception(error)))
-            status = pb_utils.TritonError("the router failed on this request; the server's log says why")
-        self._respond(pb_utils.InferenceResponse(error=status))
+            message = "the router failed on this request; the server's log says why"
+        self._respond(
+            pb_utils.InferenceResponse(error=pb_utils.TritonError(message, getattr(pb_utils.TritonError, code)))
+        )
+        return code
 
     def complete(self) -> None:
         """Send the final flag."""
-        if not self._answered:
-            self.fail(RequestError("the engine's model sent no answer"))
         if self._decoupled:
             self._sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     def _respond(self, response: pb_utils.InferenceResponse) -> None:
-        self._answered = True
+        self.answered = True
         if self._decoupled:
             self._sender.send(response)
         else:
@@ -208,6 +241,12 @@ def error_text(answer: pb_utils.InferenceResponse) -> str | None:
     """The text of the error in an answer of the engine."""
     error = engine_error(answer)
     return error.message() if error else None
+
+
+def name_of(code: object) -> str:
+    """The name of a Triton error code."""
+    names = (name for name in OUTCOMES if getattr(pb_utils.TritonError, name, None) == code)
+    return next(names, "INTERNAL")
 
 
 def values_of(request: pb_utils.InferenceRequest, name: str) -> list[Any] | None:

@@ -1,0 +1,120 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""Which adapters there are, for clients; what the router has counted, for Prometheus.
+
+It takes part in what the router's instances share, and asks the engine nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+sys.path.insert(0, str(Path(__file__).parent))  # the copy beside this file, whatever else is installed
+
+from tritonlora import metrics
+from tritonlora.errors import RequestError
+from tritonlora.listing import describe
+from tritonlora.residency import open_residency, shared_directory
+from tritonlora.routing import TableFile, resolve, warmed
+from tritonlora.statistics import DIRECTORY, read_statistics
+
+
+class TritonPythonModel:
+    """The one instance."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Read the router's table, and publish metrics from now on."""
+        parameters = {
+            key: value["string_value"] for key, value in json.loads(args["model_config"])["parameters"].items()
+        }
+        self._repository = Path(args["model_repository"]).parent
+        router = parameters["router"]
+        self._path = self._repository / router / "adapters.json"
+        self._table = TableFile(self._path, pb_utils.Logger.log_error)
+        self._residency = open_residency(shared_directory(router), warmed(self._table.table()))
+        self._publisher: Publisher | None = Publisher(TableFile(self._path, lambda _: None), self._residency.directory)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._publish, args=(float(parameters["refresh_seconds"]),), daemon=True)
+        self._thread.start()
+
+    def execute(self, requests: list[pb_utils.InferenceRequest]) -> list[pb_utils.InferenceResponse]:
+        """Answer with what is known of the adapters."""
+        return [self._answer(request) for request in requests]
+
+    def finalize(self) -> None:
+        """Publish no more, and leave what the instances share."""
+        self._stop.set()
+        self._thread.join()
+        self._publisher = None  # metrics that outlive this call crash the stub
+        self._residency.close()
+
+    def _answer(self, request: pb_utils.InferenceRequest) -> pb_utils.InferenceResponse:
+        asked = pb_utils.get_input_tensor_by_name(request, "lora_name")
+        table = self._table.table()
+        try:
+            route = resolve(table, asked.as_numpy().reshape(-1)[0], None) if asked else None
+        except RequestError as error:
+            code = getattr(pb_utils.TritonError, error.code)
+            return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), code))
+        found = describe(table, self._repository, self._residency.holds, only=route.lora_name if route else None)
+        return pb_utils.InferenceResponse([pb_utils.Tensor("adapters", np.array([json.dumps(found)], np.object_))])
+
+    def _publish(self, refresh_seconds: float) -> None:
+        while not self._stop.wait(refresh_seconds):
+            try:
+                if self._publisher:
+                    self._publisher.publish(self._residency.waiting())
+            except Exception as error:  # noqa: BLE001  the next time it may be well again
+                pb_utils.Logger.log_error("".join(traceback.format_exception(error)))
+
+
+class Publisher:
+    """Brings Triton's metrics in step with what the router's instances have counted.
+
+    By increments only: unlike `set`, `increment` lets go of the GIL while the server answers.
+    """
+
+    def __init__(self, table: TableFile, shared: Path) -> None:
+        self._table = table
+        self._statistics = shared / DIRECTORY
+        self._families = {family: new_family(family) for family in metrics.FAMILIES}
+        self._published: dict[tuple[metrics.Family, tuple[tuple[str, str], ...]], tuple[Any, float]] = {}
+        self._info: dict[str, str] | None = None
+
+    def publish(self, waiting: list[int]) -> None:
+        """Once."""
+        counts = read_statistics(self._statistics)
+        for sample in metrics.samples(counts):
+            key = (sample.family, sample.labels)
+            if key not in self._published:
+                if not sample.value:
+                    continue
+                self._published[key] = (self._families[sample.family].Metric(labels=dict(sample.labels)), 0.0)
+            metric, value = self._published[key]
+            if sample.value != value:
+                metric.increment(sample.value - value)
+                self._published[key] = (metric, sample.value)
+        table = self._table.table()
+        names = [name for task_id in waiting if (name := table.name_of(task_id))]
+        labels = metrics.info_labels(counts, names, len(table.entries))
+        if labels != self._info:
+            # A metric lives as long as its family does, and one with other labels would stay beside it.
+            del self._families[metrics.INFO]
+            self._families[metrics.INFO] = new_family(metrics.INFO)
+            self._families[metrics.INFO].Metric(labels=labels).increment(time.time())
+            self._info = labels
+
+
+def new_family(family: metrics.Family) -> pb_utils.MetricFamily:
+    """The same for Triton."""
+    kind = pb_utils.MetricFamily.COUNTER if family.is_counter else pb_utils.MetricFamily.GAUGE
+    return pb_utils.MetricFamily(family.name, family.description, kind)

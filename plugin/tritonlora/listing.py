@@ -1,0 +1,56 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""Which adapters there are, and in which state: what `lora_adapters` tells clients.
+
+| state | meaning |
+|---|---|
+| warm | the engine holds it since it was started |
+| loaded | the engine holds it since it was first asked for |
+| cold | the engine does not hold it; the next request brings its weights |
+| unavailable | requests for it are refused; `reason` says why |
+
+This file runs inside a plain Triton container: standard library and numpy only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tritonlora.adapters import AdapterEntry, AdapterTable
+from tritonlora.errors import AdapterUnavailable
+from tritonlora.routing import Route, check_files
+
+
+def describe(
+    table: AdapterTable, repository: Path, holds: Callable[[int], bool], only: str | None = None
+) -> dict[str, dict[str, Any]]:
+    """What is known of each adapter, or of one of them, by lora_name. `holds` says what the engine is held to hold."""
+    names = table.entries if only is None else (only,)
+    return {name: _describe(repository, Route(name, table.entries[name]), holds) for name in names}
+
+
+def _describe(repository: Path, route: Route, holds: Callable[[int], bool]) -> dict[str, Any]:
+    entry = route.entry
+    about = {
+        "lora_task_id": entry.lora_task_id,
+        "dtype": entry.dtype,
+        "lora_weights_shape": list(entry.lora_weights_shape),
+        "lora_config_shape": list(entry.lora_config_shape),
+        "adapter_sizes": list(entry.adapter_sizes),
+        "modules": list(entry.modules),
+        "base_model_name_or_path": entry.base_model_name_or_path,
+        "added_at": entry.added_at,
+    }
+    return {**_state(repository, route, entry, holds), **about}
+
+
+def _state(repository: Path, route: Route, entry: AdapterEntry, holds: Callable[[int], bool]) -> Mapping[str, str]:
+    try:
+        check_files(repository, route)
+    except AdapterUnavailable as error:
+        return {"state": "unavailable", "reason": str(error)}
+    if holds(entry.lora_task_id):
+        return {"state": "warm" if entry.warm else "loaded"}
+    return {"state": "cold"}

@@ -1,0 +1,99 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""What the router's instances have counted, per adapter, in shared memory.
+
+Each instance counts in a file of its own, which is mapped: counting is adding to a number in memory, and costs no
+request anything. `lora_adapters` adds the files up. Those of instances that have ended stay, so that no counter ever
+falls; what an ended instance had running does not count.
+
+This file runs inside a plain Triton container: standard library and numpy only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+# Outcomes of requests ("OK", or the name of a Triton error code), loads by reason, and what else is counted.
+OUTCOMES = (
+    "OK",
+    "UNKNOWN",
+    "INTERNAL",
+    "NOT_FOUND",
+    "INVALID_ARG",
+    "UNAVAILABLE",
+    "UNSUPPORTED",
+    "ALREADY_EXISTS",
+    "CANCELLED",
+)
+LOADS = ("first_use", "evicted")
+COLUMNS = (*OUTCOMES, *LOADS, "load_seconds", "running", "table_reloads", "table_failures")
+
+BASE = ""  # the base model, and requests that name no adapter that is known
+OTHERS = "*"  # no legal name: those for whom there is no room, so that the file has an end
+ROWS = 1024
+_ROW = np.dtype([("name", "S128"), *((column, "<f8") for column in COLUMNS)])
+
+DIRECTORY = "statistics"  # in the one that the instances share
+
+Counts = dict[str, dict[str, float]]
+
+
+class Statistics:
+    """The counts of one instance."""
+
+    def __init__(self, directory: Path) -> None:
+        """Count in a new file in `directory`."""
+        directory.mkdir(exist_ok=True)
+        self._descriptor, path = tempfile.mkstemp(prefix=".", dir=directory)
+        fcntl.flock(self._descriptor, fcntl.LOCK_SH)  # for as long as this instance lives
+        os.truncate(self._descriptor, ROWS * _ROW.itemsize)  # without a page, until it is written to
+        self._rows: npt.NDArray[Any] = np.memmap(path, _ROW, "r+", shape=ROWS)
+        self._index = {BASE: 0, OTHERS: 1}
+        self._rows[1]["name"] = OTHERS.encode()
+        Path(path).rename(directory / Path(path).name.removeprefix("."))  # complete before others see it
+
+    def add(self, lora_name: str, column: str, amount: float = 1.0) -> None:
+        """Count for an adapter."""
+        row = self._index.get(lora_name)
+        if row is None:
+            row = self._new_row(lora_name)
+        self._rows[column][row] += amount
+
+    def _new_row(self, lora_name: str) -> int:
+        row = len(self._index)
+        if row == ROWS:
+            return self._index[OTHERS]
+        self._rows[row]["name"] = lora_name.encode()
+        self._index[lora_name] = row
+        return row
+
+
+def read_statistics(directory: Path) -> Counts:
+    """The sum over all instances, by lora_name and column; only of adapters for which something was counted."""
+    counts: Counts = defaultdict(lambda: dict.fromkeys(COLUMNS, 0.0))
+    for path in sorted(directory.glob("[!.]*")):
+        with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+            rows: npt.NDArray[Any] = np.fromfile(file, _ROW)
+            alive = _is_locked(file.fileno())
+            for row in rows[[0, *np.flatnonzero(rows["name"])]]:
+                of_adapter = counts[row["name"].decode()]
+                for column in COLUMNS:
+                    of_adapter[column] += float(row[column]) if alive or column != "running" else 0.0
+    return {name: of_adapter for name, of_adapter in counts.items() if any(of_adapter.values())}
+
+
+def _is_locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    return False
