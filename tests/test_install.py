@@ -14,7 +14,7 @@ import pytest
 from repositories import synthetic_adapter
 from tritonlora import install, register, repository, wiring
 from tritonlora.errors import RepositoryError
-from tritonlora.install import MODEL_MODULES, ROUTER_MODULES, shipped_models
+from tritonlora.install import MODEL_MODULES, shipped_models
 from tritonlora.pbtxt import parse_config
 from tritonlora.register import Options
 from tritonlora.repository import read_text
@@ -51,8 +51,10 @@ def test_init_puts_the_router_between_the_ensemble_and_the_engine(tmp_path: Path
     assert engine.max_batch_size == router.max_batch_size
     assert engine.model_transaction_policy.decoupled == router.model_transaction_policy.decoupled
     changed = {name for name in after if before.get(name) != after[name]}
-    assert {"ensemble/config.pbtxt"} == {name for name in changed if not name.startswith("lora_router/")}
-    assert {f"lora_router/1/tritonlora/{name}" for name in ROUTER_MODULES} <= changed
+    ours = ("lora_router", "lora_adapters")
+    assert {"ensemble/config.pbtxt"} == {name for name in changed if not name.startswith(ours)}
+    for model in ours:
+        assert {f"{model}/1/tritonlora/{name}" for name in MODEL_MODULES[model]} <= changed
 
 
 @pytest.mark.parametrize("version", VERSIONS)

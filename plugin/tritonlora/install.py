@@ -17,7 +17,7 @@ from tritonlora.errors import ConfigError, RepositoryError
 from tritonlora.files import locked, temporary_directory, write_text, writing
 from tritonlora.flavours import flavour_of_config
 from tritonlora.pbtxt import ModelConfig, has_template
-from tritonlora.repository import DEFAULT_TARGET, ROUTER, read_config, read_text
+from tritonlora.repository import DEFAULT_TARGET, LISTING, ROUTER, read_config, read_text
 from tritonlora.undo import FileChange
 
 # What the models import. The router's run inside a plain Triton container.
@@ -122,20 +122,27 @@ def plan_init(root: Path, target: str | None = None) -> list[FileChange]:
             router_config = wiring.set_parameter(router_config, key, value)
     except ConfigError as error:
         raise RepositoryError(f"{config_path}: {error}") from None
-    files = {"config.pbtxt": router_config, "1/model.py": (shipped_models() / ROUTER / "1" / "model.py").read_text()}
-    files |= {f"1/tritonlora/{name}": (Path(__file__).parent / name).read_text() for name in ROUTER_MODULES}
+    files = {f"{ROUTER}/config.pbtxt": router_config, **_files_of(ROUTER), **_files_of(LISTING)}
+    files[f"{LISTING}/config.pbtxt"] = (shipped_models() / LISTING / "config.pbtxt").read_text()
     if not (root / ROUTER / "adapters.json").exists():
-        files["adapters.json"] = render(AdapterTable())
+        files[f"{ROUTER}/adapters.json"] = render(AdapterTable())
     for name, content in files.items():
-        path = root / ROUTER / name
+        path = root / name
         changes.append(FileChange(path, read_text(path) if path.exists() else None, content))
     return [change for change in changes if change.before != change.after]
+
+
+def _files_of(model: str) -> dict[str, str]:
+    """What the model runs: name in the repository -> content."""
+    files = {f"{model}/1/model.py": (shipped_models() / model / "1" / "model.py").read_text()}
+    package = Path(__file__).parent
+    return files | {f"{model}/1/tritonlora/{name}": (package / name).read_text() for name in MODEL_MODULES[model]}
 
 
 def init(root: Path, target: str | None = None, *, dry_run: bool = False) -> list[FileChange]:
     """Put the router into the model repository at `root`, and rewire its ensembles; the changes made, or to be made.
 
-    The router comes in one step and before the ensembles that lead to it, so that the repository loads whenever this
+    Each model comes in one step, and before the ensembles that lead to it, so that the repository loads whenever this
     stops.
     """
     if not root.is_dir():
@@ -143,8 +150,9 @@ def init(root: Path, target: str | None = None, *, dry_run: bool = False) -> lis
     changes = plan_init(root, target)
     if dry_run or not changes:
         return changes
-    if not (root / ROUTER).exists():
-        _put_router(root, _choose_target(root, target), changes)
+    for model in (ROUTER, LISTING):
+        if not (root / model).exists():
+            _put(model, root, _choose_target(root, target), changes)
     with locked(root / ROUTER):
         for change in sorted(plan_init(root, target), key=lambda change: change.before is not None):
             change.path.parent.mkdir(parents=True, exist_ok=True)
@@ -152,19 +160,22 @@ def init(root: Path, target: str | None = None, *, dry_run: bool = False) -> lis
     return changes
 
 
-def _put_router(root: Path, target: str, changes: Sequence[FileChange]) -> None:
-    """Make the router's directory beside the engine's files, where it is no model yet, and move it into its place."""
+def _put(model: str, root: Path, target: str, changes: Sequence[FileChange]) -> None:
+    """Make a model's directory beside the engine's files, where it is no model yet, and move it into its place."""
     contents = {
-        change.path.relative_to(root / ROUTER): (change.after or "").encode()
+        change.path.relative_to(root / model): (change.after or "").encode()
         for change in changes
-        if change.path.is_relative_to(root / ROUTER)
+        if change.path.is_relative_to(root / model)
     }
-    with writing(root), temporary_directory(root / target / ROUTER) as router:
+    with writing(root), temporary_directory(root / target / model) as directory:
         for name, content in contents.items():
-            (router / name).parent.mkdir(parents=True, exist_ok=True)
-            (router / name).write_bytes(content)
-        undo.begin(router, contents)
-        router.rename(root / ROUTER)
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            (directory / name).write_bytes(content)
+        if model == ROUTER:
+            undo.begin(directory, contents)
+        else:
+            undo.record(root, model, contents)
+        directory.rename(root / model)
 
 
 def notes(root: Path) -> list[str]:
@@ -198,8 +209,16 @@ def _choose_target(root: Path, asked: str | None) -> str:
     """The engine's model; RepositoryError where it is not plain which one that is, or it is not there."""
     path = root / ROUTER / "config.pbtxt"
     present = read_config(path).parameters.get("target", "") if path.is_file() else None
-    if present == "":
-        raise RepositoryError(f"{str(root)!r} has a model {ROUTER!r} that is not tritonlora's; rename that one first")
+    listing = root / LISTING / "config.pbtxt"
+    strangers = {
+        ROUTER: present == "",
+        LISTING: listing.is_file() and not read_config(listing).parameters.get("router"),
+    }
+    for model, is_stranger in strangers.items():
+        if is_stranger:
+            raise RepositoryError(
+                f"{str(root)!r} has a model {model!r} that is not tritonlora's; rename that one first"
+            )
     if asked and present and asked != present:
         raise RepositoryError(
             f"the router of {str(root)!r} stands before {present!r}, and one repository has one router; "

@@ -19,6 +19,7 @@ from tritonlora.pbtxt import ModelConfig, parse_config
 from tritonlora.plan import CachePlan, Entry, plan_cache
 
 ROUTER = "lora_router"
+LISTING = "lora_adapters"
 DEFAULT_TARGET = "tensorrt_llm"
 
 

@@ -17,10 +17,11 @@ from pathlib import Path
 
 from tritonlora.errors import RepositoryError, one_message
 from tritonlora.files import locked, temporary_directory, write_bytes, write_text
-from tritonlora.repository import ROUTER, Repository, read_table
+from tritonlora.repository import LISTING, ROUTER, Repository, read_table
 
 ORIGINALS = Path(ROUTER, "1", "originals")
 WRITTEN = ORIGINALS / "written.json"
+OURS = (LISTING, ROUTER)  # the models that come with init; the router, which has the originals, goes last
 _NOT_RECORDED = {f"{ROUTER}/adapters.json", f"{ROUTER}/.lock"}
 
 # File, relative to the repository -> SHA-256 of what tritonlora wrote last and of what it wrote before that. A command
@@ -49,6 +50,13 @@ def begin(router: Path, contents: Mapping[Path, bytes]) -> None:
     names = {f"{ROUTER}/{name.as_posix()}": content for name, content in contents.items()}
     digests = {name: [_digest(content)] for name, content in names.items() if name not in _NOT_RECORDED}
     write_text(written, _render(digests))
+
+
+def record(root: Path, model: str, contents: Mapping[Path, bytes]) -> None:
+    """Put on record the files of another model that is about to come, all of them new."""
+    if (root / WRITTEN).is_file():
+        names = {f"{model}/{name.as_posix()}": [_digest(content)] for name, content in contents.items()}
+        write_text(root / WRITTEN, _render(_read_digests(root) | names))
 
 
 def write(root: Path, path: Path, content: bytes) -> None:
@@ -80,7 +88,7 @@ def plan_undo(root: Path) -> list[FileChange]:
     digests = _read_digests(root)
     problems = [
         f"{name}: it is not of tritonlora's; move it elsewhere"
-        for name in _files_of_router(root)
+        for name in _files_of_ours(root)
         if name not in digests and name not in _NOT_RECORDED
     ]
     changes = []
@@ -104,7 +112,7 @@ def plan_undo(root: Path) -> list[FileChange]:
 def undo(root: Path, *, dry_run: bool = False) -> list[FileChange]:
     """Put every file back, and take the router out; what was, or would be, done.
 
-    The ensembles come first and the router goes in one step, so that the repository loads whenever this stops.
+    The ensembles come first and each model goes in one step, so that the repository loads whenever this stops.
     """
     changes = plan_undo(root)
     if dry_run:
@@ -115,13 +123,15 @@ def undo(root: Path, *, dry_run: bool = False) -> list[FileChange]:
             original = _original(root, change.path.relative_to(root).as_posix())
             if original is not None:
                 write_bytes(change.path, original)
-            elif not change.path.is_relative_to(root / ROUTER):
+            elif not any(change.path.is_relative_to(root / model) for model in OURS):
                 change.path.unlink()
                 _remove_if_empty(change.path.parent)
         # Inside a model's directory: beside the models it would be taken for one.
-        other = next(path.parent for path in root.glob("*/config.pbtxt") if path.parent.name != ROUTER)
+        other = next(path.parent for path in root.glob("*/config.pbtxt") if path.parent.name not in OURS)
         with temporary_directory(other / ROUTER) as doomed:
-            (root / ROUTER).rename(doomed / ROUTER)
+            for model in OURS:
+                if (root / model).exists():
+                    (root / model).rename(doomed / model)
     return changes
 
 
@@ -147,10 +157,11 @@ def _is_known(root: Path, name: str, content: bytes, written: list[str]) -> bool
     return _digest(content) in written or content == _original(root, name)
 
 
-def _files_of_router(root: Path) -> list[str]:
+def _files_of_ours(root: Path) -> list[str]:
     return sorted(
         path.relative_to(root).as_posix()
-        for path in (root / ROUTER).rglob("*")
+        for model in OURS
+        for path in (root / model).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts and not path.is_relative_to(root / ORIGINALS)
     )
 

@@ -1,0 +1,159 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""lora_adapters on a real tritonserver: the listing, and the metrics as Prometheus reads them."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import tritonclient.grpc as grpc
+from prometheus_client.parser import text_string_to_metric_families
+from tritonclient.utils import InferenceServerException
+
+from repositories import synthetic_repository
+from tritonlora import client
+from tritonlora.errors import ServerError
+from tritonlora.repository import Repository, read_table
+from tritonlora.server import Server
+
+Launch = Callable[..., Server]
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Repository:
+    """A warm adapter and two cold ones, and a slow engine whose cache holds one."""
+    root = tmp_path_factory.mktemp("listing") / "repo"
+    return synthetic_repository(
+        root, warm=["pirate"], cold=["haiku", "gone"], pages=1, parameters={"synthetic_token_seconds": "0.01"}
+    )
+
+
+@pytest.fixture(scope="module")
+def server(opened: Repository, launch: Launch) -> Server:
+    """A server on it, of whose adapters one has lost its weights."""
+    (opened.root / read_table(opened).entries["gone"].lora_weights_file).unlink()
+    return launch(opened.root)
+
+
+def listing(server: Server, lora_name: str | None = None) -> dict[str, Any]:
+    """What the server says of its adapters."""
+    inputs = []
+    if lora_name is not None:
+        inputs = [grpc.InferInput("lora_name", [1], "BYTES")]
+        inputs[0].set_data_from_numpy(np.array([lora_name.encode()], np.object_))
+    with grpc.InferenceServerClient(server.grpc_url) as connection:
+        found: dict[str, Any] = json.loads(connection.infer("lora_adapters", inputs).as_numpy("adapters")[0])
+    return found
+
+
+def samples(server: Server) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    """The lora_ metrics: (name, labels) -> value."""
+    connection = http.client.HTTPConnection(server.metrics_url, timeout=30)
+    connection.request("GET", "/metrics")
+    text = connection.getresponse().read().decode()
+    connection.close()
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name.startswith("lora_")
+    }
+
+
+def await_sample(server: Server, name: str, condition: Callable[[float], bool], **labels: str) -> float:
+    """Its value, once it is as it should be."""
+    deadline = time.monotonic() + 30
+    while True:
+        value = samples(server).get((name, tuple(sorted(labels.items()))), 0.0)
+        if condition(value):
+            return value
+        assert time.monotonic() < deadline, (name, labels, value)
+
+
+def ask(server: Server, lora_name: str | None, tokens: int = 4) -> Iterator[str]:
+    """A streamed answer."""
+    return client.generate("hello", lora_name=lora_name, max_tokens=tokens, url=server.http_url)
+
+
+def test_the_listing_says_in_which_state_each_adapter_is(server: Server) -> None:
+    """Loaded once somebody has asked for it, and cold again when it was evicted for another."""
+    assert {"pirate": "warm", "haiku": "cold", "gone": "unavailable"} == {
+        name: about["state"] for name, about in listing(server).items()
+    }
+
+    "".join(ask(server, "haiku"))
+    with pytest.raises(ServerError, match="is missing on the server"):
+        "".join(ask(server, "gone"))
+    found = listing(server)
+
+    assert "loaded" == found["haiku"]["state"]
+    assert "is missing on the server" in found["gone"]["reason"]
+
+    "".join(ask(server, "pirate"))  # a miss, which tells the router that it was evicted
+
+    assert "warm" == listing(server)["pirate"]["state"]
+
+
+def test_the_listing_has_shapes_and_ids(server: Server, opened: Repository) -> None:
+    """What a client may want to know, and no path of the server."""
+    entry = read_table(opened).entries["pirate"]
+    found = listing(server, "pirate")
+
+    assert ["pirate"] == list(found)
+    assert (entry.lora_task_id, list(entry.lora_weights_shape), list(entry.adapter_sizes), entry.dtype) == (
+        found["pirate"]["lora_task_id"],
+        found["pirate"]["lora_weights_shape"],
+        found["pirate"]["adapter_sizes"],
+        found["pirate"]["dtype"],
+    )
+    assert str(opened.root) not in json.dumps(listing(server))
+
+
+def test_an_unknown_name_is_not_found(server: Server) -> None:
+    """As the router would say."""
+    with pytest.raises(InferenceServerException, match="unknown LoRA adapter 'nobody'; available: gone") as raised:
+        listing(server, "nobody")
+
+    assert "StatusCode.NOT_FOUND" == raised.value.status()
+
+
+def test_metrics_count_what_was_asked_and_loaded(server: Server) -> None:
+    """As Prometheus' own client reads them."""
+
+    def requests(adapter: str, outcome: str) -> float:
+        return samples(server).get(("lora_requests_total", (("adapter", adapter), ("outcome", outcome))), 0.0)
+
+    before = [requests("haiku", "OK"), requests("", "OK"), requests("", "NOT_FOUND")]
+    for name in ("haiku", "haiku", None):
+        "".join(ask(server, name))
+    with pytest.raises(ServerError, match="unknown LoRA adapter"):
+        "".join(ask(server, "nobody"))
+    await_sample(server, "lora_requests_total", lambda n: n == before[0] + 2, adapter="haiku", outcome="OK")
+    await_sample(server, "lora_requests_total", lambda n: n == before[1] + 1, adapter="", outcome="OK")
+    await_sample(server, "lora_requests_total", lambda n: n == before[2] + 1, adapter="", outcome="NOT_FOUND")
+
+    assert await_sample(server, "lora_load_seconds_total", lambda n: n > 0, adapter="haiku") < 60
+    assert await_sample(server, "lora_loads_total", lambda n: n > 0, adapter="haiku", reason="first_use") == 1
+
+
+def test_the_gateway_sees_what_runs_and_what_waits(server: Server) -> None:
+    """One series at a time, whose value is the time of the change."""
+    running, waiting = ask(server, "pirate", tokens=400), ask(server, "haiku")
+    next(running)  # has the only page of the cache
+    await_sample(server, "lora_requests_running", lambda n: n == 1, adapter="pirate")
+    labels = {"max_lora": "3", "running_lora_adapters": "pirate", "waiting_lora_adapters": ""}
+    began = await_sample(server, "lora_requests_info", lambda n: n > 0, **labels)
+
+    assert abs(began - time.time()) < 60
+    assert [began] == [value for (name, _), value in samples(server).items() if name == "lora_requests_info"]
+
+    "".join(running)
+    "".join(waiting)
+    await_sample(server, "lora_requests_running", lambda n: n == 0, adapter="pirate")
+    await_sample(server, "lora_requests_info", lambda n: n > began, **{**labels, "running_lora_adapters": ""})

@@ -1,0 +1,44 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""metrics.py: counts as metrics."""
+
+from __future__ import annotations
+
+from tritonlora import metrics
+from tritonlora.statistics import BASE, COLUMNS
+
+
+def row(**counted: float) -> dict[str, float]:
+    """Counts of an adapter."""
+    return dict.fromkeys(COLUMNS, 0.0) | counted
+
+
+def test_each_count_becomes_a_sample_with_its_labels() -> None:
+    """Those that are 0 say so, and table events belong to no adapter."""
+    counts = {
+        BASE: row(OK=2, table_reloads=1, table_failures=4),
+        "pirate": row(OK=1, UNAVAILABLE=3, first_use=1, evicted=2, load_seconds=0.5, running=1),
+    }
+
+    assert {
+        ("lora_requests_total", (("adapter", ""), ("outcome", "OK")), 2),
+        ("lora_requests_total", (("adapter", "pirate"), ("outcome", "OK")), 1),
+        ("lora_requests_total", (("adapter", "pirate"), ("outcome", "UNAVAILABLE")), 3),
+        ("lora_loads_total", (("adapter", "pirate"), ("reason", "first_use")), 1),
+        ("lora_loads_total", (("adapter", "pirate"), ("reason", "evicted")), 2),
+        ("lora_load_seconds_total", (("adapter", "pirate"),), 0.5),
+        ("lora_requests_running", (("adapter", "pirate"),), 1),
+        ("lora_table_reloads_total", (), 1),
+        ("lora_table_failures_total", (), 4),
+    } == {(sample.family.name, sample.labels, sample.value) for sample in metrics.samples(counts) if sample.value}
+
+
+def test_the_gateway_is_told_what_runs_and_what_waits() -> None:
+    """In the words of its protocol; the base model is no adapter, and what waits does not run."""
+    counts = {BASE: row(running=1), "pirate": row(running=2), "haiku": row(running=1), "bard": row(OK=1)}
+
+    assert {
+        "max_lora": "4",
+        "running_lora_adapters": "pirate",
+        "waiting_lora_adapters": "haiku",
+    } == metrics.info_labels(counts, ["haiku", "haiku"], 4)

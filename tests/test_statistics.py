@@ -1,0 +1,71 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""statistics.py: counts of several instances, of those that have ended, too."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tritonlora import statistics
+from tritonlora.statistics import BASE, COLUMNS, OTHERS, Statistics, read_statistics
+
+
+def nonzero(counts: statistics.Counts) -> dict[str, dict[str, float]]:
+    """What was counted."""
+    return {name: {column: value for column, value in row.items() if value} for name, row in counts.items()}
+
+
+def test_what_the_instances_count_is_added_up(tmp_path: Path) -> None:
+    """By adapter and column; the base model is an adapter without a name."""
+    one, other = Statistics(tmp_path / "statistics"), Statistics(tmp_path / "statistics")
+    one.add("pirate", "OK")
+    one.add("pirate", "load_seconds", 0.25)
+    one.add(BASE, "NOT_FOUND")
+    other.add("haiku", "OK")
+    other.add("pirate", "OK", 2)
+
+    assert {
+        BASE: {"NOT_FOUND": 1.0},
+        "pirate": {"OK": 3.0, "load_seconds": 0.25},
+        "haiku": {"OK": 1.0},
+    } == nonzero(read_statistics(tmp_path / "statistics"))
+
+
+def test_an_instance_that_has_ended_still_counts_but_runs_nothing(tmp_path: Path) -> None:
+    """Counters never fall; a request that died with its instance is not under way."""
+    one, other = Statistics(tmp_path), Statistics(tmp_path)
+    for instance in (one, other):
+        instance.add("pirate", "running")
+        instance.add("pirate", "OK")
+
+    assert {"pirate": {"OK": 2.0, "running": 2.0}} == nonzero(read_statistics(tmp_path))
+
+    os.close(one._descriptor)  # as the end of its process does
+
+    assert {"pirate": {"OK": 2.0, "running": 1.0}} == nonzero(read_statistics(tmp_path))
+
+
+def test_the_number_of_names_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has no room is counted together."""
+    monkeypatch.setattr(statistics, "ROWS", 4)
+    counted = Statistics(tmp_path)
+    for name in ("a", "b", "c", "d", "a"):
+        counted.add(name, "OK")
+
+    assert {"a": {"OK": 2.0}, "b": {"OK": 1.0}, OTHERS: {"OK": 2.0}} == nonzero(read_statistics(tmp_path))
+
+
+def test_every_adapter_has_every_column(tmp_path: Path) -> None:
+    """So that whoever reads them needs no defaults."""
+    Statistics(tmp_path).add("a" * 128, "OK")
+    counts = read_statistics(tmp_path)
+
+    assert [("a" * 128, list(COLUMNS))] == [(name, list(row)) for name, row in counts.items()]
+
+
+def test_nothing_counted_is_nothing(tmp_path: Path) -> None:
+    """Also when no instance has begun."""
+    assert {} == read_statistics(tmp_path / "statistics")
