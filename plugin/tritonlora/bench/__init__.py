@@ -1,3 +1,3 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmarks: one module for each `tritonlora bench` command."""
+"""The benchmarks: convert.py and route.py for the `tritonlora bench` commands, and what route.py needs."""

@@ -112,15 +112,17 @@ def draw(results: Sequence[Measured], path: Path) -> None:
     pyplot.close(figure)
 
 
-def make_adapter(directory: Path, rank: int, layers: int = LAYERS) -> None:
-    """Write a random adapter of `rank` for every linear layer, as PEFT names its tensors."""
+def make_adapter(
+    directory: Path, rank: int, layers: int = LAYERS, shapes: Mapping[str, tuple[int, int]] = LLAMA_8B
+) -> None:
+    """Write a random adapter of `rank` for the linear layers of these (in, out), as PEFT names its tensors."""
     import torch
     from safetensors.torch import save_file
 
     random = torch.Generator().manual_seed(rank)
     tensors = {}
     for layer in range(layers):
-        for name, (in_features, out_features) in LLAMA_8B.items():
+        for name, (in_features, out_features) in shapes.items():
             path = f"base_model.model.model.layers.{layer}.{name}"
             for matrix, shape in (("A", (rank, in_features)), ("B", (out_features, rank))):
                 tensors[f"{path}.lora_{matrix}.weight"] = torch.randn(shape, generator=random).bfloat16()

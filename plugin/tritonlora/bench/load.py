@@ -1,0 +1,183 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""The client of the route benchmark: streams over HTTP, in a process of its own that takes little of the processor.
+
+Several ways to ask for the same are taken by turns, round after round, so that what else the machine does meets all of
+them alike. A round opens its streams together and ends with the last of them. What arrives is looked at only for its
+end while the clock runs, and parsed afterwards.
+"""
+
+from __future__ import annotations
+
+import json
+import select
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
+
+from tritonlora.bench.processes import processor_seconds
+from tritonlora.errors import ServerError
+
+ANSWER = b"data: "  # Triton's generate_stream: server-sent events in HTTP chunks
+END = b"\r\n0\r\n\r\n"
+TIMEOUT_SECONDS = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """A model to ask, and what for: JSON bodies of generate_stream, which streams and rounds take by turns."""
+
+    model: str
+    bodies: Sequence[Mapping[str, object]]
+    answers: int  # at least so many to each stream
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """What one way took, in seconds."""
+
+    first: list[float] = field(default_factory=list)  # of each stream, to its first answer
+    whole: list[float] = field(default_factory=list)  # of each stream, to its end
+    rounds: list[float] = field(default_factory=list)  # all the streams of a round
+    client: list[float] = field(default_factory=list)  # this process' processor time in each round
+    processor: dict[str, float] = field(default_factory=dict)  # of each group of processes, in all rounds
+
+
+def ask(
+    url: str,
+    ways: Mapping[str, Way],
+    *,
+    rounds: int,
+    streams: int = 1,
+    discarded: int = 0,
+    pause: float = 0.0,
+    processes: Mapping[str, Sequence[int]] = MappingProxyType({}),
+) -> dict[str, Times]:
+    """Let the client ask the server at `url` (HOST:PORT): the times of `rounds`, after those that are `discarded`.
+
+    With a `pause` in seconds it looks for answers only so often, which spares the processor where only the end counts.
+    `processes`: groups of process ids whose processor time is noted for each way.
+    Raises ServerError when a stream ends with an error or with fewer answers than it should have.
+    """
+    job = {
+        "url": url,
+        "ways": {name: asdict(way) for name, way in ways.items()},
+        "rounds": rounds,
+        "streams": streams,
+        "discarded": discarded,
+        "pause": pause,
+        "processes": dict(processes),
+    }
+    command = [sys.executable, "-m", "tritonlora.bench.load"]
+    done = subprocess.run(command, input=json.dumps(job), text=True, stdout=subprocess.PIPE, check=False)
+    if done.returncode:
+        raise ServerError(done.stdout.strip() or f"the client ended with status {done.returncode}")
+    return {name: Times(**times) for name, times in json.loads(done.stdout).items()}
+
+
+# The client itself
+
+
+class _Stream:
+    """A connection that is kept for one request after the other."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self.socket = socket.create_connection((host, port), timeout=TIMEOUT_SECONDS)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.received = bytearray()
+
+    def check(self, way: Way) -> None:
+        head, _, body = bytes(self.received).partition(b"\r\n\r\n")
+        if not head.startswith(b"HTTP/1.1 200") or b'"error"' in body or body.count(ANSWER) < way.answers:
+            raise ServerError(f"{way.model} answered: {self.received[-500:].decode(errors='replace')}")
+
+
+def _round(streams: Sequence[_Stream], requests: Sequence[bytes], times: Times, pause: float) -> None:
+    """Send a request on each stream, and take everything that comes."""
+    poll = select.epoll()
+    open_streams = {}
+    for stream in streams:
+        stream.received.clear()
+        poll.register(stream.socket.fileno(), select.EPOLLIN)
+        open_streams[stream.socket.fileno()] = stream
+    processor = time.process_time()
+    start = time.perf_counter()
+    began, first = {}, {}
+    for (number, stream), request in zip(open_streams.items(), requests, strict=True):
+        began[number] = time.perf_counter()
+        stream.socket.sendall(request)
+    while open_streams:
+        ready = poll.poll(TIMEOUT_SECONDS)
+        now = time.perf_counter()
+        if not ready:
+            raise ServerError(f"no answer for {TIMEOUT_SECONDS:.0f} s")
+        for number, _ in ready:
+            stream = open_streams[number]
+            piece = stream.socket.recv(1 << 16)
+            if number not in first and (ANSWER in piece or not piece):
+                first[number] = now - began[number]
+            stream.received += piece
+            if not piece or stream.received.endswith(END):
+                times.whole.append(now - began[number])
+                poll.unregister(number)
+                del open_streams[number]
+        if pause:
+            time.sleep(pause)
+    times.rounds.append(time.perf_counter() - start)
+    times.client.append(time.process_time() - processor)
+    times.first.extend(first.values())
+    poll.close()
+
+
+def _request(url: str, way: Way, number: int) -> bytes:
+    body = json.dumps(way.bodies[number % len(way.bodies)]).encode()
+    head = f"POST /v2/models/{way.model}/generate_stream HTTP/1.1\r\nHost: {url}\r\nContent-Length: {len(body)}\r\n\r\n"
+    return head.encode() + body
+
+
+def _run(
+    url: str,
+    ways: Mapping[str, Way],
+    *,
+    rounds: int,
+    streams: int,
+    discarded: int,
+    pause: float,
+    processes: Mapping[str, Sequence[int]],
+) -> dict[str, Times]:
+    host, port = url.rsplit(":", 1)
+    connections = {name: [_Stream(host, int(port)) for _ in range(streams)] for name in ways}
+    times = {name: Times() for name in ways}
+    order = list(ways)
+    for number in range(discarded + rounds):
+        for name in order:
+            way, kept = ways[name], times[name] if number >= discarded else Times()
+            requests = [_request(url, way, number + stream) for stream in range(streams)]
+            before = processor_seconds(processes)
+            _round(connections[name], requests, kept, pause)
+            for group, seconds in processor_seconds(processes).items():
+                kept.processor[group] = kept.processor.get(group, 0.0) + seconds - before[group]
+            for stream in connections[name]:
+                stream.check(way)
+        order.append(order.pop(0))  # nobody always follows the same
+    return times
+
+
+def _main() -> int:
+    job = json.load(sys.stdin)
+    job["ways"] = {name: Way(**way) for name, way in job["ways"].items()}
+    try:
+        times = _run(**job)
+    except (OSError, ServerError) as error:
+        sys.stdout.write(str(error))
+        return 1
+    json.dump({name: asdict(one) for name, one in times.items()}, sys.stdout)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(_main())

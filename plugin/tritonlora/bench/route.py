@@ -1,0 +1,309 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""What the router costs, as ratios taken in one run on one machine: a real tritonserver, the shipped repository, and
+the synthetic engine without a delay.
+
+    ttft      time to the first token of one request at a time, against asking the engine's model directly
+    tokens    tokens per second of many streams at a time, against asking the engine's model directly
+    recovery  time to the first token of an adapter that the engine has evicted, against one copy of its bytes in memory
+    lookup    finding an adapter, and reading the table again, for tables of different sizes (in this process)
+    memory    of the router's processes, over many requests
+
+What is compared is taken by turns, so that what else the machine does meets both sides alike. The pass-through model is
+the least that a Python model between client and engine can do: it is the floor for the router.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tritonlora.adapters import AdapterEntry, render
+from tritonlora.bench import load, scratch
+from tritonlora.bench.load import Times, Way
+from tritonlora.bench.measured import Part, Series, at_least, at_most, series
+from tritonlora.bench.processes import processes_of, pss_nbytes
+from tritonlora.errors import AdapterTableError
+from tritonlora.files import write_text
+from tritonlora.repository import ROUTER, Repository, read_table
+from tritonlora.routing import TableFile, resolve
+from tritonlora.server import Server
+
+EXIT_TIMEOUT_SECONDS = 2  # nobody waits for an answer any more
+PROMPT = "hello"
+MILLI, MICRO = 1e3, 1e6
+MEMORY_SAMPLES = 10  # after those that warm up
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How much is measured."""
+
+    rounds: int = 7
+    instances: int = 16  # of the router and of the pass-through model, in `ttft`; as shipped
+    streams: int = 64  # at a time, in `tokens`
+    tokens: int = 128  # of each of them
+    rank: int = scratch.LARGE_RANK  # of the adapter of a Llama 8B, all linear layers, in `recovery`
+    layers: int = 32  # of that Llama
+    requests: int = 100_000  # in `memory`
+    sizes: tuple[int, ...] = (10, 100, 1000, 10_000)  # of the tables in `lookup`
+
+
+def run(parts: Sequence[str], options: Options, on_part: Callable[[str], None] = lambda _: None) -> Iterator[Part]:
+    """Measure the `parts`, keys of PARTS, one after the other; `on_part` hears of each before it begins."""
+    for name in parts:
+        on_part(name)
+        yield PARTS[name](options)
+
+
+# To the first token
+
+
+def _ttft(options: Options) -> Part:
+    with (
+        _scratch() as directory,
+        _serving(scratch.small_adapters(directory / "repo", 1, streams=options.instances)) as server,
+    ):
+        _load_adapter(server)
+        rounds, unused = 100 * options.rounds, 2 * options.instances  # each instance answers before it counts
+        times = load.ask(server.http_url, _ways(tokens=1), rounds=rounds, discarded=unused)
+    first = {name: series(name, "ms", one.first, scale=MILLI) for name, one in times.items()}
+    added = {
+        name: Series(f"added by {name}", "ms", one.p50 - first["direct"].p50, one.p99 - first["direct"].p99)
+        for name, one in first.items()
+        if name != "direct"
+    }
+    return Part(
+        "ttft",
+        "Time to the first token, one request at a time",
+        (*first.values(), *added.values()),
+        (at_most("added by forward / added by pass-through", added["forward"].p50 / added["pass-through"].p50, 1.1),),
+    )
+
+
+# Tokens per second
+
+
+def _tokens(options: Options) -> Part:
+    count = options.streams * options.tokens
+    with (
+        _scratch() as directory,
+        _serving(scratch.small_adapters(directory / "repo", 1, streams=options.streams)) as server,
+    ):
+        _load_adapter(server)
+        times = load.ask(
+            server.http_url,
+            _ways(options.tokens),
+            rounds=options.rounds,
+            streams=options.streams,
+            discarded=1,
+            pause=0.002,
+            processes=processes_of(server.pid),
+        )
+    rates = {name: count / statistics.median(one.rounds) for name, one in times.items()}
+    of_direct = {
+        name: statistics.median(theirs / ours for theirs, ours in zip(times["direct"].rounds, one.rounds, strict=True))
+        for name, one in times.items()
+    }
+    client = max(sum(one.client) / sum(one.rounds) for one in times.values()) / (os.cpu_count() or 1)
+    return Part(
+        "tokens",
+        f"{options.streams} streams of {options.tokens} tokens at a time",
+        tuple(series(f"a stream, {name}", "ms", one.whole, scale=MILLI) for name, one in times.items()),
+        (at_least("tokens per second of forward / direct", of_direct["forward"], 0.75),),
+        (
+            *(
+                f"{name}: {rates[name]:,.0f} tokens/s, {of_direct[name]:.2f} of direct; "
+                f"processor time of a token in µs: {_spent(one, count * options.rounds)}"
+                for name, one in times.items()
+            ),
+            f"the client took {client:.1%} of the {os.cpu_count()} cores at most",
+        ),
+    )
+
+
+def _load_adapter(server: Server) -> None:
+    """Let the engine load it, so that asking by id succeeds."""
+    load.ask(server.http_url, {"forward": _ways(tokens=1)["forward"]}, rounds=1)
+
+
+def _spent(times: Times, tokens: int) -> str:
+    spent = {name: MICRO * seconds / tokens for name, seconds in times.processor.items()}
+    return ", ".join(f"{name} {micro:.0f}" for name, micro in spent.items() if micro >= 1)
+
+
+# Recovery of an evicted adapter
+
+
+def _recovery(options: Options) -> Part:
+    evicted: list[float] = []
+    resident: list[float] = []
+    copies: list[float] = []
+    with _scratch() as directory:
+        repository = scratch.large_adapters(directory / "repo", rank=options.rank, layers=options.layers)
+        entry = read_table(repository).entries["n1"]
+        source = np.fromfile(repository.root / entry.lora_weights_file, np.uint8)
+        target = np.zeros_like(source)
+        with _serving(repository) as server:
+            early = [_first_token(server, name) for _ in range(scratch.FEW_STREAMS) for name in ("n1", "n2")]
+            for number in range(3 * options.rounds):
+                name = f"n{1 + number % 2}"
+                evicted.append(_first_token(server, name))
+                resident.append(_first_token(server, name))
+                start = time.perf_counter()
+                np.copyto(target, source)
+                copies.append(time.perf_counter() - start)
+    found = [
+        series(name, "ms", values, scale=MILLI)
+        for name, values in (("evicted", evicted), ("resident", resident), ("one copy in memory", copies))
+    ]
+    return Part(
+        "recovery",
+        f"To the first token of an evicted adapter of {entry.lora_weights_nbytes / 1e6:.0f} MB",
+        tuple(found),
+        (at_most("copies that evicted takes longer than resident", (found[0].p50 - found[1].p50) / found[2].p50, 2),),
+        (f"the first time in an instance its shared memory grows: up to {MILLI * max(early):.0f} ms",),
+    )
+
+
+def _first_token(server: Server, lora_name: str) -> float:
+    way = Way(ROUTER, [_body(1) | {"lora_name": lora_name}], 1)
+    return load.ask(server.http_url, {"forward": way}, rounds=1)["forward"].first[0]
+
+
+# Finding an adapter, and reading the table
+
+
+def _lookup(options: Options) -> Part:
+    lookups: dict[int, list[float]] = {size: [] for size in options.sizes}
+    reloads: dict[int, list[float]] = {size: [] for size in options.sizes}
+    with _scratch() as directory:
+        texts = {size: render(scratch.table_of(_ENTRY, size)) for size in options.sizes}
+        for size, text in texts.items():
+            (directory / f"{size}.json").write_text(text)
+        tables = {size: TableFile(directory / f"{size}.json", _refuse) for size in options.sizes}
+        for number in range(options.rounds):
+            for size, table in tables.items():
+                lookups[size] += _lookup_seconds(table, size)
+                write_text(directory / f"{size}.json", texts[size] + "\n" * (number % 2 + 1))  # a change
+                start = time.perf_counter()
+                table.table()
+                reloads[size].append(time.perf_counter() - start)
+    found = [series(f"lookup among {size:,}", "µs", values, scale=MICRO) for size, values in lookups.items()]
+    read = [series(f"reload of {size:,}", "ms", values, scale=MILLI) for size, values in reloads.items()]
+    return Part(
+        "lookup",
+        "Finding an adapter, and reading the table again",
+        (*found, *read),
+        (
+            at_most(f"µs of a {found[-1].name}", found[-1].p50, 20),
+            at_most(f"{found[-1].name} / {found[0].name}", found[-1].p50 / found[0].p50, 1.5),
+            at_most(f"ms of a {read[-1].name}", read[-1].p50, 100),
+        ),
+    )
+
+
+def _lookup_seconds(table: TableFile, size: int) -> Iterator[float]:
+    """What a request costs: by name and by id, spread over the table."""
+    for number in range(1, size + 1, max(1, size // 500)):
+        for lora_name, lora_task_id in ((f"n{number}".encode(), None), (None, number)):
+            start = time.perf_counter()
+            resolve(table.table(), lora_name, lora_task_id)
+            yield time.perf_counter() - start
+
+
+def _refuse(problem: str) -> None:
+    raise AdapterTableError(problem)
+
+
+_ENTRY = AdapterEntry(
+    lora_task_id=1,
+    lora_weights_file="tensorrt_llm/warmup/adapter_model_1.bin",
+    lora_config_file="tensorrt_llm/warmup/adapter_config_1.bin",
+    dtype="bfloat16",
+    lora_weights_shape=(224, 589824),
+    lora_config_shape=(224, 3),
+    lora_weights_sha256="0" * 64,
+    lora_config_sha256="0" * 64,
+    adapter_sizes=(32,),
+    modules=("attn_q", "attn_k", "attn_v", "attn_dense", "mlp_h_to_4h", "mlp_4h_to_h", "mlp_gate"),
+    base_model_name_or_path="meta-llama/Llama-3.1-8B-Instruct",
+    warm=True,
+    added_at="2026-01-01T00:00:00+00:00",
+    pages=200,
+)
+
+
+# Memory
+
+
+def _memory(options: Options) -> Part:
+    """Requests of which many find their adapter evicted, so that all of the router is in use."""
+    count, room = 12, 8
+    sample = max(1, options.requests // (MEMORY_SAMPLES + 1) // scratch.FEW_STREAMS)
+    way = Way(ROUTER, [_body(1) | {"lora_name": f"n{number}"} for number in range(1, count + 1)], 1)
+    sizes = []
+    with _scratch() as directory:
+        repository = scratch.small_adapters(directory / "repo", count, room=room, streams=scratch.FEW_STREAMS)
+        with _serving(repository) as server:
+            for _ in range(MEMORY_SAMPLES + 1):
+                load.ask(server.http_url, {"forward": way}, rounds=sample, streams=scratch.FEW_STREAMS)
+                sizes.append(pss_nbytes(processes_of(server.pid)[ROUTER]) / (1 << 20))
+    requests = sample * scratch.FEW_STREAMS
+    return Part(
+        "memory",
+        f"Memory (PSS) of the router's {scratch.FEW_STREAMS} processes over {len(sizes) * requests:,} requests",
+        (series(f"every {requests:,} requests", "MiB", sizes),),
+        (at_most("after the last requests / after the first", sizes[-1] / sizes[0], 1.05),),
+        ("MiB: " + ", ".join(f"{size:.1f}" for size in sizes),),
+    )
+
+
+# What they share
+
+
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="tritonlora-bench-") as directory:
+        yield Path(directory)
+
+
+@contextmanager
+def _serving(repository: Repository) -> Iterator[Server]:
+    with Server(repository.root, exit_timeout=EXIT_TIMEOUT_SECONDS) as server:
+        server.wait_until_ready()
+        yield server
+
+
+def _ways(tokens: int) -> dict[str, Way]:
+    """The same adapter's answer, asked for in each way."""
+    by_id, by_name = {"lora_task_id": 1}, {"lora_name": "n1"}
+    return {
+        "direct": Way("tensorrt_llm", [_body(tokens) | by_id], tokens),
+        "pass-through": Way(scratch.PASS_THROUGH, [_body(tokens) | by_id], tokens),
+        "forward": Way(ROUTER, [_body(tokens) | by_name], tokens),
+    }
+
+
+def _body(tokens: int) -> dict[str, Any]:
+    """The engine's inputs as generate_stream takes them."""
+    prompt = list(PROMPT.encode())
+    return {"input_ids": prompt, "input_lengths": len(prompt), "request_output_len": tokens, "streaming": True}
+
+
+PARTS: dict[str, Callable[[Options], Part]] = {
+    "ttft": _ttft,
+    "tokens": _tokens,
+    "recovery": _recovery,
+    "lookup": _lookup,
+    "memory": _memory,
+}

@@ -1,0 +1,119 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""The model repositories of the route benchmark: the shipped one with adapters, and the model to compare with."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from tritonlora import install, register, repository, wiring
+from tritonlora.adapters import AdapterEntry, AdapterTable, render
+from tritonlora.bench.convert import LAYERS, LLAMA_8B, make_adapter
+from tritonlora.errors import RepositoryError
+from tritonlora.files import write_text
+from tritonlora.repository import ROUTER, Repository
+
+PASS_THROUGH = "pass_through"  # noqa: S105
+SMALL = {"self_attn.q_proj": (64, 64), "self_attn.v_proj": (64, 32)}  # of the shipped synthetic engine
+SMALL_LAYERS = 2
+LARGE_RANK = 32  # 224 rows of 589,824 bfloat16: 264 MB
+FEW_STREAMS = 2  # where each instance costs time before it counts
+LLAMA_8B_CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "dtype": "bfloat16",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_hidden_layers": LAYERS,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+}
+# The least that a BLS model can do.
+_BARE_MODEL = '''\
+"""Sends each request on to the engine's model, and each answer back."""
+
+import triton_python_backend_utils as pb_utils
+
+
+class TritonPythonModel:
+    def execute(self, requests):
+        for request in requests:
+            sender = request.get_response_sender()
+            forwarded = pb_utils.InferenceRequest(
+                model_name="tensorrt_llm",
+                inputs=request.inputs(),
+                requested_output_names=["output_ids", "sequence_length"],
+            )
+            for answer in forwarded.exec(decoupled=True):
+                if answer.has_error():
+                    sender.send(pb_utils.InferenceResponse(error=answer.error()))
+                else:
+                    sender.send(pb_utils.InferenceResponse(answer.output_tensors()))
+            sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+'''
+
+
+def small_adapters(root: Path, count: int, *, streams: int, room: int | None = None) -> Repository:
+    """The shipped repository with `count` adapters, n1 and so on, that share one pair of files, and the pass-through
+    model, with `streams` instances each. The engine's cache has `room` for so many adapters, by default for all.
+    """
+    install.create_repository(root)
+    opened = repository.open_repository(root)
+    _register(opened, count, SMALL, SMALL_LAYERS, rank=8)
+    _set_cache(opened, room or count)
+    _put_pass_through(opened, streams)
+    return opened
+
+
+def large_adapters(root: Path, *, rank: int = LARGE_RANK, layers: int = LAYERS) -> Repository:
+    """Two adapters of a Llama 8B, n1 and n2, and an engine whose cache has room for one."""
+    install.create_repository(root)
+    opened = repository.open_repository(root)
+    config = LLAMA_8B_CONFIG | {"num_hidden_layers": layers}
+    write_text(opened.target_directory / "1" / "config.json", json.dumps(config))
+    _register(opened, 2, LLAMA_8B, layers, rank=rank)
+    _set_cache(opened, 1)
+    _put_pass_through(opened, FEW_STREAMS)
+    return opened
+
+
+def table_of(entry: AdapterEntry, count: int) -> AdapterTable:
+    """`count` adapters like `entry`, n1 and so on."""
+    entries = {f"n{number}": replace(entry, lora_task_id=number) for number in range(1, count + 1)}
+    return AdapterTable(entries, next_lora_task_id=count + 1)
+
+
+def _register(opened: Repository, count: int, shapes: Mapping[str, tuple[int, int]], layers: int, *, rank: int) -> None:
+    """Convert one adapter, and register it under every name."""
+    with tempfile.TemporaryDirectory(dir=opened.root.parent) as adapter:
+        make_adapter(Path(adapter), rank, layers, shapes)
+        entry = register.add(opened, "n1", Path(adapter), register.Options(warm=False)).entry
+    write_text(opened.table_path, render(table_of(entry, count)))
+
+
+def _set_cache(opened: Repository, room: int) -> None:
+    """Give the engine's cache room for so many adapters."""
+    table = repository.read_table(opened)
+    rank = str(max(next(iter(table.entries.values())).adapter_sizes))
+    register.set_parameters(opened, {"lora_cache_optimal_adapter_size": rank, "lora_cache_max_adapter_size": rank})
+    config = repository.read_config(opened.config_path)
+    plan = repository.plan_of(opened, table, config, repository.engine_profile(opened, config))
+    if plan is None:
+        raise RepositoryError("the engine's cache is not in pages")
+    nbytes = room * plan.adapters[0].pages * plan.tightest.page_bytes
+    register.set_parameters(opened, {"lora_cache_host_memory_bytes": str(nbytes)})
+
+
+def _put_pass_through(opened: Repository, streams: int) -> None:
+    """Put the pass-through model beside the router, with the same inputs, and give both so many instances."""
+    target = repository.read_config(opened.config_path)
+    router = opened.root / ROUTER / "config.pbtxt"
+    own = opened.root / PASS_THROUGH
+    (own / "1").mkdir(parents=True)
+    write_text(own / "config.pbtxt", wiring.router_config(target, name=PASS_THROUGH, max_streams=streams))
+    write_text(own / "1" / "model.py", _BARE_MODEL)
+    write_text(router, wiring.router_config(target, previous_ids=True, max_streams=streams))

@@ -1,0 +1,99 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""The route benchmark on a real tritonserver, as small as it gets: what it measures is what it says."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tritonlora.bench import load, scratch
+from tritonlora.bench.load import Way
+from tritonlora.bench.route import Options, run
+from tritonlora.errors import ServerError
+from tritonlora.repository import ROUTER
+from tritonlora.server import Server
+
+SMALL = Options(rounds=1, instances=1, streams=2, tokens=4, requests=100)
+BODY = {"input_ids": [104, 105], "input_lengths": 2, "request_output_len": 5, "streaming": True}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, launch: Callable[..., Server]) -> Server:
+    """Two adapters, two instances of the router and of the pass-through model."""
+    return launch(scratch.small_adapters(tmp_path_factory.mktemp("bench") / "repo", 2, streams=2).root)
+
+
+def test_every_way_streams_the_same_answers(server: Server) -> None:
+    """Each of two streams at a time gets a token at a time, and its first before its last."""
+    load.ask(server.http_url, {"forward": Way(ROUTER, [BODY | {"lora_name": "n1"}], 5)}, rounds=1)
+    ways = {
+        "direct": Way("tensorrt_llm", [BODY | {"lora_task_id": 1}], 5),
+        "pass-through": Way(scratch.PASS_THROUGH, [BODY | {"lora_task_id": 1}], 5),
+        "forward": Way(ROUTER, [BODY | {"lora_name": "n1"}], 5),
+    }
+    times = load.ask(server.http_url, ways, rounds=3, streams=2, discarded=1)
+
+    assert [(6, 6, 3)] * 3 == [(len(one.first), len(one.whole), len(one.rounds)) for one in times.values()]
+    assert all(0 < min(one.first) < max(one.whole) <= max(one.rounds) for one in times.values())
+
+
+@pytest.mark.parametrize(
+    ("body", "answers", "message"),
+    [
+        (BODY | {"lora_name": "n3"}, 1, "unknown LoRA adapter 'n3'"),
+        (BODY | {"lora_name": "n2"}, 9, "lora_router answered"),
+    ],
+    ids=["an error", "too few tokens"],
+)
+def test_a_stream_that_is_not_what_it_should_be_is_not_measured(
+    server: Server, body: dict[str, object], answers: int, message: str
+) -> None:
+    """An error is quick to stream, and would look like a good time."""
+    with pytest.raises(ServerError, match=message):
+        load.ask(server.http_url, {"forward": Way(ROUTER, [body], answers)}, rounds=1)
+
+
+@pytest.mark.parametrize("name", ["ttft", "tokens", "memory"])
+def test_each_part_gives_values_and_ratios(name: str) -> None:
+    """Whatever they are at this size."""
+    (part,) = run([name], SMALL)
+
+    assert name == part.name
+    assert all(one.p50 > 0 for one in part.series if not one.name.startswith("added"))
+    assert 1 == len(part.ratios)
+
+
+def test_an_evicted_adapter_takes_longer_than_a_resident_one() -> None:
+    """Otherwise nothing was evicted; 66 MB are enough to see it."""
+    (part,) = run(["recovery"], Options(rounds=1, rank=8))
+    evicted, resident, copy = part.series
+
+    assert evicted.p50 > resident.p50 + copy.p50 / 2 > 0
+
+
+def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
+    """No process, and no scratch directory."""
+    command = [sys.executable, "-m", "tritonlora", "bench", "route", "--part", "ttft"]
+    bench = subprocess.Popen(command, env=os.environ | {"TMPDIR": str(tmp_path)}, stderr=subprocess.PIPE)
+    try:
+        deadline = time.monotonic() + 60
+        while not (found := psutil.Process(bench.pid).children(recursive=True)):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        bench.send_signal(signal.SIGINT)
+        _, errors = bench.communicate(timeout=60)
+    finally:
+        bench.kill()
+
+    assert (130, []) == (bench.returncode, list(tmp_path.glob("tritonlora-bench-*")))
+    assert b"interrupted" in errors
+    assert [] == [process for process in found if process.is_running()]
