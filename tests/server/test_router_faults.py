@@ -1,0 +1,205 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""Engines that fail, and models that come and go under load, on a real tritonserver."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import re
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+import tritonclient.grpc as grpc
+from test_lora_adapters import await_sample
+from test_router import ask, engine_inputs, expected, stream
+from tritonclient.utils import InferenceServerException
+
+from repositories import synthetic_repository
+from tritonlora.errors import ServerError
+from tritonlora.files import write_text
+from tritonlora.repository import Repository, read_table, read_text
+from tritonlora.server import Server
+
+Launch = Callable[..., Server]
+EXPLICIT = ("--model-control-mode=explicit", "--load-model=*")
+
+# An engine that does as it is told by request_output_len.
+TELL, SILENCE, RAISE, BREAK = 1, 2, 3, 4
+PUPPET = """
+import json
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+
+def answer(text):
+    ids = np.array([[list(text.encode())]], np.int32)
+    lengths = np.array([[ids.size]], np.int32)
+    return pb_utils.InferenceResponse([pb_utils.Tensor("output_ids", ids), pb_utils.Tensor("sequence_length", lengths)])
+
+
+class TritonPythonModel:
+    def execute(self, requests):
+        for request in requests:
+            sender = request.get_response_sender()
+            told = pb_utils.get_input_tensor_by_name(request, "request_output_len").as_numpy().item()
+            if told == 3:
+                raise ValueError("the engine is out of its mind")
+            if told == 1:
+                seen = [request.request_id(), request.correlation_id(), request.timeout(), request.parameters()]
+                sender.send(answer(json.dumps(seen)))
+            if told == 4:
+                sender.send(answer("half"))
+                error = pb_utils.TritonError("broken at /opt/engine/x.cpp")
+                sender.send(pb_utils.InferenceResponse(error=error))
+            sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+"""
+
+
+@pytest.fixture(scope="module")
+def puppet(tmp_path_factory: pytest.TempPathFactory, launch: Launch) -> Server:
+    """A server whose engine does as it is told; two instances of the router."""
+    opened = synthetic_repository(tmp_path_factory.mktemp("puppet") / "repo", cold=["pirate"], streams=2)
+    write_text(opened.root / "tensorrt_llm" / "1" / "model.py", PUPPET)
+    return launch(opened.root)
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Repository:
+    """Six adapters and a cache for three."""
+    names = [f"n{number}" for number in range(6)]
+    return synthetic_repository(tmp_path_factory.mktemp("reload") / "repo", warm=names[:2], cold=names[2:], pages=3)
+
+
+@pytest.fixture(scope="module")
+def server(opened: Repository, launch: Launch) -> Server:
+    """In explicit mode."""
+    return launch(opened.root, extra=EXPLICIT)
+
+
+def told(what: int) -> list[Any]:
+    """gRPC inputs of the router."""
+    inputs = [tensor for tensor in engine_inputs([b"pirate"]) if tensor.name() != "request_output_len"]
+    length = grpc.InferInput("request_output_len", [1, 1], "INT32")
+    length.set_data_from_numpy(np.array([[what]], np.int32))
+    return [*inputs, length]
+
+
+def control(server: Server, verb: str, model: str = "tensorrt_llm") -> None:
+    """Load or unload a model."""
+    connection = http.client.HTTPConnection(server.http_url, timeout=60)
+    with contextlib.closing(connection):
+        connection.request("POST", f"/v2/repository/models/{model}/{verb}", "{}")
+        assert connection.getresponse().status == 200
+
+
+def test_what_belongs_to_a_request_reaches_the_engine(puppet: Server) -> None:
+    """Its id, correlation id, timeout and parameters."""
+    options = {"request_id": "mine", "sequence_id": 7, "timeout": 9_000_000, "parameters": {"a": 1, "b": "c"}}
+    result = next(stream(puppet, "lora_router", told(TELL), **options))
+    request_id, correlation_id, timeout, parameters = json.loads(
+        bytes(result.as_numpy("output_ids").reshape(-1).tolist())
+    )
+
+    assert ("mine", 7, 9_000_000) == (request_id, correlation_id, timeout)
+    assert {"a": 1, "b": "c"}.items() <= json.loads(parameters).items()
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        (SILENCE, "the engine's model sent no answer"),
+        (RAISE, "LoRA adapter 'pirate': .*the engine is out of its mind"),
+    ],
+)
+def test_an_engine_that_fails_is_an_error_each_time(puppet: Server, what: int, message: str) -> None:
+    """More often than the router has instances, so that none of them is lost; no traceback, no path."""
+    for _ in range(5):
+        with pytest.raises(InferenceServerException, match=message) as raised:
+            list(stream(puppet, "lora_router", told(what)))
+
+        assert not re.search(r"File |/model\.py|Traceback", str(raised.value))
+
+
+def test_an_engine_that_breaks_in_mid_stream_ends_the_stream(puppet: Server) -> None:
+    """After what it has said; Triton 2.51 loses an error that is not the first answer to a BLS request."""
+
+    def pieces() -> Iterator[bytes]:
+        with contextlib.suppress(InferenceServerException):
+            for result in stream(puppet, "lora_router", told(BREAK)):
+                yield bytes(result.as_numpy("output_ids").reshape(-1).tolist())
+
+    assert [[b"half"]] * 5 == [list(pieces()) for _ in range(5)]
+
+
+def test_a_model_that_is_unloaded_is_unavailable_until_it_is_back(server: Server, opened: Repository) -> None:
+    """And its adapters are loaded again, without a client noticing."""
+    table = read_table(opened)
+    names = list(table.entries)
+    assert [expected(table, name) for name in names] == [ask(server, name) for name in names]
+    control(server, "unload")
+    with pytest.raises(ServerError, match="LoRA adapter 'n1': .*not ready"):
+        ask(server, "n1")
+    await_sample(server, "lora_requests_total", lambda n: n == 1, adapter="n1", outcome="UNAVAILABLE")
+    control(server, "load")
+
+    assert [expected(table, name) for name in names] == [ask(server, name) for name in names]
+
+
+@pytest.mark.parametrize("model", ["tensorrt_llm", "lora_router"])
+def test_a_model_is_reloaded_under_load(server: Server, opened: Repository, model: str) -> None:
+    """An answer is right; without one the client is told that the model is not there; and then it is there again."""
+    table = read_table(opened)
+    names = list(table.entries)
+    stop = threading.Event()
+    wrong: list[str] = []
+    outcomes: Counter[str] = Counter()
+
+    def keep_asking(number: int) -> None:
+        while not stop.is_set():
+            name = names[number % len(names)]
+            number += 1
+            try:
+                answer = ask(server, name)
+            except ServerError as error:
+                outcomes["not there" if NOT_THERE.search(str(error)) else str(error)] += 1
+            else:
+                outcomes["answered"] += 1
+                wrong.extend([answer] if answer != expected(table, name) else [])
+
+    with ThreadPoolExecutor(6) as pool:
+        asking = [pool.submit(keep_asking, number) for number in range(6)]
+        for _ in range(2):
+            control(server, "load", model)
+        stop.set()
+        for future in asking:
+            future.result(timeout=60)
+
+    assert [] == wrong
+    assert {"answered"} <= set(outcomes) <= {"answered", "not there"}
+    assert [expected(table, name) for name in names] == [ask(server, name) for name in names]
+
+
+NOT_THERE = re.compile(r"not ready|not found|no available versions|unloaded|unavailable", re.IGNORECASE)
+
+
+def test_a_config_that_is_reloaded_counts(server: Server, opened: Repository) -> None:
+    """The router reads its parameters when it is loaded."""
+    path = opened.root / "lora_router" / "config.pbtxt"
+    before = read_text(path)
+    write_text(path, before.replace('"tensorrt_llm"', '"no_such_engine"'))
+    try:
+        control(server, "load", "lora_router")
+        with pytest.raises(ServerError, match="no_such_engine"):
+            ask(server, "n1")
+    finally:
+        write_text(path, before)
+        control(server, "load", "lora_router")
+
+    assert expected(read_table(opened), "n1") == ask(server, "n1")
