@@ -5,10 +5,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
+import yaml
 
 from adapters import lora_pair, write_adapter
 from tritonlora import install, register, repository
@@ -16,6 +18,7 @@ from tritonlora.files import write_text
 from tritonlora.install import shipped_models
 from tritonlora.repository import Repository
 
+LLM_API = Path(__file__).parent / "llm_api" / "tensorrt_llm"
 SYNTHETIC_GEOMETRY = json.loads((shipped_models() / "tensorrt_llm" / "1" / "config.json").read_text())
 
 
@@ -83,3 +86,17 @@ def set_decoupled(opened: Repository, decoupled: bool) -> None:
     assert text.count(before) == 1
     write_text(opened.config_path, text.replace(before, after))
     install.init(opened.root)
+
+
+def llm_api_repository(root: Path, base: Path, **settings: object) -> Path:
+    """A repository as the LLM API's users have it: one model, here the stand-in, for the checkpoint `base`.
+
+    `settings` go into model.yaml; triton_config and lora_config are merged with what is there.
+    """
+    shutil.copytree(LLM_API, root / "tensorrt_llm", ignore=shutil.ignore_patterns("__pycache__"))
+    path = root / "tensorrt_llm" / "1" / "model.yaml"
+    document = {**yaml.safe_load(path.read_text()), "model": str(base)}
+    for key, value in settings.items():
+        document[key] = {**document[key], **value} if isinstance(value, dict) else value
+    path.write_text(yaml.safe_dump(document))
+    return root

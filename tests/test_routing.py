@@ -14,7 +14,16 @@ import torch
 from table import TABLE, entry
 from tritonlora.adapters import AdapterTable, render, with_adapter
 from tritonlora.errors import AdapterTableError, AdapterUnavailable, InvalidRequest, RequestError, UnknownAdapter
-from tritonlora.routing import PreviousIds, Route, TableFile, map_tensors, resolve, resolve_rows
+from tritonlora.routing import (
+    PreviousIds,
+    Route,
+    TableFile,
+    WholeTexts,
+    check_is_routers,
+    map_tensors,
+    resolve,
+    resolve_rows,
+)
 
 PIRATE = Route("pirate", TABLE.entries["pirate"])
 
@@ -211,3 +220,29 @@ def test_the_stat_of_an_unchanged_table_is_all_that_a_request_costs(tmp_path: Pa
 
     assert file.table() is file.table()
     assert before.st_mtime_ns == path.stat().st_mtime_ns
+
+
+# Texts of streams
+
+
+def test_what_is_new_in_whole_texts_joins_to_the_last_one() -> None:
+    """For each output by itself."""
+    texts = WholeTexts()
+    answers = [[b"a"], [b"ab", b"x"], [b"ab", b"xyz"], [b"abc", b"xyz"]]
+
+    assert [[b"a"], [b"b", b"x"], [b"", b"yz"], [b"c", b""]] == [texts.new(one) for one in answers]
+
+
+def test_a_text_that_got_shorter_has_nothing_new() -> None:
+    """A stop word is cut off again; and what follows is not repeated."""
+    texts = WholeTexts()
+
+    assert [[b"one tw"], [b""], [b"o"]] == [texts.new([one]) for one in (b"one tw", b"one ", b"one two")]
+
+
+def test_what_only_the_router_sends_is_refused_among_parameters() -> None:
+    """Triton's generate extension makes parameters of what it knows no input for."""
+    check_is_routers({"priority": 1}, ("lora_path", "lora_ckpt_source"))
+
+    with pytest.raises(InvalidRequest, match="lora_ckpt_source, lora_path: not for clients to choose"):
+        check_is_routers({"lora_path": "/etc", "lora_ckpt_source": "hf"}, ("lora_path", "lora_ckpt_source"))

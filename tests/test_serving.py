@@ -113,6 +113,13 @@ FAILURES = {
         "adapter 'pirate' could not be loaded: the flux capacitor is empty\n"
         "  remedy: tritonlora check may say why; without it the server starts: tritonlora remove pirate",
     ),
+    "a path that the server does not see": (
+        "[trtllm] Error generating request: lora_path does not exist on the Triton server's filesystem: "
+        "/a_12/tensorrt_llm/warmup/adapter_1",
+        "adapter 'pirate' could not be loaded: lora_path does not exist on the Triton server's filesystem: "
+        "/a_12/tensorrt_llm/warmup/adapter_1\n"
+        "  remedy: tritonlora check --fix; if the server sees it elsewhere, first init --served-at PATH",
+    ),
     "an id that begins with that of another": (
         "failed to open text file for read /repo/tensorrt_llm/warmup/lora_id_12: No such file or directory",
         None,

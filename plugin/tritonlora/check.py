@@ -206,6 +206,14 @@ def _cache(subject: Subject) -> Iterator[Finding]:
         found = plan_of(subject.repository, subject.table, subject.config, subject.profile)
     except TritonLoraError:
         return  # _files or _rows says why
+    room = subject.flavour.room(subject.repository.target_directory)
+    warm = sum(entry.warm for entry in subject.table.entries.values())
+    if room is not None and 0 < room.host < warm:
+        yield _warning(
+            "model.yaml",
+            f"{warm} adapters are warm, and max_cpu_loras is {room.host}: the first ones leave while the server starts",
+            f"set max_cpu_loras to {len(subject.table.entries)}, or add some with --no-warmup",
+        )
     if found is None:
         return
     for remark in found.remarks:

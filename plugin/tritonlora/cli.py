@@ -22,7 +22,17 @@ from rich.progress import Progress
 
 from tritonlora import __version__
 from tritonlora.errors import RepositoryError, ServerError, TritonLoraError, one_message
-from tritonlora.terminal import loading, print_diff, print_json, print_note, print_plan, print_table, size, stderr
+from tritonlora.terminal import (
+    loading,
+    print_diff,
+    print_json,
+    print_note,
+    print_plan,
+    print_room,
+    print_table,
+    size,
+    stderr,
+)
 
 if TYPE_CHECKING:
     from tritonlora.adapters import AdapterEntry
@@ -116,6 +126,9 @@ def init(
     target: Annotated[
         str | None, typer.Option("--target", help="The engine's model; by default tensorrt_llm.", show_default=False)
     ] = None,
+    served_at: Annotated[
+        str | None, typer.Option("--served-at", metavar="PATH", help="Where the server sees REPO, if not here.")
+    ] = None,
     undo: Annotated[bool, typer.Option("--undo", help="Take the router out; every file as it was before.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the changes as a diff; write nothing.")] = False,
     as_json: AsJson = False,
@@ -124,9 +137,13 @@ def init(
     from tritonlora import install
     from tritonlora import undo as undoing
 
-    if undo and target is not None:
-        raise typer.BadParameter("--undo goes without --target")
-    changes = undoing.undo(repo, dry_run=dry_run) if undo else install.init(repo, target, dry_run=dry_run)
+    if undo and (target is not None or served_at is not None):
+        raise typer.BadParameter("--undo goes without --target and --served-at")
+    changes = (
+        undoing.undo(repo, dry_run=dry_run)
+        if undo
+        else install.init(repo, target, served_at=served_at, dry_run=dry_run)
+    )
     notes = [] if undo or dry_run else install.notes(repo)
     if as_json:
         print_json([{"path": str(one.path), "change": one.kind} for one in changes])
@@ -268,18 +285,31 @@ def plan(
     """Say which pages of the engine's LoRA cache each adapter takes, and whether all fit."""
     from tritonlora import engine, register, repository
     from tritonlora import plan as planning
+    from tritonlora.flavours import flavour_of_config
     from tritonlora.traffic import parse_traffic
 
     opened = repository.open_repository(repo)
     config = repository.read_config(opened.config_path)
     table = repository.read_table(opened)
+    flavour = flavour_of_config(config)
+    room = flavour.room(opened.target_directory)
+    if room is not None:
+        if apply or what_if or weights:
+            raise RepositoryError(
+                f"{opened.target!r} reads adapters from disk itself, and has no cache in pages: give plan no options"
+            )
+        if as_json:
+            print_json(room)
+        else:
+            print_room(room, table)
+        return
     profile = repository.engine_profile(opened, config)
     if profile is None and base is not None:
         profile = engine.load_profile(base, dtype=next((one.dtype for one in table.entries.values()), None))
     if profile is None:
-        location = config.parameters.get("gpt_model_path", "")
+        location = flavour.model_location(config, opened.target_directory)
         raise RepositoryError(
-            f"no config.json at the model's gpt_model_path {location!r}; run plan where the engine is, "
+            f"no config.json at {location}; run plan where the engine is, "
             "or give the base model's directory with --base"
         )
     entries = repository.plan_entries(opened, table, config)
@@ -388,16 +418,26 @@ def serve(
 ) -> None:
     """Start tritonserver on the repository and say which adapters are ready. What follows -- goes to tritonserver."""
     from tritonlora import repository, server, serving
+    from tritonlora.flavours import flavour_of_config
 
     opened = repository.open_repository(repo)
     config = repository.served_config(opened.config_path)
+    flavour = flavour_of_config(config)
     table = repository.read_table(opened)
     ports = server.Ports(http_port, grpc_port, metrics_port)
     world = serving.world_of(opened, config, world_size)
     if print_command:
         found = server.find_tritonserver()
         words = [f"{key}={shlex.quote(value)}" for key, value in found.environment.items()]
-        command = server.server_command(found, repo, ports, address=address, extra=context.args, world=world)
+        command = server.server_command(
+            found,
+            repo,
+            ports,
+            address=address,
+            complete_configs=flavour.completes_configs,
+            extra=context.args,
+            world=world,
+        )
         sys.stdout.write(" ".join([*words, *map(shlex.quote, command)]) + "\n")
         return
     if taken := server.ports_in_use(ports, address):
@@ -409,6 +449,7 @@ def serve(
         repo,
         ports=ports,
         address=address,
+        complete_configs=flavour.completes_configs,
         extra=context.args,
         world=world,
         on_log=lambda line: stderr.print(line, markup=False, highlight=False, soft_wrap=True),

@@ -18,6 +18,7 @@ from tritonlora.errors import ServerError
 DEFAULT_URL = "localhost:8000"
 DEFAULT_MODEL = "ensemble"
 TIMEOUT_SECONDS = 600.0
+_CANNOT_STREAM = "Streaming is only supported"  # of both flavours' error texts; it comes before any text
 
 
 def request_body(prompt: str, lora_name: str | None, max_tokens: int, inputs: Mapping[str, Any]) -> bytes:
@@ -38,13 +39,20 @@ def generate(
 ) -> Iterator[str]:
     """The pieces of the answer's text as the server sends them.
 
-    `url` is HOST:PORT of the HTTP endpoint; `inputs` are further inputs of `model`, by name. Raises ServerError with
-    the server's own words, or when the server cannot be reached. Closing the iterator cancels the request.
+    `url` is HOST:PORT of the HTTP endpoint; `inputs` are further inputs of `model`, by name. An engine that is not
+    decoupled cannot stream, and gives the whole text at once. Raises ServerError with the server's own words, or when
+    the server cannot be reached. Closing the iterator cancels the request.
     """
-    body = request_body(prompt, lora_name, max_tokens, {"stream": True, **(inputs or {})})
-    for event in _answers(url, model, body, timeout):
-        text = event.get("text_output", "")
-        yield "".join(text) if isinstance(text, list) else str(text)
+    for stream in (True, False):
+        body = request_body(prompt, lora_name, max_tokens, {"stream": stream, **(inputs or {})})
+        try:
+            for event in _answers(url, model, body, timeout):
+                text = event.get("text_output", "")
+                yield "".join(text) if isinstance(text, list) else str(text)
+            return
+        except ServerError as error:
+            if not stream or _CANNOT_STREAM not in str(error):
+                raise
 
 
 def ask(model: str, inputs: Mapping[str, Any], *, url: str = DEFAULT_URL, timeout: float = TIMEOUT_SECONDS) -> int:

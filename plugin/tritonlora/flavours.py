@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from tritonlora.layout import Layout
     from tritonlora.model_config import ModelConfig
     from tritonlora.peft import Adapter
+    from tritonlora.routing import Route
 
 
 Rows = tuple[tuple[int, ...], ...]
@@ -51,6 +52,14 @@ class SampleInput:
 
 
 @dataclass(frozen=True, slots=True)
+class Room:
+    """How many adapters an engine keeps that reads them by itself."""
+
+    host: int  # in host memory; the others are read again when they are asked for
+    gpu: int  # at one time
+
+
+@dataclass(frozen=True, slots=True)
 class Flavour:
     """What one of the contracts asks for."""
 
@@ -59,6 +68,8 @@ class Flavour:
     origin: str  # where a model that lacks one of them has to come from
     task_id: str  # the input that has an adapter's lora_task_id
     from_router: tuple[str, ...]  # inputs that the router gives; no client may
+    request_inputs: Callable[[Path, Route, bool], dict[str, object]]  # (repository, adapter, with its weights)
+    needed_outputs: tuple[str, ...]  # of the target: the router asks for these, whatever the client wants
     to_lora: str  # what to do about an engine without LoRA
     weights_file: str  # of an adapter, in the target's warmup directory, with {id} for the lora_task_id
     config_file: str
@@ -74,6 +85,7 @@ class Flavour:
     served_config: Callable[[ModelConfig, Path], ModelConfig]  # as Triton completes it, for the target's directory
     profile: Callable[[ModelConfig, Path], EngineProfile | None]
     model_location: Callable[[ModelConfig, Path], str]  # where the profile is read from, for messages
+    room: Callable[[Path], Room | None]  # of the target in a directory; None: its cache is planned in pages
     assumed_dtype: str | None  # of an engine that is not known; None: somebody has to say
     sends_weights: (
         bool  # into a cache of pages that forgets them; else the engine reads an adapter whenever it needs to
@@ -81,6 +93,7 @@ class Flavour:
     ensemble_inputs: Mapping[str, str] | None  # input -> its name in an ensemble of the router alone; None: no such
     router_output: tuple[str, str] | None  # (an output of the router's own, the target's output that it is made of)
     completes_configs: bool  # the server has to complete config.pbtxt
+    server_for_each_process: bool  # of an engine that has several; else the model starts the others itself
 
     def missing(self, inputs: Collection[str]) -> list[str]:
         """Which of its inputs a model with these does not declare."""
@@ -98,6 +111,17 @@ def flavour_of_config(config: ModelConfig) -> Flavour:
 
 
 # The engine's models
+
+
+def _tensor_request(repository: Path, route: Route, with_weights: bool) -> dict[str, object]:
+    import numpy as np
+
+    from tritonlora.routing import map_tensors
+
+    inputs: dict[str, object] = {"lora_task_id": np.array([[route.entry.lora_task_id]], np.uint64)}
+    if with_weights:
+        inputs["lora_weights"], inputs["lora_config"] = map_tensors(repository, route)
+    return inputs
 
 
 def _tensor_inputs(entry: AdapterEntry) -> tuple[SampleInput, ...]:
@@ -170,6 +194,18 @@ def _engine_profile(config: ModelConfig, directory: Path) -> EngineProfile | Non
 # The LLM API's model
 
 
+def _path_request(repository: Path, route: Route, _with_weights: bool) -> dict[str, object]:
+    """The same for every request: the engine looks into the directory when it does not hold the adapter."""
+    import numpy as np
+
+    path = repository / (route.entry.lora_path or "")
+    return {
+        "lora_id": np.array([route.entry.lora_task_id], np.uint64),
+        "lora_name": np.array([route.lora_name.encode()], np.object_),
+        "lora_path": np.array([str(path).encode()], np.object_),
+    }
+
+
 def _path_inputs(entry: AdapterEntry) -> tuple[SampleInput, ...]:
     task_id = entry.lora_task_id
     return (
@@ -240,6 +276,13 @@ def _yaml_location(_config: ModelConfig, directory: Path) -> str:
     return f"the model {found.model!r} of {found.path.name}"
 
 
+def _yaml_room(directory: Path) -> Room:
+    from tritonlora.model_yaml import load_model_yaml
+
+    lora = load_model_yaml(directory).lora
+    return Room(lora.max_cpu_loras, lora.max_loras) if lora else Room(0, 0)
+
+
 TENSORS = Flavour(
     name="tensors",
     inputs=("lora_task_id", "lora_weights", "lora_config"),
@@ -247,6 +290,8 @@ TENSORS = Flavour(
     "config.pbtxt from there",
     task_id="lora_task_id",
     from_router=("lora_weights", "lora_config"),
+    request_inputs=_tensor_request,
+    needed_outputs=("output_ids", "sequence_length"),  # the engine refuses a request that does not ask for both
     to_lora="build it with trtllm-build --lora_plugin auto --lora_target_modules …",
     weights_file="adapter_model_{id}.bin",
     config_file="adapter_config_{id}.bin",
@@ -269,20 +314,24 @@ TENSORS = Flavour(
     served_config=lambda config, _directory: config,
     profile=_engine_profile,
     model_location=lambda config, _directory: f"gpt_model_path {config.parameters.get('gpt_model_path', '')!r}",
+    room=lambda _directory: None,
     assumed_dtype=None,
     sends_weights=True,
     ensemble_inputs=None,
     router_output=None,
     completes_configs=False,
+    server_for_each_process=True,
 )
 
 LLM_API = Flavour(
     name="llmapi",
-    inputs=("text_input", "lora_id", "lora_name", "lora_path"),
+    inputs=("sampling_param_max_tokens", "lora_id", "lora_name", "lora_path"),
     origin="adapters need the llmapi model of TensorRT-LLM from its pull request 14079 (2026) on; take its "
     "config.pbtxt and 1/*.py from there",
     task_id="lora_id",
     from_router=("lora_path", "lora_ckpt_source"),
+    request_inputs=_path_request,
+    needed_outputs=("text_output",),
     to_lora="give it a lora_config in model.yaml: lora_target_modules, max_lora_rank, max_loras, max_cpu_loras",
     weights_file="adapter_{id}/adapter_model.safetensors",
     config_file="adapter_{id}/adapter_config.json",
@@ -301,6 +350,7 @@ LLM_API = Flavour(
     served_config=_completed,
     profile=_yaml_profile,
     model_location=_yaml_location,
+    room=_yaml_room,
     assumed_dtype="bfloat16",
     sends_weights=False,
     # What the ensembles of the other flavour call it. The rest keep their names, less "sampling_param_".
@@ -313,6 +363,7 @@ LLM_API = Flavour(
     # Each streamed answer has the whole text so far; clients of an ensemble expect what is new in it.
     router_output=("text_diff", "text_output"),
     completes_configs=True,  # max_batch_size and the transaction policy come from model.yaml
+    server_for_each_process=False,
 )
 
 FLAVOURS = (TENSORS, LLM_API)

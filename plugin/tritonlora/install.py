@@ -16,8 +16,16 @@ from tritonlora.adapters import AdapterTable, render
 from tritonlora.errors import ConfigError, RepositoryError
 from tritonlora.files import locked, temporary_directory, write_text, writing
 from tritonlora.flavours import flavour_of_config
-from tritonlora.pbtxt import ModelConfig, has_template
-from tritonlora.repository import DEFAULT_TARGET, LISTING, ROUTER, read_config, read_text
+from tritonlora.pbtxt import ModelConfig, has_template, parse_config
+from tritonlora.repository import (
+    DEFAULT_TARGET,
+    LISTING,
+    REPOSITORY_PATH,
+    ROUTER,
+    read_config,
+    read_text,
+    served_config,
+)
 from tritonlora.undo import FileChange
 
 # What the models import. The router's run inside a plain Triton container.
@@ -25,6 +33,7 @@ ROUTER_MODULES = (
     "__init__.py",
     "errors.py",
     "adapters.py",
+    "flavours.py",
     "dlpack.py",
     "routing.py",
     "residency.py",
@@ -50,6 +59,7 @@ MODEL_MODULES = {
     "postprocessing": TEXT_MODULES,
 }
 _BLS_TARGET = "tensorrt_llm_model_name"  # parameter of upstream's tensorrt_llm_bls: the model that it calls
+ENSEMBLE = "ensemble"
 NOT_SHIPPED = shutil.ignore_patterns("__pycache__", ".lock")
 
 
@@ -92,14 +102,15 @@ def _write_modules(package: Path, modules: Sequence[str]) -> None:
         shutil.copyfile(Path(__file__).parent / module, package / module)
 
 
-def plan_init(root: Path, target: str | None = None) -> list[FileChange]:
+def plan_init(root: Path, target: str | None = None, *, served_at: str | None = None) -> list[FileChange]:
     """What `init` writes: the router in front of `target`, and the ensembles that now lead to it. Idempotent.
 
-    `target` is by default the one that the router stands before already, else "tensorrt_llm".
+    `target` is by default the one that the router stands before already, else "tensorrt_llm". Where no ensemble leads
+    to a target that takes text, it gets one of the router alone.
     """
     target = _choose_target(root, target)
     config_path = root / target / "config.pbtxt"
-    engine_config = read_config(config_path)
+    engine_config = served_config(config_path)
     ensembles = _ensembles_of(root, target)
     changes = []
     takes_previous_ids = False
@@ -118,14 +129,18 @@ def plan_init(root: Path, target: str | None = None) -> list[FileChange]:
         router_config = wiring.router_config(
             engine_config, name=ROUTER, target_name=target, previous_ids=takes_previous_ids, **streams
         )
-        for key, value in _tuned_parameters(tuned).items():
+        given = {REPOSITORY_PATH: served_at} if served_at else {}
+        for key, value in (_tuned_parameters(tuned) | given).items():
             router_config = wiring.set_parameter(router_config, key, value)
+        ensemble = wiring.one_step_ensemble(engine_config, parse_config(router_config), name=ENSEMBLE)
     except ConfigError as error:
         raise RepositoryError(f"{config_path}: {error}") from None
     files = {f"{ROUTER}/config.pbtxt": router_config, **_files_of(ROUTER), **_files_of(LISTING)}
     files[f"{LISTING}/config.pbtxt"] = (shipped_models() / LISTING / "config.pbtxt").read_text()
     if not (root / ROUTER / "adapters.json").exists():
         files[f"{ROUTER}/adapters.json"] = render(AdapterTable())
+    if ensemble is not None and not ensembles and not (root / ENSEMBLE).exists():
+        files |= {f"{ENSEMBLE}/1/.gitkeep": "", f"{ENSEMBLE}/config.pbtxt": ensemble}
     for name, content in files.items():
         path = root / name
         changes.append(FileChange(path, read_text(path) if path.exists() else None, content))
@@ -139,22 +154,27 @@ def _files_of(model: str) -> dict[str, str]:
     return files | {f"{model}/1/tritonlora/{name}": (package / name).read_text() for name in MODEL_MODULES[model]}
 
 
-def init(root: Path, target: str | None = None, *, dry_run: bool = False) -> list[FileChange]:
+def init(
+    root: Path, target: str | None = None, *, served_at: str | None = None, dry_run: bool = False
+) -> list[FileChange]:
     """Put the router into the model repository at `root`, and rewire its ensembles; the changes made, or to be made.
 
+    `served_at` is where the server sees `root`, if it does not see it here: in a container, for one.
     Each model comes in one step, and before the ensembles that lead to it, so that the repository loads whenever this
     stops.
     """
     if not root.is_dir():
         raise RepositoryError(f"there is no model repository at {str(root)!r}")
-    changes = plan_init(root, target)
+    changes = plan_init(root, target, served_at=served_at)
     if dry_run or not changes:
         return changes
-    for model in (ROUTER, LISTING):
-        if not (root / model).exists():
+    for model in (ROUTER, LISTING, ENSEMBLE):
+        if not (root / model).exists() and any(change.path.is_relative_to(root / model) for change in changes):
             _put(model, root, _choose_target(root, target), changes)
     with locked(root / ROUTER):
-        for change in sorted(plan_init(root, target), key=lambda change: change.before is not None):
+        for change in sorted(
+            plan_init(root, target, served_at=served_at), key=lambda change: change.before is not None
+        ):
             change.path.parent.mkdir(parents=True, exist_ok=True)
             undo.write(root, change.path, (change.after or "").encode())
     return changes

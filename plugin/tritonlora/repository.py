@@ -21,6 +21,7 @@ from tritonlora.plan import CachePlan, Entry, plan_cache
 ROUTER = "lora_router"
 LISTING = "lora_adapters"
 DEFAULT_TARGET = "tensorrt_llm"
+REPOSITORY_PATH = "repository_path"  # parameter of the router: where the server sees the repository
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,7 @@ def open_repository(root: Path) -> Repository:
         )
     parameters = read_config(router_config).parameters
     target = parameters.get("target", DEFAULT_TARGET)
-    repository = Repository(root, target, Path(parameters.get("repository_path") or root.resolve()))
+    repository = Repository(root, target, Path(parameters.get(REPOSITORY_PATH) or root.resolve()))
     if not repository.config_path.is_file():
         raise RepositoryError(f"model repository {str(root)!r} has no model {target!r} (no {repository.config_path})")
     return repository
@@ -132,10 +133,8 @@ def plan_of(
 
 
 def plan_entries(repository: Repository, table: AdapterTable, config: ModelConfig) -> list[Entry]:
-    """The registered adapters as the planner needs them; RepositoryError for an engine that has no such cache."""
+    """The registered adapters as the planner needs them."""
     flavour = flavour_of_config(config)
-    if not flavour.sends_weights:
-        raise RepositoryError(f"{repository.target!r} reads adapters from disk itself; there is no cache to plan")
     return [
         Entry(name, flavour.rows(repository.root, entry), entry.lora_weights_nbytes, entry.warm)
         for name, entry in sorted(table.entries.items())

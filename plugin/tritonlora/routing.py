@@ -10,7 +10,7 @@ This file runs inside a plain Triton container: standard library and numpy only.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,16 @@ def resolve_rows(
         resolve(table, lora_names[row] if lora_names else None, lora_task_ids[row] if lora_task_ids else None)
         for row in range(rows)
     ]
+
+
+def check_is_routers(parameters: Collection[str], from_router: Collection[str]) -> None:
+    """InvalidRequest when a request has among its parameters what only the router may send.
+
+    Triton itself refuses such an input, which the router does not declare; but what its generate extension knows no
+    input for, it takes for a parameter.
+    """
+    if names := sorted(set(parameters) & set(from_router)):
+        raise InvalidRequest(f"{', '.join(names)}: not for clients to choose; name the adapter with lora_name")
 
 
 def _decoded(lora_name: bytes | str) -> str:
@@ -144,6 +154,20 @@ class PreviousIds:
     def add(self, ids: Iterable[int]) -> None:
         """These have been sent."""
         self._ids.extend(ids)
+
+
+class WholeTexts:
+    """What is new in each answer of a stream whose answers have the whole text so far, one text for each output."""
+
+    def __init__(self) -> None:
+        self._sent: dict[int, int] = {}  # output -> bytes of it that have been sent
+
+    def new(self, texts: Sequence[bytes]) -> list[bytes]:
+        """The ends of `texts` that were not in the answers before. A text that got shorter has nothing new."""
+        new = [text[self._sent.get(number, 0) :] for number, text in enumerate(texts)]
+        for number, text in enumerate(new):
+            self._sent[number] = self._sent.get(number, 0) + len(text)
+        return new
 
 
 # An adapter's tensors

@@ -164,13 +164,14 @@ def server_command(
     address: str | None = None,
     shm_prefix: str | None = None,
     exit_timeout: int = EXIT_TIMEOUT_SECONDS,
+    complete_configs: bool = False,
     extra: Sequence[str] = (),
     world: World | None = None,
 ) -> list[str]:
     """The command line that serves `repository`; `extra` comes last, so that it has the last word.
 
-    Like TensorRT-LLM's scripts/launch_triton_server.py it switches the completion of configs off, since a config.pbtxt
-    here is whole, and starts one server for each process of an engine that has several, by mpirun.
+    Like TensorRT-LLM's scripts/launch_triton_server.py it switches the completion of configs off, unless
+    `complete_configs`, and starts one server for each process of an engine that has several, by mpirun.
     """
     world = world or World()
     address_arguments = [f"--{kind}-address={address}" for kind in ("http", "grpc", "metrics")] if address else []
@@ -186,7 +187,7 @@ def server_command(
             f"--http-port={ports.http}",
             f"--metrics-port={ports.metrics}",
             f"--exit-timeout-secs={exit_timeout}",
-            "--disable-auto-complete-config",
+            *([] if complete_configs else ["--disable-auto-complete-config"]),
             *address_arguments,
             *([f"--backend-config=python,shm-region-prefix-name={prefix}"] if prefix else []),
             *extra,
@@ -211,6 +212,7 @@ class Server:
         ports: Ports | None = None,
         address: str | None = "127.0.0.1",
         exit_timeout: int = EXIT_TIMEOUT_SECONDS,
+        complete_configs: bool = False,
         extra: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
         world: World | None = None,
@@ -222,7 +224,7 @@ class Server:
         `explain` makes of the log of a server that did not start what the user should know first, if it can.
 
         `ports` default to free ones, and `address` to this machine only (None: every interface). When the server is
-        stopped, requests under way have `exit_timeout` seconds to end.
+        stopped, requests under way have `exit_timeout` seconds to end. `complete_configs`: models may complete theirs.
         """
         tritonserver = find_tritonserver()
         if world is not None and world.size > 1 and shutil.which(MPIRUN) is None:
@@ -241,6 +243,7 @@ class Server:
             address=address,
             shm_prefix=self._shm_prefix,
             exit_timeout=exit_timeout,
+            complete_configs=complete_configs,
             extra=extra,
             world=world,
         )

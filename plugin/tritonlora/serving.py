@@ -21,9 +21,11 @@ from tritonlora.warmup import task_id_of_sample
 
 VERIFY_TIMEOUT_SECONDS = 120.0
 
-# core, src/backend_model_instance.cc: a sample whose files are wrong, and one that the model refused
+# core, src/backend_model_instance.cc: a sample whose files are wrong, and one that the model refused. And what the LLM
+# API's helpers.py says, which its model also writes into the log.
 _FAILED_SAMPLE = re.compile(r"failed to run warmup sample '(?P<sample>[^']+)': (?P<error>.*)")
 _BAD_FILE = re.compile(r"(?P<error>(?:warmup setting expects|failed to open).*?_(?P<id>\d+)(?:\.bin)?(?!\d).*)")
+_BAD_PATH = re.compile(r"(?P<error>lora_path does not exist on .*/adapter_(?P<id>\d+)\b.*)")
 _REMEDIES = {
     "same data type as base model": "tritonlora check says which dtype the engine takes",
     "not enabled for this model": "build the engine with that module, or convert the adapter without it",
@@ -33,6 +35,7 @@ _REMEDIES = {
     "no done tasks to evict": "make the engine's LoRA cache larger: tritonlora plan --apply",
     "pageIds.has_value": "make the engine's LoRA cache larger: tritonlora plan --apply",
     "bytes, but the data provided": "its file was cut; write it again: tritonlora add {name} ADAPTER_DIR",
+    "lora_path does not exist": "tritonlora check --fix; if the server sees it elsewhere, first init --served-at PATH",
     "failed to open": "its file is missing; write it again: tritonlora add {name} ADAPTER_DIR",
 }
 MISS = "not found in cache"  # cpp/tensorrt_llm/batch_manager/peftCacheManager.cpp
@@ -41,13 +44,13 @@ _ELSE = "tritonlora check may say why; without it the server starts: tritonlora 
 
 def world_of(repository: Repository, config: ModelConfig, size: int | None = None) -> World:
     """The processes that serve the engine: `size`, or what the engine was built for, or one where nobody knows."""
-    if size is None:
+    if size is None and flavour_of_config(config).server_for_each_process:
         try:
             profile = engine_profile(repository, config)
         except TritonLoraError:  # `check` explains that; here it must not keep anybody from serving
             profile = None
         size = profile.tp_size * profile.pp_size if profile else 1
-    return World(size, repository.target)
+    return World(size or 1, repository.target)
 
 
 def explain(log: Sequence[str], table: AdapterTable) -> str | None:
@@ -57,7 +60,7 @@ def explain(log: Sequence[str], table: AdapterTable) -> str | None:
         if failed:
             task_id = task_id_of_sample(failed["sample"])
         else:
-            failed = _BAD_FILE.search(line)
+            failed = _BAD_FILE.search(line) or _BAD_PATH.search(line)
             task_id = int(failed["id"]) if failed else None
         name = table.name_of(task_id) if task_id is not None else None
         if failed is None or name is None:

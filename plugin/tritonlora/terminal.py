@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from tritonlora.adapters import AdapterTable
+    from tritonlora.flavours import Room
     from tritonlora.plan import AdapterPlan, CachePlan, WarmChoice
     from tritonlora.undo import FileChange
 
@@ -85,6 +87,20 @@ def print_plan(
     columns = ("lora_name", "rank", "modules", "size", "pages", "start")
     print_table(columns, [_plan_row(one) for one in plan.adapters if one.name in names])
     sys.stdout.write("".join(f"{line}\n" for line in _plan_lines(plan, choice, applied)))
+
+
+def print_room(room: Room, table: AdapterTable) -> None:
+    """The adapters of an engine that reads them by itself, and how many of them it keeps."""
+    rows = [
+        (name, ",".join(map(str, entry.adapter_sizes)), ",".join(entry.modules), size(entry.lora_weights_nbytes))
+        for name, entry in sorted(table.entries.items())
+    ]
+    print_table(("lora_name", "rank", "modules", "size"), rows)
+    kept = f"{len(rows)} adapters; the engine keeps {room.host} in host memory (max_cpu_loras), {room.gpu} at one time "
+    again = "; the others are read from disk again when they are asked for" if len(rows) > room.host else ""
+    sys.stdout.write(f"{kept}on the GPU (max_loras){again}\n")
+    if len(rows) > room.host:
+        sys.stdout.write(f"recommended: max_cpu_loras: {len(rows)} in model.yaml\n")
 
 
 def _plan_row(adapter: AdapterPlan) -> tuple[str, ...]:

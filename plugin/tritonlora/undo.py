@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,8 +70,10 @@ def write(root: Path, path: Path, content: bytes) -> None:
             write_bytes(root / ORIGINALS / name, before)
         # What somebody edited in between stays on record as edited.
         if name not in digests or before is None or _is_known(root, name, before, digests[name]):
-            digests[name] = [*digests.get(name, []), _digest(content)][-2:]
-            write_text(root / WRITTEN, _render(digests))
+            known = digests.get(name, [])
+            if known[-1:] != [_digest(content)]:
+                digests[name] = [*known, _digest(content)][-2:]
+                write_text(root / WRITTEN, _render(digests))
     write_bytes(path, content)
 
 
@@ -119,20 +121,27 @@ def undo(root: Path, *, dry_run: bool = False) -> list[FileChange]:
         return changes
     with locked(root / ROUTER):
         changes = plan_undo(root)
+        models = [*_models_that_go(root, {change.path for change in changes if change.after is None}), *OURS]
         for change in sorted(changes, key=lambda change: change.after is None):
             original = _original(root, change.path.relative_to(root).as_posix())
             if original is not None:
                 write_bytes(change.path, original)
-            elif not any(change.path.is_relative_to(root / model) for model in OURS):
+            elif not any(change.path.is_relative_to(root / model) for model in models):
                 change.path.unlink()
                 _remove_if_empty(change.path.parent)
         # Inside a model's directory: beside the models it would be taken for one.
-        other = next(path.parent for path in root.glob("*/config.pbtxt") if path.parent.name not in OURS)
+        other = next(path.parent for path in root.glob("*/config.pbtxt") if path.parent.name not in models)
         with temporary_directory(other / ROUTER) as doomed:
-            for model in OURS:
+            for model in models:
                 if (root / model).exists():
                     (root / model).rename(doomed / model)
     return changes
+
+
+def _models_that_go(root: Path, gone: Collection[Path]) -> list[str]:
+    """The other models of which no file stays."""
+    names = sorted({path.relative_to(root).parts[0] for path in gone} - {*OURS})
+    return [name for name in names if {file for file in (root / name).rglob("*") if file.is_file()} <= set(gone)]
 
 
 def _render(digests: Digests) -> str:

@@ -4,26 +4,20 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 import transformers
 
 from adapters import LINEAR
+from peft_answers import PROMPTS, TOKENS, VOCABULARY, greedy, random_adapter, without_warnings
 from repositories import set_cache_pages
 from tritonlora import client, install, register, repository
 from tritonlora.server import Server
 
-TOKENS = 24
-# ASCII only, so that with the byte tokenizer a text says exactly which tokens it was made of.
-VOCABULARY = 128
-PROMPTS = ("What is the capital of France?", "x", "Tell me about the sea, please. " * 4)
 ADAPTERS: dict[str, dict[str, Any]] = {
     "attention": {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]},
     "all": {"r": 4, "lora_alpha": 8, "target_modules": list(LINEAR)},
@@ -47,32 +41,6 @@ class Served:
     answers: dict[tuple[str | None, str], str]  # (lora_name, prompt) -> text
 
 
-def _random_adapter(model: Any, seed: int, options: dict[str, Any], directory: Path) -> Any:
-    """A PEFT model with a random adapter, saved in `directory` in bfloat16."""
-    torch.manual_seed(seed)
-    adapted = peft.get_peft_model(model, peft.LoraConfig(**options))
-    weights = [parameter for name, parameter in adapted.named_parameters() if "lora_" in name]
-    for parameter in weights:
-        parameter.data = (torch.randn_like(parameter) * 0.3).bfloat16()
-    adapted.save_pretrained(str(directory))
-    for parameter in weights:
-        parameter.data = parameter.data.float()
-    return adapted
-
-
-def _greedy(model: Any, prompt: str) -> str:
-    input_ids = torch.tensor([list(prompt.encode())])
-    output = model.generate(
-        input_ids=input_ids,
-        attention_mask=torch.ones_like(input_ids),
-        max_new_tokens=TOKENS,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    return bytes(output[0, input_ids.shape[1] :].tolist()).decode()
-
-
 @pytest.fixture(scope="module", params=["bfloat16", "float32"])
 def served(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, launch: Callable[..., Server]
@@ -89,16 +57,15 @@ def served(
         max_position_embeddings=512,
     )
     answers: dict[tuple[str | None, str], str] = {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # transformers and PEFT warn about each other
+    with without_warnings():
         torch.manual_seed(0)
         base = transformers.LlamaForCausalLM(config).to(getattr(torch, request.param))
         base.save_pretrained(directory / "base")
         for seed, name in enumerate([None, *ADAPTERS]):
             model: Any = transformers.LlamaForCausalLM.from_pretrained(directory / "base", dtype=torch.float32)
             if name is not None:
-                model = _random_adapter(model, seed, ADAPTERS[name], directory / name)
-            answers |= {(name, prompt): _greedy(model, prompt) for prompt in PROMPTS}
+                model = random_adapter(model, seed, ADAPTERS[name], directory / name)
+            answers |= {(name, prompt): greedy(model, prompt) for prompt in PROMPTS}
 
     engine = {"gpt_model_path": str(directory / "base"), "synthetic": "false"}
     install.create_repository(directory / "repo", {"tensorrt_llm": engine})
@@ -110,7 +77,7 @@ def served(
 
 
 def _ask(served: Served, lora_name: str | None, prompt: str) -> str:
-    inputs = {"end_id": -1}  # no token ends the answer, as in _greedy
+    inputs = {"end_id": -1}  # no token ends the answer, as in greedy
     pieces = client.generate(prompt, lora_name=lora_name, max_tokens=TOKENS, url=served.server.http_url, inputs=inputs)
     return "".join(pieces)
 

@@ -29,13 +29,13 @@ import triton_python_backend_utils as pb_utils
 sys.path.insert(0, str(Path(__file__).parent))  # the copy beside this file, whatever else is installed
 
 from tritonlora.errors import InvalidRequest, RequestError
+from tritonlora.flavours import flavour_of
 from tritonlora.forwarding import Forwarder, is_unavailable, public
 from tritonlora.residency import open_residency, shared_directory
-from tritonlora.routing import PreviousIds, Route, TableFile, map_tensors, resolve_rows, warmed
+from tritonlora.routing import PreviousIds, Route, TableFile, WholeTexts, check_is_routers, resolve_rows, warmed
 from tritonlora.statistics import BASE, DIRECTORY, OUTCOMES, Statistics
 
-ROUTING_INPUTS = ("lora_name", "lora_task_id")
-ENGINE_NEEDS = ("output_ids", "sequence_length")  # it refuses a request that does not ask for both
+TOKENS = ("output_ids", "sequence_length")
 
 
 class TritonPythonModel:
@@ -48,7 +48,10 @@ class TritonPythonModel:
         directory = Path(args["model_repository"])
         self._repository = directory.parent
         self._target = parameters["target"]
-        self._engine_outputs = {output["name"] for output in config["output"]} - {"previous_ids"}
+        self._batching = config["max_batch_size"] > 0
+        self._flavour = flavour_of([one["name"] for one in config["input"]])
+        self._routing_inputs = ("lora_name", self._flavour.task_id)
+        self._engine_outputs = {output["name"] for output in config["output"]} - {"previous_ids", "text_diff"}
         self._decoupled = pb_utils.using_decoupled_model_transaction_policy(config)
         table = TableFile(directory / "adapters.json", pb_utils.Logger.log_error).table()
         cache_pages = int(parameters.get("cache_pages", "0")) or None
@@ -90,16 +93,18 @@ class TritonPythonModel:
 
     def _routes(self, request: pb_utils.InferenceRequest) -> list[Route | None]:
         """The adapter of each row."""
+        check_is_routers(parameters_of(request), self._flavour.from_router)
         table = self._table.table()
         if table is not self._seen_table:
             self._seen_table = table
             self._statistics.add(BASE, "table_reloads")
-        lora_names, lora_task_ids = (values_of(request, name) for name in ROUTING_INPUTS)
-        return resolve_rows(table, lora_names, lora_task_ids, request.inputs()[0].shape()[0])
+        lora_names, lora_task_ids = (values_of(request, name) for name in self._routing_inputs)
+        rows = request.inputs()[0].shape()[0] if self._batching else 1
+        return resolve_rows(table, lora_names, lora_task_ids, rows)
 
     def _answer(self, request: pb_utils.InferenceRequest, reply: Reply, routes: list[Route | None]) -> None:
         """Answer one request, row by row where its rows are streams of their own."""
-        inputs = [tensor for tensor in request.inputs() if tensor.name() not in ROUTING_INPUTS]
+        inputs = [tensor for tensor in request.inputs() if tensor.name() not in self._routing_inputs]
         split = len(routes) > 1 and (any(routes) or reply.is_stream)
         if split and not self._decoupled:
             raise InvalidRequest("a batch of several rows for LoRA adapters needs a decoupled engine model")
@@ -121,19 +126,18 @@ class TritonPythonModel:
         """Send the request to the engine's model, and give its answers."""
         tensors = list(inputs)
         if route:
-            tensors.append(pb_utils.Tensor("lora_task_id", np.array([[route.entry.lora_task_id]], np.uint64)))
-        if route and attach:
-            lora_weights, lora_config = map_tensors(self._repository, route)
-            tensors.append(pb_utils.Tensor.from_dlpack("lora_weights", lora_weights))
-            tensors.append(pb_utils.Tensor("lora_config", lora_config))
+            inputs_of_route = self._flavour.request_inputs(self._repository, route, attach)
+            tensors += [tensor_from(name, value) for name, value in inputs_of_route.items()]
         forwarded = pb_utils.InferenceRequest(
             model_name=self._target,
             inputs=tensors,
-            requested_output_names=sorted(self._engine_outputs & {*request.requested_output_names(), *ENGINE_NEEDS}),
+            requested_output_names=sorted(
+                self._engine_outputs & {*request.requested_output_names(), *self._flavour.needed_outputs}
+            ),
             request_id=request.request_id(),
             correlation_id=request.correlation_id(),
             timeout=request.timeout(),
-            parameters=json.loads(request.parameters() or "{}"),
+            parameters=parameters_of(request),
             trace=request.trace(),
         )
         if not self._decoupled:
@@ -175,6 +179,7 @@ class Reply:
         self.is_stream = decoupled and any(values_of(request, "streaming") or [])
         self._detokenised = self.is_stream and "previous_ids" in self._wanted
         self._previous_ids = PreviousIds()
+        self._texts = WholeTexts()
         self._row: int | None = None
         self.answered = False
 
@@ -189,20 +194,24 @@ class Reply:
             tensors = [tensor for tensor in tensors if tensor.name() != "batch_index"]
             tensors.append(pb_utils.Tensor("batch_index", np.array([[self._row]], np.int32)))
         if self._detokenised:
-            output_ids, sequence_length = (tensor_of(tensors, name).as_numpy() for name in ENGINE_NEEDS)
+            output_ids, sequence_length = (tensor_of(tensors, name).as_numpy() for name in TOKENS)
             new = output_ids[0, 0, : sequence_length[0, 0]].tolist()
             # Without new tokens previous_ids mean the end of the stream, which the engine's answers never do.
             if ends or (new and output_ids.shape[1] == 1):
                 previous_ids = np.array([self._previous_ids.ids()], np.int32)
                 tensors = [*tensors, pb_utils.Tensor("previous_ids", previous_ids)]
             self._previous_ids.add(new)
+        if "text_diff" in self._wanted:
+            texts = tensor_of(tensors, "text_output").as_numpy()
+            new = self._texts.new(texts.reshape(-1).tolist())
+            tensors = [*tensors, pb_utils.Tensor("text_diff", np.array(new, np.object_).reshape(texts.shape))]
         self._respond(pb_utils.InferenceResponse([tensor for tensor in tensors if tensor.name() in self._wanted]))
 
     def end_row(self) -> None:
         """Tell the detokeniser, which holds back a character that is not complete, that no more tokens come."""
         if self._detokenised:
             nothing = (np.zeros((1, 1, 0), np.int32), np.zeros((1, 1), np.int32))
-            tensors = [pb_utils.Tensor(name, value) for name, value in zip(ENGINE_NEEDS, nothing, strict=True)]
+            tensors = [pb_utils.Tensor(name, value) for name, value in zip(TOKENS, nothing, strict=True)]
             self.send(tensors, ends=True)
 
     def fail(self, error: Exception) -> str:
@@ -253,6 +262,17 @@ def values_of(request: pb_utils.InferenceRequest, name: str) -> list[Any] | None
     """The elements of an input, or None when the request does not have it."""
     tensor = pb_utils.get_input_tensor_by_name(request, name)
     return None if tensor is None else tensor.as_numpy().reshape(-1).tolist()
+
+
+def parameters_of(request: pb_utils.InferenceRequest) -> dict[str, Any]:
+    """The request's parameters."""
+    parameters: dict[str, Any] = json.loads(request.parameters() or "{}")
+    return parameters
+
+
+def tensor_from(name: str, value: Any) -> pb_utils.Tensor:
+    """A tensor of a numpy array, or of a DLPack capsule: numpy has no bfloat16."""
+    return pb_utils.Tensor(name, value) if isinstance(value, np.ndarray) else pb_utils.Tensor.from_dlpack(name, value)
 
 
 def tensor_of(tensors: list[pb_utils.Tensor], name: str) -> pb_utils.Tensor:

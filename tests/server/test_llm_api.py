@@ -1,0 +1,297 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""The LLM API's flavour on a real tritonserver: init, add, and answers by name, against PEFT's own greedy generate."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import queue
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+import tritonclient.grpc as grpc
+from tritonclient.utils import InferenceServerException
+
+from peft_answers import PROMPTS, TOKENS, VOCABULARY, greedy, random_adapter, without_warnings
+from repositories import llm_api_repository, set_streams
+from tritonlora import client, install, register, repository, serving
+from tritonlora.errors import ServerError
+from tritonlora.repository import Repository, read_table
+from tritonlora.server import Server
+
+Launch = Callable[..., Server]
+WARM = ("attention", "all")
+COLD = ("rslora", "narrow")
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "attention": {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]},
+    "all": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj"]},
+    "rslora": {"r": 16, "lora_alpha": 16, "use_rslora": True, "target_modules": ["o_proj", "up_proj", "gate_proj"]},
+    "narrow": {"r": 2, "lora_alpha": 32, "target_modules": ["down_proj"], "layers_to_transform": [1]},
+}
+
+
+@dataclass(frozen=True)
+class Served:
+    """A server, and what PEFT says that its adapters answer."""
+
+    opened: Repository
+    server: Server
+    answers: dict[tuple[str | None, str], str]  # (lora_name, prompt) -> text
+    decoupled: bool
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["decoupled", "whole"])
+def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, launch: Launch) -> Served:
+    """A small random Llama with four random adapters, of which the engine holds two at a time."""
+    directory = tmp_path_factory.mktemp("llm_api")
+    answers: dict[tuple[str | None, str], str] = {}
+    with without_warnings():
+        torch.manual_seed(0)
+        config = transformers.LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+        )
+        transformers.LlamaForCausalLM(config).bfloat16().save_pretrained(directory / "base")
+        for seed, name in enumerate([None, *ADAPTERS]):
+            model: Any = transformers.LlamaForCausalLM.from_pretrained(directory / "base", dtype=torch.float32)
+            if name is not None:
+                model = random_adapter(model, seed, ADAPTERS[name], directory / name)
+            answers |= {(name, prompt): greedy(model, prompt) for prompt in PROMPTS}
+    root = llm_api_repository(
+        directory / "repo", directory / "base", triton_config={"decoupled": request.param, "max_batch_size": 0}
+    )
+    install.init(root)
+    opened = repository.open_repository(root)
+    set_streams(opened, 4)
+    for name in ADAPTERS:
+        register.add(opened, name, directory / name, register.Options(warm=name in WARM))
+        shutil.rmtree(directory / name)  # what is served is the copy
+    return Served(opened, launch(root, complete_configs=True), answers, request.param)
+
+
+def ask(served: Served, lora_name: str | None, prompt: str) -> str:
+    """The text that the client of the other flavour gets, asking as it does."""
+    pieces = client.generate(prompt, lora_name=lora_name, max_tokens=TOKENS, url=served.server.http_url)
+    return "".join(pieces)
+
+
+def post(served: Served, path: str, body: dict[str, Any]) -> tuple[int, str]:
+    """Status and body of the answer to a POST."""
+    connection = http.client.HTTPConnection(served.server.http_url, timeout=60)
+    try:
+        connection.request("POST", path, json.dumps(body))
+        response = connection.getresponse()
+        return response.status, response.read().decode()
+    finally:
+        connection.close()
+
+
+def inputs_of(**values: Any) -> list[grpc.InferInput]:
+    """gRPC inputs of one element each."""
+    types = {bytes: ("BYTES", np.object_), bool: ("BOOL", np.bool_), int: ("INT32", np.int32)}
+    inputs = []
+    for name, value in values.items():
+        datatype, dtype = ("UINT64", np.uint64) if name == "lora_id" else types[type(value)]
+        inputs.append(grpc.InferInput(name, [1], datatype))
+        inputs[-1].set_data_from_numpy(np.array([value], dtype))
+    return inputs
+
+
+def results(served: Served, model: str, **values: Any) -> Iterator[Any]:
+    """Results of one request over gRPC streaming; raises what the server answers as an error."""
+    answers: queue.Queue[tuple[Any, Any]] = queue.Queue()
+    with grpc.InferenceServerClient(served.server.grpc_url) as connection:
+        connection.start_stream(callback=lambda result, error: answers.put((result, error)))
+        connection.async_stream_infer(model, inputs_of(**values), enable_empty_final_response=True)
+        while True:
+            result, error = answers.get(timeout=60)
+            if error is not None:
+                raise error
+            if result.as_numpy("text_output") is not None:
+                yield result
+            if result.get_response().parameters["triton_final_response"].bool_param:
+                return
+
+
+def test_the_adapters_answer_differently(served: Served) -> None:
+    """Else the other tests would prove nothing."""
+    for prompt in PROMPTS:
+        assert len(ADAPTERS) + 1 == len({served.answers[name, prompt] for name in (None, *ADAPTERS)})
+
+
+@pytest.mark.parametrize("lora_name", [None, *ADAPTERS])
+def test_an_answer_is_peft_s_own_token_for_token(served: Served, lora_name: str | None) -> None:
+    """Through the ensemble that init made, for the base model and every adapter, warm and cold."""
+    assert [served.answers[lora_name, prompt] for prompt in PROMPTS] == [
+        ask(served, lora_name, prompt) for prompt in PROMPTS
+    ]
+
+
+def test_answers_stay_right_when_the_engine_reads_adapters_again(served: Served) -> None:
+    """Four adapters take turns in an engine that holds two, eight requests at a time."""
+    asked = [(name, prompt) for _ in range(2) for prompt in PROMPTS for name in (*ADAPTERS, None)]
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda one: ask(served, *one), asked))
+
+    assert [served.answers[one] for one in asked] == answers
+
+
+# Streams
+
+
+def test_the_ensemble_streams_what_is_new(served: Served) -> None:
+    """A piece for each token, as in the other flavour, though each answer of the engine has the whole text so far."""
+    prompt = PROMPTS[0]
+    pieces = list(client.generate(prompt, lora_name="rslora", max_tokens=TOKENS, url=served.server.http_url))
+    whole = served.answers["rslora", prompt]
+
+    assert whole == "".join(pieces)
+    assert [*whole, ""] == pieces or [whole] == pieces
+
+
+def test_the_router_passes_on_the_engine_s_own_answers(served: Served) -> None:
+    """Clients of the LLM API's model ask the router as they asked the model, and get what they got."""
+    prompt = PROMPTS[0]
+    values = {"text_input": prompt.encode(), "sampling_param_max_tokens": 3, "lora_name": b"all"}
+    whole = served.answers["all", prompt][:3]
+    [result] = results(served, "lora_router", return_finish_reason=True, **values)
+
+    assert [whole.encode()] == result.as_numpy("text_output").tolist()
+    assert [b"length"] == result.as_numpy("finish_reason").tolist()
+    if served.decoupled:
+        texts = [one.as_numpy("text_output").item() for one in results(served, "lora_router", streaming=True, **values)]
+        assert [whole[:length].encode() for length in (1, 2, 3, 3)] == texts
+
+
+def test_an_id_is_as_good_as_its_name(served: Served) -> None:
+    """As lora_id at the router, as lora_task_id at the ensemble."""
+    lora_id = read_table(served.opened).entries["narrow"].lora_task_id
+    values = {"text_input": PROMPTS[1].encode(), "sampling_param_max_tokens": TOKENS, "lora_id": lora_id}
+    [result] = results(served, "lora_router", **values)
+    body = {"text_input": PROMPTS[1], "max_tokens": TOKENS, "lora_task_id": lora_id}
+    _, answer = post(served, "/v2/models/ensemble/generate", body)
+
+    assert served.answers["narrow", PROMPTS[1]].encode() == result.as_numpy("text_output").item()
+    assert served.answers["narrow", PROMPTS[1]] == json.loads(answer)["text_output"]
+
+
+def test_stop_words_end_an_answer(served: Served) -> None:
+    """Under the name that ensembles of the other flavour have for them."""
+    whole = served.answers["all", PROMPTS[0]]
+    word = whole[4:6]
+    body = {"text_input": PROMPTS[0], "max_tokens": TOKENS, "lora_name": "all", "stop_words": [word]}
+    _, answer = post(served, "/v2/models/ensemble/generate", body)
+
+    assert whole[: whole.index(word)] == json.loads(answer)["text_output"]
+
+
+# Never a wrong answer
+
+
+@pytest.mark.parametrize("name", ["lora_path", "lora_ckpt_source"])
+def test_a_client_cannot_choose_what_the_server_reads(served: Served, name: str) -> None:
+    """As an input, at the router and at the ensemble, and as what `generate` makes a parameter: INVALID_ARG."""
+    for model in ("lora_router", "ensemble"):
+        values = {"text_input": b"x", "lora_name": b"all", name: str(served.opened.root).encode()}
+        with pytest.raises(InferenceServerException, match=f"unexpected inference input '{name}'") as raised:
+            list(results(served, model, **values))
+        body = {"text_input": "x", "lora_name": "all", name: str(served.opened.root)}
+        status, answer = post(served, f"/v2/models/{model}/generate", body)
+
+        assert raised.value.status() in ("StatusCode.INVALID_ARGUMENT", None)  # streams have messages only
+        assert (400, True) == (status, f"{name}: not for clients to choose; name the adapter with lora_name" in answer)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"lora_name": "nobody"}, "unknown LoRA adapter 'nobody'; available: all, attention, narrow, rslora"),
+        ({"lora_name": ""}, "lora_name is empty; to ask the base model, leave it out"),
+        ({"lora_name": "/etc/passwd"}, "is not a legal adapter name"),
+        ({"lora_task_id": 99}, "unknown lora_task_id 99; available"),
+        ({"lora_name": "all", "lora_task_id": 1}, "lora_name 'all' has lora_task_id 2, but the request says 1"),
+    ],
+)
+def test_a_name_that_is_not_an_adapter_is_an_error(served: Served, inputs: dict[str, Any], message: str) -> None:
+    """The base model does not answer."""
+    status, answer = post(served, "/v2/models/ensemble/generate", {"text_input": "x", "max_tokens": 4, **inputs})
+
+    assert (400, True) == (status, message in json.loads(answer)["error"])
+
+
+def test_an_adapter_whose_directory_is_gone_is_an_error_without_a_path(served: Served) -> None:
+    """The engine's error, with the adapter's name and nothing of this machine; and the others serve on."""
+    register.add(served.opened, "gone", register_again(served, "narrow"), register.Options(warm=False))
+    entry = read_table(served.opened).entries["gone"]
+    shutil.rmtree(served.opened.root / str(entry.lora_path))
+    with pytest.raises(ServerError, match="LoRA adapter 'gone': .*lora_path does not exist") as raised:
+        ask(served, "gone", "x")
+    register.remove(served.opened, "gone")
+
+    assert str(served.opened.root) not in str(raised.value)
+    assert served.answers["all", "x"] == ask(served, "all", "x")
+
+
+def register_again(served: Served, name: str) -> Path:
+    """The directory of a registered adapter, to add it under another name."""
+    return served.opened.root / str(read_table(served.opened).entries[name].lora_path)
+
+
+# Changes while serving
+
+
+def test_adapters_come_and_go_without_a_restart(served: Served) -> None:
+    """Other content under a known name gets a new id: the engine keeps what it has read under the old one."""
+    prompt = PROMPTS[2]
+    register.add(served.opened, "new", register_again(served, "all"), register.Options(warm=False))
+    first = read_table(served.opened).entries["new"].lora_task_id
+
+    assert served.answers["all", prompt] == ask(served, "new", prompt)
+
+    register.add(served.opened, "new", register_again(served, "narrow"), register.Options(warm=False))
+
+    assert first != read_table(served.opened).entries["new"].lora_task_id
+    assert served.answers["narrow", prompt] == ask(served, "new", prompt)
+
+    register.remove(served.opened, "new")
+
+    with pytest.raises(ServerError, match="unknown LoRA adapter 'new'"):
+        ask(served, "new", prompt)
+
+
+# Warmup
+
+
+def test_serve_finds_that_all_is_right(served: Served) -> None:
+    """Each warm adapter answers, and an id that nobody registered is refused."""
+    config = repository.served_config(served.opened.config_path)
+
+    assert [] == serving.verify(served.server.http_url, served.opened, config, read_table(served.opened))
+
+
+@pytest.mark.parametrize("served", [False], indirect=True, ids=["whole"])
+def test_a_server_whose_warmup_cannot_read_an_adapter_does_not_start(
+    served: Served, tmp_path: Path, launch: Launch
+) -> None:
+    """The strings of the samples reach the engine: a path that is not there is named."""
+    root = shutil.copytree(served.opened.root, tmp_path / "repo")
+    shutil.rmtree(root / str(read_table(served.opened).entries["all"].lora_path))
+    opened = repository.open_repository(root)
+    register.repair(opened)  # the paths are those of the copy
+
+    with pytest.raises(ServerError, match="lora_path does not exist on the Triton server's filesystem: " + str(root)):
+        launch(root, complete_configs=True)
