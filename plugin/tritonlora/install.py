@@ -246,7 +246,7 @@ def _choose_target(root: Path, asked: str | None) -> str:
         )
     target = asked or present or DEFAULT_TARGET
     if not (root / target / "config.pbtxt").is_file():
-        takes_adapters = [
+        candidates = [
             repr(path.parent.name)
             for path in sorted(root.glob("*/config.pbtxt"))
             if not (config := read_config(path)).steps
@@ -255,7 +255,7 @@ def _choose_target(root: Path, asked: str | None) -> str:
         ]
         raise RepositoryError(
             f"{str(root)!r} has no model {target!r} (no {root / target / 'config.pbtxt'}); "
-            f"name the engine's model with --target{f': {chr(32).join(takes_adapters)}' if takes_adapters else ''}"
+            f"name the engine's model with --target{': ' if candidates else ''}{', '.join(candidates)}"
         )
     return target
 
