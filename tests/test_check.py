@@ -89,6 +89,8 @@ def _bls_model(root: Path) -> None:
     (root / "tensorrt_llm_bls" / "config.pbtxt").write_text(fill(upstream("v0.18.0", "tensorrt_llm_bls")))
 
 
+CACHE_PAGES = 'key: "cache_pages"\n  value {{\n    string_value: "{}"'
+
 PLANTED: dict[str, tuple[Callable[[Repository], object], str, str]] = {
     "a weights file is missing": (
         lambda opened: (opened.warmup_directory / "adapter_model_2.bin").unlink(),
@@ -240,6 +242,11 @@ PLANTED: dict[str, tuple[Callable[[Repository], object], str, str]] = {
         _warm_both_in_a_cache_of_one,
         "warning",
         "tensorrt_llm/config.pbtxt: the warm adapters take 2 pages, the cache has 1",
+    ),
+    "the router believes in another cache": (
+        lambda opened: edit(opened.root / "lora_router" / "config.pbtxt", CACHE_PAGES.format(0), CACHE_PAGES.format(7)),
+        "warning",
+        "lora_router/config.pbtxt: cache_pages is 7, and the engine's cache has 100",
     ),
     "a parameter is not a number": (
         lambda opened: register.set_parameters(opened, {"lora_cache_host_memory_bytes": "a lot"}),

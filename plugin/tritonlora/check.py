@@ -216,6 +216,14 @@ def _cache(subject: Subject) -> Iterator[Finding]:
         )
     if found is None:
         return
+    path = subject.repository.root / ROUTER / "config.pbtxt"
+    believed = read_config(path).parameters.get("cache_pages", "0")
+    if believed not in ("0", str(found.tightest.host_pages)):
+        yield _warning(
+            f"{ROUTER}/config.pbtxt",
+            f"cache_pages is {believed}, and the engine's cache has {found.tightest.host_pages}",
+            "tritonlora plan --apply",
+        )
     for remark in found.remarks:
         yield _warning(where, remark, "tritonlora plan --apply")
     for refusal in dict.fromkeys(rank.refusal for rank in found.ranks if rank.refusal):

@@ -322,8 +322,7 @@ def plan(
     choice = None if traffic is None else planning.choose_warm(found, traffic)
     applied = None
     if apply:
-        applied = {one.parameter: str(one.value) for one in found.recommendations if one.value != one.in_effect}
-        register.set_parameters(opened, applied)
+        applied = register.apply_plan(opened, found.recommendations, profile)
     if as_json:
         print_json({**dataclasses.asdict(found), "fits": found.fits, "warm_choice": choice, "applied": applied or {}})
         return

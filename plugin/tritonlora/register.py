@@ -14,7 +14,7 @@ from __future__ import annotations
 import datetime
 import itertools
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +28,16 @@ from tritonlora.files import locked, publish, sha256_of, temporary_name, write_t
 from tritonlora.flavours import Flavour, flavour_of_config
 from tritonlora.modules import MODULES
 from tritonlora.pbtxt import ModelConfig, parse_config
-from tritonlora.repository import Repository, engine_profile, half_written, read_config, read_table, read_text
+from tritonlora.repository import (
+    ROUTER,
+    Repository,
+    engine_profile,
+    half_written,
+    plan_entries,
+    read_config,
+    read_table,
+    read_text,
+)
 
 if TYPE_CHECKING:
     from tritonlora.layout import Layout
@@ -237,6 +246,24 @@ def set_parameters(repository: Repository, parameters: Mapping[str, str]) -> Non
         for key, value in parameters.items():
             text = wiring.set_parameter(text, key, value)
         undo.write(repository.root, repository.config_path, text.encode())
+
+
+def apply_plan(
+    repository: Repository, recommendations: Iterable[plan.Recommendation], profile: EngineProfile
+) -> dict[str, str]:
+    """Set the recommended parameters of the engine's model, and tell the router how large the cache is then.
+
+    Gives the parameters of the engine's model that were changed.
+    """
+    changed = {one.parameter: str(one.value) for one in recommendations if one.value != one.in_effect}
+    set_parameters(repository, changed)
+    config = read_config(repository.config_path)
+    entries = plan_entries(repository, read_table(repository), config)
+    pages = plan.plan_cache(entries, profile, config.parameters).tightest.host_pages
+    with locked(repository.table_path.parent):
+        path = repository.root / ROUTER / "config.pbtxt"
+        undo.write(repository.root, path, wiring.set_parameter(read_text(path), "cache_pages", str(pages)).encode())
+    return changed
 
 
 def _task_id(repository: Repository, table: AdapterTable, asked: int | None) -> int:

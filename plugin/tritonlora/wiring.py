@@ -101,6 +101,7 @@ def router_config(
         "target": target_name,
         "cache_full_timeout_seconds": str(cache_full_timeout_seconds),
         "load_timeout_seconds": str(load_timeout_seconds),
+        "cache_pages": "0",  # of the engine's LoRA cache, set by `tritonlora plan --apply`; 0: not known
         "FORCE_CPU_ONLY_INPUT_TENSORS": "yes",
     }
     return _ROUTER.format(
