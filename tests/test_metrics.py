@@ -21,13 +21,13 @@ def test_each_count_becomes_a_sample_with_its_labels() -> None:
     }
 
     assert {
-        ("lora_requests_total", (("adapter", ""), ("outcome", "OK")), 2),
-        ("lora_requests_total", (("adapter", "pirate"), ("outcome", "OK")), 1),
-        ("lora_requests_total", (("adapter", "pirate"), ("outcome", "UNAVAILABLE")), 3),
-        ("lora_loads_total", (("adapter", "pirate"), ("reason", "first_use")), 1),
-        ("lora_loads_total", (("adapter", "pirate"), ("reason", "evicted")), 2),
-        ("lora_load_seconds_total", (("adapter", "pirate"),), 0.5),
-        ("lora_requests_running", (("adapter", "pirate"),), 1),
+        ("lora_requests_total", (("lora_name", ""), ("outcome", "OK")), 2),
+        ("lora_requests_total", (("lora_name", "pirate"), ("outcome", "OK")), 1),
+        ("lora_requests_total", (("lora_name", "pirate"), ("outcome", "UNAVAILABLE")), 3),
+        ("lora_loads_total", (("lora_name", "pirate"), ("reason", "first_use")), 1),
+        ("lora_loads_total", (("lora_name", "pirate"), ("reason", "evicted")), 2),
+        ("lora_load_seconds_total", (("lora_name", "pirate"),), 0.5),
+        ("lora_requests_running", (("lora_name", "pirate"),), 1),
         ("lora_table_reloads_total", (), 1),
         ("lora_table_failures_total", (), 4),
     } == {(sample.family.name, sample.labels, sample.value) for sample in metrics.samples(counts) if sample.value}

@@ -10,13 +10,13 @@ from tritonlora.errors import TritonLoraError
 from tritonlora.traffic import parse_traffic
 
 METRICS = """\
-# HELP lora_router_requests_total Requests
-# TYPE lora_router_requests_total counter
-lora_router_requests_total{lora_name="pirate",model="lora_router",outcome="ok",version="1"} 7.000000
-lora_router_requests_total{model="lora_router",outcome="error",lora_name="pirate",version="1"} 2
-lora_router_requests_total{lora_name="gone",outcome="ok"} 100
-lora_router_requests_total{lora_name="haiku",outcome="ok"} 1e3
-lora_router_loads_total{lora_name="pirate",reason="evicted"} 50
+# HELP lora_requests_total Requests
+# TYPE lora_requests_total counter
+lora_requests_total{lora_name="pirate",model="lora_router",outcome="ok",version="1"} 7.000000
+lora_requests_total{model="lora_router",outcome="error",lora_name="pirate",version="1"} 2
+lora_requests_total{lora_name="gone",outcome="ok"} 100
+lora_requests_total{lora_name="haiku",outcome="ok"} 1e3
+lora_loads_total{lora_name="pirate",reason="evicted"} 50
 nv_inference_request_success{model="lora_router",version="1"} 5
 """
 
@@ -50,7 +50,5 @@ def test_every_wrong_line_is_named() -> None:
 
 def test_a_text_that_says_nothing_is_refused() -> None:
     """Else everybody would count as unasked."""
-    with pytest.raises(
-        TritonLoraError, match="neither a line 'name: weight' nor the metric lora_router_requests_total"
-    ):
+    with pytest.raises(TritonLoraError, match="neither a line 'name: weight' nor the metric lora_requests_total"):
         parse_traffic("# nothing\n", {"pirate"})

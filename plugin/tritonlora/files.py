@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import secrets
 import shutil
@@ -21,19 +22,28 @@ import filelock
 from tritonlora.errors import RepositoryError
 
 LOCK_TIMEOUT_SECONDS = 600.0
+SILENT_WAIT_SECONDS = 1.0
 HASH_CHUNK = 1 << 20
 TEMPORARY_SUFFIX = ".tritonlora-tmp"
+
+_log = logging.getLogger(__name__)  # warnings go to stderr where nobody has set up logging
 
 
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
     """Be the only writer, and turn the file system's refusals into RepositoryError."""
     lock = filelock.FileLock(directory / ".lock", timeout=LOCK_TIMEOUT_SECONDS)
-    try:
-        with writing(directory), lock:
-            yield
-    except filelock.Timeout:
-        raise RepositoryError(f"another tritonlora has been writing to {directory} for a long time") from None
+    with writing(directory), contextlib.ExitStack() as held:
+        try:
+            held.enter_context(lock.acquire(timeout=SILENT_WAIT_SECONDS))
+        except filelock.Timeout:
+            _log.warning("waiting for another tritonlora that is writing to %s", directory)
+            try:
+                held.enter_context(lock)
+            except filelock.Timeout:
+                problem = f"another tritonlora has been writing to {directory} for a long time"
+                raise RepositoryError(problem) from None
+        yield
 
 
 @contextlib.contextmanager

@@ -37,7 +37,7 @@ class Sample:
     value: float
 
 
-REQUESTS = Family("lora_requests_total", "Requests by adapter (none: the base model) and outcome", is_counter=True)
+REQUESTS = Family("lora_requests_total", "Requests by lora_name (none: the base model) and outcome", is_counter=True)
 LOADED = Family("lora_loads_total", "Adapters that the router gave to the engine, by reason", is_counter=True)
 SECONDS = Family("lora_load_seconds_total", "Seconds from sending weights to the first token", is_counter=True)
 RUNNING = Family("lora_requests_running", "Requests under way, those that wait for room included", is_counter=False)
@@ -52,7 +52,7 @@ FAMILIES = (REQUESTS, LOADED, SECONDS, RUNNING, RELOADS, FAILURES, INFO)
 def samples(counts: Counts) -> Iterator[Sample]:
     """All metrics but INFO."""
     for name, of_adapter in counts.items():
-        adapter = ("adapter", name)
+        adapter = ("lora_name", name)
         for outcome in OUTCOMES:
             yield Sample(REQUESTS, (adapter, ("outcome", outcome)), of_adapter[outcome])
         for reason in LOADS:

@@ -10,7 +10,7 @@ from collections.abc import Container
 
 from tritonlora.errors import TritonLoraError, one_message
 
-REQUESTS_METRIC = "lora_router_requests_total"
+REQUESTS_METRIC = "lora_requests_total"
 _SAMPLE = re.compile(
     rf'^{REQUESTS_METRIC}\{{(?:[^"}}]*"[^"]*",)*?\s*lora_name="([^"]*)"[^}}]*\}}\s+(\S+)', re.MULTILINE
 )

@@ -146,7 +146,7 @@ def test_a_model_that_is_unloaded_is_unavailable_until_it_is_back(server: Server
     control(server, "unload")
     with pytest.raises(ServerError, match="LoRA adapter 'n1': .*not ready"):
         ask(server, "n1")
-    await_sample(server, "lora_requests_total", lambda n: n == 1, adapter="n1", outcome="UNAVAILABLE")
+    await_sample(server, "lora_requests_total", lambda n: n == 1, lora_name="n1", outcome="UNAVAILABLE")
     control(server, "load")
 
     assert [expected(table, name) for name in names] == [ask(server, name) for name in names]
