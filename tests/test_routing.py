@@ -201,14 +201,13 @@ def test_a_missing_file_makes_the_adapter_unavailable(tmp_path: Path) -> None:
 def test_previous_ids_are_the_last_tokens_of_the_stream() -> None:
     """In order, and bounded."""
     previous_ids = PreviousIds()
-    previous_ids.add([1, 2])
-    previous_ids.add([])
+    previous_ids.add(np.array([1, 2], np.int32))
+    previous_ids.add(np.array([], np.int32))
+    two = previous_ids.ids()
+    previous_ids.add(np.arange(100, dtype=np.int32))
 
-    assert [1, 2] == previous_ids.ids()
-
-    previous_ids.add(range(100))
-
-    assert list(range(100 - PreviousIds.COUNT, 100)) == previous_ids.ids()
+    assert [[1, 2]] == two.tolist()
+    assert [list(range(100 - PreviousIds.COUNT, 100))] == previous_ids.ids().tolist()
 
 
 def test_the_stat_of_an_unchanged_table_is_all_that_a_request_costs(tmp_path: Path, failures: list[str]) -> None:

@@ -9,8 +9,7 @@ This file runs inside a plain Triton container: standard library and numpy only.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,15 +144,15 @@ class PreviousIds:
     COUNT = 32
 
     def __init__(self) -> None:
-        self._ids: deque[int] = deque(maxlen=self.COUNT)
+        self._ids: npt.NDArray[np.int32] = np.zeros((1, 0), np.int32)
 
-    def ids(self) -> list[int]:
-        """The tokens sent before now, the oldest first."""
-        return list(self._ids)
+    def ids(self) -> npt.NDArray[np.int32]:
+        """The tokens sent before now, the oldest first: (1, n) int32."""
+        return self._ids
 
-    def add(self, ids: Iterable[int]) -> None:
-        """These have been sent."""
-        self._ids.extend(ids)
+    def add(self, ids: npt.NDArray[np.int32]) -> None:
+        """These, (n,) int32, have been sent. What `ids` gave before stays as it is."""
+        self._ids = np.concatenate((self._ids, ids[None]), axis=1)[:, -self.COUNT :]
 
 
 class WholeTexts:

@@ -19,7 +19,7 @@ import json
 import sys
 import traceback
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ class TritonPythonModel:
     def execute(self, requests: list[pb_utils.InferenceRequest]) -> None:
         """Answer the requests, one after the other."""
         for request in requests:
-            reply = Reply(request, self._decoupled)
+            reply = Reply(request, self._decoupled, self._flavour.needed_outputs)
             names: list[str] = []
             try:
                 routes = self._routes(request)
@@ -172,10 +172,12 @@ class EngineError(Exception):
 class Reply:
     """The answer to one request: what its rows send, and the final flag."""
 
-    def __init__(self, request: pb_utils.InferenceRequest, decoupled: bool) -> None:
+    def __init__(self, request: pb_utils.InferenceRequest, decoupled: bool, needed_outputs: Collection[str]) -> None:
+        """`needed_outputs`: those that the engine is asked for although the client may not want them."""
         self._sender = request.get_response_sender()
         self._decoupled = decoupled
-        self._wanted = request.requested_output_names()
+        self._wanted = set(request.requested_output_names())
+        self._has_unwanted = not self._wanted.issuperset(needed_outputs)
         self.is_stream = decoupled and any(values_of(request, "streaming") or [])
         self._detokenised = self.is_stream and "previous_ids" in self._wanted
         self._previous_ids = PreviousIds()
@@ -186,6 +188,7 @@ class Reply:
     def begin_row(self, row: int | None) -> None:
         """What follows is of this row of a batch that is split; None when it is not."""
         self._row = row
+        self._has_unwanted |= row is not None  # batch_index
         self._previous_ids = PreviousIds()
 
     def send(self, tensors: list[pb_utils.Tensor], *, ends: bool = False) -> None:
@@ -194,18 +197,20 @@ class Reply:
             tensors = [tensor for tensor in tensors if tensor.name() != "batch_index"]
             tensors.append(pb_utils.Tensor("batch_index", np.array([[self._row]], np.int32)))
         if self._detokenised:
-            output_ids, sequence_length = (tensor_of(tensors, name).as_numpy() for name in TOKENS)
-            new = output_ids[0, 0, : sequence_length[0, 0]].tolist()
+            by_name = {tensor.name(): tensor for tensor in tensors}
+            output_ids, sequence_length = (by_name[name].as_numpy() for name in TOKENS)
+            new = output_ids[0, 0, : sequence_length[0, 0]]
             # Without new tokens previous_ids mean the end of the stream, which the engine's answers never do.
-            if ends or (new and output_ids.shape[1] == 1):
-                previous_ids = np.array([self._previous_ids.ids()], np.int32)
-                tensors = [*tensors, pb_utils.Tensor("previous_ids", previous_ids)]
+            if ends or (new.size and output_ids.shape[1] == 1):
+                tensors = [*tensors, pb_utils.Tensor("previous_ids", self._previous_ids.ids())]
             self._previous_ids.add(new)
         if "text_diff" in self._wanted:
             texts = tensor_of(tensors, "text_output").as_numpy()
-            new = self._texts.new(texts.reshape(-1).tolist())
-            tensors = [*tensors, pb_utils.Tensor("text_diff", np.array(new, np.object_).reshape(texts.shape))]
-        self._respond(pb_utils.InferenceResponse([tensor for tensor in tensors if tensor.name() in self._wanted]))
+            diffs = self._texts.new(texts.reshape(-1).tolist())
+            tensors = [*tensors, pb_utils.Tensor("text_diff", np.array(diffs, np.object_).reshape(texts.shape))]
+        if self._has_unwanted:
+            tensors = [tensor for tensor in tensors if tensor.name() in self._wanted]
+        self._respond(pb_utils.InferenceResponse(tensors))
 
     def end_row(self) -> None:
         """Tell the detokeniser, which holds back a character that is not complete, that no more tokens come."""
