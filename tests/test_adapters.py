@@ -4,9 +4,6 @@
 
 from __future__ import annotations
 
-import json
-from typing import Any
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,24 +13,14 @@ from tritonlora.adapters import (
     AdapterTable,
     available,
     check_name,
-    parse,
-    render,
     with_adapter,
+    with_alias,
+    with_warm,
     without_adapter,
+    without_alias,
 )
+from tritonlora.adapters_json import parse, render
 from tritonlora.errors import AdapterTableError
-
-
-def document(**changes: Any) -> dict[str, Any]:
-    """The JSON document of TABLE, with one adapter's fields changed."""
-    whole: dict[str, Any] = json.loads(render(TABLE))
-    whole["adapters"]["pirate"].update(changes)
-    return whole
-
-
-def test_render_and_parse_are_inverse() -> None:
-    """What was written is what is read."""
-    assert TABLE == parse(render(TABLE))
 
 
 @given(st.lists(st.sampled_from(["add a", "add b", "add c", "remove a", "remove b", "remove c"]), max_size=12))
@@ -107,57 +94,66 @@ def test_available_is_cut_to_a_count() -> None:
     assert available(table).endswith("n018, n019 and 5 more")
 
 
+# Aliases
+
+PROD = with_alias(TABLE, "prod", "pirate")
+
+
+def test_an_alias_leads_to_an_adapter_until_it_is_led_to_another() -> None:
+    """Versions and canaries."""
+    assert {"prod": "pirate"} == PROD.aliases
+    assert {"prod": "haiku"} == with_alias(PROD, "prod", "haiku").aliases
+    assert {} == without_alias(PROD, "prod").aliases
+
+
+def test_an_alias_of_an_alias_leads_to_the_adapter_of_that_moment() -> None:
+    """A canary does not move when production does."""
+    table = with_alias(with_alias(PROD, "canary", "prod"), "prod", "haiku")
+
+    assert {"prod": "haiku", "canary": "pirate"} == table.aliases
+
+
+def test_an_alias_follows_an_adapter_that_is_replaced() -> None:
+    """It leads to a name, whatever its content."""
+    table = with_adapter(PROD, "pirate", entry(3))
+
+    assert 3 == table.entries[table.aliases["prod"]].lora_task_id
+
+
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("alias", "name", "message"),
     [
-        ("", "not JSON"),
-        ("[]", "must hold an object"),
-        ("{}", "schema_version None, expected 1"),
-        ("[" * 100_000, "not JSON"),
-        ('{"schema_version": 1, "schema_version": 1}', "'schema_version' stands twice"),
-        ('{"schema_version": 1}', "(?s)'adapters' must be an object.*'next_lora_task_id'.*'retired_lora_task_ids'"),
+        ("a/b", "pirate", "'a/b' is not a legal adapter name"),
+        ("haiku", "pirate", "'haiku' is an adapter; an alias needs a name of its own"),
+        ("new", "nobody", "no adapter 'nobody' is registered; available: haiku, pirate, prod"),
     ],
 )
-def test_a_document_that_is_no_table_is_refused(text: str, message: str) -> None:
-    """Each with its reason."""
+def test_an_alias_that_cannot_be_is_refused(alias: str, name: str, message: str) -> None:
+    """Adapters and aliases share one namespace."""
     with pytest.raises(AdapterTableError, match=message):
-        parse(text)
+        with_alias(PROD, alias, name)
+
+
+def test_an_adapter_cannot_take_the_name_of_an_alias() -> None:
+    """Requests by it would change their meaning."""
+    with pytest.raises(
+        AdapterTableError, match="'prod' is an alias of adapter 'pirate'; take .* tritonlora remove prod"
+    ):
+        with_adapter(PROD, "prod", entry(3))
+
+
+def test_an_adapter_that_has_aliases_is_not_removed() -> None:
+    """They are named, and so is what to do."""
+    table = with_alias(PROD, "canary", "pirate")
+
+    with pytest.raises(AdapterTableError, match="'pirate' has aliases: canary, prod; .* tritonlora alias canary OTHER"):
+        without_adapter(table, "pirate")
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"lora_task_id": "1"}, "'lora_task_id' must be an integer from 1, got '1'"),
-        ({"lora_task_id": True}, "'lora_task_id' must be"),
-        ({"lora_task_id": 2}, "lora_task_id 2 is also that of adapter"),
-        ({"lora_task_id": 9}, "lora_task_id 9 is not below next_lora_task_id 3"),
-        ({"lora_weights_file": "/etc/passwd"}, "'lora_weights_file' must be a path relative to the model repository"),
-        ({"lora_config_file": "a/../../b"}, "'lora_config_file' must be a path relative"),
-        ({"dtype": "int8"}, "'dtype' must be one of"),
-        ({"lora_weights_shape": [6, 0]}, "'lora_weights_shape' must be two positive"),
-        ({"lora_config_shape": [6, 5]}, r"'lora_config_shape' must be \[n, 3\] or \[n, 4\]"),
-        ({"lora_config_shape": [7, 3]}, ".*different row counts"),
-        ({"warm": 1}, "'warm' must be true or false"),
-        ({"pages": 0}, "'pages' must be a positive integer or null"),
-        ({"adapter_sizes": [0]}, "'adapter_sizes' must be"),
-    ],
+    "changed",
+    [with_adapter(PROD, "new", entry(3)), with_warm(PROD, "pirate", False), without_adapter(PROD, "haiku")],
 )
-def test_a_bad_field_is_named_with_its_adapter(changes: dict[str, Any], message: str) -> None:
-    """The user sees which adapter and which field."""
-    with pytest.raises(AdapterTableError, match=f"adapter '(pirate|haiku)': {message}"):
-        parse(json.dumps(document(**changes)))
-
-
-def test_an_adapter_under_a_retired_id_is_refused() -> None:
-    """A hand-edited table cannot bring an id back."""
-    with pytest.raises(AdapterTableError, match="adapter 'pirate': lora_task_id 1 is retired"):
-        parse(json.dumps({**document(), "retired_lora_task_ids": [1]}))
-
-
-def test_all_problems_are_reported_at_once() -> None:
-    """One run, the whole list."""
-    whole = document(dtype="int8", warm="yes")
-    whole["adapters"]["a/b"] = whole["adapters"].pop("haiku")
-
-    with pytest.raises(AdapterTableError, match="(?s)'dtype'.*'warm'.*'a/b': the name is not legal"):
-        parse(json.dumps(whole))
+def test_aliases_stay_when_something_else_changes(changed: AdapterTable) -> None:
+    """Whatever else is written."""
+    assert PROD.aliases == changed.aliases

@@ -16,7 +16,8 @@ import pytest
 from engine_configs import ENGINE
 from repositories import set_cache_pages, synthetic_repository
 from tritonlora import check, install, register, repository, warmup
-from tritonlora.adapters import render, with_warm
+from tritonlora.adapters import with_warm
+from tritonlora.adapters_json import render
 from tritonlora.files import TEMPORARY_SUFFIX
 from tritonlora.repository import Repository, read_table, read_text
 from tritonlora.server import SHARED_MEMORY, free_ports

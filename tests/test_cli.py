@@ -22,7 +22,7 @@ from tritonlora import __version__, cli, install, register, repository
 from tritonlora.server import free_ports
 from upstream_configs import upstream_repository
 
-COMMANDS = ("demo", "init", "add", "remove", "list", "plan", "check", "convert", "serve", "generate", "bench")
+COMMANDS = ("demo", "init", "add", "remove", "alias", "list", "plan", "check", "convert", "serve", "generate", "bench")
 
 
 @pytest.fixture(autouse=True)
@@ -117,13 +117,15 @@ def test_a_refusal_is_one_message_on_stderr(capsys: pytest.CaptureFixture[str], 
 
 def test_list_prints_a_line_for_each_adapter(capsys: pytest.CaptureFixture[str], repo: Path) -> None:
     """Tab-separated in a pipe, without colours."""
+    for alias in ("prod", "play"):
+        run(capsys, "alias", alias, "pirate", "--repo", repo)
     code, out, err = run(capsys, "list", "--repo", repo)
 
     assert (0, "") == (code, err)
     assert [line.split("\t") for line in out.splitlines()] == [
-        ["lora_name", "lora_task_id", "rank", "modules", "size", "pages", "start"],
-        ["haiku", "2", "8", "attn_q,attn_v", "8.0 KiB", "1", "on first use"],
-        ["pirate", "1", "8", "attn_q,attn_v", "8.0 KiB", "1", "warm"],
+        ["lora_name", "lora_task_id", "rank", "modules", "size", "pages", "start", "aliases"],
+        ["haiku", "2", "8", "attn_q,attn_v", "8.0 KiB", "1", "on first use", ""],
+        ["pirate", "1", "8", "attn_q,attn_v", "8.0 KiB", "1", "warm", "play,prod"],
     ]
 
 
@@ -149,6 +151,21 @@ def test_add_and_remove(capsys: pytest.CaptureFixture[str], repo: Path, adapter:
     code, out, _ = run(capsys, "add", "new", adapter, "--repo", repo, "--no-warmup", "--task-id", "9", "--json")
     entry = json.loads(out)["entry"]
     assert (0, 9, False) == (code, entry["lora_task_id"], entry["warm"])
+
+
+def test_an_alias_is_given_switched_and_taken_away(capsys: pytest.CaptureFixture[str], repo: Path) -> None:
+    """A line for each; the adapters stay."""
+    assert (0, "prod is adapter pirate\n") == run(capsys, "alias", "prod", "pirate", "--repo", repo)[:2]
+    assert (0, "prod is adapter pirate\n") == run(capsys, "alias", "prod", "pirate", "--repo", repo)[:2]
+    assert (0, "prod is adapter haiku (was: pirate)\n") == run(capsys, "alias", "prod", "haiku", "--repo", repo)[:2]
+    code, _, err = run(capsys, "remove", "haiku", "--repo", repo)
+    assert (1, "error: adapter 'haiku' has aliases: prod;") == (code, err[:41])
+    code, out, _ = run(capsys, "list", "--repo", repo, "--json")
+    assert (0, [["prod"], []]) == (code, [one["aliases"] for one in json.loads(out).values()])
+    code, out, _ = run(capsys, "alias", "prod", "pirate", "--repo", repo, "--json")
+    assert (0, {"alias": "prod", "name": "pirate", "before": "haiku"}) == (code, json.loads(out))
+    assert (0, "prod removed: adapter pirate stays\n") == run(capsys, "remove", "prod", "--repo", repo)[:2]
+    assert (0, "haiku removed: lora_task_id 2 is retired\n") == run(capsys, "remove", "haiku", "--repo", repo)[:2]
 
 
 def test_add_all(capsys: pytest.CaptureFixture[str], repo: Path, tmp_path: Path) -> None:

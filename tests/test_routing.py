@@ -4,7 +4,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +15,15 @@ import pytest
 import torch
 
 from table import TABLE, entry
-from tritonlora.adapters import AdapterTable, render, with_adapter
+from tritonlora.adapters import AdapterTable, Problem, with_adapter, with_alias
+from tritonlora.adapters_json import render
 from tritonlora.errors import AdapterTableError, AdapterUnavailable, InvalidRequest, RequestError, UnknownAdapter
 from tritonlora.routing import (
     PreviousIds,
     Route,
     TableFile,
     WholeTexts,
+    check_files,
     check_is_routers,
     map_tensors,
     resolve,
@@ -64,6 +69,28 @@ def test_what_is_not_an_adapter_is_an_error(
         resolve(TABLE, name, task_id)
 
     assert len(str(raised.value)) < 500
+
+
+def test_an_alias_is_as_good_as_the_adapters_name() -> None:
+    """The route is the adapter's own, so that nothing behind it knows of aliases."""
+    table = with_alias(TABLE, "prod", "pirate")
+
+    assert PIRATE == resolve(table, b"prod", None)
+    assert PIRATE == resolve(table, b"prod", 1)
+    with pytest.raises(UnknownAdapter, match="unknown LoRA adapter 'nobody'; available: haiku, pirate, prod"):
+        resolve(table, b"nobody", None)
+
+
+@pytest.mark.parametrize("name", [b"broken", b"prod"])
+def test_an_adapter_with_a_malformed_entry_is_unavailable(name: bytes) -> None:
+    """By its name or an alias of it, with what is wrong but not what was got: it may be a path."""
+    broken = {"broken": (Problem("'dtype' must be one of …", "'/etc'"), Problem("'warm' must be true or false"))}
+    table = replace(TABLE, aliases={"prod": "broken"}, unavailable=broken)
+
+    with pytest.raises(AdapterUnavailable, match="'broken': .* malformed: 'dtype' must .*; 'warm' must be") as raised:
+        resolve(table, name, None)
+
+    assert "/etc" not in str(raised.value)
 
 
 def test_the_codes_are_those_of_triton() -> None:
@@ -149,6 +176,40 @@ def test_a_bad_table_leaves_the_last_good_one_and_is_reported_once(
     assert AdapterTable() == file.table()
 
 
+def test_a_malformed_entry_is_reported_once_and_the_others_are_served(tmp_path: Path, failures: list[str]) -> None:
+    """Also when the table changes elsewhere; and again when it was right in between."""
+    path = tmp_path / "adapters.json"
+    whole = json.loads(render(TABLE))
+    whole["adapters"]["pirate"]["dtype"] = "int8"
+    path.write_text(json.dumps(whole))
+    file = TableFile(path, failures.append)
+    whole["next_lora_task_id"] = 10
+    _replace(path, json.dumps(whole))
+
+    assert TABLE.entries["haiku"] == file.table().entries["haiku"]
+    assert 1 == len(failures)
+    assert "adapter 'pirate': 'dtype' must be one of bfloat16, float16, float32, got 'int8'" in failures[0]
+
+    _replace(path, render(TABLE))
+    file.table()
+    _replace(path, json.dumps(whole))
+    file.table()
+
+    assert failures[:1] * 2 == failures
+
+
+def test_many_malformed_entries_are_a_bounded_report(tmp_path: Path, failures: list[str]) -> None:
+    """Twenty of them, and a count."""
+    path = tmp_path / "adapters.json"
+    whole = json.loads(render(TABLE))
+    whole["adapters"] = {f"n{number}": None for number in range(100)}
+    path.write_text(json.dumps(whole))
+    TableFile(path, failures.append)
+
+    assert 22 == len(failures[0].splitlines())
+    assert failures[0].endswith("and 80 more")
+
+
 def test_there_must_be_a_good_table_to_begin_with(tmp_path: Path, failures: list[str]) -> None:
     """A router without a table does not start."""
     with pytest.raises(AdapterTableError, match="cannot read"):
@@ -158,17 +219,27 @@ def test_there_must_be_a_good_table_to_begin_with(tmp_path: Path, failures: list
 # An adapter's tensors
 
 
-def _write_tensors(root: Path, weights: bytes, config: bytes) -> None:
+WEIGHTS = b"\x80\x3f" * (6 * 56)  # 0x3f80 is 1.0
+CONFIG = b"\x02\x00\x00\x00" * 18
+REGISTERED = Route(
+    "pirate",
+    entry(
+        lora_weights_sha256=hashlib.sha256(WEIGHTS).hexdigest(), lora_config_sha256=hashlib.sha256(CONFIG).hexdigest()
+    ),
+)
+
+
+def _write_tensors(root: Path, weights: bytes = WEIGHTS, config: bytes = CONFIG) -> None:
     directory = root / "tensorrt_llm" / "warmup"
-    directory.mkdir(parents=True)
+    directory.mkdir(parents=True, exist_ok=True)
     (directory / "adapter_model_1.bin").write_bytes(weights)
     (directory / "adapter_config_1.bin").write_bytes(config)
 
 
 def test_tensors_are_mapped_as_they_are_on_disk(tmp_path: Path) -> None:
     """bfloat16 from little-endian bytes, with a leading batch dim."""
-    _write_tensors(tmp_path, b"\x80\x3f" * (6 * 56), b"\x02\x00\x00\x00" * 18)  # 0x3f80 is 1.0
-    capsule, lora_config = map_tensors(tmp_path, PIRATE)
+    _write_tensors(tmp_path)
+    capsule, lora_config = map_tensors(tmp_path, REGISTERED)
     lora_weights = torch.utils.dlpack.from_dlpack(capsule)
 
     assert (torch.bfloat16, (1, 6, 56)) == (lora_weights.dtype, tuple(lora_weights.shape))
@@ -179,18 +250,52 @@ def test_tensors_are_mapped_as_they_are_on_disk(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("weights", "config"), [(671, 72), (673, 72), (672, 71)])
 def test_a_file_of_the_wrong_size_makes_the_adapter_unavailable(tmp_path: Path, weights: int, config: int) -> None:
     """Mapped, it would be other weights or a bus error. The message has no path of the server."""
-    _write_tensors(tmp_path, bytes(weights), bytes(config))
+    _write_tensors(tmp_path, (WEIGHTS * 2)[:weights], (CONFIG * 2)[:config])
 
     with pytest.raises(AdapterUnavailable, match="LoRA adapter 'pirate': .* bytes on the server, expected") as raised:
-        map_tensors(tmp_path, PIRATE)
+        map_tensors(tmp_path, REGISTERED)
 
     assert str(tmp_path) not in str(raised.value)
+
+
+@pytest.mark.parametrize(("weights", "config"), [(WEIGHTS[::-1], CONFIG), (WEIGHTS, CONFIG[::-1])])
+def test_an_altered_file_makes_the_adapter_unavailable(tmp_path: Path, weights: bytes, config: bytes) -> None:
+    """Of the same size, and also when it was right before: it would be an answer of other weights."""
+    _write_tensors(tmp_path)
+    map_tensors(tmp_path, REGISTERED)
+    _write_tensors(tmp_path, weights, config)
+
+    with pytest.raises(AdapterUnavailable, match="'pirate': adapter_.*_1.bin was altered on the server: its SHA-256"):
+        map_tensors(tmp_path, REGISTERED)
+
+
+def test_files_that_the_engine_reads_by_itself_have_their_own_size(tmp_path: Path) -> None:
+    """They are the adapter as it came: only that they are there is known."""
+    _write_tensors(tmp_path, b"safetensors", b"{}")
+    route = Route("pirate", entry(lora_path="tensorrt_llm/warmup"))
+
+    check_files(tmp_path, route)
+    (tmp_path / route.entry.lora_config_file).unlink()
+    with pytest.raises(AdapterUnavailable, match="adapter_config_1.bin is missing"):
+        check_files(tmp_path, route)
+
+
+def test_a_file_is_digested_once(tmp_path: Path) -> None:
+    """An adapter that is sent again costs no more than its bytes: what is looked at is whether the file is the same."""
+    _write_tensors(tmp_path)
+    map_tensors(tmp_path, REGISTERED)
+    path = tmp_path / "tensorrt_llm" / "warmup" / "adapter_model_1.bin"
+    before = path.stat()
+    path.write_bytes(WEIGHTS[::-1])
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+    map_tensors(tmp_path, REGISTERED)
 
 
 def test_a_missing_file_makes_the_adapter_unavailable(tmp_path: Path) -> None:
     """Named, and again without the server's path."""
     with pytest.raises(AdapterUnavailable, match="adapter_model_1.bin is missing on the server") as raised:
-        map_tensors(tmp_path, PIRATE)
+        map_tensors(tmp_path, REGISTERED)
 
     assert str(tmp_path) not in str(raised.value)
 

@@ -10,7 +10,8 @@ import pytest
 
 from repositories import synthetic_adapter, synthetic_repository
 from tritonlora import install, register, repository, undo
-from tritonlora.adapters import AdapterTable, render
+from tritonlora.adapters import AdapterTable
+from tritonlora.adapters_json import render
 from tritonlora.errors import RepositoryError
 from tritonlora.repository import Repository, read_text
 from upstream_configs import upstream_repository

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """adapters.json: which lora_name has which lora_task_id, and where its tensors lie.
 
-The table is the only thing that preparing and serving share. Values in, values out: `parse` and `render` are inverse,
-and `with_adapter` and `without_adapter` return a new table.
+The table is the only thing that preparing and serving share. Values in, values out: `with_adapter` and its like return
+a new table. Its text is the business of `adapters_json.py`.
 
 Rule: a lora_task_id is given once and never again, also not after its adapter is gone. The engine ignores new weights
 under an id that it has cached (TensorRT-LLM cpp/tensorrt_llm/runtime/loraCache.cpp, `put`), so a second use of an id
@@ -14,15 +14,12 @@ This file runs inside a plain Triton container: standard library only.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
-from tritonlora.errors import AdapterTableError, one_message
+from tritonlora.errors import AdapterTableError
 
-SCHEMA_VERSION = 1
 # Fits a signed 32-bit integer too: folder names of lora_prefetch_dir are read into a C int.
 MAX_TASK_ID = 2**31 - 1
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -64,21 +61,46 @@ class AdapterEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong with an entry of the table."""
+
+    rule: str  # what it must be
+    got: str = ""  # what it is: not for clients, since it may be a path
+
+    def __str__(self) -> str:
+        """All of it."""
+        return f"{self.rule}, got {self.got}"[:300] if self.got else self.rule
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterTable:
-    """All registered adapters of a model repository, by lora_name."""
+    """All registered adapters of a model repository, by lora_name. Adapters and aliases share one namespace."""
 
     entries: Mapping[str, AdapterEntry] = field(default_factory=dict)
     next_lora_task_id: int = 1
     retired_lora_task_ids: tuple[int, ...] = ()
-    _names: Mapping[int, str] = field(init=False, repr=False, compare=False)
+    aliases: Mapping[str, str] = field(default_factory=dict)  # alias -> the lora_name of an adapter
+    unavailable: Mapping[str, tuple[Problem, ...]] = field(default_factory=dict)  # adapters and aliases
+    names: tuple[str, ...] = field(init=False, repr=False, compare=False)  # that can be asked for, sorted
+    _names_by_id: Mapping[int, str] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Index the names by id, so that looking one up does not take longer the more there are."""
-        object.__setattr__(self, "_names", {entry.lora_task_id: name for name, entry in self.entries.items()})
+        """Index the names, so that looking one up does not take longer the more there are."""
+        names = {entry.lora_task_id: name for name, entry in self.entries.items()}
+        object.__setattr__(self, "_names_by_id", names)
+        aliases = [alias for alias, name in self.aliases.items() if name in self.entries]
+        object.__setattr__(self, "names", tuple(sorted([*self.entries, *aliases])))
 
     def name_of(self, lora_task_id: int) -> str | None:
         """The lora_name that has this id, or None."""
-        return self._names.get(lora_task_id)
+        return self._names_by_id.get(lora_task_id)
+
+    def aliases_by_name(self) -> dict[str, list[str]]:
+        """The aliases, sorted, of each adapter that has any."""
+        found: dict[str, list[str]] = {}
+        for alias, name in sorted(self.aliases.items()):
+            found.setdefault(name, []).append(alias)
+        return found
 
 
 def check_name(name: str) -> None:
@@ -90,6 +112,11 @@ def check_name(name: str) -> None:
 def with_adapter(table: AdapterTable, name: str, entry: AdapterEntry) -> AdapterTable:
     """`table` with `entry` under `name`; an entry that was there retires its id. Refuses an id that was ever used."""
     check_name(name)
+    if name in table.aliases:
+        raise AdapterTableError(
+            f"{name!r} is an alias of adapter {table.aliases[name]!r}; take another name, or take the alias away with: "
+            f"tritonlora remove {name}"
+        )
     task_id = entry.lora_task_id
     owner = table.name_of(task_id)
     if owner is not None or task_id in table.retired_lora_task_ids:
@@ -100,11 +127,11 @@ def with_adapter(table: AdapterTable, name: str, entry: AdapterEntry) -> Adapter
         )
     if not 1 <= task_id <= MAX_TASK_ID:
         raise AdapterTableError(f"lora_task_id {task_id} is out of range; expected 1 to {MAX_TASK_ID}")
-    rest = without_adapter(table, name) if name in table.entries else table
-    return AdapterTable(
-        entries={**rest.entries, name: entry},
-        next_lora_task_id=max(rest.next_lora_task_id, task_id + 1),
-        retired_lora_task_ids=rest.retired_lora_task_ids,
+    return replace(
+        table,
+        entries={**table.entries, name: entry},
+        next_lora_task_id=max(table.next_lora_task_id, task_id + 1),
+        retired_lora_task_ids=_retired(table, name),
     )
 
 
@@ -114,172 +141,46 @@ def with_warm(table: AdapterTable, name: str, warm: bool) -> AdapterTable:
 
 
 def without_adapter(table: AdapterTable, name: str) -> AdapterTable:
-    """`table` without `name`, whose id is retired; AdapterTableError when it is not there."""
+    """`table` without `name`, whose id is retired; AdapterTableError when it is not there, or has aliases."""
     if name not in table.entries:
         raise AdapterTableError(f"no adapter {name!r} is registered; {available(table)}")
-    retired = table.entries[name].lora_task_id
+    if aliases := table.aliases_by_name().get(name):
+        raise AdapterTableError(
+            f"adapter {name!r} has aliases: {', '.join(aliases)}; lead them to another one first, with: "
+            f"tritonlora alias {aliases[0]} OTHER, or take them away, with: tritonlora remove {aliases[0]}"
+        )
     return replace(
         table,
         entries={other: entry for other, entry in table.entries.items() if other != name},
-        retired_lora_task_ids=tuple(sorted({*table.retired_lora_task_ids, retired})),
+        retired_lora_task_ids=_retired(table, name),
     )
+
+
+def _retired(table: AdapterTable, name: str) -> tuple[int, ...]:
+    """The retired ids once `name` has not its id any more."""
+    known = table.entries.get(name)
+    return tuple(sorted({*table.retired_lora_task_ids, *([known.lora_task_id] if known else [])}))
+
+
+def with_alias(table: AdapterTable, alias: str, name: str) -> AdapterTable:
+    """`table` with `alias` leading to the adapter `name`, or to the one that `name` leads to now as an alias."""
+    check_name(alias)
+    if alias in table.entries:
+        raise AdapterTableError(f"{alias!r} is an adapter; an alias needs a name of its own")
+    name = table.aliases.get(name, name)
+    if name not in table.entries:
+        raise AdapterTableError(f"no adapter {name!r} is registered; {available(table)}")
+    return replace(table, aliases={**table.aliases, alias: name})
+
+
+def without_alias(table: AdapterTable, alias: str) -> AdapterTable:
+    """`table` without this alias; its adapter stays."""
+    return replace(table, aliases={other: name for other, name in table.aliases.items() if other != alias})
 
 
 def available(table: AdapterTable, most: int = 20) -> str:
     """'available: a, b, c', cut to `most` names and a count."""
-    names = sorted(table.entries)
-    if not names:
+    if not table.names:
         return "no adapter is registered"
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"available: {', '.join(names[:most])}{more}"
-
-
-def render(table: AdapterTable) -> str:
-    """The text of adapters.json."""
-    document = {
-        "schema_version": SCHEMA_VERSION,
-        "next_lora_task_id": table.next_lora_task_id,
-        "retired_lora_task_ids": list(table.retired_lora_task_ids),
-        "adapters": {name: asdict(entry) for name, entry in sorted(table.entries.items())},
-    }
-    return json.dumps(document, indent=2) + "\n"
-
-
-def parse(text: str) -> AdapterTable:
-    """The table in the text of adapters.json; AdapterTableError with every problem found."""
-    try:
-        document = json.loads(text, object_pairs_hook=_no_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise AdapterTableError(f"adapters.json is not JSON: {error}") from None
-    if not isinstance(document, dict):
-        raise AdapterTableError("adapters.json must hold an object")
-    if document.get("schema_version") != SCHEMA_VERSION:
-        raise AdapterTableError(
-            f"adapters.json has schema_version {document.get('schema_version')!r}, expected {SCHEMA_VERSION}"
-        )
-
-    problems = [
-        f"{key!r} must be {expected}, got {document.get(key)!r}"[:300]
-        for key, (is_right, expected) in _TABLE_CHECKS.items()
-        if not is_right(document.get(key))
-    ]
-    if problems:
-        raise AdapterTableError(one_message("adapters.json is malformed", problems))
-
-    entries: dict[str, AdapterEntry] = {}
-    for name, fields in document["adapters"].items():
-        found = [*_name_problems(name), *_entry_problems(fields)]
-        problems += [f"adapter {name[:200]!r}: {problem}" for problem in found]
-        if not found:
-            entries[name] = _entry(fields)
-    table = AdapterTable(entries, document["next_lora_task_id"], tuple(document["retired_lora_task_ids"]))
-    problems += _task_id_problems(table)
-    if problems:
-        raise AdapterTableError(one_message("adapters.json is malformed", problems))
-    return table
-
-
-def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    document = dict(pairs)
-    if len(document) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = sorted({key for key in keys if keys.count(key) > 1})
-        raise ValueError(f"{twice[0]!r} stands twice in one object")
-    return document
-
-
-def _is_task_id(value: object) -> bool:
-    return type(value) is int and 1 <= value <= MAX_TASK_ID
-
-
-def _is_shape(value: object) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(type(dim) is int and dim > 0 for dim in value)
-
-
-def _is_inside_repository(value: object) -> bool:
-    if not isinstance(value, str) or not value or "\\" in value or "\0" in value:
-        return False
-    return not value.startswith("/") and ".." not in value.split("/")
-
-
-_Check = tuple[Callable[[Any], bool], str]  # is it right, and what was expected
-_FIELD_CHECKS: dict[str, _Check] = {
-    "lora_task_id": (_is_task_id, "an integer from 1"),
-    "lora_weights_file": (_is_inside_repository, "a path relative to the model repository and inside it"),
-    "lora_config_file": (_is_inside_repository, "a path relative to the model repository and inside it"),
-    "dtype": (lambda value: value in DTYPES, f"one of {', '.join(DTYPES)}"),
-    "lora_weights_shape": (_is_shape, "two positive integers"),
-    "lora_config_shape": (lambda value: _is_shape(value) and value[1] in (3, 4), "[n, 3] or [n, 4]"),
-    "lora_weights_sha256": (lambda value: isinstance(value, str) and len(value) == 64, "64 hexadecimal digits"),
-    "lora_config_sha256": (lambda value: isinstance(value, str) and len(value) == 64, "64 hexadecimal digits"),
-    "adapter_sizes": (
-        lambda value: isinstance(value, list) and all(type(size) is int and size > 0 for size in value),
-        "a list of positive integers",
-    ),
-    "modules": (
-        lambda value: isinstance(value, list) and all(isinstance(module, str) for module in value),
-        "a list of module names",
-    ),
-    "base_model_name_or_path": (lambda value: isinstance(value, str), "a string"),
-    "warm": (lambda value: isinstance(value, bool), "true or false"),
-    "added_at": (lambda value: isinstance(value, str), "a string"),
-    "pages": (lambda value: value is None or (type(value) is int and value > 0), "a positive integer or null"),
-    "lora_path": (
-        lambda value: value is None or _is_inside_repository(value),
-        "a path relative to the model repository and inside it, or null",
-    ),
-}
-
-
-_TABLE_CHECKS: dict[str, _Check] = {
-    "adapters": (lambda value: isinstance(value, dict), "an object"),
-    "next_lora_task_id": (lambda value: type(value) is int and 1 <= value <= MAX_TASK_ID + 1, "an integer from 1"),
-    "retired_lora_task_ids": (
-        lambda value: isinstance(value, list) and all(_is_task_id(task_id) for task_id in value),
-        "a list of integers from 1",
-    ),
-}
-
-
-def _entry(fields: Mapping[str, Any]) -> AdapterEntry:
-    """The entry of checked `fields`; keys that this version does not know are left alone."""
-    values: list[Any] = [
-        tuple(fields[key]) if type(fields.get(key)) is list else fields.get(key) for key in _FIELD_CHECKS
-    ]
-    return AdapterEntry(*values)  # _FIELD_CHECKS has the order of the fields
-
-
-def _entry_problems(fields: object) -> list[str]:
-    if not isinstance(fields, dict):
-        return ["must be an object"]
-    problems = [
-        f"{key!r} must be {expected}, got {fields.get(key)!r}"[:300]
-        for key, (is_right, expected) in _FIELD_CHECKS.items()
-        if not is_right(fields.get(key))
-    ]
-    if not problems and fields["lora_weights_shape"][0] != fields["lora_config_shape"][0]:
-        problems.append("lora_weights_shape and lora_config_shape have different row counts")
-    return problems
-
-
-def _name_problems(name: str) -> list[str]:
-    return [] if NAME_PATTERN.fullmatch(name) else [f"the name is not legal; use {NAME_RULE}"]
-
-
-def _task_id_problems(table: AdapterTable) -> list[str]:
-    """Ids that two adapters have, that are retired, or that are still to be given."""
-    problems = []
-    owners: dict[int, str] = {}
-    retired = set(table.retired_lora_task_ids)
-    for name, entry in table.entries.items():
-        task_id = entry.lora_task_id
-        if task_id in owners:
-            problems.append(f"adapter {name!r}: lora_task_id {task_id} is also that of adapter {owners[task_id]!r}")
-        if task_id in retired:
-            problems.append(f"adapter {name!r}: lora_task_id {task_id} is retired")
-        if task_id >= table.next_lora_task_id:
-            problems.append(
-                f"adapter {name!r}: lora_task_id {task_id} is not below next_lora_task_id {table.next_lora_task_id}"
-            )
-        owners.setdefault(task_id, name)
-    return problems
+    more = f" and {len(table.names) - most} more" if len(table.names) > most else ""
+    return f"available: {', '.join(table.names[:most])}{more}"

@@ -226,16 +226,36 @@ def _id_and_size(entry: AdapterEntry) -> str:
 
 @app.command()
 def remove(
-    name: Annotated[str, typer.Argument(help="The adapter's name.")], repo: Repo, as_json: AsJson = False
+    name: Annotated[str, typer.Argument(help="The adapter's name, or an alias.")], repo: Repo, as_json: AsJson = False
 ) -> None:
-    """Take an adapter out of the repository. Its lora_task_id is never used again."""
+    """Take an adapter out of the repository, whose lora_task_id is never used again; or an alias."""
     from tritonlora import register, repository
 
-    entry = register.remove(repository.open_repository(repo), name)
+    removed = register.remove(repository.open_repository(repo), name)
     if as_json:
-        print_json({"name": name, "entry": entry})
+        print_json(removed)
+    elif removed.entry is None:
+        sys.stdout.write(f"{name} removed: adapter {removed.alias_of} stays\n")
     else:
-        sys.stdout.write(f"{name} removed: lora_task_id {entry.lora_task_id} is retired\n")
+        sys.stdout.write(f"{name} removed: lora_task_id {removed.entry.lora_task_id} is retired\n")
+
+
+@app.command()
+def alias(
+    new: Annotated[str, typer.Argument(help="The name that clients will send, too.")],
+    old: Annotated[str, typer.Argument(help="The adapter's name.")],
+    repo: Repo,
+    as_json: AsJson = False,
+) -> None:
+    """Give an adapter a second name, or lead one to another adapter; `remove` takes it away."""
+    from tritonlora import register, repository
+
+    aliased = register.alias(repository.open_repository(repo), new, old)
+    if as_json:
+        print_json(aliased)
+        return
+    before = f" (was: {aliased.before})" if aliased.before not in (None, aliased.name) else ""
+    sys.stdout.write(f"{new} is adapter {aliased.name}{before}\n")
 
 
 @app.command("list")
@@ -244,10 +264,12 @@ def list_adapters(repo: Repo, as_json: AsJson = False) -> None:
     from tritonlora import repository
 
     table = repository.read_table(repository.open_repository(repo))
+    aliases = table.aliases_by_name()
     if as_json:
-        print_json(dict(sorted(table.entries.items())))
+        entries = sorted(table.entries.items())
+        print_json({name: {**dataclasses.asdict(entry), "aliases": aliases.get(name, [])} for name, entry in entries})
         return
-    columns = ("lora_name", "lora_task_id", "rank", "modules", "size", "pages", "start")
+    columns = ("lora_name", "lora_task_id", "rank", "modules", "size", "pages", "start", "aliases")
     rows = [
         (
             name,
@@ -257,6 +279,7 @@ def list_adapters(repo: Repo, as_json: AsJson = False) -> None:
             size(entry.lora_weights_nbytes),
             str(entry.pages or "?"),
             "warm" if entry.warm else "on first use",
+            ",".join(aliases.get(name, [])),
         )
         for name, entry in sorted(table.entries.items())
     ]

@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tritonlora import undo, wiring
-from tritonlora.adapters import AdapterTable, render
+from tritonlora.adapters import AdapterTable
+from tritonlora.adapters_json import render
 from tritonlora.errors import ConfigError, RepositoryError
 from tritonlora.files import locked, temporary_directory, write_text, writing
 from tritonlora.flavours import flavour_of_config
@@ -34,6 +35,7 @@ ROUTER_MODULES = (
     "errors.py",
     "adapters.py",
     "flavours.py",
+    "adapters_json.py",
     "dlpack.py",
     "routing.py",
     "residency.py",
@@ -45,6 +47,7 @@ LISTING_MODULES = (
     "__init__.py",
     "errors.py",
     "adapters.py",
+    "adapters_json.py",
     "dlpack.py",
     "routing.py",
     "residency.py",

@@ -20,15 +20,26 @@ from typing import Any
 
 from tritonlora.adapters import AdapterEntry, AdapterTable
 from tritonlora.errors import AdapterUnavailable
-from tritonlora.routing import Route, check_files
+from tritonlora.routing import Route, check_files, malformed
 
 
 def describe(
     table: AdapterTable, repository: Path, holds: Callable[[int], bool], only: str | None = None
 ) -> dict[str, dict[str, Any]]:
-    """What is known of each adapter, or of one of them, by lora_name. `holds` says what the engine is held to hold."""
+    """What is known of each adapter, or of one of them, by lora_name. `holds` says what the engine is held to hold.
+
+    Of an entry that is malformed, and of an alias of nothing, that is the state and the reason.
+    """
     names = table.entries if only is None else (only,)
-    return {name: _describe(repository, Route(name, table.entries[name]), holds) for name in names}
+    aliases = table.aliases_by_name()
+    found = {
+        name: {**_describe(repository, Route(name, table.entries[name]), holds), "aliases": aliases.get(name, [])}
+        for name in names
+    }
+    if only is None:
+        for name in table.unavailable:
+            found[name] = {"state": "unavailable", "reason": str(malformed(table, name))}
+    return found
 
 
 def _describe(repository: Path, route: Route, holds: Callable[[int], bool]) -> dict[str, Any]:

@@ -21,7 +21,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tritonlora import plan, undo, warmup, wiring
-from tritonlora.adapters import AdapterEntry, AdapterTable, check_name, render, with_adapter, with_warm, without_adapter
+from tritonlora.adapters import (
+    AdapterEntry,
+    AdapterTable,
+    check_name,
+    with_adapter,
+    with_alias,
+    with_warm,
+    without_adapter,
+    without_alias,
+)
+from tritonlora.adapters_json import render
 from tritonlora.engine import EngineProfile, load_profile
 from tritonlora.errors import ConfigError, EngineMismatch, RepositoryError, TritonLoraError
 from tritonlora.files import locked, publish, sha256_of, temporary_name, write_text
@@ -220,15 +230,51 @@ def _with(table: AdapterTable, added: Added) -> AdapterTable:
     return with_adapter(table, added.name, added.entry)
 
 
-def remove(repository: Repository, name: str) -> AdapterEntry:
-    """Take an adapter out: its warmup sample, its name, its files. Its lora_task_id is never used again."""
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """What `remove` took away."""
+
+    name: str
+    entry: AdapterEntry | None  # of an adapter
+    alias_of: str | None  # of an alias: the adapter, which stays
+
+
+def remove(repository: Repository, name: str) -> Removed:
+    """Take an adapter out: its warmup sample, its name, its files. Its lora_task_id is never used again.
+
+    Of an alias, the name alone is taken away. Refuses an adapter that has aliases.
+    """
     with locked(repository.table_path.parent):
         table = read_table(repository)
+        if name in table.aliases:
+            write_text(repository.table_path, render(without_alias(table, name)))
+            return Removed(name, None, alias_of=table.aliases[name])
         new_table = without_adapter(table, name)
         _write_config(repository, new_table)
         write_text(repository.table_path, render(new_table))
         _sweep(repository, new_table)
-        return table.entries[name]
+        return Removed(name, table.entries[name], alias_of=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Aliased:
+    """Where `alias` led a name to."""
+
+    alias: str
+    name: str  # of the adapter
+    before: str | None  # the adapter that the alias led to until now
+
+
+def alias(repository: Repository, alias: str, name: str) -> Aliased:
+    """Give an adapter a second name, or lead one that there is to another adapter, in one step.
+
+    Where `name` is an alias itself, the new one leads to the adapter that it leads to now, and stays there.
+    """
+    with locked(repository.table_path.parent):
+        table = read_table(repository)
+        new_table = with_alias(table, alias, name)
+        write_text(repository.table_path, render(new_table))
+        return Aliased(alias, new_table.aliases[alias], table.aliases.get(alias))
 
 
 def repair(repository: Repository) -> None:

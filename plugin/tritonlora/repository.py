@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from tritonlora.adapters import AdapterTable, parse
+from tritonlora.adapters import AdapterTable
+from tritonlora.adapters_json import parse
 from tritonlora.engine import EngineProfile
 from tritonlora.errors import AdapterTableError, ConfigError, RepositoryError
 from tritonlora.files import TEMPORARY_SUFFIX

@@ -9,6 +9,9 @@ This file runs inside a plain Triton container: standard library and numpy only.
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import mmap
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +21,11 @@ import numpy as np
 import numpy.typing as npt
 
 from tritonlora import dlpack
-from tritonlora.adapters import NAME_PATTERN, AdapterEntry, AdapterTable, available, parse
-from tritonlora.errors import AdapterTableError, AdapterUnavailable, InvalidRequest, UnknownAdapter
+from tritonlora.adapters import NAME_PATTERN, AdapterEntry, AdapterTable, available
+from tritonlora.adapters_json import parse_sound, unavailable
+from tritonlora.errors import AdapterTableError, AdapterUnavailable, InvalidRequest, UnknownAdapter, one_message
+
+MOST_REPORTED = 20  # malformed entries in one log entry
 
 # Which adapter
 
@@ -28,15 +34,15 @@ from tritonlora.errors import AdapterTableError, AdapterUnavailable, InvalidRequ
 class Route:
     """The adapter that a request (or a row of a batch) means."""
 
-    lora_name: str
+    lora_name: str  # the adapter's own, also where the request says an alias of it
     entry: AdapterEntry
 
 
 def resolve(table: AdapterTable, lora_name: bytes | str | None, lora_task_id: int | None) -> Route | None:
     """The adapter that a request names, by name, id or both; None when it names none: the base model.
 
-    UnknownAdapter when nothing is registered under it; InvalidRequest when it cannot be a name, or when name and id
-    disagree.
+    UnknownAdapter when nothing is registered under it; AdapterUnavailable when what is registered is malformed;
+    InvalidRequest when it cannot be a name, or when name and id disagree.
     """
     if lora_name is None and lora_task_id is None:
         return None
@@ -45,8 +51,11 @@ def resolve(table: AdapterTable, lora_name: bytes | str | None, lora_task_id: in
         if name is None:
             raise UnknownAdapter(f"unknown lora_task_id {lora_task_id}; {available(table)}")
     else:
-        name = _decoded(lora_name)
+        asked = _decoded(lora_name)
+        name = table.aliases.get(asked, asked)
         if name not in table.entries:
+            if name in table.unavailable:
+                raise malformed(table, name)
             raise UnknownAdapter(f"unknown LoRA adapter {name!r}; {available(table)}")
     entry = table.entries[name]
     if lora_task_id not in (None, entry.lora_task_id):
@@ -54,6 +63,12 @@ def resolve(table: AdapterTable, lora_name: bytes | str | None, lora_task_id: in
             f"lora_name {name!r} has lora_task_id {entry.lora_task_id}, but the request says {lora_task_id}; send one"
         )
     return Route(name, entry)
+
+
+def malformed(table: AdapterTable, name: str) -> AdapterUnavailable:
+    """Why `name`, one of `table.unavailable`, cannot be served: what its entry must be. What it is may be a path."""
+    rules = "; ".join(problem.rule for problem in table.unavailable[name])
+    return AdapterUnavailable(f"LoRA adapter {name!r}: its entry in adapters.json on the server is malformed: {rules}")
 
 
 def resolve_rows(
@@ -103,13 +118,20 @@ def warmed(table: AdapterTable) -> dict[int, int]:
 
 
 class TableFile:
-    """adapters.json as it is on disk now. A malformed or vanished file leaves the last good table in place."""
+    """adapters.json as it is on disk now, but for adapters whose own entry is malformed: these are unavailable.
+
+    A file that is malformed as a whole, or has vanished, leaves the last good table in place.
+    """
 
     def __init__(self, path: Path, on_failure: Callable[[str], None]) -> None:
-        """Read the table; AdapterTableError when there is no good one to begin with."""
+        """Read the table; AdapterTableError when there is no good one to begin with.
+
+        `on_failure` is told once of what is wrong, when it comes up.
+        """
         self._path = path
         self._on_failure = on_failure
         self._version: object = None
+        self._reported: set[str] = set()
         self._table = self._read()
 
     def table(self) -> AdapterTable:
@@ -134,7 +156,13 @@ class TableFile:
             text = self._path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise AdapterTableError(f"cannot read {self._path}: {error}") from None
-        return parse(text)
+        table = parse_sound(text)
+        problems = list(unavailable(table))
+        if new := [problem for problem in problems if problem not in self._reported]:
+            more = [f"and {len(new) - MOST_REPORTED} more"] if len(new) > MOST_REPORTED else []
+            self._on_failure(one_message("adapters.json: unavailable", [*new[:MOST_REPORTED], *more]))
+        self._reported = set(problems)
+        return table
 
 
 class PreviousIds:
@@ -172,33 +200,52 @@ class WholeTexts:
 # An adapter's tensors
 
 
-def check_files(repository: Path, route: Route) -> None:
-    """AdapterUnavailable when a file of the adapter is missing or has the wrong size.
+def check_files(repository: Path, route: Route, *, deep: bool = False) -> None:
+    """AdapterUnavailable when a file of the adapter is missing, or is not the registered one.
 
-    It would otherwise be served as other weights or as a bus error.
+    By its size, or, if `deep`, by its SHA-256, too, which is computed once for each version of the file. The size of a
+    file that the engine reads by itself is not that of its tensors.
     """
     entry = route.entry
-    for file, nbytes in (
-        (entry.lora_weights_file, entry.lora_weights_nbytes),
-        (entry.lora_config_file, entry.lora_config_nbytes),
+    is_raw = entry.lora_path is None
+    for file, nbytes, sha256 in (
+        (entry.lora_weights_file, entry.lora_weights_nbytes, entry.lora_weights_sha256),
+        (entry.lora_config_file, entry.lora_config_nbytes, entry.lora_config_sha256),
     ):
-        try:
-            found = (repository / file).stat().st_size
-        except OSError:
-            raise AdapterUnavailable(f"LoRA adapter {route.lora_name!r}: {file} is missing on the server") from None
-        if found != nbytes:
-            raise AdapterUnavailable(
-                f"LoRA adapter {route.lora_name!r}: {file} has {found} bytes on the server, expected {nbytes}"
-            )
+        if problem := _file_problem(repository / file, nbytes if is_raw else None, sha256 if deep else None):
+            raise AdapterUnavailable(f"LoRA adapter {route.lora_name!r}: {problem}")
 
 
 def map_tensors(repository: Path, route: Route) -> tuple[object, npt.NDArray[np.int32]]:
     """(lora_weights (1, n, W), lora_config (1, n, 3 or 4) int32) of an adapter, the weights as a DLPack capsule.
 
-    The weights are the pages of the file: nothing is copied before they are sent. Raises what `check_files` raises.
+    The weights are the pages of the file: nothing is copied before they are sent. Raises what `check_files` raises: a
+    file that is not the registered one would be served as other weights, or as a bus error.
     """
-    check_files(repository, route)
+    check_files(repository, route, deep=True)
     entry = route.entry
     lora_weights = dlpack.mapped(repository / entry.lora_weights_file, entry.dtype, (1, *entry.lora_weights_shape))
     lora_config: npt.NDArray[Any] = np.fromfile(repository / entry.lora_config_file, "<i4")
     return lora_weights, lora_config.reshape(1, *entry.lora_config_shape)
+
+
+def _file_problem(path: Path, nbytes: int | None, sha256: str | None) -> str | None:
+    """In what a file is not the registered one, without the server's path."""
+    try:
+        found = path.stat()
+        if nbytes not in (None, found.st_size):
+            return f"{path.name} has {found.st_size} bytes on the server, expected {nbytes}"
+        if sha256 is not None and _sha256_of(path, (found.st_ino, found.st_mtime_ns)) != sha256:
+            return f"{path.name} was altered on the server: its SHA-256 is not the registered one"
+    except FileNotFoundError:
+        return f"{path.name} is missing on the server"
+    except OSError as error:
+        return f"{path.name} cannot be read on the server: {error.strerror}"
+    return None
+
+
+@functools.cache
+def _sha256_of(path: Path, _version: tuple[int, int]) -> str:
+    """Of a file's content; read once for each version of it, which takes about as long as copying it."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return hashlib.sha256(content).hexdigest()

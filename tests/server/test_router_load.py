@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from repositories import synthetic_repository
-from tritonlora.adapters import AdapterTable, render, with_adapter
+from tritonlora.adapters import AdapterTable, with_adapter
+from tritonlora.adapters_json import render
 from tritonlora.files import write_text
 from tritonlora.repository import Repository, read_table
 from tritonlora.server import Server

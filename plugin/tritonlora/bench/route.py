@@ -27,7 +27,8 @@ from typing import Any
 
 import numpy as np
 
-from tritonlora.adapters import AdapterEntry, render
+from tritonlora.adapters import AdapterEntry
+from tritonlora.adapters_json import render
 from tritonlora.bench import load, scratch
 from tritonlora.bench.load import Times, Way
 from tritonlora.bench.measured import Part, Series, at_least, at_most, series

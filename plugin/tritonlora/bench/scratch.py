@@ -11,7 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from tritonlora import install, register, repository, wiring
-from tritonlora.adapters import AdapterEntry, AdapterTable, render
+from tritonlora.adapters import AdapterEntry, AdapterTable
+from tritonlora.adapters_json import render
 from tritonlora.bench.convert import LAYERS, LLAMA_8B, make_adapter
 from tritonlora.errors import RepositoryError
 from tritonlora.files import write_text
