@@ -37,10 +37,15 @@ LLAMA_8B_CONFIG = {
 _BARE_MODEL = '''\
 """Sends each request on to the engine's model, and each answer back."""
 
+from collections import deque
+
 import triton_python_backend_utils as pb_utils
 
 
 class TritonPythonModel:
+    def initialize(self, args):
+        self.last_streams = deque(maxlen=4)  # Triton's stub would hang sooner or later if it were the last to hold one
+
     def execute(self, requests):
         for request in requests:
             sender = request.get_response_sender()
@@ -49,7 +54,9 @@ class TritonPythonModel:
                 inputs=request.inputs(),
                 requested_output_names=["output_ids", "sequence_length"],
             )
-            for answer in forwarded.exec(decoupled=True):
+            answers = forwarded.exec(decoupled=True)
+            self.last_streams.append(answers)
+            for answer in answers:
                 if answer.has_error():
                     sender.send(pb_utils.InferenceResponse(error=answer.error()))
                 else:
