@@ -142,8 +142,8 @@ class Forwarder(Generic[Answer]):
         """All the answers, once the first one says nothing against the state of the engine's cache."""
         task_id, pages = route.entry.lora_task_id, route.entry.pages or 1
         deadline = time.monotonic() + self._cache_full_timeout
-        reason = "evicted" if self._residency.was_held(task_id) else "first_use"
         attach = not self._residency.holds(task_id)
+        reason = ""
         misses = 0
         if self._residency.has_line_for(task_id):
             place.join()
@@ -155,6 +155,8 @@ class Forwarder(Generic[Answer]):
                     f"LoRA adapter {route.lora_name!r} does not fit beside the adapters in use; "
                     f"tried for {self._cache_full_timeout:g} s"
                 ) from None
+            if attach and not reason:  # before this request itself claims it
+                reason = "evicted" if self._residency.was_held(task_id) else "first_use"
             with self._claim(route, insist=misses > 1) if attach else contextlib.nullcontext(False) as loads:
                 began = time.monotonic()
                 answers = iter(send(loads))

@@ -114,6 +114,8 @@ class Residency:
         self.directory = directory
         self._held = str(directory / "held")
         self._line = str(directory / "line")
+        self._loading = str(directory / "loading")
+        self._ended = str(directory / "ended")
         self._descriptor = descriptor
 
     def close(self) -> None:
@@ -163,12 +165,12 @@ class Residency:
             os.close(self._used)
             self._used = None
         with contextlib.suppress(OSError):
-            os.utime(self.directory / "ended", ns=(now, now))
+            os.utime(self._ended, ns=(now, now))
 
     def ends(self) -> int:
         """A number that changes whenever a request for an adapter ends."""
         with contextlib.suppress(OSError):
-            return (self.directory / "ended").stat().st_mtime_ns
+            return os.stat(self._ended).st_mtime_ns  # noqa: PTH116  for every request: Path is slow
         return 0
 
     @contextlib.contextmanager
@@ -187,7 +189,7 @@ class Residency:
 
     def was_held(self, task_id: int) -> bool:
         """Whether any instance has loaded the adapter before."""
-        return os.path.exists(f"{self.directory}/loading/{task_id}")  # noqa: PTH110
+        return os.path.exists(f"{self._loading}/{task_id}")  # noqa: PTH110
 
     @contextlib.contextmanager
     def place(self, task_id: int, retry_interval: float) -> Iterator[Place]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import mmap
+import os
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,6 +130,7 @@ class TableFile:
         `on_failure` is told once of what is wrong, when it comes up.
         """
         self._path = path
+        self._name = str(path)
         self._on_failure = on_failure
         self._version: object = None
         self._reported: set[str] = set()
@@ -145,7 +147,7 @@ class TableFile:
 
     def _stat(self) -> object:
         try:
-            found = self._path.stat()
+            found = os.stat(self._name)  # noqa: PTH116  for every request: Path is slow
         except OSError:
             return "unreadable"
         return (found.st_ino, found.st_mtime_ns, found.st_size)

@@ -271,7 +271,8 @@ def values_of(request: pb_utils.InferenceRequest, name: str) -> list[Any] | None
 
 def parameters_of(request: pb_utils.InferenceRequest) -> dict[str, Any]:
     """The request's parameters."""
-    parameters: dict[str, Any] = json.loads(request.parameters() or "{}")
+    text = request.parameters()
+    parameters: dict[str, Any] = json.loads(text) if text else {}
     return parameters
 
 
