@@ -14,6 +14,7 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ import pytest
 import torch
 
 from repositories import synthetic_adapter
-from tritonlora import check, files, install, pack, register, repository
+from tritonlora import check, files, generated, install, pack, register, repository
 from tritonlora.errors import EngineMismatch, InvalidAdapter, RepositoryError, TritonLoraError
 from tritonlora.findings import Finding
 from tritonlora.pbtxt import parse
@@ -124,7 +125,7 @@ def test_the_same_content_again_changes_nothing(opened: Repository, adapters: Ca
 
 
 def test_other_content_under_an_old_name_gets_a_new_id(opened: Repository, adapters: Callable[[int], Path]) -> None:
-    """The engine would silently keep the old weights; the old files stay until the next command."""
+    """The engine would silently keep the old weights; requests that are under way may still send the old files."""
     register.add(opened, "pirate", adapters(0))
     register.add(opened, "pirate", adapters(1))
     table = read_table(opened)
@@ -133,9 +134,16 @@ def test_other_content_under_an_old_name_gets_a_new_id(opened: Repository, adapt
     assert (opened.warmup_directory / "adapter_model_1.bin").exists()
     assert [] == errors(opened)
 
-    register.add(opened, "haiku", adapters(2))
+    register.add(opened, "pirate", adapters(2))
 
-    assert not (opened.warmup_directory / "adapter_model_1.bin").exists()
+    assert (opened.warmup_directory / "adapter_model_1.bin").exists()
+    for path in opened.warmup_directory.glob("*_1.bin"):
+        os.utime(path, (0, time.time() - generated.FILES_STAY_SECONDS - 1))
+    register.add(opened, "haiku", adapters(3))
+
+    assert [2, 3, 4] == sorted(
+        int(path.stem.split("_")[-1]) for path in opened.warmup_directory.glob("adapter_model_*")
+    )
 
 
 def test_warm_can_be_switched_without_a_new_id(opened: Repository, adapters: Callable[[int], Path]) -> None:

@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import datetime
 import itertools
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tritonlora import plan, undo, warmup, wiring
+from tritonlora import generated, plan, undo, warmup, wiring
 from tritonlora.adapters import (
     AdapterEntry,
     AdapterTable,
@@ -33,16 +32,15 @@ from tritonlora.adapters import (
 )
 from tritonlora.adapters_json import render
 from tritonlora.engine import EngineProfile, load_profile
-from tritonlora.errors import ConfigError, EngineMismatch, RepositoryError, TritonLoraError
+from tritonlora.errors import EngineMismatch, RepositoryError, TritonLoraError
 from tritonlora.files import locked, publish, sha256_of, temporary_name, write_text
 from tritonlora.flavours import Flavour, flavour_of_config
 from tritonlora.modules import MODULES
-from tritonlora.pbtxt import ModelConfig, parse_config
+from tritonlora.pbtxt import ModelConfig
 from tritonlora.repository import (
     ROUTER,
     Repository,
     engine_profile,
-    half_written,
     plan_entries,
     read_config,
     read_table,
@@ -103,13 +101,12 @@ def add(
         table = read_table(repository)
         planned = _plan(repository, table, name, adapter_directory, options, task_id=task_id)
         # Everything that can be refused is refused before a byte is written.
-        _rendered_config(repository, with_adapter(table, name, planned.entry))
+        generated.rendered_config(repository, with_adapter(table, name, planned.entry))
         if dry_run:
             return Added(name, planned.entry, unchanged=False, remarks=planned.remarks)
-        _sweep(repository, table)
+        generated.sweep(repository, table)
         added = _write_tensors(repository, planned, table.entries.get(name) if task_id is None else None)
-        # The files of an adapter that this one replaces stay until the next command: requests may be using them.
-        _write_table(repository, _with(table, added))
+        generated.write_table(repository, table, _with(table, added))
         return added
 
 
@@ -131,13 +128,13 @@ def add_all(
 
     with locked(repository.table_path.parent):
         table = before = read_table(repository)
-        _sweep(repository, table)
+        generated.sweep(repository, table)
         planned = []
         for name, directory in adapters.items():
             try:
                 planned.append(_plan(repository, table, name, directory, options))
                 table = with_adapter(table, name, planned[-1].entry)  # so that each gets an id of its own
-                _rendered_config(repository, table)
+                generated.rendered_config(repository, table)
             except TritonLoraError as error:
                 note(Refused(name, str(error)))
         table = before
@@ -155,7 +152,7 @@ def add_all(
                     note(Refused(futures[future], str(error)))
         finally:
             pool.shutdown(cancel_futures=True)
-            _write_table(repository, table)
+            generated.write_table(repository, before, table)
     return results
 
 
@@ -250,9 +247,9 @@ def remove(repository: Repository, name: str) -> Removed:
             write_text(repository.table_path, render(without_alias(table, name)))
             return Removed(name, None, alias_of=table.aliases[name])
         new_table = without_adapter(table, name)
-        _write_config(repository, new_table)
+        generated.write_config(repository, new_table)
         write_text(repository.table_path, render(new_table))
-        _sweep(repository, new_table)
+        generated.sweep(repository, new_table, at_once=True)
         return Removed(name, table.entries[name], alias_of=None)
 
 
@@ -281,8 +278,8 @@ def repair(repository: Repository) -> None:
     """Bring what is generated in step with adapters.json again, and delete what stopped commands left behind."""
     with locked(repository.table_path.parent):
         table = read_table(repository)
-        _sweep(repository, table)
-        _write_config(repository, table)
+        generated.sweep(repository, table, at_once=True)
+        generated.write_config(repository, table)
 
 
 def set_parameters(repository: Repository, parameters: Mapping[str, str]) -> None:
@@ -388,54 +385,3 @@ def _pages(layout: Layout, profile: EngineProfile | None, config: ModelConfig) -
     rows = tuple((row.module.id, row.layer, row.adapter_size, int(row.dora)) for row in layout.rows)
     entry = plan.Entry("", rows, layout.weights_nbytes)
     return plan.plan_cache([entry], profile, config.parameters).adapters[0].pages
-
-
-# The warmup block
-
-
-def _rendered_config(repository: Repository, table: AdapterTable) -> str:
-    """The engine model's config.pbtxt for `table`; RepositoryError, naming the file, when it cannot be edited."""
-    text = read_text(repository.config_path)
-    try:
-        text = flavour_of_config(parse_config(text)).declare(text, table.entries.values())
-        config = parse_config(text)
-        block = warmup.render_block(config, warmup.samples(config, table))
-        _keep_foreign_files(repository, text, warmup.files(config, table, repository.served_root))
-        return warmup.replace_block(text, block)
-    except ConfigError as error:
-        raise RepositoryError(f"{repository.config_path}: {error}") from None
-
-
-def _keep_foreign_files(repository: Repository, text: str, files: Mapping[str, bytes]) -> None:
-    """Refuse to write over a file that warmup samples of the user's own read, unless it says the same."""
-    paths = {name: repository.warmup_directory / name for name in warmup.foreign_files(text) if name in files}
-    taken = sorted(name for name, path in paths.items() if path.is_file() and path.read_bytes() != files[name])
-    if taken:
-        raise RepositoryError(
-            f"model_warmup samples of your own read {', '.join(f'warmup/{name}' for name in taken)}, which tritonlora "
-            "writes, too; give your files other names, or take out the samples that load adapters: `add` writes them"
-        )
-
-
-def _write_table(repository: Repository, table: AdapterTable) -> None:
-    write_text(repository.table_path, render(table))
-    _write_config(repository, table)
-
-
-def _write_config(repository: Repository, table: AdapterTable) -> None:
-    """Bring the warmup files and config.pbtxt in step with `table`."""
-    text = _rendered_config(repository, table)
-    for name, content in warmup.files(parse_config(text), table, repository.served_root).items():
-        undo.write(repository.root, repository.warmup_directory / name, content)
-    undo.write(repository.root, repository.config_path, text.encode())
-
-
-def _sweep(repository: Repository, table: AdapterTable) -> None:
-    """Delete the files of retired ids, and those that a stopped command left half-written. Others are the user's."""
-    retired = set(table.retired_lora_task_ids)
-    kept = (path for path in repository.warmup_directory.glob("*") if warmup.task_id_of(path.name) in retired)
-    for path in [*half_written(repository), *kept]:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)

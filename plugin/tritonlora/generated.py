@@ -1,0 +1,85 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""adapters.json, and what is generated from it: the warmup files and the model_warmup block; and what outlives it.
+
+The files of an adapter that was replaced stay for a while. A request that came before may still have to send them to
+the engine, and a server that shares the repository over NFS may see the change a minute later.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from tritonlora import undo, warmup
+from tritonlora.adapters import AdapterTable
+from tritonlora.adapters_json import render
+from tritonlora.errors import ConfigError, RepositoryError
+from tritonlora.files import write_text
+from tritonlora.flavours import flavour_of_config
+from tritonlora.pbtxt import parse_config
+from tritonlora.repository import Repository, half_written, read_text
+
+FILES_STAY_SECONDS = 600.0
+
+
+def rendered_config(repository: Repository, table: AdapterTable) -> str:
+    """The engine model's config.pbtxt for `table`; RepositoryError, naming the file, when it cannot be edited."""
+    text = read_text(repository.config_path)
+    try:
+        text = flavour_of_config(parse_config(text)).declare(text, table.entries.values())
+        config = parse_config(text)
+        block = warmup.render_block(config, warmup.samples(config, table))
+        _keep_foreign_files(repository, text, warmup.files(config, table, repository.served_root))
+        return warmup.replace_block(text, block)
+    except ConfigError as error:
+        raise RepositoryError(f"{repository.config_path}: {error}") from None
+
+
+def _keep_foreign_files(repository: Repository, text: str, files: Mapping[str, bytes]) -> None:
+    """Refuse to write over a file that warmup samples of the user's own read, unless it says the same."""
+    paths = {name: repository.warmup_directory / name for name in warmup.foreign_files(text) if name in files}
+    taken = sorted(name for name, path in paths.items() if path.is_file() and path.read_bytes() != files[name])
+    if taken:
+        raise RepositoryError(
+            f"model_warmup samples of your own read {', '.join(f'warmup/{name}' for name in taken)}, which tritonlora "
+            "writes, too; give your files other names, or take out the samples that load adapters: `add` writes them"
+        )
+
+
+def write_table(repository: Repository, before: AdapterTable, table: AdapterTable) -> None:
+    """Write `table` in the place of `before`, and bring the rest in step with it."""
+    for path in _files_of(repository, {*table.retired_lora_task_ids} - {*before.retired_lora_task_ids}):
+        os.utime(path)  # they stay from now on for as long as they must
+    write_text(repository.table_path, render(table))
+    write_config(repository, table)
+
+
+def write_config(repository: Repository, table: AdapterTable) -> None:
+    """Bring the warmup files and config.pbtxt in step with `table`."""
+    text = rendered_config(repository, table)
+    for name, content in warmup.files(parse_config(text), table, repository.served_root).items():
+        undo.write(repository.root, repository.warmup_directory / name, content)
+    undo.write(repository.root, repository.config_path, text.encode())
+
+
+def sweep(repository: Repository, table: AdapterTable, *, at_once: bool = False) -> None:
+    """Delete what a stopped command left half-written, and the files of retired ids. Others are the user's.
+
+    Those of adapters that were replaced a short while ago stay, unless `at_once`.
+    """
+    oldest = time.time() - (0 if at_once else FILES_STAY_SECONDS)
+    retired = [path for path in _files_of(repository, table.retired_lora_task_ids) if path.stat().st_mtime <= oldest]
+    for path in [*half_written(repository), *retired]:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _files_of(repository: Repository, task_ids: Collection[int]) -> list[Path]:
+    ids = frozenset(task_ids)
+    return [path for path in repository.warmup_directory.glob("*") if warmup.task_id_of(path.name) in ids]
