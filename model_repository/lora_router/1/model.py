@@ -89,6 +89,7 @@ class TritonPythonModel:
 
     def finalize(self) -> None:
         """Leave what the instances share."""
+        self._last_streams.clear()  # an iterator that outlives this call crashes the stub
         self._residency.close()
 
     def _routes(self, request: pb_utils.InferenceRequest) -> list[Route | None]:
