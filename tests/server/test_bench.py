@@ -75,7 +75,7 @@ def test_each_part_gives_values_and_ratios(name: str) -> None:
 def test_an_evicted_adapter_takes_longer_than_a_resident_one() -> None:
     """Otherwise nothing was evicted; 66 MB are enough to see it."""
     (part,) = run(["recovery"], Options(rounds=1, rank=8))
-    evicted, resident, copy = part.series
+    evicted, resident, copy, _ = part.series
 
     assert evicted.p50 > resident.p50 + copy.p50 / 2 > 0
 

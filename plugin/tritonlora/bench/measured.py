@@ -66,7 +66,7 @@ def at_least(name: str, value: float, target: float) -> Ratio:
 def series_rows(parts: Sequence[Part]) -> list[tuple[str, ...]]:
     """Rows of: part, what, p50, p99, unit."""
     return [
-        (part.name, one.name, f"{one.p50:.4g}", f"{one.p99:.4g}", one.unit) for part in parts for one in part.series
+        (part.name, one.name, _number(one.p50), _number(one.p99), one.unit) for part in parts for one in part.series
     ]
 
 
@@ -85,6 +85,10 @@ def ratio_rows(parts: Sequence[Part]) -> list[tuple[str, ...]]:
     ]
 
 
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
 def draw(parts: Sequence[Part], path: Path) -> None:
     """A row of bars for each part, p50 with p99 as a line, and its ratios below, into a PNG file."""
     import matplotlib as mpl
@@ -101,7 +105,9 @@ def draw(parts: Sequence[Part], path: Path) -> None:
         axes.barh(places, [one.p50 for one in part.series], 0.6)
         axes.hlines(places, [one.p50 for one in part.series], [one.p99 for one in part.series], color="tab:red")
         for place, one in zip(places, part.series, strict=True):
-            axes.annotate(f" {one.p50:.3g}, p99 {one.p99:.3g} {one.unit}", (max(one.p50, one.p99), place), va="center")
+            axes.annotate(
+                f" {_number(one.p50)}, p99 {_number(one.p99)} {one.unit}", (max(one.p50, one.p99), place), va="center"
+            )
         axes.set_yticks(places, [one.name for one in part.series])
         axes.invert_yaxis()
         axes.set_xlim(0, 1.5 * max(max(one.p50, one.p99) for one in part.series))
