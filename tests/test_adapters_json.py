@@ -5,13 +5,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from table import TABLE
-from tritonlora.adapters import with_alias
-from tritonlora.adapters_json import parse, parse_sound, render, unavailable
+from tritonlora.adapters import AdapterTable, with_alias, with_warm
+from tritonlora.adapters_json import TableReader, parse, parse_sound, render, unavailable
 from tritonlora.errors import AdapterTableError
 
 
@@ -81,6 +84,73 @@ def test_all_problems_are_reported_at_once() -> None:
 
     with pytest.raises(AdapterTableError, match="(?s)'dtype'.*'warm'.*'a/b': the name is not legal"):
         parse(json.dumps(whole))
+
+
+# Reading again and again
+
+LINES = render(with_alias(TABLE, "prod", "pirate")).splitlines()
+BROKEN = [line.replace('"bfloat16"', '"int8"') for line in LINES if "bfloat16" in line]
+PIECES = [*LINES, *(f"{line.rstrip(',')}{comma}" for line in LINES[-4:-2] + BROKEN for comma in (",", ""))]
+PIECES += ["", "  }", "}", ",", '"x": {', '    "x": {}, "y": {},', '  "adapters": {']
+EDITS = st.tuples(st.integers(0, len(LINES)), st.integers(0, 2), st.lists(st.sampled_from(PIECES), max_size=2))
+
+
+def outcome(read: Callable[[str], AdapterTable], text: str) -> object:
+    """The table, or the error's text."""
+    try:
+        return read(text)
+    except AdapterTableError as error:
+        return str(error)
+
+
+@given(st.lists(st.lists(EDITS, max_size=3), min_size=1, max_size=4))
+def test_reading_again_gives_what_reading_for_the_first_time_gives(edits: list[list[Any]]) -> None:
+    """Whatever lines are put in, taken out, doubled or torn apart in between."""
+    reader = TableReader()
+    for versions in edits:
+        lines = LINES
+        for place, gone, pieces in versions:
+            lines = [*lines[:place], *pieces, *lines[place + gone :]]
+        text = "\n".join(lines) + "\n"
+
+        assert outcome(parse_sound, text) == outcome(reader.read, text)
+
+
+@pytest.mark.parametrize("second", [LINES[-4].rstrip(","), *BROKEN[:1]])
+def test_a_name_that_stands_twice_is_found_when_one_is_known(second: str) -> None:
+    """Also when one of the two cannot be served."""
+    reader = TableReader()
+    reader.read("\n".join(LINES))
+    lines = [*LINES[:-4], LINES[-4], LINES[-3] + ",", second.rstrip(","), *LINES[-2:]]
+
+    with pytest.raises(AdapterTableError, match="'haiku' stands twice"):
+        reader.read("\n".join(lines))
+
+
+def test_an_entry_that_has_not_changed_is_the_same_object() -> None:
+    """Its line is not parsed again."""
+    reader = TableReader()
+    before = reader.read(render(TABLE))
+    after = reader.read(render(with_alias(with_warm(TABLE, "haiku", True), "prod", "pirate")))
+
+    assert before.entries["pirate"] is after.entries["pirate"]
+    assert after.entries["haiku"].warm
+
+
+@pytest.mark.parametrize("layout", [{"indent": 2}, {"separators": (",", ":")}, {"indent": 1, "sort_keys": True}])
+def test_other_layouts_are_read_too(layout: dict[str, Any]) -> None:
+    """By whatever the table was edited, or an earlier version."""
+    text = json.dumps(document(), **layout)
+
+    assert TABLE == TableReader().read(text.replace("\n", "\r\n")) == parse(text)
+
+
+def test_adapters_that_share_a_line_are_both_read() -> None:
+    """By whoever joins lines."""
+    text = render(TABLE).replace(',\n    "pirate"', ', "pirate"')
+
+    assert len(LINES) - 2 == len(text.splitlines())
+    assert TABLE == TableReader().read(text)
 
 
 # Versions and aliases

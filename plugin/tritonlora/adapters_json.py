@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -25,18 +25,18 @@ SCHEMA_VERSIONS = (1, 2)
 
 
 def render(table: AdapterTable) -> str:
-    """The text of adapters.json. ValueError for a table that lacks adapters: those that are unavailable."""
+    """The text of adapters.json, a line for each adapter. ValueError when adapters are missing, being unavailable."""
     if table.unavailable:
         raise ValueError("the table lacks the adapters that are unavailable; writing it would lose them")
-    aliases = {"aliases": dict(sorted(table.aliases.items()))} if table.aliases else {}
     document = {
         "schema_version": 2 if table.aliases else 1,
         "next_lora_task_id": table.next_lora_task_id,
         "retired_lora_task_ids": list(table.retired_lora_task_ids),
-        **aliases,
-        "adapters": {name: asdict(entry) for name, entry in sorted(table.entries.items())},
+        **({"aliases": dict(sorted(table.aliases.items()))} if table.aliases else {}),
     }
-    return json.dumps(document, indent=2) + "\n"
+    head = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in document.items())
+    entries = (f"    {json.dumps(name)}: {json.dumps(asdict(entry))}" for name, entry in sorted(table.entries.items()))
+    return f"{{\n{head},{_BEGIN}{_BETWEEN.join(entries)}{_END}\n"
 
 
 def parse(text: str) -> AdapterTable:
@@ -61,21 +61,78 @@ def parse_sound(text: str) -> AdapterTable:
     """
     with _without_collections():
         document = _document(text)
-        entries, problems = _entries(document["adapters"])
-        aliases: dict[str, str] = {}
-        for alias, name in (document.get("aliases") or {}).items():
-            if found := _alias_problems(alias, name, document["adapters"]):
-                problems[alias] = found
-            else:
-                aliases[alias] = name
-        table = AdapterTable(
-            entries,
-            document["next_lora_task_id"],
-            tuple(document["retired_lora_task_ids"]),
-            aliases,
-            {name: tuple(found) for name, found in problems.items()},
-        )
-    if wrong := [*_task_id_problems(table), *_name_problems(document)]:
+        return _table(document, *_entries(document["adapters"]))
+
+
+class TableReader:
+    """`parse_sound`, again and again: an adapter's line that was there the last time is not parsed again.
+
+    For a table of thousands of which one has changed. That a line is one adapter rests on this: the text without the
+    lines is a table without adapters, and each line by itself, in braces, is an object with one member. A text that is
+    not laid out as `render` does it is parsed as a whole.
+    """
+
+    def __init__(self) -> None:
+        """Nothing has been read yet."""
+        self._known: dict[str, tuple[str, AdapterEntry]] = {}  # line -> (lora_name, entry)
+
+    def read(self, text: str) -> AdapterTable:
+        """The table; errors are those of `parse_sound`."""
+        with _without_collections():
+            try:
+                return self._read_lines(text)
+            except (ValueError, RecursionError):
+                return parse_sound(text)
+
+    def _read_lines(self, text: str) -> AdapterTable:
+        """The table; ValueError when it is not laid out in lines."""
+        head, begin, rest = text.partition(_BEGIN)
+        body, end, tail = rest.rpartition(_END)
+        document = _object(head + begin + end + tail)
+        lines = body.split(_BETWEEN)
+        new = {line: _member(line) for line in lines if line not in self._known}
+        entries, problems = _entries(dict(new.values()))
+        known = self._known | {line: (name, entries[name]) for line, (name, _) in new.items() if name in entries}
+        known = {line: known[line] for line in lines if line in known}
+        entries = dict(known.values())
+        if len(entries.keys() | problems.keys()) != len(lines):
+            raise ValueError("a name stands twice")
+        self._known = known
+        return _table(_checked(document), entries, problems)
+
+
+_BEGIN = '\n  "adapters": {\n'
+_BETWEEN = ",\n"
+_END = "\n  }\n}"
+
+
+def _member(line: str) -> tuple[str, Any]:
+    """The one member of an object; ValueError when it is not one."""
+    ((name, fields),) = _object(f"{{{line}}}").items()
+    return name, fields
+
+
+def _table(
+    document: Mapping[str, Any], entries: Mapping[str, AdapterEntry], problems: dict[str, list[Problem]]
+) -> AdapterTable:
+    """The table with its aliases; AdapterTableError when ids or names are in doubt."""
+    aliases: dict[str, str] = {}
+    adapters = entries.keys() | problems.keys()
+    asked = document.get("aliases") or {}
+    both = [f"{name[:200]!r} is the name of an adapter and of an alias" for name in sorted(adapters & asked.keys())]
+    for alias, name in asked.items():
+        if found := _alias_problems(alias, name, adapters):
+            problems[alias] = found
+        else:
+            aliases[alias] = name
+    table = AdapterTable(
+        entries,
+        document["next_lora_task_id"],
+        tuple(document["retired_lora_task_ids"]),
+        aliases,
+        {name: tuple(found) for name, found in problems.items()},
+    )
+    if wrong := [*_task_id_problems(table), *both]:
         raise AdapterTableError(one_message("adapters.json is malformed", [*unavailable(table), *wrong]))
     return table
 
@@ -95,9 +152,18 @@ def _without_collections() -> Iterator[None]:
 def _document(text: str) -> dict[str, Any]:
     """The JSON object, with the fields of the table itself checked."""
     try:
-        document = json.loads(text, object_pairs_hook=_no_duplicates)
+        document = _object(text)
     except (ValueError, RecursionError) as error:
         raise AdapterTableError(f"adapters.json is not JSON: {error}") from None
+    return _checked(document)
+
+
+def _object(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_no_duplicates)
+
+
+def _checked(document: Any) -> dict[str, Any]:
+    """The table's own fields are sound; AdapterTableError with every problem found."""
     if not isinstance(document, dict):
         raise AdapterTableError("adapters.json must hold an object")
     version = document.get("schema_version")
@@ -209,7 +275,7 @@ def _entries(adapters: Mapping[str, Any]) -> tuple[dict[str, AdapterEntry], dict
     return {name: entry for name, entry in zip(objects, entries, strict=True) if name not in problems}, problems
 
 
-def _alias_problems(alias: str, name: object, adapters: Mapping[str, object]) -> list[Problem]:
+def _alias_problems(alias: str, name: object, adapters: Collection[str]) -> list[Problem]:
     if not NAME_PATTERN.fullmatch(alias):
         return [_ILLEGAL_NAME]
     if not isinstance(name, str):
@@ -234,9 +300,3 @@ def _task_id_problems(table: AdapterTable) -> list[str]:
             )
         owners.setdefault(task_id, name)
     return problems
-
-
-def _name_problems(document: Mapping[str, Any]) -> list[str]:
-    """Names that are those of an adapter and an alias."""
-    both = document["adapters"].keys() & (document.get("aliases") or {}).keys()
-    return [f"{name[:200]!r} is the name of an adapter and of an alias" for name in sorted(both)]

@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from tritonlora import dlpack
 from tritonlora.adapters import NAME_PATTERN, AdapterEntry, AdapterTable, available
-from tritonlora.adapters_json import parse_sound, unavailable
+from tritonlora.adapters_json import TableReader, unavailable
 from tritonlora.errors import AdapterTableError, AdapterUnavailable, InvalidRequest, UnknownAdapter, one_message
 
 MOST_REPORTED = 20  # malformed entries in one log entry
@@ -134,6 +134,7 @@ class TableFile:
         self._on_failure = on_failure
         self._version: object = None
         self._reported: set[str] = set()
+        self._reader = TableReader()
         self._table = self._read()
 
     def table(self) -> AdapterTable:
@@ -155,10 +156,10 @@ class TableFile:
     def _read(self) -> AdapterTable:
         self._version = self._stat()  # before reading: a change in between is seen the next time
         try:
-            text = self._path.read_text(encoding="utf-8")
+            text = self._path.read_bytes().decode()
         except (OSError, UnicodeDecodeError) as error:
             raise AdapterTableError(f"cannot read {self._path}: {error}") from None
-        table = parse_sound(text)
+        table = self._reader.read(text)
         problems = list(unavailable(table))
         if new := [problem for problem in problems if problem not in self._reported]:
             more = [f"and {len(new) - MOST_REPORTED} more"] if len(new) > MOST_REPORTED else []
