@@ -178,8 +178,8 @@ PLANTED: dict[str, tuple[Callable[[Repository], object], str, str]] = {
     "lora_config has four columns and three are declared": (
         lambda opened: edit(
             opened.table_path,
-            '"lora_config_shape": [\n        4,\n        3',
-            '"lora_config_shape": [\n        4,\n        4',
+            '"lora_config_shape": [4, 3',
+            '"lora_config_shape": [4, 4',
         ),
         "error",
         "tensorrt_llm/config.pbtxt: lora_config has dims [-1, 3], and adapter cold has 4",
