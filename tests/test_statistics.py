@@ -58,6 +58,16 @@ def test_the_number_of_names_is_bounded(tmp_path: Path, monkeypatch: pytest.Monk
     assert {"a": {"OK": 2.0}, "b": {"OK": 1.0}, OTHERS: {"OK": 2.0}} == nonzero(read_statistics(tmp_path))
 
 
+def test_all_adapters_are_read(tmp_path: Path) -> None:
+    """However many there are."""
+    counted = Statistics(tmp_path)
+    names = [f"n{number}" for number in range(3 * statistics.CHUNK)]
+    for name in names:
+        counted.add(name, "OK")
+
+    assert {name: {"OK": 1.0} for name in names} == nonzero(read_statistics(tmp_path))
+
+
 def test_every_adapter_has_every_column(tmp_path: Path) -> None:
     """So that whoever reads them needs no defaults."""
     Statistics(tmp_path).add("a" * 128, "OK")

@@ -17,7 +17,7 @@ import os
 import tempfile
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +40,7 @@ COLUMNS = (*OUTCOMES, *LOADS, "load_seconds", "running", "table_reloads", "table
 BASE = ""  # the base model, and requests that name no adapter that is known
 OTHERS = "*"  # no legal name: those for whom there is no room, so that the file has an end
 ROWS = 1024
+CHUNK = 32
 _ROW = np.dtype([("name", "S128"), *((column, "<f8") for column in COLUMNS)])
 
 DIRECTORY = "statistics"  # in the one that the instances share
@@ -82,13 +83,23 @@ def read_statistics(directory: Path) -> Counts:
     counts: Counts = defaultdict(lambda: dict.fromkeys(COLUMNS, 0.0))
     for path in sorted(directory.glob("[!.]*")):
         with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
-            rows: npt.NDArray[Any] = np.fromfile(file, _ROW)
+            rows = _used_rows(file)
             alive = _is_locked(file.fileno())
             for row in rows[[0, *np.flatnonzero(rows["name"])]]:
                 of_adapter = counts[row["name"].decode()]
                 for column in COLUMNS:
                     of_adapter[column] += float(row[column]) if alive or column != "running" else 0.0
     return {name: of_adapter for name, of_adapter in counts.items() if any(of_adapter.values())}
+
+
+def _used_rows(file: BinaryIO) -> npt.NDArray[Any]:
+    """The rows up to the first ones that have no name yet: most of a file was never written."""
+    chunks: list[npt.NDArray[Any]] = []
+    while len(chunk := np.fromfile(file, _ROW, count=CHUNK)):
+        chunks.append(chunk)
+        if not chunk["name"][-1]:
+            break
+    return np.concatenate(chunks)
 
 
 def _is_locked(descriptor: int) -> bool:
