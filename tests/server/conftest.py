@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,11 +19,16 @@ READY_TIMEOUT = 120.0
 @pytest.fixture(scope="module")
 def launch() -> Iterator[Callable[..., Server]]:
     """`launch(repository, **options)`: a ready server on free ports, stopped at the end of the module."""
-    with contextlib.ExitStack() as servers:
+    servers: list[Server] = []
+    with contextlib.ExitStack() as running:
 
         def start(repository: Path, **options: object) -> Server:
-            server = servers.enter_context(Server(repository, exit_timeout=5, **options))  # type: ignore[arg-type]
+            server = running.enter_context(Server(repository, exit_timeout=5, **options))  # type: ignore[arg-type]
+            servers.append(server)
             server.wait_until_ready(READY_TIMEOUT)
             return server
 
         yield start
+        # Side by side, as stopping is mostly waiting; what is left after an error the stack stops.
+        with ThreadPoolExecutor(max(1, len(servers))) as pool:
+            list(pool.map(Server.stop, servers))
