@@ -14,7 +14,7 @@ import transformers
 
 from adapters import LINEAR
 from peft_answers import PROMPTS, TOKENS, VOCABULARY, greedy, random_adapter, without_warnings
-from repositories import set_cache_pages
+from repositories import set_cache_pages, set_streams
 from tritonlora import client, install, register, repository
 from tritonlora.server import Server
 
@@ -70,6 +70,7 @@ def served(
     engine = {"gpt_model_path": str(directory / "base"), "synthetic": "false"}
     install.create_repository(directory / "repo", {"tensorrt_llm": engine})
     opened = repository.open_repository(directory / "repo")
+    set_streams(opened, 4)
     for name in ADAPTERS:
         register.add(opened, name, directory / name)
     set_cache_pages(opened, 4)  # "rslora" takes two pages

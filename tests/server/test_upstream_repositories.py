@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from repositories import synthetic_adapter
+from repositories import set_streams, synthetic_adapter
 from tritonlora import client, install, register, repository, wiring
 from tritonlora.errors import ServerError
 from tritonlora.install import MODEL_MODULES, shipped_models
@@ -59,6 +59,7 @@ def test_adapters_answer_by_name_in_upstream_s_repositories(
     root = on_the_cpu(upstream_repository(tmp_path / "repo", version, values=values))
     install.init(root)
     opened = repository.open_repository(root)
+    set_streams(opened, 2)
     for number, name in enumerate(("warm", "cold")):
         adapter = synthetic_adapter(tmp_path / name, number)
         register.add(opened, name, adapter, register.Options(warm=name == "warm"))
