@@ -19,6 +19,7 @@ import pytest
 import torch
 import transformers
 import tritonclient.grpc as grpc
+from test_lora_adapters import await_sample, listing
 from tritonclient.utils import InferenceServerException
 
 from peft_answers import PROMPTS, TOKENS, VOCABULARY, greedy, random_adapter, without_warnings
@@ -295,3 +296,15 @@ def test_a_server_whose_warmup_cannot_read_an_adapter_does_not_start(
 
     with pytest.raises(ServerError, match="lora_path does not exist on the Triton server's filesystem: " + str(root)):
         launch(root, complete_configs=True)
+
+
+def test_listing_and_metrics_are_those_of_the_other_flavour(served: Served) -> None:
+    """The same model gives them."""
+    for name in (WARM[0], None):
+        ask(served, name, "x")
+    for lora_name in (WARM[0], ""):
+        await_sample(served.server, "lora_requests_total", lambda count: count > 0, lora_name=lora_name, outcome="OK")
+    found = listing(served.server)
+
+    assert ADAPTERS.keys() == found.keys()
+    assert {"warm"} == {found[name]["state"] for name in WARM}
