@@ -21,8 +21,10 @@ import typer
 from rich.progress import Progress
 
 from tritonlora import __version__
+from tritonlora.bench.commands import bench
 from tritonlora.errors import RepositoryError, ServerError, TritonLoraError, one_message
 from tritonlora.terminal import (
+    AsJson,
     loading,
     print_diff,
     print_json,
@@ -49,7 +51,6 @@ app = typer.Typer(
 )
 
 Repo = Annotated[Path, typer.Option("--repo", envvar="TRITONLORA_REPO", metavar="REPO", help="The model repository.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="bfloat16, float16 or float32; by default the engine's.")]
 AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Take NaN and infinite weights as they are.")]
@@ -515,67 +516,4 @@ def generate(
     sys.stdout.write("\n")
 
 
-bench = typer.Typer(help="Benchmarks: ratios taken in one run on one machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
-
-
-@bench.command("convert")
-def bench_convert(
-    ranks: Annotated[str, typer.Option("--ranks", help="Separated by commas.")] = "8,16,64",
-    rounds: Annotated[
-        int, typer.Option("--rounds", min=1, help="How often each way is timed; the shortest time counts.")
-    ] = 15,
-    plot: Annotated[Path | None, typer.Option("--plot", help="Draw the result into this PNG file.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Time conversion (reading, checks, writing) of a Llama 8B adapter.
-
-    Compared with copying the output file, and with the straightforward way in torch (load, cast, scale, pad, stack,
-    write). bfloat16, all linear layers, from and to an in-memory file system.
-    """
-    from tritonlora.bench import convert as benchmark
-
-    try:
-        numbers = [int(rank) for rank in ranks.split(",")]
-    except ValueError:
-        raise typer.BadParameter(f"{ranks!r} is not a list of ranks") from None
-    with stderr.status(f"measuring ranks {ranks}"):
-        results = benchmark.run(numbers, rounds=rounds)
-    if plot:
-        benchmark.draw(results, plot)
-    if as_json:
-        print_json(results)
-    else:
-        sys.stdout.write(benchmark.table(results) + "\n")
-
-
-@bench.command("route")
-def bench_route(
-    part: Annotated[
-        list[str] | None, typer.Option("--part", help="ttft, tokens, recovery, lookup or memory; again for more.")
-    ] = None,
-    rounds: Annotated[int, typer.Option("--rounds", min=1, help="How often everything is timed.")] = 7,
-    streams: Annotated[int, typer.Option("--streams", min=1, help="At a time, in tokens.")] = 64,
-    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Of each stream, in tokens.")] = 128,
-    rank: Annotated[int, typer.Option("--rank", min=1, help="Of the adapter in recovery; 32 takes 264 MB.")] = 32,
-    requests: Annotated[int, typer.Option("--requests", min=1, help="In memory.")] = 100_000,
-    plot: Annotated[Path | None, typer.Option("--plot", help="Draw the result into this PNG file.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """The router against asking the engine's model directly, on a real server with the synthetic engine."""
-    from tritonlora.bench import measured, route
-
-    parts = part or list(route.PARTS)
-    if unknown := [name for name in parts if name not in route.PARTS]:
-        raise typer.BadParameter(f"no part {unknown[0]!r}; there are {', '.join(route.PARTS)}")
-    options = route.Options(rounds=rounds, streams=streams, tokens=tokens, rank=rank, requests=requests)
-    with stderr.status("measuring") as status:
-        results = list(route.run(parts, options, lambda name: status.update(f"measuring {name}")))
-    if plot:
-        measured.draw(results, plot)
-    if as_json:
-        print_json(results)
-        return
-    print_table(("part", "what", "p50", "p99", "unit"), measured.series_rows(results))
-    print_table(("part", "ratio", "value", "target", "reached"), measured.ratio_rows(results))
-    sys.stdout.write("".join(f"{one.name}: {note}\n" for one in results for note in one.notes))
