@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
+import transformers
 
 TOKENS = 24
 # ASCII only, so that with the byte tokenizer a text says exactly which tokens it was made of.
@@ -25,6 +26,35 @@ def without_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+def save_llama(
+    directory: Path, adapters: Mapping[str, dict[str, Any]], *, layers: int, dtype: torch.dtype
+) -> dict[tuple[str | None, str], str]:
+    """Save a small random Llama in `directory`/base and a random adapter of it beside that for each of `adapters`.
+
+    What they answer to PROMPTS: (adapter, or None for the base model, and prompt) -> text.
+    """
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+    )
+    answers: dict[tuple[str | None, str], str] = {}
+    with without_warnings():
+        torch.manual_seed(0)
+        model: Any = transformers.LlamaForCausalLM(config)
+        model.to(dtype).save_pretrained(directory / "base")
+        for seed, name in enumerate([None, *adapters]):
+            model = transformers.LlamaForCausalLM.from_pretrained(directory / "base", dtype=torch.float32)
+            if name is not None:
+                model = random_adapter(model, seed, adapters[name], directory / name)
+            answers |= {(name, prompt): greedy(model, prompt) for prompt in PROMPTS}
+    return answers
 
 
 def random_adapter(model: Any, seed: int, options: dict[str, Any], directory: Path) -> Any:

@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 
 from adapters import LINEAR
-from peft_answers import PROMPTS, TOKENS, VOCABULARY, greedy, random_adapter, without_warnings
+from peft_answers import PROMPTS, TOKENS, save_llama
 from repositories import set_cache_pages, set_streams
 from tritonlora import client, install, register, repository
 from tritonlora.server import Server
@@ -47,25 +46,7 @@ def served(
 ) -> Served:
     """A small random Llama with four random adapters, and an engine cache that holds two of them."""
     directory = tmp_path_factory.mktemp("answers")
-    config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-    )
-    answers: dict[tuple[str | None, str], str] = {}
-    with without_warnings():
-        torch.manual_seed(0)
-        base = transformers.LlamaForCausalLM(config).to(getattr(torch, request.param))
-        base.save_pretrained(directory / "base")
-        for seed, name in enumerate([None, *ADAPTERS]):
-            model: Any = transformers.LlamaForCausalLM.from_pretrained(directory / "base", dtype=torch.float32)
-            if name is not None:
-                model = random_adapter(model, seed, ADAPTERS[name], directory / name)
-            answers |= {(name, prompt): greedy(model, prompt) for prompt in PROMPTS}
+    answers = save_llama(directory, ADAPTERS, layers=3, dtype=getattr(torch, request.param))
 
     engine = {"gpt_model_path": str(directory / "base"), "synthetic": "false"}
     install.create_repository(directory / "repo", {"tensorrt_llm": engine})

@@ -17,12 +17,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import transformers
 import tritonclient.grpc as grpc
 from test_lora_adapters import await_sample, listing
 from tritonclient.utils import InferenceServerException
 
-from peft_answers import PROMPTS, TOKENS, VOCABULARY, greedy, random_adapter, without_warnings
+from peft_answers import PROMPTS, TOKENS, save_llama
 from repositories import llm_api_repository, set_streams
 from tritonlora import client, install, register, repository, serving
 from tritonlora.errors import ServerError
@@ -54,24 +53,7 @@ class Served:
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, launch: Launch) -> Served:
     """A small random Llama with four random adapters, of which the engine holds two at a time."""
     directory = tmp_path_factory.mktemp("llm_api")
-    answers: dict[tuple[str | None, str], str] = {}
-    with without_warnings():
-        torch.manual_seed(0)
-        config = transformers.LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=512,
-        )
-        transformers.LlamaForCausalLM(config).bfloat16().save_pretrained(directory / "base")
-        for seed, name in enumerate([None, *ADAPTERS]):
-            model: Any = transformers.LlamaForCausalLM.from_pretrained(directory / "base", dtype=torch.float32)
-            if name is not None:
-                model = random_adapter(model, seed, ADAPTERS[name], directory / name)
-            answers |= {(name, prompt): greedy(model, prompt) for prompt in PROMPTS}
+    answers = save_llama(directory, ADAPTERS, layers=2, dtype=torch.bfloat16)
     root = llm_api_repository(
         directory / "repo", directory / "base", triton_config={"decoupled": request.param, "max_batch_size": 0}
     )
