@@ -10,7 +10,7 @@ from __future__ import annotations
 import http.client
 import json
 import queue
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -79,13 +79,18 @@ def post(server: Server, path: str, body: dict[str, Any]) -> tuple[int, Any]:
         connection.close()
 
 
-def engine_inputs(lora_names: list[bytes] | None = None, task_ids: list[int] | None = None, rows: int = 1) -> list[Any]:
-    """gRPC inputs of the router itself."""
+def engine_inputs(
+    lora_names: list[bytes] | None = None,
+    task_ids: list[int] | None = None,
+    rows: int = 1,
+    tokens: Sequence[int] = (12,),
+) -> list[Any]:
+    """gRPC inputs of the router itself. `tokens` are how many each row asks for, or all of them."""
     prompt = [list(PROMPT.encode())] * rows
     arrays: dict[str, np.ndarray[Any, Any]] = {
         "input_ids": np.array(prompt, np.int32),
         "input_lengths": np.full((rows, 1), len(PROMPT), np.int32),
-        "request_output_len": np.full((rows, 1), 12, np.int32),
+        "request_output_len": np.full((rows, 1), np.array(tokens)[:, None], np.int32),
     }
     if lora_names is not None:
         arrays["lora_name"] = np.array([[name] for name in lora_names], np.object_)
@@ -244,8 +249,7 @@ def test_a_batch_that_mixes_base_and_adapter_rows_is_an_error(server: Server) ->
 
 def test_an_error_of_the_engine_is_passed_on_with_the_adapters_name(server: Server) -> None:
     """In its own words, without its paths."""
-    inputs = [tensor for tensor in engine_inputs([b"pirate"]) if tensor.name() != "request_output_len"]
-    inputs.append(_grpc_input("request_output_len", np.array([[-1]], np.int32)))
+    inputs = engine_inputs([b"pirate"], tokens=[-1])
 
     with pytest.raises(InferenceServerException, match="LoRA adapter 'pirate': ") as raised:
         list(stream(server, "lora_router", inputs))

@@ -14,9 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
 import pytest
-import tritonclient.grpc as grpc
 from test_lora_adapters import await_sample
 from test_router import ask, engine_inputs, expected, stream
 from tritonclient.utils import InferenceServerException
@@ -83,12 +81,9 @@ def server(opened: Repository, launch: Launch) -> Server:
     return launch(opened.root, extra=EXPLICIT)
 
 
-def told(what: int) -> list[Any]:
-    """gRPC inputs of the router."""
-    inputs = [tensor for tensor in engine_inputs([b"pirate"]) if tensor.name() != "request_output_len"]
-    length = grpc.InferInput("request_output_len", [1, 1], "INT32")
-    length.set_data_from_numpy(np.array([[what]], np.int32))
-    return [*inputs, length]
+def told(*what: int) -> list[Any]:
+    """gRPC inputs of the router, a row for each."""
+    return engine_inputs([b"pirate"] * len(what), rows=len(what), tokens=what)
 
 
 def control(server: Server, verb: str, model: str = "tensorrt_llm") -> None:
@@ -125,6 +120,15 @@ def test_an_engine_that_fails_is_an_error_each_time(puppet: Server, what: int, m
             list(stream(puppet, "lora_router", told(what)))
 
         assert not re.search(r"File |/model\.py|Traceback", str(raised.value))
+
+
+def test_a_row_without_an_answer_is_an_error(puppet: Server) -> None:
+    """Although another row of the batch has one."""
+    answers = stream(puppet, "lora_router", told(TELL, SILENCE))
+
+    assert 0 == next(answers).as_numpy("batch_index").item()
+    with pytest.raises(InferenceServerException, match="the engine's model sent no answer"):
+        next(answers)
 
 
 def test_an_engine_that_breaks_in_mid_stream_ends_the_stream(puppet: Server) -> None:

@@ -38,10 +38,10 @@ class TritonPythonModel:
         }
         self._repository = Path(args["model_repository"]).parent
         router = parameters["router"]
-        self._path = self._repository / router / "adapters.json"
-        self._table = TableFile(self._path, pb_utils.Logger.log_error)
+        path = self._repository / router / "adapters.json"
+        self._table = TableFile(path, pb_utils.Logger.log_error)
         self._residency = open_residency(shared_directory(router), warmed(self._table.table()))
-        self._publisher: Publisher | None = Publisher(TableFile(self._path, lambda _: None), self._residency.directory)
+        self._publisher = Publisher(TableFile(path, lambda _: None), self._residency.directory)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._publish, args=(float(parameters["refresh_seconds"]),), daemon=True)
         self._thread.start()
@@ -54,7 +54,7 @@ class TritonPythonModel:
         """Publish no more, and leave what the instances share."""
         self._stop.set()
         self._thread.join()
-        self._publisher = None  # metrics that outlive this call crash the stub
+        del self._publisher  # metrics that outlive this call crash the stub
         self._residency.close()
 
     def _answer(self, request: pb_utils.InferenceRequest) -> pb_utils.InferenceResponse:
@@ -71,8 +71,7 @@ class TritonPythonModel:
     def _publish(self, refresh_seconds: float) -> None:
         while not self._stop.wait(refresh_seconds):
             try:
-                if self._publisher:
-                    self._publisher.publish(self._residency.waiting())
+                self._publisher.publish(self._residency.waiting())
             except Exception as error:  # noqa: BLE001  the next time it may be well again
                 pb_utils.Logger.log_error("".join(traceback.format_exception(error)))
 

@@ -53,7 +53,7 @@ class TritonPythonModel:
         self._routing_inputs = ("lora_name", self._flavour.task_id)
         self._engine_outputs = {output["name"] for output in config["output"]} - {"previous_ids", "text_diff"}
         self._decoupled = pb_utils.using_decoupled_model_transaction_policy(config)
-        table = TableFile(directory / "adapters.json", pb_utils.Logger.log_error).table()
+        table = TableFile(directory / "adapters.json", lambda _: None).table()  # what is wrong is said below, once
         cache_pages = int(parameters.get("cache_pages", "0")) or None
         self._residency = open_residency(shared_directory(args["model_name"]), warmed(table), cache_pages)
         self._statistics = Statistics(self._residency.directory / DIRECTORY)
@@ -76,10 +76,11 @@ class TritonPythonModel:
             reply = Reply(request, self._decoupled, self._flavour.needed_outputs)
             names: list[str] = []
             try:
-                routes = self._routes(request)
+                parameters = parameters_of(request)
+                routes = self._routes(request, parameters)
                 names = [route.lora_name if route else BASE for route in routes]
                 self._count(names, "running")
-                self._answer(request, reply, routes)
+                self._answer(request, reply, routes, parameters)
                 outcome = "OK"
             except Exception as error:  # noqa: BLE001  whatever it is, this request must be answered
                 outcome = reply.fail(error)
@@ -92,9 +93,9 @@ class TritonPythonModel:
         self._last_streams.clear()  # an iterator that outlives this call crashes the stub
         self._residency.close()
 
-    def _routes(self, request: pb_utils.InferenceRequest) -> list[Route | None]:
+    def _routes(self, request: pb_utils.InferenceRequest, parameters: dict[str, Any]) -> list[Route | None]:
         """The adapter of each row."""
-        check_is_routers(parameters_of(request), self._flavour.from_router)
+        check_is_routers(parameters, self._flavour.from_router)
         table = self._table.table()
         if table is not self._seen_table:
             self._seen_table = table
@@ -103,7 +104,13 @@ class TritonPythonModel:
         rows = request.inputs()[0].shape()[0] if self._batching else 1
         return resolve_rows(table, lora_names, lora_task_ids, rows)
 
-    def _answer(self, request: pb_utils.InferenceRequest, reply: Reply, routes: list[Route | None]) -> None:
+    def _answer(
+        self,
+        request: pb_utils.InferenceRequest,
+        reply: Reply,
+        routes: list[Route | None],
+        parameters: dict[str, Any],
+    ) -> None:
         """Answer one request, row by row where its rows are streams of their own."""
         inputs = [tensor for tensor in request.inputs() if tensor.name() not in self._routing_inputs]
         split = len(routes) > 1 and (any(routes) or reply.is_stream)
@@ -111,7 +118,8 @@ class TritonPythonModel:
             raise InvalidRequest("a batch of several rows for LoRA adapters needs a decoupled engine model")
         for row in range(len(routes) if split else 1):
             reply.begin_row(row if split else None)
-            send = functools.partial(self._send, request, row_of(inputs, row) if split else inputs, routes[row])
+            row_inputs = row_of(inputs, row) if split else inputs
+            send = functools.partial(self._send, request, parameters, row_inputs, routes[row])
             for answer in self._forwarder.forward(routes[row], send):
                 if error := engine_error(answer):
                     raise EngineError(error, routes[row])
@@ -122,7 +130,12 @@ class TritonPythonModel:
             reply.end_row()
 
     def _send(
-        self, request: pb_utils.InferenceRequest, inputs: list[pb_utils.Tensor], route: Route | None, attach: bool
+        self,
+        request: pb_utils.InferenceRequest,
+        parameters: dict[str, Any],
+        inputs: list[pb_utils.Tensor],
+        route: Route | None,
+        attach: bool,
     ) -> Iterator[pb_utils.InferenceResponse]:
         """Send the request to the engine's model, and give its answers."""
         tensors = list(inputs)
@@ -138,7 +151,7 @@ class TritonPythonModel:
             request_id=request.request_id(),
             correlation_id=request.correlation_id(),
             timeout=request.timeout(),
-            parameters=parameters_of(request),
+            parameters=parameters,
             trace=request.trace(),
         )
         if not self._decoupled:
@@ -181,16 +194,15 @@ class Reply:
         self._has_unwanted = not self._wanted.issuperset(needed_outputs)
         self.is_stream = decoupled and any(values_of(request, "streaming") or [])
         self._detokenised = self.is_stream and "previous_ids" in self._wanted
-        self._previous_ids = PreviousIds()
-        self._texts = WholeTexts()
-        self._row: int | None = None
-        self.answered = False
+        self.begin_row(None)
 
     def begin_row(self, row: int | None) -> None:
         """What follows is of this row of a batch that is split; None when it is not."""
         self._row = row
         self._has_unwanted |= row is not None  # batch_index
         self._previous_ids = PreviousIds()
+        self._texts = WholeTexts()
+        self.answered = False  # the row
 
     def send(self, tensors: list[pb_utils.Tensor], *, ends: bool = False) -> None:
         """Pass on one answer of the engine: the outputs that the client asked for."""
