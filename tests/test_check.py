@@ -279,6 +279,11 @@ PLANTED: dict[str, tuple[Callable[[Repository], object], str, str]] = {
         "warning",
         "lora_router/1/model.py: it is not that of this version of tritonlora",
     ),
+    "the listing's code is missing": (
+        lambda opened: (opened.root / "lora_adapters" / "1" / "model.py").unlink(),
+        "warning",
+        "lora_adapters/1/model.py: it is missing",
+    ),
     "a module of the router is missing": (
         lambda opened: (opened.root / "lora_router" / "1" / "tritonlora" / "routing.py").unlink(),
         "warning",

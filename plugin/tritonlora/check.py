@@ -51,7 +51,11 @@ def check(repository: Repository, *, deep: bool = False, ports: Ports | None = N
         profile = None
         findings.append(_error("gpt_model_path", str(error), "give the parameter the engine's own directory"))
     table, text = read_table(repository), read_text(repository.config_path)
-    subject = Subject(repository, table, text, config, flavour, profile, deep, ports)
+    try:
+        plan = plan_of(repository, table, config, profile)
+    except TritonLoraError:
+        plan = None  # _files or _rows says why
+    subject = Subject(repository, table, text, config, flavour, profile, plan, deep, ports)
     for one in CHECKS:
         findings += one(subject)
     return sorted(findings, key=lambda finding: finding.severity)
@@ -201,11 +205,7 @@ def _warmup_block(subject: Subject) -> Iterator[Finding]:
 
 def _cache(subject: Subject) -> Iterator[Finding]:
     """The engine's LoRA cache holds what it must."""
-    where = f"{subject.repository.target}/config.pbtxt"
-    try:
-        found = plan_of(subject.repository, subject.table, subject.config, subject.profile)
-    except TritonLoraError:
-        return  # _files or _rows says why
+    where, found = f"{subject.repository.target}/config.pbtxt", subject.plan
     room = subject.flavour.room(subject.repository.target_directory)
     warm = sum(entry.warm for entry in subject.table.entries.values())
     if room is not None and 0 < room.host < warm:

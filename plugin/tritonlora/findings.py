@@ -10,6 +10,7 @@ from tritonlora.adapters import AdapterTable
 from tritonlora.engine import EngineProfile
 from tritonlora.flavours import Flavour
 from tritonlora.pbtxt import ModelConfig
+from tritonlora.plan import CachePlan
 from tritonlora.repository import Repository
 from tritonlora.server import Ports
 
@@ -34,6 +35,7 @@ class Subject:
     config: ModelConfig
     flavour: Flavour
     profile: EngineProfile | None
+    plan: CachePlan | None  # None, too, where an adapter's files are not what they should be
     deep: bool
     ports: Ports | None  # that a server is to listen on
 

@@ -11,8 +11,9 @@ from tritonlora import install
 from tritonlora.errors import TritonLoraError
 from tritonlora.findings import Finding, Subject, error, warning
 from tritonlora.pbtxt import Unfilled
-from tritonlora.repository import ROUTER, plan_of, read_config
+from tritonlora.repository import read_config
 from tritonlora.server import SHARED_MEMORY, ports_in_use
+from tritonlora.undo import OURS
 
 
 def placeholders(subject: Subject) -> Iterator[Finding]:
@@ -44,14 +45,14 @@ def models_past_the_router(subject: Subject) -> Iterator[Finding]:
 
 
 def router_files(subject: Subject) -> Iterator[Finding]:
-    """The router's code is that of this version of tritonlora."""
+    """The code of the router, and of the model that lists its adapters, is that of this version of tritonlora."""
     root = subject.repository.root
     try:
         changes = install.plan_init(root)
     except TritonLoraError:
         return  # the other checks say why
     for change in changes:
-        if change.path.is_relative_to(root / ROUTER / "1"):
+        if any(change.path.is_relative_to(root / model / "1") for model in OURS):
             name = change.path.relative_to(root).as_posix()
             problem = "is missing" if change.before is None else "is not that of this version of tritonlora"
             yield warning(name, f"it {problem}", f"tritonlora init {root}")
@@ -59,10 +60,7 @@ def router_files(subject: Subject) -> Iterator[Finding]:
 
 def shared_memory(subject: Subject) -> Iterator[Finding]:
     """What the router sends with an adapter goes through /dev/shm."""
-    try:
-        plan = plan_of(subject.repository, subject.table, subject.config, subject.profile)
-    except TritonLoraError:
-        return
+    plan = subject.plan
     if plan and SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).total < plan.resend_shm_bytes:
         yield warning(
             str(SHARED_MEMORY),
