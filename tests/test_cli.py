@@ -92,6 +92,7 @@ def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) 
         ("add", "a", "b", "--repo", ".", "--task-id", "0"),
         ("list",),
         ("list", "--repo"),
+        ("list", "--repo", "a", "--url", "b"),
         ("bench", "convert", "--ranks", "x"),
     ],
 )
@@ -138,6 +139,27 @@ def test_the_repository_may_come_from_the_environment(
 
     assert code == 0
     assert {"haiku", "pirate"} == json.loads(out).keys()
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        (None, "; is the server running?"),
+        ("nowhere:port", "'nowhere:port' is not HOST:PORT"),
+        ("ftp://nowhere", "'ftp://nowhere' is not HOST:PORT"),
+    ],
+)
+def test_list_of_a_server_that_is_not_there_is_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, repo: Path, url: str | None, message: str
+) -> None:
+    """The repository of the environment does not answer in its place."""
+    monkeypatch.setenv("TRITONLORA_REPO", str(repo))
+    url = url or f"http://127.0.0.1:{free_ports().http}"
+    code, out, err = run(capsys, "list", "--url", url)
+
+    assert (1, "") == (code, out)
+    assert message in err
+    assert url in err
 
 
 def test_add_and_remove(capsys: pytest.CaptureFixture[str], repo: Path, adapter: Path) -> None:

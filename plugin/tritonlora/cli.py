@@ -28,6 +28,7 @@ from tritonlora.terminal import (
     loading,
     print_diff,
     print_json,
+    print_listing,
     print_note,
     print_plan,
     print_room,
@@ -50,7 +51,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Repo = Annotated[Path, typer.Option("--repo", envvar="TRITONLORA_REPO", metavar="REPO", help="The model repository.")]
+REPO_VARIABLE = "TRITONLORA_REPO"
+REPO_HELP = "The model repository."
+Repo = Annotated[Path, typer.Option("--repo", envvar=REPO_VARIABLE, metavar="REPO", help=REPO_HELP)]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="bfloat16, float16 or float32; by default the engine's.")]
 AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Take NaN and infinite weights as they are.")]
@@ -123,7 +126,7 @@ def demo(
 
 @app.command()
 def init(
-    repo: Annotated[Path, typer.Argument(help="An existing model repository.", envvar="TRITONLORA_REPO")],
+    repo: Annotated[Path, typer.Argument(help="An existing model repository.", envvar=REPO_VARIABLE)],
     target: Annotated[
         str | None, typer.Option("--target", help="The engine's model; by default tensorrt_llm.", show_default=False)
     ] = None,
@@ -260,10 +263,29 @@ def alias(
 
 
 @app.command("list")
-def list_adapters(repo: Repo, as_json: AsJson = False) -> None:
-    """List the registered adapters."""
-    from tritonlora import repository
+def list_adapters(
+    context: typer.Context,
+    repo: Annotated[Path | None, typer.Option("--repo", envvar=REPO_VARIABLE, metavar="REPO", help=REPO_HELP)] = None,
+    url: Annotated[
+        str | None, typer.Option("--url", metavar="HOST:PORT", help="Ask a running server instead: its HTTP endpoint.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the registered adapters; with --url, what a running server says of its own, and in which state each is."""
+    from tritonlora import client, repository
 
+    if url is not None:
+        source = context.get_parameter_source("repo")
+        if source is not None and source.name == "COMMANDLINE":  # the environment's gives way
+            raise typer.BadParameter("give --repo or --url, not both")
+        found = client.adapters(url)
+        if as_json:
+            print_json(found)
+        else:
+            print_listing(found)
+        return
+    if repo is None:
+        raise typer.BadParameter(f"give --repo (or set {REPO_VARIABLE}), or --url")
     table = repository.read_table(repository.open_repository(repo))
     aliases = table.aliases_by_name()
     if as_json:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import urllib.parse
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -17,8 +18,13 @@ from tritonlora.errors import ServerError
 
 DEFAULT_URL = "localhost:8000"
 DEFAULT_MODEL = "ensemble"
+LISTING_MODEL = "lora_adapters"
 TIMEOUT_SECONDS = 600.0
+LISTING_TIMEOUT_SECONDS = 30.0
 _CANNOT_STREAM = "Streaming is only supported"  # of both flavours' error texts; it comes before any text
+
+# Triton core, src/model_repository_manager and src/model_lifecycle.cc
+_NO_MODEL = re.compile(r"unknown model|is not found|is not ready|no available versions")
 
 
 def request_body(prompt: str, lora_name: str | None, max_tokens: int, inputs: Mapping[str, Any]) -> bytes:
@@ -58,6 +64,26 @@ def generate(
 def ask(model: str, inputs: Mapping[str, Any], *, url: str = DEFAULT_URL, timeout: float = TIMEOUT_SECONDS) -> int:
     """Send one request to any model and read all it answers; the number of answers. Errors are those of `generate`."""
     return sum(1 for _ in _answers(url, model, json.dumps(inputs).encode(), timeout))
+
+
+def adapters(url: str = DEFAULT_URL, *, timeout: float = LISTING_TIMEOUT_SECONDS) -> dict[str, dict[str, Any]]:
+    """What a server says of its adapters, by lora_name: `listing.describe`. ServerError when it cannot say it."""
+    try:
+        texts = [event["adapters"] for event in _answers(url, LISTING_MODEL, b"{}", timeout)]
+        found: dict[str, dict[str, Any]] = json.loads(*texts)
+    except ServerError as error:
+        if _NO_MODEL.search(str(error)):
+            raise ServerError(
+                f"the server at {url} has no model {LISTING_MODEL!r} that is ready ({error}); "
+                "run tritonlora init on its model repository, and start it again"
+            ) from None
+        raise
+    except (KeyError, TypeError, ValueError):
+        raise ServerError(
+            f"model {LISTING_MODEL!r} at {url} did not answer with a listing; run tritonlora init on its "
+            "model repository, and start it again"
+        ) from None
+    return found
 
 
 def _answers(url: str, model: str, body: bytes, timeout: float) -> Iterator[dict[str, Any]]:

@@ -81,6 +81,27 @@ def loading(models: Mapping[str, bool]) -> str:
     return f"{len(models) - len(waiting)} of {len(models)} models ready; loading {', '.join(waiting) or '…'}"
 
 
+def print_listing(listing: Mapping[str, Mapping[str, Any]]) -> None:
+    """What a server says of its adapters: `listing.describe`. Of a malformed entry it says the state alone."""
+    columns = ("lora_name", "lora_task_id", "rank", "modules", "lora_weights", "aliases", "state")
+    print_table(columns, [_listing_row(name, about) for name, about in sorted(listing.items())])
+
+
+def _listing_row(name: str, about: Mapping[str, Any]) -> tuple[str, ...]:
+    state = ": ".join(about[key] for key in ("state", "reason") if key in about)
+    if "lora_task_id" not in about:
+        return (name, "?", "?", "?", "?", "", state)
+    return (
+        name,
+        str(about["lora_task_id"]),
+        ",".join(map(str, about["adapter_sizes"])),
+        ",".join(about["modules"]),
+        f"{about['dtype']} {about['lora_weights_shape']}",
+        ",".join(about["aliases"]),
+        state,
+    )
+
+
 def print_plan(
     plan: CachePlan, registered: Iterable[str], choice: WarmChoice | None, applied: Mapping[str, str] | None
 ) -> None:

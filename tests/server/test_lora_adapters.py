@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import http.client
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tritonclient.utils import InferenceServerException
 
 from repositories import synthetic_repository
-from tritonlora import client
+from tritonlora import cli, client
 from tritonlora.errors import ServerError
 from tritonlora.repository import Repository, read_table
 from tritonlora.server import Server
@@ -127,6 +129,46 @@ def test_an_unknown_name_is_not_found(server: Server) -> None:
         listing(server, "nobody")
 
     assert "StatusCode.NOT_FOUND" == raised.value.status()
+
+
+def test_the_list_command_prints_what_the_server_says(
+    capsys: pytest.CaptureFixture[str], server: Server, opened: Repository
+) -> None:
+    """As a table and as JSON, with the state of each adapter and why one is unavailable."""
+    url = f"http://{server.http_url}"
+    printed = [(cli.main(["list", "--url", url, *words]), capsys.readouterr().out) for words in ((), ("--json",))]
+    columns, *rows = (line.split("\t") for line in printed[0][1].splitlines())
+    table = [dict(zip(columns, row, strict=True)) for row in rows]
+    found = listing(server)
+
+    assert [(0, found)] == [(code, json.loads(out)) for code, out in printed[1:]]
+    assert sorted(found) == [row["lora_name"] for row in table]
+    assert [found[row["lora_name"]]["state"] for row in table] == [row["state"].split(":")[0] for row in table]
+    assert next(row["state"] for row in table if row["lora_name"] == "gone").startswith("unavailable: LoRA adapter 'g")
+    entry = read_table(opened).entries["pirate"]
+    assert {
+        "lora_name": "pirate",
+        "lora_task_id": str(entry.lora_task_id),
+        "rank": "8",
+        "modules": "attn_q,attn_v",
+        "lora_weights": f"bfloat16 {list(entry.lora_weights_shape)}",
+        "aliases": "",
+    }.items() <= table[-1].items()
+
+
+def test_the_list_command_says_what_a_server_without_the_listing_lacks(
+    capsys: pytest.CaptureFixture[str], server: Server, tmp_path: Path, launch: Launch
+) -> None:
+    """With the remedy."""
+    opened = synthetic_repository(tmp_path / "repo", streams=1)
+    shutil.rmtree(opened.root / "lora_adapters")
+    url = launch(opened.root).http_url
+    code = cli.main(["list", "--url", url])
+    captured = capsys.readouterr()
+
+    assert (1, "") == (code, captured.out)
+    assert f"the server at {url} has no model 'lora_adapters'" in captured.err
+    assert "run tritonlora init" in captured.err
 
 
 def test_metrics_count_what_was_asked_and_loaded(server: Server) -> None:
