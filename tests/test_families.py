@@ -10,13 +10,15 @@ from tritonlora.families import ARCHITECTURES, Leaf, locate, why_not
 from tritonlora.modules import BY_NAME
 
 
-def test_no_two_architectures_disagree_about_a_name() -> None:
-    """A layer's path alone says which modules it is, so an adapter can be read without its base model."""
-    seen: dict[tuple[str, str], Leaf] = {}
+def test_families_disagree_only_about_names_that_need_the_base_model() -> None:
+    """Of every other layer the path alone says which modules it is."""
+    seen: dict[tuple[str, str], set[Leaf]] = {}
     for architecture in ARCHITECTURES.values():
         for stem in architecture.family.stems:
             for tail, leaf in architecture.family.leaves.items():
-                assert leaf == seen.setdefault((stem, tail), leaf)
+                seen.setdefault((stem, tail), set()).add(leaf)
+
+    assert {"mlp.up_proj", "attn.c_attn"} == {tail for (_, tail), leaves in seen.items() if len(leaves) > 1}
 
 
 def test_every_module_in_the_table_is_one_of_the_engine() -> None:
@@ -42,7 +44,8 @@ def test_paths_are_located(path: str, layer: int, modules: tuple[str, ...]) -> N
     place = locate(path)
 
     assert place is not None
-    assert (layer, modules) == (place[0], place[1].modules)
+    assert layer == place[0]
+    assert modules in {leaf.modules for leaf in place[1].values()}
 
 
 @pytest.mark.parametrize(
@@ -56,6 +59,7 @@ def test_paths_are_located(path: str, layer: int, modules: tuple[str, ...]) -> N
         ("model.layers.007.self_attn.q_proj", "a layer's number is below 10000 and has no leading zeros"),
         ("model.layers.10000.self_attn.q_proj", "a layer's number is below 10000"),
         ("model.layers.99999999999999999999.self_attn.q_proj", "a layer's number is below 10000"),
+        ("transformer.encoder.layers.0.self_attention.query_key_value", "not a linear layer"),  # ChatGLM's decoder
         ("model.layers.-1.self_attn.q_proj", "not a linear layer"),
         ("model.layers.0.self_attn.q_proj.base_layer", "not a linear layer"),
     ],

@@ -73,6 +73,10 @@ SEPARATE: Mapping[str, Split] = {
 }
 ATTENTION = {name: SEPARATE[name] for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
 DENSE_MLP = {"dense_h_to_4h": one("mlp_h_to_4h"), "dense_4h_to_h": one("mlp_4h_to_h")}
+UNGATED = {**ATTENTION, "up_proj": one("mlp_h_to_4h"), "down_proj": one("mlp_4h_to_h")}
+OUT_PROJ = {**{name: ATTENTION[name] for name in ("q_proj", "k_proj", "v_proj")}, "out_proj": one("attn_dense")}
+FC1_FC2 = {"fc1": one("mlp_h_to_4h"), "fc2": one("mlp_4h_to_h")}
+C_MLP = {"c_fc": one("mlp_h_to_4h"), "mlp.c_proj": one("mlp_4h_to_h")}
 CROSS_ATTENTION = {
     "encoder_attn.q_proj": one("cross_attn_q"),
     "encoder_attn.k_proj": one("cross_attn_k"),
@@ -111,6 +115,27 @@ class Case:
 
 GQA = dict(LLAMA_CONFIG)
 FALCON = {"hidden_size": 32, "ffn_hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
+T5 = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 1, "num_decoder_layers": 2, "num_heads": 4} | {
+    "vocab_size": 64,
+    "decoder_start_token_id": 0,
+}
+T5_LAYERS = {
+    "SelfAttention.q": one("attn_q"),
+    "SelfAttention.k": one("attn_k"),
+    "SelfAttention.v": one("attn_v"),
+    "SelfAttention.o": one("attn_dense"),
+    "EncDecAttention.q": one("cross_attn_q"),
+    "EncDecAttention.k": one("cross_attn_k"),
+    "EncDecAttention.v": one("cross_attn_v"),
+    "EncDecAttention.o": one("cross_attn_dense"),
+    "wo": one("mlp_4h_to_h"),
+}
+T5_GATED_LAYERS = {**T5_LAYERS, "wi_0": one("mlp_h_to_4h"), "wi_1": one("mlp_gate")}
+T5_DECODER = r"decoder\..*\.(q|k|v|o|wi|wi_0|wi_1|wo)"
+BART_DECODER = r".*decoder\.layers\..*(_proj|fc1|fc2)"
+MHA = {name: size for name, size in GQA.items() if name != "num_key_value_heads"}
+BIGCODE = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64}
+MOE = {**GQA, "num_experts": 2, "num_local_experts": 2, "num_experts_per_tok": 1}
 WIDE_HEADS = {**GQA, "head_dim": 16}  # heads * head_dim is not hidden_size
 CASES = {
     "llama": Case(hf.LlamaForCausalLM, hf.LlamaConfig, GQA, SEPARATE),
@@ -225,29 +250,21 @@ CASES = {
     "t5": Case(
         hf.T5ForConditionalGeneration,
         hf.T5Config,
-        {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 1, "num_decoder_layers": 2, "num_heads": 4}
-        | {"vocab_size": 64, "feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0},
-        {
-            "SelfAttention.q": one("attn_q"),
-            "SelfAttention.k": one("attn_k"),
-            "SelfAttention.v": one("attn_v"),
-            "SelfAttention.o": one("attn_dense"),
-            "EncDecAttention.q": one("cross_attn_q"),
-            "EncDecAttention.k": one("cross_attn_k"),
-            "EncDecAttention.v": one("cross_attn_v"),
-            "EncDecAttention.o": one("cross_attn_dense"),
-            "wi_0": one("mlp_h_to_4h"),
-            "wi_1": one("mlp_gate"),
-            "wo": one("mlp_4h_to_h"),
-        },
-        r"decoder\..*\.(q|k|v|o|wi_0|wi_1|wo)",
+        {**T5, "feed_forward_proj": "gated-gelu"},
+        T5_GATED_LAYERS,
+        T5_DECODER,
     ),
+    "t5_ungated": Case(
+        hf.T5ForConditionalGeneration, hf.T5Config, T5, {**T5_LAYERS, "wi": one("mlp_h_to_4h")}, T5_DECODER
+    ),
+    "mt5": Case(hf.MT5ForConditionalGeneration, hf.MT5Config, T5, T5_GATED_LAYERS, T5_DECODER),
+    "umt5": Case(hf.UMT5ForConditionalGeneration, hf.UMT5Config, T5, T5_GATED_LAYERS, T5_DECODER),
     "bart": Case(
         hf.BartForConditionalGeneration,
         hf.BartConfig,
         BART_SIZES,
         CROSS_ATTENTION,
-        r".*decoder\.layers\..*(_proj|fc1|fc2)",
+        BART_DECODER,
     ),
     "whisper": Case(
         hf.WhisperForConditionalGeneration,
@@ -255,8 +272,64 @@ CASES = {
         {**BART_SIZES, "num_mel_bins": 8, "bos_token_id": 1, "eos_token_id": 1, "decoder_start_token_id": 1}
         | {"begin_suppress_tokens": None, "suppress_tokens": None},
         CROSS_ATTENTION,
-        r".*decoder\.layers\..*(_proj|fc1|fc2)",
+        BART_DECODER,
     ),
+    "mbart": Case(hf.MBartForConditionalGeneration, hf.MBartConfig, BART_SIZES, CROSS_ATTENTION, BART_DECODER),
+    "pegasus": Case(hf.PegasusForConditionalGeneration, hf.PegasusConfig, BART_SIZES, CROSS_ATTENTION, BART_DECODER),
+    "marian": Case(hf.MarianMTModel, hf.MarianConfig, BART_SIZES, CROSS_ATTENTION, BART_DECODER),
+    "m2m_100": Case(hf.M2M100ForConditionalGeneration, hf.M2M100Config, BART_SIZES, CROSS_ATTENTION, BART_DECODER),
+    "blenderbot": Case(
+        hf.BlenderbotForConditionalGeneration, hf.BlenderbotConfig, BART_SIZES, CROSS_ATTENTION, BART_DECODER
+    ),
+    "stablelm": Case(hf.StableLmForCausalLM, hf.StableLmConfig, GQA, SEPARATE),
+    "smollm3": Case(hf.SmolLM3ForCausalLM, hf.SmolLM3Config, {**GQA, "pad_token_id": 0}, SEPARATE),
+    "ministral": Case(hf.MinistralForCausalLM, hf.MinistralConfig, {**GQA, "head_dim": 8}, SEPARATE),
+    "ernie4_5": Case(hf.Ernie4_5ForCausalLM, hf.Ernie4_5Config, WIDE_HEADS, SEPARATE),
+    "nemotron": Case(hf.NemotronForCausalLM, hf.NemotronConfig, {**GQA, "head_dim": 8}, UNGATED),
+    "arcee": Case(hf.ArceeForCausalLM, hf.ArceeConfig, {**GQA, "head_dim": 8}, UNGATED),
+    "apertus": Case(hf.ApertusForCausalLM, hf.ApertusConfig, GQA, UNGATED),
+    "glm": Case(
+        hf.GlmForCausalLM,
+        hf.GlmConfig,
+        {**GQA, "head_dim": 8, "pad_token_id": 0},
+        ATTENTION | {"gate_up_proj": gate_up, "down_proj": one("mlp_4h_to_h")},
+    ),
+    "persimmon": Case(
+        hf.PersimmonForCausalLM,
+        hf.PersimmonConfig,
+        MHA,
+        {"query_key_value": per_head(4), "self_attn.dense": one("attn_dense"), **DENSE_MLP},
+    ),
+    "gpt_bigcode": Case(
+        hf.GPTBigCodeForCausalLM,
+        hf.GPTBigCodeConfig,
+        {**BIGCODE, "multi_query": True},
+        {"c_attn": in_turn(32, 8, 8), "attn.c_proj": one("attn_dense"), **C_MLP},
+    ),
+    "gpt_bigcode_of_many_queries": Case(
+        hf.GPTBigCodeForCausalLM,
+        hf.GPTBigCodeConfig,
+        {**BIGCODE, "multi_query": False},
+        {"c_attn": per_head(4), "attn.c_proj": one("attn_dense"), **C_MLP},
+    ),
+    "gpt_neo": Case(
+        hf.GPTNeoForCausalLM,
+        hf.GPTNeoConfig,
+        {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "vocab_size": 64}
+        | {"attention_types": [[["global", "local"], 1]]},
+        OUT_PROJ | C_MLP,
+    ),
+    "xglm": Case(
+        hf.XGLMForCausalLM,
+        hf.XGLMConfig,
+        {"d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 48, "vocab_size": 64},
+        OUT_PROJ | FC1_FC2,
+    ),
+    "biogpt": Case(hf.BioGptForCausalLM, hf.BioGptConfig, MHA, OUT_PROJ | FC1_FC2),
+    "olmoe": Case(hf.OlmoeForCausalLM, hf.OlmoeConfig, MOE, ATTENTION),
+    "phimoe": Case(hf.PhimoeForCausalLM, hf.PhimoeConfig, {**MOE, "pad_token_id": 0}, ATTENTION),
+    "granitemoe": Case(hf.GraniteMoeForCausalLM, hf.GraniteMoeConfig, MOE, ATTENTION),
+    "gpt_oss": Case(hf.GptOssForCausalLM, hf.GptOssConfig, {**MOE, "head_dim": 16}, ATTENTION),
 }
 
 

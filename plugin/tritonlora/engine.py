@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tritonlora.errors import EngineMismatch, one_message
-from tritonlora.families import ARCHITECTURES, T5, Architecture
+from tritonlora.families import ARCHITECTURES, BY_MODEL_TYPE, T5, Architecture
 from tritonlora.modules import BY_NAME, ModuleDims
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -86,8 +86,12 @@ _SPELLINGS: Mapping[str, tuple[str, ...]] = {
 # Four times the hidden size where config.json does not say; nowhere else is a missing size made up. (MPT's
 # expansion_ratio is not read by transformers.)
 _FOUR_TIMES_HIDDEN = frozenset(
-    {"GPT2LMHeadModel", "GPTJForCausalLM", "BloomForCausalLM", "FalconForCausalLM", "MptForCausalLM"}
+    {
+        *("GPT2LMHeadModel", "GPTBigCodeForCausalLM", "GPTNeoForCausalLM", "GPTJForCausalLM", "BloomForCausalLM"),
+        *("FalconForCausalLM", "MptForCausalLM"),
+    }
 )
+_MULTI_QUERY = frozenset({"FalconForCausalLM", "GPTBigCodeForCausalLM"})
 
 
 def load_profile(path: Path, *, dtype: str | None = None) -> EngineProfile:
@@ -125,13 +129,17 @@ def profile_from_hf(
     `target_modules` are names of LoRA modules ("attn_q"); None stands for all that the architecture has, fused layers
     taken apart. `dtype` overrides the model's. Raises EngineMismatch, naming everything that is missing or unknown.
     """
-    names = config.get("architectures")
-    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
-    architecture = ARCHITECTURES.get(name)
-    if architecture is None:
-        raise EngineMismatch(f"{source!r}: unknown architecture {name!r}; known: {', '.join(sorted(ARCHITECTURES))}")
     nested = config.get("text_config")
     text: Mapping[str, Any] = nested if isinstance(nested, dict) else config
+    names, model_type = config.get("architectures"), str(text.get("model_type", ""))
+    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
+    # Models with a vision tower are of many architectures, and their text models of few.
+    architecture = ARCHITECTURES.get(name) or BY_MODEL_TYPE.get(model_type)
+    if architecture is None:
+        raise EngineMismatch(
+            f"{source!r}: unknown architecture {name!r}, and unknown model_type {model_type!r}; expected one of the "
+            f"{len(ARCHITECTURES)} that the README lists, as {', '.join(list(ARCHITECTURES)[:3])}"
+        )
     problems: list[str] = []
     sizes = _hf_sizes(text, architecture, problems)
     found = dtype or next((c[k] for c in (text, config) for k in ("dtype", "torch_dtype") if c.get(k)), None)
@@ -145,7 +153,7 @@ def profile_from_hf(
         raise EngineMismatch(one_message(f"{source!r} does not describe the model", problems))
     return EngineProfile(
         source=source,
-        architecture=name,
+        architecture=architecture.name,
         dtype=str(found),
         num_layers=sizes.layers,
         modules=_modules(targets, sizes, dense_in=sizes.heads * sizes.head_size),
@@ -291,8 +299,8 @@ def _hf_sizes(config: Mapping[str, Any], architecture: Architecture, problems: l
     if len(problems) > before:
         return None
     kv_heads = heads
-    if architecture.name == "FalconForCausalLM" and not known.get("new_decoder_architecture"):
-        # The first Falcons ignore num_kv_heads: one key-value head, or one for each head.
+    if architecture.name in _MULTI_QUERY and not known.get("new_decoder_architecture"):
+        # GPTBigCode and the first Falcons ignore num_kv_heads: one key-value head, or one for each head.
         kv_heads = 1 if known.get("multi_query", True) else heads
     else:
         kv_heads = _size(known, names["kv_heads"], problems, missing=heads)

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which linear layers each Hugging Face architecture has, and which LoRA modules of the engine they are.
 
-A new architecture that is built like one of the families below is one line in `ARCHITECTURES`.
+A new architecture that is built like one of the families below is one line in `_TABLE`.
 
 Trap: TensorRT-LLM's `mlp_h_to_4h` is the branch that goes through the activation, so it is `gate_proj`, and its
 `mlp_gate` is `up_proj` (`get_default_trtllm_modules_to_hf_modules` in TensorRT-LLM tensorrt_llm/lora_manager.py).
@@ -11,7 +11,7 @@ Trap: TensorRT-LLM's `mlp_h_to_4h` is the branch that goes through the activatio
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 
@@ -33,6 +33,7 @@ class Family:
     stems: tuple[str, ...]  # what stands before the layer number
     leaves: Mapping[str, Leaf]  # what stands after it
     sizes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # config.json keys where they are unusual
+    conv1d: bool = False  # the layers are transformers' Conv1D, of which PEFT notes `fan_in_fan_out`
 
     @property
     def modules(self) -> frozenset[str]:
@@ -42,9 +43,10 @@ class Family:
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """One line of the table: a class name in config.json's `architectures`."""
+    """One line of the table."""
 
-    name: str
+    model_type: str  # in config.json, or in its `text_config`
+    name: str  # in config.json's `architectures`
     family: Family
     defaults: Mapping[str, int] = field(default_factory=dict)  # what a missing key of config.json means
 
@@ -71,18 +73,33 @@ _CROSS_OUT_PROJ = _leaves(
     cross_attn_dense="out_proj",
 )
 _GATED_MLP = _leaves("mlp", mlp_h_to_4h="gate_proj", mlp_gate="up_proj", mlp_4h_to_h="down_proj")
+_UNGATED_MLP = _leaves("mlp", mlp_h_to_4h="up_proj", mlp_4h_to_h="down_proj")
 _C_MLP = _leaves("mlp", mlp_h_to_4h="c_fc", mlp_4h_to_h="c_proj")
 _DENSE_MLP = _leaves("mlp", mlp_h_to_4h="dense_h_to_4h", mlp_4h_to_h="dense_4h_to_h")
 _FC1_FC2 = {"fc1": Leaf(("mlp_h_to_4h",)), "fc2": Leaf(("mlp_4h_to_h",))}
 
-# The second and third stem are how vision-language models hold their text model.
-_MODEL_LAYERS = ("model.layers", "model.language_model.layers", "language_model.model.layers", "layers")
+# The stems in the middle are how vision-language models hold their text model.
+_MODEL_LAYERS = (
+    "model.layers",
+    "model.language_model.layers",
+    "model.text_model.layers",
+    "language_model.model.layers",
+    "language_model.layers",
+    "layers",
+)
 _TRANSFORMER_H = ("transformer.h", "h")
 _DECODER_LAYERS = ("model.decoder.layers", "decoder.layers")
 
 LLAMA = Family("Llama", _MODEL_LAYERS, _SEPARATE_ATTENTION | _GATED_MLP)
 # The expert layers are not here: their LoRA cannot be sent in a row per module.
 MIXTURE = Family("Mixture of experts", _MODEL_LAYERS, _SEPARATE_ATTENTION)
+# Built like Llama, but for an MLP that has no gate: up_proj goes through the activation.
+NEMOTRON = Family("Nemotron", _MODEL_LAYERS, _SEPARATE_ATTENTION | _UNGATED_MLP)
+GLM = Family(
+    "GLM",
+    _MODEL_LAYERS,
+    _SEPARATE_ATTENTION | {"mlp.gate_up_proj": _GATE_UP, "mlp.down_proj": Leaf(("mlp_4h_to_h",))},
+)
 PHI3 = Family(
     "Phi-3",
     _MODEL_LAYERS,
@@ -112,7 +129,19 @@ FALCON = Family(
     {"self_attention.query_key_value": _QKV_BY_HEAD_GROUP, "self_attention.dense": Leaf(("attn_dense",))} | _DENSE_MLP,
     {"mlp": ("ffn_hidden_size",)},
 )
-GPT2 = Family("GPT-2", _TRANSFORMER_H, {"attn.c_attn": _QKV_IN_TURN, "attn.c_proj": Leaf(("attn_dense",))} | _C_MLP)
+PERSIMMON = Family(
+    "Persimmon",
+    _MODEL_LAYERS,
+    {"self_attn.query_key_value": _QKV_BY_HEAD_GROUP, "self_attn.dense": Leaf(("attn_dense",))} | _DENSE_MLP,
+)
+_C_PROJ = {"attn.c_proj": Leaf(("attn_dense",))}
+GPT2 = Family("GPT-2", _TRANSFORMER_H, {"attn.c_attn": _QKV_IN_TURN} | _C_PROJ | _C_MLP, conv1d=True)
+GPT_BIGCODE = Family("GPTBigCode", _TRANSFORMER_H, {"attn.c_attn": _QKV_BY_HEAD_GROUP} | _C_PROJ | _C_MLP)
+GPT_NEO = Family(
+    "GPT-Neo",
+    _TRANSFORMER_H,
+    _leaves("attn.attention", attn_q="q_proj", attn_k="k_proj", attn_v="v_proj", attn_dense="out_proj") | _C_MLP,
+)
 GPTJ = Family(
     "GPT-J",
     _TRANSFORMER_H,
@@ -126,6 +155,12 @@ MPT = Family(
     | _leaves("ffn", mlp_h_to_4h="up_proj", mlp_4h_to_h="down_proj"),
 )
 OPT = Family("OPT", _DECODER_LAYERS, _SEPARATE_OUT_PROJ | _FC1_FC2)
+XGLM = Family(
+    "XGLM and BioGPT",
+    ("model.layers", "biogpt.layers", "layers"),
+    _SEPARATE_OUT_PROJ | _FC1_FC2,
+    {"heads": ("num_attention_heads", "attention_heads")},
+)
 BART = Family(
     "BART and Whisper decoders",
     _DECODER_LAYERS,
@@ -148,37 +183,92 @@ T5 = Family(
 
 _GEMMA2 = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256}
 _TABLE = (
-    Architecture("LlamaForCausalLM", LLAMA),
-    Architecture("MistralForCausalLM", LLAMA, {"num_key_value_heads": 8}),
-    Architecture("Qwen2ForCausalLM", LLAMA, {"num_key_value_heads": 32}),
-    Architecture("Qwen3ForCausalLM", LLAMA, {"num_key_value_heads": 32, "head_dim": 128}),
-    Architecture("GemmaForCausalLM", LLAMA, {"num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 256}),
-    Architecture("Gemma2ForCausalLM", LLAMA, _GEMMA2),
-    Architecture("Gemma3ForCausalLM", LLAMA, _GEMMA2),
-    Architecture("Gemma3ForConditionalGeneration", LLAMA, _GEMMA2),
-    Architecture("GraniteForCausalLM", LLAMA),
-    Architecture("OlmoForCausalLM", LLAMA),
-    Architecture("Olmo2ForCausalLM", LLAMA),
-    Architecture("CohereForCausalLM", LLAMA),
-    Architecture("Cohere2ForCausalLM", LLAMA, {"head_dim": 128}),
-    Architecture("Phi3ForCausalLM", PHI3),
-    Architecture("PhiForCausalLM", PHI),
-    Architecture("Starcoder2ForCausalLM", STARCODER2, {"num_key_value_heads": 2}),
-    Architecture("GPTNeoXForCausalLM", GPT_NEOX),
-    Architecture("FalconForCausalLM", FALCON),
-    Architecture("BloomForCausalLM", FALCON),
-    Architecture("GPT2LMHeadModel", GPT2),
-    Architecture("GPTJForCausalLM", GPTJ),
-    Architecture("MptForCausalLM", MPT),
-    Architecture("OPTForCausalLM", OPT),
-    Architecture("MixtralForCausalLM", MIXTURE, {"num_key_value_heads": 8}),
-    Architecture("Qwen2MoeForCausalLM", MIXTURE, {"num_key_value_heads": 16}),
-    Architecture("Qwen3MoeForCausalLM", MIXTURE, {"num_key_value_heads": 4}),
-    Architecture("T5ForConditionalGeneration", T5),
-    Architecture("BartForConditionalGeneration", BART),
-    Architecture("WhisperForConditionalGeneration", BART),
+    Architecture("llama", "LlamaForCausalLM", LLAMA),
+    Architecture("mistral", "MistralForCausalLM", LLAMA, {"num_key_value_heads": 8}),
+    Architecture("ministral", "MinistralForCausalLM", LLAMA, {"num_key_value_heads": 8}),
+    Architecture("ministral3", "Ministral3ForCausalLM", LLAMA, {"num_key_value_heads": 8, "head_dim": 128}),
+    Architecture("qwen2", "Qwen2ForCausalLM", LLAMA, {"num_key_value_heads": 32}),
+    Architecture("qwen2_vl_text", "Qwen2VLForConditionalGeneration", LLAMA, {"num_key_value_heads": 8}),
+    Architecture("qwen2_5_vl_text", "Qwen2_5_VLForConditionalGeneration", LLAMA, {"num_key_value_heads": 8}),
+    Architecture("qwen3", "Qwen3ForCausalLM", LLAMA, {"num_key_value_heads": 32, "head_dim": 128}),
+    Architecture("qwen3_vl_text", "Qwen3VLForConditionalGeneration", LLAMA, {"head_dim": 128}),
+    Architecture(
+        "gemma", "GemmaForCausalLM", LLAMA, {"num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 256}
+    ),
+    Architecture("gemma2", "Gemma2ForCausalLM", LLAMA, _GEMMA2),
+    Architecture("gemma3_text", "Gemma3ForCausalLM", LLAMA, _GEMMA2),
+    Architecture("gemma3", "Gemma3ForConditionalGeneration", LLAMA, _GEMMA2),
+    Architecture("vaultgemma", "VaultGemmaForCausalLM", LLAMA, _GEMMA2),
+    Architecture("mllama_text_model", "MllamaForCausalLM", LLAMA, {"num_key_value_heads": 8}),
+    Architecture("granite", "GraniteForCausalLM", LLAMA),
+    Architecture("olmo", "OlmoForCausalLM", LLAMA),
+    Architecture("olmo2", "Olmo2ForCausalLM", LLAMA),
+    Architecture("olmo3", "Olmo3ForCausalLM", LLAMA),
+    Architecture("cohere", "CohereForCausalLM", LLAMA),
+    Architecture("cohere2", "Cohere2ForCausalLM", LLAMA, {"head_dim": 128}),
+    Architecture("stablelm", "StableLmForCausalLM", LLAMA),
+    Architecture("smollm3", "SmolLM3ForCausalLM", LLAMA, {"num_key_value_heads": 4}),
+    Architecture("helium", "HeliumForCausalLM", LLAMA, {"head_dim": 128}),
+    Architecture("ernie4_5", "Ernie4_5ForCausalLM", LLAMA, {"num_key_value_heads": 2, "head_dim": 128}),
+    Architecture("exaone4", "Exaone4ForCausalLM", LLAMA),
+    Architecture("seed_oss", "SeedOssForCausalLM", LLAMA, {"num_key_value_heads": 8, "head_dim": 128}),
+    Architecture("hyperclovax", "HyperCLOVAXForCausalLM", LLAMA),
+    Architecture("cwm", "CwmForCausalLM", LLAMA, {"num_key_value_heads": 8, "head_dim": 128}),
+    Architecture("hunyuan_v1_dense", "HunYuanDenseV1ForCausalLM", LLAMA),
+    Architecture("nemotron", "NemotronForCausalLM", NEMOTRON),
+    Architecture("arcee", "ArceeForCausalLM", NEMOTRON),
+    Architecture("jais2", "Jais2ForCausalLM", NEMOTRON, {"head_dim": 128}),
+    Architecture("apertus", "ApertusForCausalLM", NEMOTRON),
+    Architecture("glm", "GlmForCausalLM", GLM, {"num_key_value_heads": 2, "head_dim": 128}),
+    Architecture("glm4", "Glm4ForCausalLM", GLM, {"num_key_value_heads": 2, "head_dim": 128}),
+    Architecture("phi3", "Phi3ForCausalLM", PHI3),
+    Architecture("phi", "PhiForCausalLM", PHI),
+    Architecture("persimmon", "PersimmonForCausalLM", PERSIMMON),
+    Architecture("starcoder2", "Starcoder2ForCausalLM", STARCODER2, {"num_key_value_heads": 2}),
+    Architecture("gpt_neox", "GPTNeoXForCausalLM", GPT_NEOX),
+    Architecture("falcon", "FalconForCausalLM", FALCON),
+    Architecture("bloom", "BloomForCausalLM", FALCON),
+    Architecture("gpt2", "GPT2LMHeadModel", GPT2),
+    Architecture("gpt_bigcode", "GPTBigCodeForCausalLM", GPT_BIGCODE),
+    Architecture("gpt_neo", "GPTNeoForCausalLM", GPT_NEO),
+    Architecture("gptj", "GPTJForCausalLM", GPTJ),
+    Architecture("mpt", "MptForCausalLM", MPT),
+    Architecture("opt", "OPTForCausalLM", OPT),
+    Architecture("xglm", "XGLMForCausalLM", XGLM),
+    Architecture("biogpt", "BioGptForCausalLM", XGLM),
+    Architecture("mixtral", "MixtralForCausalLM", MIXTURE, {"num_key_value_heads": 8}),
+    Architecture("qwen2_moe", "Qwen2MoeForCausalLM", MIXTURE, {"num_key_value_heads": 16}),
+    Architecture("qwen3_moe", "Qwen3MoeForCausalLM", MIXTURE, {"num_key_value_heads": 4}),
+    Architecture("olmoe", "OlmoeForCausalLM", MIXTURE),
+    Architecture("phimoe", "PhimoeForCausalLM", MIXTURE, {"num_key_value_heads": 8}),
+    Architecture("granitemoe", "GraniteMoeForCausalLM", MIXTURE),
+    Architecture("gpt_oss", "GptOssForCausalLM", MIXTURE, {"num_key_value_heads": 8, "head_dim": 64}),
+    Architecture("llama4_text", "Llama4ForCausalLM", MIXTURE, {"num_key_value_heads": 8, "head_dim": 128}),
+    Architecture("t5", "T5ForConditionalGeneration", T5),
+    Architecture("mt5", "MT5ForConditionalGeneration", T5),
+    Architecture("umt5", "UMT5ForConditionalGeneration", T5),
+    Architecture("longt5", "LongT5ForConditionalGeneration", T5),
+    Architecture("bart", "BartForConditionalGeneration", BART),
+    Architecture("mbart", "MBartForConditionalGeneration", BART),
+    Architecture("pegasus", "PegasusForConditionalGeneration", BART),
+    Architecture("blenderbot", "BlenderbotForConditionalGeneration", BART),
+    Architecture("marian", "MarianMTModel", BART),
+    Architecture("m2m_100", "M2M100ForConditionalGeneration", BART),
+    Architecture("whisper", "WhisperForConditionalGeneration", BART),
 )
 ARCHITECTURES: Mapping[str, Architecture] = {architecture.name: architecture for architecture in _TABLE}
+BY_MODEL_TYPE: Mapping[str, Architecture] = {architecture.model_type: architecture for architecture in _TABLE}
+# What else stands in engines' config.json (`MODEL_MAP` in TensorRT-LLM tensorrt_llm/models/__init__.py).
+_ENGINE_NAMES: Mapping[str, tuple[Family, ...]] = {
+    "GPTForCausalLM": (GPT2, GPT_BIGCODE, STARCODER2, NEMOTRON),
+    "QWenForCausalLM": (LLAMA, MIXTURE),
+    "RWForCausalLM": (FALCON,),
+    "MPTForCausalLM": (MPT,),
+    "InternLMForCausalLM": (LLAMA,),
+    "SkyworkForCausalLM": (LLAMA,),
+    "DeciLMForCausalLM": (LLAMA,),
+    "LlavaLlamaModel": (LLAMA,),
+}
 
 # First match wins; the last line always matches.
 _WHY_NOT = (
@@ -186,25 +276,42 @@ _WHY_NOT = (
     (r"(^|\.)(lm_head|embed_out|proj_out)$", "TensorRT-LLM has no LoRA for the output embedding"),
     (r"(^|\.)(embed_tokens|wte|word_embeddings|shared|embed_in)$", "TensorRT-LLM has no LoRA for embeddings"),
     (r"experts?(\.|$)|block_sparse_moe|shared_mlp", "LoRA on expert layers cannot be sent to a TensorRT-LLM engine"),
-    (r"(^|\.)mlp\.(gate|shared_expert_gate)$", "LoRA on an expert router is not supported"),
+    (r"\.(gate|router|shared_expert_gate)$", "LoRA on an expert router is not supported"),
     (
         r"(^|\.)(vision|visual|vision_tower|vision_model|multi_modal_projector|audio_tower)",
         "not a part of the text model",
     ),
-    (r"(^|\.)encoder\.", "an encoder's LoRA has no place in the tensors of the decoder's engine"),
+    (r"^(?!transformer\.).*\bencoder\.", "an encoder's LoRA has no place in the tensors of the decoder's engine"),
     (r"(^|\.)(score|classifier|qa_outputs)$", "a classification head is not a part of a text-generation engine"),
     (r"", "not a linear layer that TensorRT-LLM has a LoRA for"),
 )
 
 
-def locate(path: str) -> tuple[int, Leaf] | None:
-    """(layer, leaf) of the module `path` of a Hugging Face model; None where the engine has no LoRA for it.
+def locate(path: str) -> tuple[int, Mapping[str, Leaf]] | None:
+    """(layer, {name of each family that has it: leaf}) of the module `path` of a Hugging Face model.
 
-    `path` is as PEFT sees it: "model.layers.3.self_attn.q_proj".
+    None where the engine has no LoRA for it. `path` is as PEFT sees it: "model.layers.3.self_attn.q_proj".
     """
     match = _LAYER_PATH.fullmatch(path)
-    leaf = _LEAVES.get((match["stem"], match["tail"])) if match else None
-    return (int(match["layer"]), leaf) if match and leaf else None
+    leaves = _LEAVES.get((match["stem"], match["tail"])) if match else None
+    return (int(match["layer"]), leaves) if match and leaves else None
+
+
+def families_of(architecture: str) -> frozenset[str]:
+    """The names of the families that a model of `architecture` can be of; all of them where it is not known."""
+    known = ARCHITECTURES.get(architecture)
+    families = _ENGINE_NAMES.get(architecture, _FAMILIES) if known is None else (known.family,)
+    return frozenset(family.name for family in families)
+
+
+def likely_families(layers: Iterable[Mapping[str, Leaf]], architecture: str, *, conv1d: bool) -> frozenset[str]:
+    """Those of `families_of(architecture)` that have all `layers` (as `locate` gives them), if there is any.
+
+    Of these, where `conv1d` is set, those built of Conv1D.
+    """
+    families = families_of(architecture)
+    families = families.intersection(*layers) or families
+    return families & _CONV1D or families if conv1d else families
 
 
 # The first number in a path is the layer's. No model has ten thousand layers.
@@ -219,12 +326,17 @@ def why_not(path: str) -> str:
     )
 
 
-def _all_leaves() -> Iterator[tuple[tuple[str, str], Leaf]]:
-    for architecture in _TABLE:
-        for stem in architecture.family.stems:
-            for tail, leaf in architecture.family.leaves.items():
-                yield (stem, tail), leaf
+def _by_name() -> dict[tuple[str, str], dict[str, Leaf]]:
+    leaves: dict[tuple[str, str], dict[str, Leaf]] = {}
+    for family in _FAMILIES:
+        for stem in family.stems:
+            for tail, leaf in family.leaves.items():
+                leaves.setdefault((stem, tail), {})[family.name] = leaf
+    return leaves
 
 
-# No two families disagree about a name (a test holds that), so an adapter's own keys say what they are.
-_LEAVES: Mapping[tuple[str, str], Leaf] = dict(_all_leaves())
+_FAMILIES: tuple[Family, ...] = tuple(
+    {architecture.family.name: architecture.family for architecture in _TABLE}.values()
+)
+_CONV1D = frozenset(family.name for family in _FAMILIES if family.conv1d)
+_LEAVES: Mapping[tuple[str, str], Mapping[str, Leaf]] = _by_name()

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tritonlora.errors import AdapterError, EngineMismatch, UnsupportedAdapter, one_message
+from tritonlora.families import Leaf, likely_families
 from tritonlora.modules import BY_NAME, LoraModule
 
 if TYPE_CHECKING:
@@ -111,8 +112,17 @@ def plan_layout(
         problems.unsupported.append("DoRA needs the base model's weights; give them with --base CHECKPOINT")
     planned: list[tuple[Row, RowSource]] = []
     width = 0
+    families = likely_families(
+        (module.leaves for module in adapter.modules.values()),
+        profile.architecture if profile is not None else "",
+        conv1d=adapter.config.fan_in_fan_out,
+    )
     for module in adapter.modules.values():
-        for row, source, out_features in _rows_of(module, profile, problems):
+        leaf = _leaf_of(module, families, profile)
+        if isinstance(leaf, str):
+            problems.by_layer.setdefault(leaf, []).append(module.layer)
+            continue
+        for row, source, out_features in _rows_of(module, leaf, profile, problems):
             if profile is not None:
                 _check_row(row, module, out_features, profile, problems)
             planned.append((row, source))
@@ -155,18 +165,40 @@ def _layers(layers: Sequence[int]) -> str:
     return f"layer{'s' if len(ordered) > 1 else ''} {', '.join(map(str, ordered))}"
 
 
+def _leaf_of(module: AdapterModule, families: frozenset[str], profile: EngineProfile | None) -> Leaf | str:
+    """What `module` is in `families`, or why that cannot be said."""
+    tail = module.path.rpartition(".")[2]
+    leaves = list(dict.fromkeys(leaf for family, leaf in module.leaves.items() if family in families))
+    if not leaves:
+        return (
+            f"{tail}: {profile.architecture if profile is not None else 'the base model'} has no such layer; the "
+            "adapter was most likely trained on another base model"
+        )
+    # All ways to fuse q, k and v are one where there is one key-value head, and none is of use without the number.
+    if len({leaf.modules for leaf in leaves}) == 1 and (profile is None or profile.num_kv_heads <= 1):
+        return leaves[0]
+    if len(leaves) > 1:
+        meanings = sorted({", ".join(leaf.modules) for leaf in leaves})
+        differ = f"is {' or '.join(meanings)}" if len(meanings) > 1 else "has its outputs in one order or another"
+        return (
+            f"{tail}: a layer of this name {differ}, by the architecture, which is not known; give the config.json of "
+            "the base model (--base)"
+        )
+    return leaves[0]
+
+
 def _rows_of(
-    module: AdapterModule, profile: EngineProfile | None, problems: _Problems
+    module: AdapterModule, leaf: Leaf, profile: EngineProfile | None, problems: _Problems
 ) -> Iterator[tuple[Row, RowSource, int]]:
     """(row, source, outputs) for each row that `module` becomes."""
-    leaf, out_features = module.leaf, int(module.lora_B.shape[0])
+    out_features = int(module.lora_B.shape[0])
     dora = module.magnitude is not None
     if len(leaf.modules) == 1:
         row = Row(BY_NAME[leaf.modules[0]], module.layer, module.r, dora)
         yield row, RowSource(module.path), out_features
         return
     tail = module.path.rpartition(".")[2]
-    parts = _parts(module, profile)
+    parts = _parts(leaf, out_features, profile)
     if isinstance(parts, str):
         problems.by_layer.setdefault(f"{tail}: {parts}", []).append(module.layer)
         return
@@ -185,9 +217,8 @@ def _rows_of(
         yield Row(BY_NAME[name], module.layer, module.r, dora), RowSource(module.path, (piece,)), piece.size
 
 
-def _parts(module: AdapterModule, profile: EngineProfile | None) -> dict[str, Piece] | str:
+def _parts(leaf: Leaf, out_features: int, profile: EngineProfile | None) -> dict[str, Piece] | str:
     """The outputs of a fused layer by module, or why they cannot be told apart."""
-    leaf, out_features = module.leaf, int(module.lora_B.shape[0])
     if leaf.fused == "mlp_gate_up":
         if out_features % 2:
             return f"lora_B has {out_features} outputs, expected two equal halves"

@@ -30,7 +30,7 @@ class AdapterModule:
 
     path: str  # in the base model: "model.layers.0.self_attn.q_proj"
     layer: int
-    leaf: Leaf
+    leaves: Mapping[str, Leaf]  # what the layer is in each family that has one of this name
     lora_A: torch.Tensor  # noqa: N815  (r, in); PEFT's name
     lora_B: torch.Tensor  # noqa: N815  (out, r)
     scaling: float
@@ -129,7 +129,7 @@ def _modules(
             modules[path] = AdapterModule(
                 path=path,
                 layer=place[0],
-                leaf=place[1],
+                leaves=place[1],
                 lora_A=group.tensors["A"],
                 lora_B=group.tensors["B"],
                 scaling=config.scaling_of(path, rank),

@@ -22,7 +22,7 @@ from tritonlora.cpu_engine.request import GenerationRequest, LoraInputs
 from tritonlora.cpu_engine.sampling import choose_token
 from tritonlora.engine import EngineProfile
 from tritonlora.errors import EngineMismatch, one_message
-from tritonlora.families import locate
+from tritonlora.families import families_of, locate
 from tritonlora.pack import unpack, unpack_magnitudes
 
 
@@ -104,9 +104,11 @@ class CausalLM:
 
     def _hook_layers(self, profile: EngineProfile) -> None:
         missing = {(layer, name) for layer in range(profile.num_layers) for name in profile.modules}
+        families = families_of(profile.architecture)
         problems = set()
         for path, layer_module in self._model.named_modules():
-            number, leaf = locate(path) or (0, None)
+            number, leaves = locate(path) or (0, {})
+            leaf = next((leaf for family, leaf in leaves.items() if family in families), None)
             if leaf is None:
                 continue
             if len(leaf.modules) == 1:

@@ -1,0 +1,82 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""Which module a layer is, where its name alone does not say."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from adapters import lora_pair, write_adapter
+from tritonlora.engine import EngineProfile
+from tritonlora.errors import EngineMismatch
+from tritonlora.layout import plan_layout
+from tritonlora.modules import BY_NAME, ModuleDims
+from tritonlora.peft import load_adapter
+
+QKV = ("attn_q", "attn_k", "attn_v")
+PROFILE = EngineProfile(
+    source="engine",
+    architecture="LlamaForCausalLM",
+    dtype="bfloat16",
+    num_layers=2,
+    modules={name: ModuleDims(BY_NAME[name], 32, 32) for name in (*QKV, "mlp_gate", "mlp_h_to_4h")},
+    max_lora_rank=8,
+)
+
+
+def test_layer_that_the_engines_model_has_not_is_refused(tmp_path: Path) -> None:
+    """An adapter of another architecture is told by its names, even where the dims happen to fit."""
+    adapter = load_adapter(write_adapter(tmp_path, lora_pair("transformer.h.0.attn.q_proj")))
+
+    with pytest.raises(EngineMismatch, match="q_proj: LlamaForCausalLM has no such layer; .* another base model"):
+        plan_layout(adapter, dtype="bfloat16", profile=PROFILE)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "module"),
+    [("LlamaForCausalLM", "mlp_gate"), ("QWenForCausalLM", "mlp_gate"), ("NemotronForCausalLM", "mlp_h_to_4h")],
+)
+def test_up_proj_without_a_gate_is_what_the_architecture_says(architecture: str, module: str, tmp_path: Path) -> None:
+    """Nemotron's up_proj goes through the activation, Llama's does not; the name alone decides nothing."""
+    adapter = load_adapter(write_adapter(tmp_path, lora_pair("model.layers.0.mlp.up_proj")))
+    profile = replace(PROFILE, architecture=architecture)
+
+    assert [module] == [row.module.name for row in plan_layout(adapter, dtype="bfloat16", profile=profile).rows]
+    for unknown in (None, replace(profile, architecture="NewForCausalLM")):
+        with pytest.raises(EngineMismatch, match=r"up_proj: .* is mlp_gate or mlp_h_to_4h, by the arch.*\(--base\)"):
+            plan_layout(adapter, dtype="bfloat16", profile=unknown)
+
+
+def test_gate_proj_says_that_up_proj_is_gated(tmp_path: Path) -> None:
+    """An adapter of all linear layers needs no base model to be told apart."""
+    pairs = lora_pair("model.layers.0.mlp.gate_proj") | lora_pair("model.layers.1.mlp.up_proj")
+    rows = plan_layout(load_adapter(write_adapter(tmp_path, pairs)), dtype="bfloat16").rows
+
+    assert ["mlp_h_to_4h", "mlp_gate"] == [row.module.name for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("fan_in_fan_out", "kv_heads", "is_told"), [(True, 4, True), (False, 4, False), (True, 1, True), (False, 1, True)]
+)
+def test_c_attn_of_an_engine_for_several_architectures_is_told_apart_or_refused(
+    fan_in_fan_out: bool, kv_heads: int, is_told: bool, tmp_path: Path
+) -> None:
+    """GPT-2 has q, k and v in turn and GPTBigCode by head; TensorRT-LLM's GPTForCausalLM can be both."""
+    pair = lora_pair("transformer.h.0.attn.c_attn", out_features=(4 + 2 * kv_heads) * 8)
+    adapter = load_adapter(write_adapter(tmp_path, pair, fan_in_fan_out=fan_in_fan_out))
+    modules = {name: ModuleDims(BY_NAME[name], 32, 32 if name == "attn_q" else kv_heads * 8) for name in QKV}
+    profile = replace(
+        PROFILE, architecture="GPTForCausalLM", modules=modules, num_heads=4, num_kv_heads=kv_heads, head_size=8
+    )
+    if is_told:
+        sources = plan_layout(adapter, dtype="bfloat16", profile=profile).sources
+
+        assert [(1, 0), (1, 32), (1, 32 + kv_heads * 8)] == [
+            (piece.groups, piece.start) for source in sources for piece in source.pieces
+        ]
+    else:
+        with pytest.raises(EngineMismatch, match="c_attn: .* its outputs in one order or another, by the architecture"):
+            plan_layout(adapter, dtype="bfloat16", profile=profile)
