@@ -421,6 +421,24 @@ def test_link_out_of_the_directory_is_refused(tmp_path: Path) -> None:
         load_adapter(inside)
 
 
+def test_link_to_nothing_is_not_a_missing_file(tmp_path: Path) -> None:
+    """A download that was not finished is told from a directory without weights."""
+    (write_adapter(tmp_path, lora_pair(Q)) / "adapter_model.safetensors").unlink()
+    (tmp_path / "adapter_model.safetensors").symlink_to(tmp_path / "blob")
+
+    with pytest.raises(InvalidAdapter, match="adapter_model.safetensors' is a link to nothing; fetch"):
+        load_adapter(tmp_path)
+
+
+def test_pointer_of_git_lfs_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    """What a clone without Git LFS holds is not called a broken file."""
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
+    (write_adapter(tmp_path, lora_pair(Q)) / "adapter_model.safetensors").write_text(pointer)
+
+    with pytest.raises(InvalidAdapter, match="stands for a file of Git LFS; fetch that with `git lfs pull`"):
+        load_adapter(tmp_path)
+
+
 def test_links_of_the_hugging_face_cache_are_followed(tmp_path: Path) -> None:
     """A downloaded snapshot is links into the cache's own blobs."""
     blobs = write_adapter(tmp_path / "blobs", lora_pair(Q))
@@ -453,7 +471,7 @@ def test_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path: Path) -> No
     (tmp_path / "adapter_config.json").write_bytes(config_bytes())
     torch.save({"a": _Mark()}, tmp_path / "adapter_model.bin", pickle_module=pickle)
 
-    with pytest.raises(InvalidAdapter, match="is not a checkpoint of plain tensors"):
+    with pytest.raises(InvalidAdapter, match=r"of plain tensors: it asks for '\S+'; save .* as safetensors$"):
         load_adapter(tmp_path)
     assert not mark.exists()
 

@@ -9,6 +9,8 @@ pickle runs.
 from __future__ import annotations
 
 import json
+import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,16 +20,19 @@ from tritonlora.errors import InvalidAdapter, one_message
 from tritonlora.safetensors_file import load_tensors
 
 MAX_JSON_BYTES = 16 << 20
+_LFS_POINTER = b"version https://git-lfs"
 
 
 def load_checkpoint(directory: Path, safetensors_name: str, pickle_name: str) -> dict[str, torch.Tensor]:
     """All tensors of the checkpoint in `directory`, safetensors before pickles. Raises InvalidAdapter."""
     for name, load in ((safetensors_name, load_tensors), (pickle_name, load_pickle)):
-        if (directory / name).is_file():
+        if (directory / name).is_file() or (directory / name).is_symlink():
             return load(file_inside(directory, name))
         if (directory / f"{name}.index.json").is_file():
             return _load_shards(directory, file_inside(directory, f"{name}.index.json"), load)
-    raise InvalidAdapter(f"there is neither {safetensors_name} nor {pickle_name} in {str(directory)!r}")
+    raise InvalidAdapter(
+        f"there is neither a file {safetensors_name} nor {pickle_name} in {str(directory)!r}; fetch or save it again"
+    )
 
 
 def load_pickle(path: Path) -> dict[str, torch.Tensor]:
@@ -35,11 +40,16 @@ def load_pickle(path: Path) -> dict[str, torch.Tensor]:
     try:
         with path.open("rb") as file:
             is_zip = file.read(2) == b"PK"  # the format before torch 1.6 is not, and cannot be mapped
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what it would say of a strange file is said below
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:
-        # A hostile pickle can raise anything; none of its code has run.
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InvalidAdapter(f"{str(path)!r} is not a checkpoint of plain tensors: {reason}") from error
+        # A hostile pickle can raise anything; none of its code has run. What torch advises is to run it.
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it asks for {asked[1]!r}" if asked else "it is cut short, or of another kind"
+        raise InvalidAdapter(
+            f"{str(path)!r} is not a checkpoint of plain tensors: {reason}; save the adapter as safetensors"
+        ) from error
     if not isinstance(loaded, dict):
         raise InvalidAdapter(f"{str(path)!r} holds a {type(loaded).__name__}, expected a state dict")
     problems = [f"{key!r}: {reason}" for key, value in loaded.items() if (reason := _not_a_plain_tensor(key, value))]
@@ -54,12 +64,15 @@ def file_inside(directory: Path, name: str) -> Path:
     if Path(name).name != name or name in ("", ".", ".."):
         raise InvalidAdapter(f"{name!r} is not the name of a file in {str(directory)!r}")
     if not path.is_file():
-        raise InvalidAdapter(f"{str(path)!r} is not a file")
+        broken = "a link to nothing" if path.is_symlink() else "not a file"
+        raise InvalidAdapter(f"{str(path)!r} is {broken}; fetch or save it again")
     target, home = path.resolve(), directory.resolve()
     # The download cache of Hugging Face keeps files in `blobs`, and links in `snapshots/<revision>`.
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
     if target.parent not in (home, blobs):
         raise InvalidAdapter(f"{str(path)!r} is a link out of its directory, to {str(target)!r}; copy the file")
+    if _is_lfs_pointer(path):
+        raise InvalidAdapter(f"{str(path)!r} stands for a file of Git LFS; fetch that with `git lfs pull`")
     return path
 
 
@@ -68,7 +81,7 @@ def read_json_bytes(path: Path) -> bytes:
     try:
         nbytes = path.stat().st_size
         if nbytes > MAX_JSON_BYTES:
-            raise InvalidAdapter(f"{str(path)!r} has {nbytes} bytes, expected at most {MAX_JSON_BYTES}")
+            raise InvalidAdapter(f"{str(path)!r} has {nbytes} bytes, expected at most {MAX_JSON_BYTES}; save it again")
         return path.read_bytes()
     except OSError as error:
         raise InvalidAdapter(f"cannot read {str(path)!r}: {error.strerror}") from error
@@ -110,6 +123,14 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise InvalidAdapter(f"{str(index)!r} names no shards; expected `weight_map`, from tensors to files")
     return weight_map
+
+
+def _is_lfs_pointer(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_LFS_POINTER)) == _LFS_POINTER
+    except OSError:
+        return False  # whoever reads it says why not
 
 
 def _not_a_plain_tensor(key: object, value: object) -> str:

@@ -24,6 +24,7 @@ This file runs inside a plain Triton container: standard library only.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 
@@ -101,3 +102,34 @@ def one_message(heading: str, problems: Iterable[str]) -> str:
     if len(lines) == 1:
         return f"{heading}: {lines[0]}"
     return "\n  ".join([f"{heading}:", *lines])
+
+
+def merge_layers(problems: Iterable[str]) -> list[str]:
+    """`problems`, with one line for those that differ only in the numbers of a layer's path, and a bound on the lines.
+
+    "'layers.0.fc1': no", "'layers.1.fc1': no", "'layers.2.fc1': no" are "'layers.0.fc1': no (the same in layers 1, 2)".
+    """
+    groups: dict[str, dict[str, int]] = {}
+    for problem in problems:
+        number = _NUMBER.search(problem)
+        groups.setdefault(_NUMBER.sub("*", problem), {})[problem] = int(number[0]) if number else 0
+    lines = []
+    for texts in groups.values():
+        first = min(texts, key=lambda text: (texts[text], text))
+        others = set(texts.values()) - {texts[first]}
+        same = f"in {layers_text(others)}" if others else f"{len(texts) - 1} times more" if len(texts) > 1 else ""
+        lines.append(f"{first} (the same {same})" if same else first)
+    more = len(lines) - _MAX_LINES
+    return lines if more <= 0 else [*lines[:_MAX_LINES], f"and {more} more"]
+
+
+def layers_text(layers: Iterable[int]) -> str:
+    """ "layer 3", "layers 0, 2" or "layers 0 to 31"."""
+    ordered = sorted(set(layers))
+    if len(ordered) > 2 and ordered == list(range(ordered[0], ordered[-1] + 1)):
+        return f"layers {ordered[0]} to {ordered[-1]}"
+    return f"layer{'s' if len(ordered) > 1 else ''} {', '.join(map(str, ordered))}"
+
+
+_NUMBER = re.compile(r"(?<=\.)[0-9]{1,9}(?=\.)")
+_MAX_LINES = 100

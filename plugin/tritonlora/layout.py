@@ -10,13 +10,13 @@ interleaved by rank (`interleave_fused_lora_weights_for_tp` in TensorRT-LLM tens
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tritonlora.errors import AdapterError, EngineMismatch, UnsupportedAdapter, one_message
+from tritonlora.errors import AdapterError, EngineMismatch, UnsupportedAdapter, layers_text, one_message
 from tritonlora.families import Leaf, likely_families
 from tritonlora.modules import BY_NAME, LoraModule
 
@@ -149,20 +149,13 @@ class _Problems:
     by_layer: dict[str, list[int]] = field(default_factory=dict)  # the same text for many layers is one line
 
     def raise_any(self, adapter: Adapter, profile: EngineProfile | None) -> None:
-        engine = [*self.engine, *(f"{text} ({_layers(layers)})" for text, layers in self.by_layer.items())]
+        engine = [*self.engine, *(f"{text} ({layers_text(layers)})" for text, layers in self.by_layer.items())]
         if not self.unsupported and not engine:
             return
         kind: type[AdapterError] = UnsupportedAdapter if self.unsupported else EngineMismatch
         into = f" for {profile.source!r}" if profile is not None else ""
         heading = f"cannot convert the adapter in {str(adapter.directory)!r}{into}"
         raise kind(one_message(heading, [*self.unsupported, *engine]))
-
-
-def _layers(layers: Sequence[int]) -> str:
-    ordered = sorted(layers)
-    if len(ordered) > 2 and ordered == list(range(ordered[0], ordered[-1] + 1)):
-        return f"layers {ordered[0]} to {ordered[-1]}"
-    return f"layer{'s' if len(ordered) > 1 else ''} {', '.join(map(str, ordered))}"
 
 
 def _leaf_of(module: AdapterModule, families: frozenset[str], profile: EngineProfile | None) -> Leaf | str:

@@ -25,7 +25,7 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import TYPE_CHECKING
 
-from tritonlora.errors import AdapterError, InvalidAdapter, UnsupportedAdapter, one_message
+from tritonlora.errors import AdapterError, InvalidAdapter, UnsupportedAdapter, merge_layers, one_message
 from tritonlora.layout import ITEMSIZES, Layout, Piece, Row, plan_layout
 from tritonlora.modules import ModuleDims
 
@@ -216,7 +216,8 @@ class _Rows:
         ]
         if problems:
             kind: type[AdapterError] = InvalidAdapter if self._nonfinite else UnsupportedAdapter
-            raise kind(one_message(f"cannot convert the weights in {str(self._adapter.directory)!r}", sorted(problems)))
+            heading = f"cannot convert the weights in {str(self._adapter.directory)!r}"
+            raise kind(one_message(heading, merge_layers(sorted(problems))))
 
     def _remember(self, what: str, path: str, original: torch.Tensor, converted: torch.Tensor) -> None:
         if not _all_finite(converted):

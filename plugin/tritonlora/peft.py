@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from tritonlora.checkpoint import file_inside, load_checkpoint, read_json_bytes
-from tritonlora.errors import AdapterError, InvalidAdapter, UnsupportedAdapter, one_message
+from tritonlora.errors import AdapterError, InvalidAdapter, UnsupportedAdapter, merge_layers, one_message
 from tritonlora.families import Leaf, locate, why_not
 from tritonlora.peft_config import AdapterConfig, parse_config
 
@@ -71,9 +71,8 @@ def load_adapter(path: Path) -> Adapter:
         modules = _modules(tensors, config, problems)
     if problems or config is None:
         kind: type[AdapterError] = InvalidAdapter if problems.invalid else UnsupportedAdapter
-        raise kind(
-            one_message(f"cannot use the adapter in {str(directory)!r}", [*problems.invalid, *problems.unsupported])
-        )
+        found = merge_layers([*problems.invalid, *problems.unsupported])
+        raise kind(one_message(f"cannot use the adapter in {str(directory)!r}", found))
     return Adapter(directory, config, modules)
 
 
@@ -136,7 +135,7 @@ def _modules(
                 magnitude=group.tensors.get("magnitude"),
             )
     if not groups and not problems:
-        problems.invalid.append("there is no LoRA tensor in it")
+        problems.invalid.append("there is no LoRA tensor in it; save the adapter again")
     return modules
 
 
@@ -174,20 +173,27 @@ def _why_not_key(key: str) -> str:
 
 
 def _tensor_problems(path: str, tensors: Mapping[str, torch.Tensor], config: AdapterConfig | None) -> list[str]:
-    missing = [f"{path!r}: lora_{matrix} is missing" for matrix in "AB" if matrix not in tensors]
+    missing = [
+        f"{path!r}: lora_{matrix} is missing; save the adapter again" for matrix in "AB" if matrix not in tensors
+    ]
     if missing:
         return missing
     a, b, magnitude = tensors["A"], tensors["B"], tensors.get("magnitude")
     problems = [
-        f"{path!r}: {what} is {tensor.dtype}, expected float32, bfloat16 or float16"
+        f"{path!r}: lora_{what} is {tensor.dtype}, expected float32, bfloat16 or float16; save it in one of these"
         for what, tensor in tensors.items()
         if tensor.dtype not in _WEIGHT_DTYPES
     ]
     shape_a, shape_b = tuple(a.shape), tuple(b.shape)
     if len(shape_a) != 2 or len(shape_b) != 2 or shape_a[0] != shape_b[1] or 0 in shape_a + shape_b:
-        problems.append(f"{path!r}: lora_A is {shape_a} and lora_B {shape_b}, expected (r, in) and (out, r)")
+        problems.append(
+            f"{path!r}: lora_A is {shape_a} and lora_B {shape_b}, expected (r, in) and (out, r); save the adapter again"
+        )
     elif config is not None and shape_a[0] != config.rank_of(path):
-        problems.append(f"{path!r}: lora_A is {shape_a}, but adapter_config.json says r = {config.rank_of(path)}")
+        problems.append(
+            f"{path!r}: lora_A is {shape_a}, but adapter_config.json says r = {config.rank_of(path)}; give two files "
+            "that were saved together"
+        )
     if config is not None and (magnitude is None) == config.use_dora:
         problems.append(f"{path!r}: use_dora is {config.use_dora}, which its tensors contradict")
     elif magnitude is not None and len(shape_b) == 2 and magnitude.numel() != shape_b[0]:
@@ -204,5 +210,9 @@ def _adapter_directory(path: Path) -> Path:
     inner = sorted(p for p in path.iterdir() if not p.is_symlink() and (p / "adapter_config.json").is_file())
     if len(inner) == 1:
         return inner[0]
-    hint = f"; it holds several adapters, give one: {', '.join(map(str, inner))}" if inner else ""
+    hint = (
+        f"; it holds several adapters, give one: {', '.join(map(str, inner))}"
+        if inner
+        else "; give the directory that PEFT's save_pretrained wrote"
+    )
     raise InvalidAdapter(f"there is no adapter_config.json in {str(path)!r}{hint}")

@@ -60,7 +60,7 @@ def parse_config(text: bytes) -> AdapterConfig:
     try:
         raw = json.loads(text.decode(), object_pairs_hook=as_dict)
     except (ValueError, RecursionError) as error:
-        raise InvalidAdapter(f"adapter_config.json is not JSON: {error}") from error
+        raise InvalidAdapter(f"adapter_config.json is not JSON; save the adapter again: {error}") from error
     if not isinstance(raw, dict):
         raise InvalidAdapter("adapter_config.json is not a JSON object")
     peft_type = raw.get("peft_type", "LORA")

@@ -105,7 +105,7 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         entries = parse_header(header, nbytes - 8 - header_nbytes)
     except InvalidAdapter as error:
-        raise InvalidAdapter(f"{str(path)!r}: {error}") from error
+        raise InvalidAdapter(f"{str(path)!r} is broken; fetch or save it again: {error}") from error
     return {name: _view(mapped, 8 + header_nbytes, entry) for name, entry in entries.items()}
 
 
