@@ -481,8 +481,8 @@ def test_cancellation_is_looked_for_only_every_so_often(open_engine: Open) -> No
 
 
 def test_stop_ends_the_request_with_the_same_id(open_engine: Open) -> None:
-    """Others go on, and the request that says stop is answered with nothing."""
-    engine = open_engine(**PACE)
+    """At once, whenever clients are looked for next; others go on, and who says stop is answered with nothing."""
+    engine = open_engine(cancellation_check_period_ms="900000", **PACE)
     mine = ask(engine, tensors_of(HELLO, FOREVER, streaming=True), label="mine").wait_for_pieces(1)
     other = ask(engine, tensors_of(HELLO, FOREVER, streaming=True), label="other").wait_for_pieces(1)
     stop = ask(engine, tensors_of(HELLO, 1, stop=True), label="mine")

@@ -149,9 +149,10 @@ class Executor(Generic[AdapterT, StateT]):
         while self._wait_for_work():
             began = time.monotonic()
             self._take()
-            if began >= self._next_cancellation_check:
+            asks = began >= self._next_cancellation_check
+            if asks:
                 self._next_cancellation_check = began + self._cancellation_check_seconds
-                self._active = [active for active in self._active if self._is_wanted(active)]
+            self._active = [active for active in self._active if self._is_wanted(active, asks)]
             self._active = [active for active in self._active if self._advance(active)]
             left = began + self._model.iteration_seconds - time.monotonic()
             if left > 0 and self._active:
@@ -197,10 +198,10 @@ class Executor(Generic[AdapterT, StateT]):
             raise
         return _Active(submitted, min(request.max_tokens, room), state)
 
-    def _is_wanted(self, active: _Active[StateT]) -> bool:
-        """False when the request has been ended because nobody waits for it any more."""
+    def _is_wanted(self, active: _Active[StateT], asks: bool) -> bool:
+        """False when the request has been ended: it was stopped, or, if `asks`, its client turns out to have gone."""
         submitted = active.submitted
-        if not (submitted.stopped or submitted.answers.is_cancelled()):
+        if not (submitted.stopped or (asks and submitted.answers.is_cancelled())):
             return True
         self._release(submitted)
         with contextlib.suppress(Exception):  # nobody is left to tell
