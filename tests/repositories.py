@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,6 +15,8 @@ import yaml
 
 from adapters import lora_pair, write_adapter
 from tritonlora import install, register, repository
+from tritonlora.adapters import with_adapter
+from tritonlora.adapters_json import render
 from tritonlora.files import write_text
 from tritonlora.install import shipped_models
 from tritonlora.repository import Repository
@@ -58,12 +61,29 @@ def synthetic_repository(
     return opened
 
 
+def register_copies(opened: Repository, names: Iterable[str]) -> None:
+    """Register these names too, cold, each with an id of its own, and with the files of the first adapter."""
+    table = repository.read_table(opened)
+    first = replace(next(iter(table.entries.values())), warm=False)
+    for name in names:
+        table = with_adapter(table, name, replace(first, lora_task_id=table.next_lora_task_id))
+    write_text(opened.table_path, render(table))
+
+
 def set_streams(opened: Repository, streams: int) -> None:
     """Give the router that many instances, which each take a moment to start."""
     path = opened.root / "lora_router" / "config.pbtxt"
     text = repository.read_text(path)
     assert text.count("count: 16") == 1
     write_text(path, text.replace("count: 16", f"count: {streams}"))
+
+
+def set_cache_full_timeout(opened: Repository, seconds: float) -> None:
+    """How long the router waits for room in the engine's cache."""
+    path = opened.root / "lora_router" / "config.pbtxt"
+    text = repository.read_text(path)
+    assert text.count('"30"') == 1
+    write_text(path, text.replace('"30"', f'"{seconds:g}"'))
 
 
 def set_cache_pages(opened: Repository, pages: int) -> None:

@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 from test_lora_adapters import await_sample
-from test_router import ask, engine_inputs, expected, stream
+from test_router import ask, expected
 from tritonclient.utils import InferenceServerException
 
+from asking import ROUTER, Question, Tensors, grpc_stream
 from repositories import synthetic_repository
 from tritonlora.errors import ServerError
 from tritonlora.files import write_text
@@ -81,9 +82,10 @@ def server(opened: Repository, launch: Launch) -> Server:
     return launch(opened.root, extra=EXPLICIT)
 
 
-def told(*what: int) -> list[Any]:
-    """gRPC inputs of the router, a row for each."""
-    return engine_inputs([b"pirate"] * len(what), rows=len(what), tokens=what)
+def tell(server: Server, *what: int, **options: Any) -> Iterator[Tensors]:
+    """The router's answers, row by row, when the engine is told this; `options` are those of the client."""
+    question = Question([b"pirate"] * len(what), tokens=what)
+    return grpc_stream(server, "lora_router", ROUTER.tensors(question, False), **options)
 
 
 def control(server: Server, verb: str, model: str = "tensorrt_llm") -> None:
@@ -97,10 +99,8 @@ def control(server: Server, verb: str, model: str = "tensorrt_llm") -> None:
 def test_what_belongs_to_a_request_reaches_the_engine(puppet: Server) -> None:
     """Its id, correlation id, timeout and parameters."""
     options = {"request_id": "mine", "sequence_id": 7, "timeout": 9_000_000, "parameters": {"a": 1, "b": "c"}}
-    result = next(stream(puppet, "lora_router", told(TELL), **options))
-    request_id, correlation_id, timeout, parameters = json.loads(
-        bytes(result.as_numpy("output_ids").reshape(-1).tolist())
-    )
+    result = next(tell(puppet, TELL, **options))
+    request_id, correlation_id, timeout, parameters = json.loads(ROUTER.text(result))
 
     assert ("mine", 7, 9_000_000) == (request_id, correlation_id, timeout)
     assert {"a": 1, "b": "c"}.items() <= json.loads(parameters).items()
@@ -117,16 +117,16 @@ def test_an_engine_that_fails_is_an_error_each_time(puppet: Server, what: int, m
     """More often than the router has instances, so that none of them is lost; no traceback, no path."""
     for _ in range(5):
         with pytest.raises(InferenceServerException, match=message) as raised:
-            list(stream(puppet, "lora_router", told(what)))
+            list(tell(puppet, what))
 
         assert not re.search(r"File |/model\.py|Traceback", str(raised.value))
 
 
 def test_a_row_without_an_answer_is_an_error(puppet: Server) -> None:
     """Although another row of the batch has one."""
-    answers = stream(puppet, "lora_router", told(TELL, SILENCE))
+    answers = tell(puppet, TELL, SILENCE)
 
-    assert 0 == next(answers).as_numpy("batch_index").item()
+    assert 0 == next(answers)["batch_index"].item()
     with pytest.raises(InferenceServerException, match="the engine's model sent no answer"):
         next(answers)
 
@@ -136,8 +136,8 @@ def test_an_engine_that_breaks_in_mid_stream_ends_the_stream(puppet: Server) -> 
 
     def pieces() -> Iterator[bytes]:
         with contextlib.suppress(InferenceServerException):
-            for result in stream(puppet, "lora_router", told(BREAK)):
-                yield bytes(result.as_numpy("output_ids").reshape(-1).tolist())
+            for result in tell(puppet, BREAK):
+                yield ROUTER.text(result)
 
     assert [[b"half"]] * 5 == [list(pieces()) for _ in range(5)]
 

@@ -10,17 +10,13 @@ import random
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from repositories import synthetic_repository
-from tritonlora.adapters import AdapterTable, with_adapter
-from tritonlora.adapters_json import render
-from tritonlora.files import write_text
-from tritonlora.repository import Repository, read_table
+from repositories import register_copies, synthetic_repository
+from tritonlora.repository import Repository
 from tritonlora.server import Server
 
 ADAPTERS = 200
@@ -41,11 +37,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, launch: Launch) -> Server:
 def many_adapters(root: Path) -> Repository:
     """A repository with ADAPTERS cold adapters of one page each. They share their files; answers tell them apart."""
     opened = synthetic_repository(root, cold=["n1"], pages=PAGES, streams=12)
-    first = read_table(opened).entries["n1"]
-    table = AdapterTable()
-    for number in range(1, ADAPTERS + 1):
-        table = with_adapter(table, f"n{number}", replace(first, lora_task_id=number))
-    write_text(opened.table_path, render(table))
+    register_copies(opened, [f"n{number}" for number in range(2, ADAPTERS + 1)])
     return opened
 
 
