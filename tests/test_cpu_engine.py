@@ -489,7 +489,8 @@ def test_stop_ends_the_request_with_the_same_id(open_engine: Open) -> None:
     mine.failure()
     other.wait_for_pieces(len(other.pieces) + 2)
     still_there = not other.ended
-    end(other)
+    ask(engine, tensors_of(HELLO, 1, stop=True), label="other")
+    other.failure()
 
     assert mine.saw_cancel
     assert still_there
