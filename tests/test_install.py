@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from repositories import synthetic_adapter
-from tritonlora import install, register, repository, wiring
+from repositories import llm_api_repository, synthetic_adapter
+from tritonlora import install, register, repository, undo, wiring
 from tritonlora.errors import RepositoryError
 from tritonlora.install import MODEL_MODULES, shipped_models
 from tritonlora.pbtxt import parse_config
@@ -215,15 +215,119 @@ def test_stopped_while_it_makes_the_router_nothing_is_changed(tmp_path: Path, mo
     assert before == contents(root)
 
 
+# The other topology
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_init_leads_the_ensemble_past_the_router_when_asked_to(tmp_path: Path, version: str) -> None:
+    """And stays with that; the resolver's tensors are those of the engine."""
+    root = upstream_repository(tmp_path / "repo", version)
+    install.init(root, topology="resolve")
+    after = contents(root)
+    ensemble, resolver, engine = (
+        protobuf(after[f"{model}/config.pbtxt"]) for model in ("ensemble", "lora_resolver", "tensorrt_llm")
+    )
+    types = {one.name: one.data_type for one in engine.input}
+
+    assert ["preprocessing", "tensorrt_llm", "postprocessing", "lora_resolver"] == [
+        step.model_name for step in ensemble.ensemble_scheduling.step
+    ]
+    assert engine.max_batch_size == resolver.max_batch_size
+    assert types["input_lengths"] == resolver.input[0].data_type
+    lora = ("lora_task_id", "lora_weights", "lora_config")
+    assert {name: types[name] for name in lora} == {one.name: one.data_type for one in resolver.output}
+    assert {f"lora_resolver/1/tritonlora/{name}" for name in MODEL_MODULES["lora_resolver"]} <= after.keys()
+    assert [] == install.init(root)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_topology_can_be_changed_there_and_back(tmp_path: Path, version: str) -> None:
+    """The resolver comes and goes with it."""
+    root = upstream_repository(tmp_path / "repo", version)
+    install.init(root)
+    forward = contents(root)
+    install.init(root, topology="resolve")
+    planned = install.init(root, topology="forward", dry_run=True)
+    assert "resolve" == install.topology_of(root)
+    done = install.init(root, topology="forward")
+    after = contents(root)
+
+    assert planned == done
+    assert not (root / "lora_resolver").exists()
+    assert {"changed", "removed"} == {change.kind for change in done}
+    written = "lora_router/1/originals/written.json"
+    assert {"ensemble/config.pbtxt", written} >= {name for name in after if after[name] != forward.get(name)}
+    assert protobuf(forward["ensemble/config.pbtxt"]) == protobuf(after["ensemble/config.pbtxt"])
+
+
+def test_init_keeps_what_somebody_has_tuned_in_the_resolver(tmp_path: Path) -> None:
+    """And tells it what the router knows of the cache."""
+    root = upstream_repository(tmp_path / "repo", "v0.18.0")
+    install.init(root, topology="resolve")
+    assert any("run tritonlora plan --apply" in note for note in install.notes(root))
+    for model, key, value in (("lora_resolver", "resend_seconds", "7"), ("lora_router", "cache_pages", "12")):
+        config = root / model / "config.pbtxt"
+        config.write_text(wiring.set_parameter(config.read_text(), key, value))
+    install.init(root)
+
+    parameters = parse_config((root / "lora_resolver" / "config.pbtxt").read_text()).parameters
+    assert ("7", "12") == (parameters["resend_seconds"], parameters["cache_pages"])
+    assert [] == [note for note in install.notes(root) if "cache" in note]
+
+
+def test_the_resolve_topology_is_refused_where_it_cannot_be(tmp_path: Path) -> None:
+    """Nothing is written."""
+    root = upstream_repository(tmp_path / "repo", "v0.18.0")
+    shutil.rmtree(root / "ensemble")
+    before = contents(root)
+    with pytest.raises(RepositoryError, match="the resolve topology needs an ensemble with a step for 'tensorrt_llm'"):
+        install.init(root, topology="resolve")
+    assert before == contents(root)
+
+    llm_api = llm_api_repository(tmp_path / "llm", tmp_path)
+    install.init(llm_api)
+    with pytest.raises(RepositoryError, match="'tensorrt_llm' reads adapters by itself, which only the forward topol"):
+        install.init(llm_api, topology="resolve")
+
+
+def test_the_ensemble_loads_while_the_type_of_the_weights_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton refuses one that leads from one type to another. Upstream declares float16; the adapter is bfloat16."""
+    root = upstream_repository(tmp_path / "repo", "v0.18.0")
+    install.init(root, topology="resolve")
+    mixed: list[Path] = []
+    write = undo.write
+
+    def watch(root: Path, path: Path, content: bytes) -> None:
+        write(root, path, content)
+        ensemble, resolver, engine = (
+            parse_config((root / model / "config.pbtxt").read_text())
+            for model in ("ensemble", "lora_resolver", "tensorrt_llm")
+        )
+        weights = (resolver.output("lora_weights"), engine.input("lora_weights"))
+        types = {spec.data_type for spec in weights if spec}
+        mixed.extend([path] if ensemble.leads_to("lora_resolver") and len(types) > 1 else [])
+
+    monkeypatch.setattr("tritonlora.undo.write", watch)
+    adapter = synthetic_adapter(tmp_path / "adapter")
+    register.add(repository.open_repository(root), "pirate", adapter, Options(dtype="bfloat16"))
+    resolver = protobuf((root / "lora_resolver" / "config.pbtxt").read_text())
+
+    assert [] == mixed
+    assert "resolve" == install.topology_of(root)
+    assert {"lora_weights": 14} == {one.name: one.data_type for one in resolver.output if one.name == "lora_weights"}
+
+
 # What ships
 
 
 def test_the_shipped_router_is_the_one_that_init_would_write() -> None:
-    """In step with the shipped engine's declarations, and its ensemble leads to it."""
+    """In step with the shipped engine's declarations, and its ensemble leads to it. So is the resolver."""
     root = shipped_models()
-    changes = [change for change in install.plan_init(root) if change.path.name == "config.pbtxt"]
+    changes = [*install.plan_init(root), *install.plan_init(root, topology="resolve")]
 
-    assert [] == changes
+    assert {root / "ensemble" / "config.pbtxt"} == {one.path for one in changes if one.path.name == "config.pbtxt"}
 
 
 def test_a_created_repository_stands_alone(tmp_path: Path) -> None:
@@ -243,6 +347,7 @@ def test_a_model_s_modules_need_nothing_but_numpy_and_torch(tmp_path: Path, mode
     """They run in a plain Triton container: every import is blocked but the standard library's, numpy and torch."""
     root = tmp_path / "repo"
     install.create_repository(root)
+    install.init(root, topology="resolve")
     names = [name.removesuffix(".py") for name in MODEL_MODULES[model] if name != "__init__.py"]
     code = f"""
 import importlib.abc, sys

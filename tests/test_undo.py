@@ -42,12 +42,14 @@ def root(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("version", ["v0.10.0", "v0.15.0", "v0.18.0"])
-def test_init_is_undone_byte_for_byte(tmp_path: Path, version: str) -> None:
+@pytest.mark.parametrize("topologies", [("forward",), ("resolve",), ("forward", "resolve"), ("resolve", "forward")])
+def test_init_is_undone_byte_for_byte(tmp_path: Path, version: str, topologies: tuple[str, ...]) -> None:
     """Nothing more and nothing less than before, and it can all be done again."""
     root = upstream_repository(tmp_path / "repo", version)
     before = files(root)
     for _ in range(2):
-        install.init(root)
+        for topology in topologies:
+            install.init(root, topology=topology)
         assert before != files(root)
         changes = undo.undo(root)
 

@@ -12,7 +12,7 @@ import pytest
 from tritonlora.declarations import declare_lora_weights
 from tritonlora.errors import ConfigError
 from tritonlora.pbtxt import parse_config
-from tritonlora.wiring import rewire_ensemble, router_config, set_parameter
+from tritonlora.wiring import resolver_config, router_config, set_parameter
 from upstream_configs import NAMES, PATHS, VERSIONS, fill, protobuf, upstream
 
 # --- Helpers -------------------------------------------------------------------------------------------------------
@@ -27,20 +27,6 @@ input [
   { name: "lora_config" data_type: TYPE_INT32 dims: [ -1, 3 ] optional: true allow_ragged_batch: true }
 ]
 output [ { name: "output_ids" data_type: TYPE_INT32 dims: [ -1, -1 ] } ]
-"""
-
-ENSEMBLE = """\
-platform: "ensemble"
-max_batch_size: 4
-input [ { name: "text" data_type: TYPE_STRING dims: [ 1 ] } ]
-output [ { name: "out" data_type: TYPE_INT32 dims: [ -1 ] } ]
-ensemble_scheduling {
-  step [
-    { model_name: "pre" input_map { key: "T" value: "text" } output_map { key: "I" value: "_ids" } %s },
-    { model_name: "tensorrt_llm" model_version: -1 input_map { key: "input_ids" value: "_ids" } %s
-      output_map { key: "output_ids" value: "out" } }
-  ]
-}
 """
 
 
@@ -58,11 +44,6 @@ def as_on_the_wire(tensor: Any) -> Any:
     """A declaration without its reshape."""
     tensor.ClearField("reshape")
     return tensor
-
-
-def step_of(ensemble: Any, name: str) -> Any:
-    """The step for a model."""
-    return next(step for step in ensemble.ensemble_scheduling.step if step.model_name == name)
 
 
 # --- router_config -------------------------------------------------------------------------------------------------
@@ -155,147 +136,23 @@ def test_router_config_refuses_a_target_that_routes_by_name_itself() -> None:
         router_config(parse_config(text), target_name="engine")
 
 
-# --- rewire_ensemble -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("version", VERSIONS)
-def test_rewire_ensemble_makes_exactly_the_intended_change(version: str) -> None:
-    """protobuf sees the router in the engine's place, lora_name leading to it, and nothing else changed."""
-    text = fill(upstream(version, "ensemble"))
-    wanted = protobuf(text)
-    step = step_of(wanted, "tensorrt_llm")
-    step.model_name = "lora_router"
-    for name in ("lora_weights", "lora_config"):
-        step.input_map.pop(name, None)
-        for tensor in [tensor for tensor in wanted.input if tensor.name == name]:
-            wanted.input.remove(tensor)
-    step.input_map["lora_name"] = "lora_name"
-    wanted.input.add(name="lora_name", data_type=13, dims=[1], optional=True)
-
-    rewired = rewire_ensemble(text)
-
-    assert wanted == protobuf(rewired)
-
-
-@pytest.mark.parametrize("version", VERSIONS)
-def test_rewire_ensemble_leaves_all_other_lines_as_they_are(version: str) -> None:
-    """The lines that go are those of the step's name and of the weights, with the comments about them."""
-    text = upstream(version, "ensemble")
-
-    removed, added = removed_and_added(text, rewire_ensemble(text))
-
-    assert '      model_name: "tensorrt_llm"' in removed
-    assert '      model_name: "lora_router"' in added
-    assert 14 >= len(added)
-    if version == "v0.10.0":
-        assert 1 == len(removed)
-    else:
-        assert not [line for line in removed if "lora_task_id" in line]
-        assert 2 == len([line for line in removed if "name:" in line and "lora_" in line])
-
-
-@pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("postprocessing", [None, "postprocessing"])
-def test_rewire_ensemble_is_idempotent(version: str, postprocessing: str | None) -> None:
-    """Doing it again changes no byte."""
-    once = rewire_ensemble(upstream(version, "ensemble"), postprocessing=postprocessing)
-
-    assert once == rewire_ensemble(once, postprocessing=postprocessing)
-
-
-def test_rewire_ensemble_leads_previous_ids_to_our_postprocessing() -> None:
-    """The router's previous_ids are the postprocessing's PREVIOUS_TOKENS, when that step asks for them."""
-    rewired = protobuf(rewire_ensemble(fill(upstream("v0.18.0", "ensemble")), postprocessing="postprocessing"))
-
-    assert "_PREVIOUS_TOKENS" == step_of(rewired, "lora_router").output_map["previous_ids"]
-    assert "_PREVIOUS_TOKENS" == step_of(rewired, "postprocessing").input_map["PREVIOUS_TOKENS"]
-
-
-def test_rewire_ensemble_adds_the_postprocessing_to_an_ensemble_rewired_before() -> None:
-    """The parts can be added one after the other."""
-    text = upstream("v0.15.0", "ensemble")
-
-    assert rewire_ensemble(text, postprocessing="postprocessing") == rewire_ensemble(
-        rewire_ensemble(text), postprocessing="postprocessing"
-    )
-
-
-def test_rewire_ensemble_keeps_crlf_and_a_missing_newline_at_the_end() -> None:
-    """Line ends are the file's."""
-    text = upstream("v0.18.0", "ensemble").rstrip("\n")
-
-    rewired = rewire_ensemble(text.replace("\n", "\r\n"))
-
-    assert rewire_ensemble(text).replace("\n", "\r\n") == rewired
-
-
-def test_rewire_ensemble_takes_tensors_that_nothing_uses_any_more() -> None:
-    """Triton refuses an ensemble with an unused tensor: the weights go from the step that made them, too."""
-    text = ENSEMBLE % (
-        'output_map { key: "W" value: "_w" } output_map { key: "C" value: "_c" }',
-        'input_map { key: "lora_weights" value: "_w" } input_map { key: "lora_config" value: "_c" }',
-    )
-    wanted = protobuf(rewire_ensemble(ENSEMBLE % ("", "")))
-
-    assert wanted == protobuf(rewire_ensemble(text))
-
-
-def test_rewire_ensemble_keeps_tensors_that_another_step_uses() -> None:
-    """The ensemble's lora_weights stay where another step still takes them."""
-    text = (ENSEMBLE % ('input_map { key: "W" value: "w" }', 'input_map { key: "lora_weights" value: "w" }')).replace(
-        "input [", 'input [ { name: "w" data_type: TYPE_FP16 dims: [ -1, -1 ] },'
-    )
-
-    rewired = protobuf(rewire_ensemble(text))
-
-    assert ["w", "text", "lora_name"] == [tensor.name for tensor in rewired.input]
-    assert "w" == step_of(rewired, "pre").input_map["W"]
+# --- resolver_config -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (TARGET, "expected an ensemble, got a config without ensemble_scheduling steps"),
-        (
-            (ENSEMBLE % ("", "")).replace("tensorrt_llm", "tensorrt_llm_bls"),
-            "no step for 'tensorrt_llm', only for 'pre', 'tensorrt_llm_bls'; name the engine's model",
-        ),
-        (
-            (ENSEMBLE % ("", "")).replace('"pre"', '"lora_router"'),
-            "expected one step for 'tensorrt_llm' or 'lora_router', got 'lora_router', 'tensorrt_llm'",
-        ),
-        (
-            (ENSEMBLE % ("", "")).replace("model_version: -1", "model_version: 3"),
-            "line 8, column 49: the step asks for version 3 of 'tensorrt_llm'",
-        ),
-        (
-            (ENSEMBLE % ("", "")).replace("input [", "input [ { name: 'lora_name' data_type: TYPE_INT32 },", 1),
-            "expected the ensemble's input 'lora_name' to be TYPE_STRING, got TYPE_INT32",
-        ),
-        (
-            ENSEMBLE % ("", 'input_map { key: "lora_name" value: "text" }'),
-            "expected input_map 'lora_name' of the step for 'lora_router' to be 'lora_name'",
-        ),
+        ('name: "x" max_batch_size: 4', "'x' declares no input 'lora_task_id', 'lora_weights', 'lora_config'"),
+        (TARGET, "'engine' needs a max_batch_size above 0, and the input input_lengths"),
+        (TARGET.replace("size: 0", "size: 4"), "'engine' needs a max_batch_size above 0, and the input input_lengths"),
+        (TARGET.replace("size: 0", "size: ${size}"), "the config of 'engine' is not complete"),
     ],
-    ids=[
-        "no ensemble",
-        "another model",
-        "two steps",
-        "a pinned version",
-        "lora_name of another type",
-        "mapped already",
-    ],
+    ids=["no LoRA", "no batches", "no input_lengths", "a template"],
 )
-def test_rewire_ensemble_refuses_what_it_cannot_do_without_guessing(text: str, message: str) -> None:
+def test_resolver_config_needs_a_target_that_it_can_stand_before(text: str, message: str) -> None:
     """The reason is named."""
     with pytest.raises(ConfigError, match=message):
-        rewire_ensemble(text)
-
-
-def test_rewire_ensemble_needs_the_postprocessing_step_it_is_told_of() -> None:
-    """A postprocessing that is not there is named."""
-    with pytest.raises(ConfigError, match="the ensemble has no step for 'postprocessing'"):
-        rewire_ensemble(ENSEMBLE % ("", ""), postprocessing="postprocessing")
+        resolver_config(parse_config(text), target_name="engine")
 
 
 # --- declare_lora_weights ------------------------------------------------------------------------------------------

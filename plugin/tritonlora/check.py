@@ -22,6 +22,7 @@ from tritonlora.flavours import Rows, flavour_of_config
 from tritonlora.modules import BY_ID
 from tritonlora.pbtxt import TRITON_TYPES, has_template
 from tritonlora.repository import (
+    RESOLVER,
     ROUTER,
     Repository,
     engine_profile,
@@ -216,14 +217,23 @@ def _cache(subject: Subject) -> Iterator[Finding]:
         )
     if found is None:
         return
-    path = subject.repository.root / ROUTER / "config.pbtxt"
-    believed = read_config(path).parameters.get("cache_pages", "0")
-    if believed not in ("0", str(found.tightest.host_pages)):
-        yield _warning(
-            f"{ROUTER}/config.pbtxt",
-            f"cache_pages is {believed}, and the engine's cache has {found.tightest.host_pages}",
-            "tritonlora plan --apply",
-        )
+    for model in (ROUTER, RESOLVER):
+        path = subject.repository.root / model / "config.pbtxt"
+        believed = read_config(path).parameters.get("cache_pages", "0") if path.is_file() else "0"
+        if believed not in ("0", str(found.tightest.host_pages)):
+            yield _warning(
+                f"{model}/config.pbtxt",
+                f"cache_pages is {believed}, and the engine's cache has {found.tightest.host_pages}",
+                "tritonlora plan --apply",
+            )
+    planned = {adapter.name: adapter.pages for adapter in found.adapters}
+    for name, entry in subject.table.entries.items():
+        if entry.pages not in (None, planned[name]):
+            yield _warning(
+                f"adapter {name}",
+                f"it is registered with {entry.pages} pages of the engine's cache, and takes {planned[name]} now",
+                "tritonlora plan --apply",
+            )
     for remark in found.remarks:
         yield _warning(where, remark, "tritonlora plan --apply")
     for refusal in dict.fromkeys(rank.refusal for rank in found.ranks if rank.refusal):
@@ -257,8 +267,7 @@ def _router(subject: Subject) -> Iterator[Finding]:
     configs = {path.parent.name: read_config(path) for path in sorted(root.glob("*/config.pbtxt"))}
     ensembles = {name: config for name, config in configs.items() if config.steps}
     for name, config in ensembles.items():
-        models = [step.model_name for step in config.steps]
-        if target in models and ROUTER not in models:
+        if config.leads_to(target) and not config.leads_to(ROUTER) and not config.leads_to(RESOLVER):
             yield _error(f"{name}/config.pbtxt", f"it leads to {target} past the router: names have no effect", init)
 
 

@@ -133,6 +133,14 @@ def init(
     served_at: Annotated[
         str | None, typer.Option("--served-at", metavar="PATH", help="Where the server sees REPO, if not here.")
     ] = None,
+    topology: Annotated[
+        str | None,
+        typer.Option(
+            "--topology",
+            metavar="forward|resolve",
+            help="Whether tokens go through the router, which recovers from evictions, or past it; by default as now.",
+        ),
+    ] = None,
     undo: Annotated[bool, typer.Option("--undo", help="Take the router out; every file as it was before.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the changes as a diff; write nothing.")] = False,
     as_json: AsJson = False,
@@ -141,12 +149,14 @@ def init(
     from tritonlora import install
     from tritonlora import undo as undoing
 
-    if undo and (target is not None or served_at is not None):
-        raise typer.BadParameter("--undo goes without --target and --served-at")
+    if undo and (target, served_at, topology) != (None, None, None):
+        raise typer.BadParameter("--undo goes without --target, --served-at and --topology")
+    if topology not in (None, *install.TOPOLOGIES):
+        raise typer.BadParameter(f"no topology {topology!r}; there are {', '.join(install.TOPOLOGIES)}")
     changes = (
         undoing.undo(repo, dry_run=dry_run)
         if undo
-        else install.init(repo, target, served_at=served_at, dry_run=dry_run)
+        else install.init(repo, target, served_at=served_at, topology=topology, dry_run=dry_run)
     )
     notes = [] if undo or dry_run else install.notes(repo)
     if as_json:

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""Declare the engine model's LoRA inputs as the adapters are: text to text, losslessly and idempotent."""
+"""Declare the LoRA tensors of models as the adapters are: text to text, losslessly and idempotent."""
 
 from __future__ import annotations
 
@@ -15,18 +15,24 @@ def declare_lora_weights(text: str, dtype: str, columns: int = 3) -> str:
     has no LoRA inputs.
     """
     document = parse(text)
-    text = _set_data_type(document, _declared(document, "lora_weights"), TRITON_TYPES[dtype])
+    text = _set_data_type(document, _declared(document, "input", "lora_weights"), TRITON_TYPES[dtype])
     if columns != 4:
         return text
     document = parse(text)
-    return _set_last_dim(document, _declared(document, "lora_config"), columns)
+    return _set_last_dim(document, _declared(document, "input", "lora_config"), columns)
 
 
-def _declared(document: Document, name: str) -> Message:
-    for tensor in document.message.messages("input"):
-        if name in (scalar.value for scalar in tensor.scalars("name")):
-            return tensor
-    raise ConfigError(f"the model declares no input {name!r}, so it takes no adapters as tensors")
+def declare_output(text: str, name: str, data_type: str) -> str:
+    """A config.pbtxt with the output `name` declared as `data_type`, TYPE_…; ConfigError when there is none."""
+    document = parse(text)
+    return _set_data_type(document, _declared(document, "output", name), data_type)
+
+
+def _declared(document: Document, kind: str, name: str) -> Message:
+    tensor = document.message.find(kind, "name", name)
+    if tensor is None:
+        raise ConfigError(f"the model declares no {kind} {name!r}, so it takes no adapters as tensors")
+    return tensor
 
 
 def _set_data_type(document: Document, tensor: Message, data_type: str) -> str:

@@ -8,20 +8,22 @@ the engine, and a server that shares the repository over NFS may see the change 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
-from tritonlora import undo, warmup
+from tritonlora import ensembles, undo, warmup
 from tritonlora.adapters import AdapterTable
 from tritonlora.adapters_json import render
+from tritonlora.declarations import declare_output
 from tritonlora.errors import ConfigError, RepositoryError
 from tritonlora.files import write_text
 from tritonlora.flavours import flavour_of_config
 from tritonlora.pbtxt import parse_config
-from tritonlora.repository import Repository, half_written, read_text
+from tritonlora.repository import RESOLVER, Repository, half_written, read_config, read_text
 
 FILES_STAY_SECONDS = 600.0
 
@@ -63,7 +65,33 @@ def write_config(repository: Repository, table: AdapterTable) -> None:
     text = rendered_config(repository, table)
     for name, content in warmup.files(parse_config(text), table, repository.served_root).items():
         undo.write(repository.root, repository.warmup_directory / name, content)
-    undo.write(repository.root, repository.config_path, text.encode())
+    with _resolver_in_step(repository, text):
+        undo.write(repository.root, repository.config_path, text.encode())
+
+
+@contextlib.contextmanager
+def _resolver_in_step(repository: Repository, text: str) -> Iterator[None]:
+    """Give the resolver's lora_weights the type of the engine's, whose config.pbtxt becomes `text` in this context.
+
+    Triton loads no ensemble that leads from one type to another. So where it changes, the ensembles lead to the router
+    meanwhile: the repository loads whenever this is stopped, and `tritonlora init --topology resolve` completes it.
+    """
+    weights = parse_config(text).input("lora_weights")
+    path = repository.root / RESOLVER / "config.pbtxt"
+    now = read_config(path).output("lora_weights") if weights and path.is_file() else None
+    if weights is None or now is None or now.data_type == weights.data_type:
+        yield
+        return
+    configs = sorted(repository.root.glob("*/config.pbtxt"))
+    resolving = {one: read_text(one) for one in configs if read_config(one).leads_to(RESOLVER)}
+    for one, before in resolving.items():
+        forward = ensembles.rewire_to_forward(before, target=repository.target)
+        undo.write(repository.root, one, forward.encode())
+    yield
+    resolver = declare_output(read_text(path), "lora_weights", str(weights.data_type))
+    undo.write(repository.root, path, resolver.encode())
+    for one, before in resolving.items():
+        undo.write(repository.root, one, before.encode())
 
 
 def sweep(repository: Repository, table: AdapterTable, *, at_once: bool = False) -> None:

@@ -1,8 +1,8 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""Put the router into a model repository, and lead its ensembles to it.
+"""Put the router into a model repository, and lead its ensembles to it, or to the resolver.
 
-The router comes before the ensembles that lead to it, so that the repository loads whenever this is stopped.
+These come before the ensembles that lead to them, and go after, so that the repository loads whenever this is stopped.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tritonlora import undo, wiring
+from tritonlora import ensembles, undo, wiring
 from tritonlora.adapters import AdapterTable
 from tritonlora.adapters_json import render
 from tritonlora.errors import ConfigError, RepositoryError
@@ -22,6 +22,7 @@ from tritonlora.repository import (
     DEFAULT_TARGET,
     LISTING,
     REPOSITORY_PATH,
+    RESOLVER,
     ROUTER,
     read_config,
     read_text,
@@ -55,14 +56,28 @@ LISTING_MODULES = (
     "metrics.py",
     "listing.py",
 )
+RESOLVER_MODULES = (
+    "__init__.py",
+    "errors.py",
+    "adapters.py",
+    "flavours.py",
+    "adapters_json.py",
+    "dlpack.py",
+    "routing.py",
+    "residency.py",
+    "estimate.py",
+    "statistics.py",
+)
 MODEL_MODULES = {
     "lora_router": ROUTER_MODULES,
+    "lora_resolver": RESOLVER_MODULES,
     "lora_adapters": LISTING_MODULES,
     "preprocessing": TEXT_MODULES,
     "postprocessing": TEXT_MODULES,
 }
 _BLS_TARGET = "tensorrt_llm_model_name"  # parameter of upstream's tensorrt_llm_bls: the model that it calls
 ENSEMBLE = "ensemble"
+FORWARD, RESOLVE = TOPOLOGIES = ("forward", "resolve")
 NOT_SHIPPED = shutil.ignore_patterns("__pycache__", ".lock")
 
 
@@ -80,6 +95,8 @@ def shipped_models() -> Path:
 def create_repository(root: Path, parameters: Mapping[str, Mapping[str, str]] | None = None) -> None:
     """Copy the shipped repository, with the CPU engine, to `root`; RepositoryError when something is there already.
 
+    But for the resolver, which only comes with its topology.
+
     `parameters` are set in the models' configs: model -> key -> value. Each model gets the package modules that it
     imports in place of the symbolic link of the checkout, so that the copy stands alone; the CPU engine needs the
     whole package to be installed.
@@ -87,7 +104,7 @@ def create_repository(root: Path, parameters: Mapping[str, Mapping[str, str]] | 
     if root.exists() and any(root.iterdir()):
         raise RepositoryError(f"{str(root)!r} is not empty; name a new directory")
     source = shipped_models()
-    for model in sorted(path.name for path in source.iterdir() if path.is_dir()):
+    for model in sorted(path.name for path in source.iterdir() if path.is_dir() and path.name != RESOLVER):
         destination = root / model
         shutil.copytree(source / model, destination, symlinks=True, ignore=NOT_SHIPPED)
         link = destination / "1" / "tritonlora"
@@ -105,49 +122,86 @@ def _write_modules(package: Path, modules: Sequence[str]) -> None:
         shutil.copyfile(Path(__file__).parent / module, package / module)
 
 
-def plan_init(root: Path, target: str | None = None, *, served_at: str | None = None) -> list[FileChange]:
+def plan_init(
+    root: Path, target: str | None = None, *, served_at: str | None = None, topology: str | None = None
+) -> list[FileChange]:
     """What `init` writes: the router in front of `target`, and the ensembles that now lead to it. Idempotent.
 
-    `target` is by default the one that the router stands before already, else "tensorrt_llm". Where no ensemble leads
-    to a target that takes text, it gets one of the router alone.
+    `target` is by default the one that the router stands before already, else "tensorrt_llm"; `topology` the one that
+    is there, else "forward". Where no ensemble leads to a target that takes text, it gets one of the router alone.
     """
     target = _choose_target(root, target)
     config_path = root / target / "config.pbtxt"
     engine_config = served_config(config_path)
-    ensembles = _ensembles_of(root, target)
+    found = _ensembles_of(root, target)
+    present = topology_of(root)
+    resolves = (topology or present) == RESOLVE
+    if resolves and not found:
+        raise RepositoryError(f"the resolve topology needs an ensemble with a step for {target!r}, and there is none")
+    if resolves and not flavour_of_config(engine_config).sends_weights:
+        raise RepositoryError(f"{target!r} reads adapters by itself, which only the forward topology serves")
     changes = []
     takes_previous_ids = False
-    for path, config in ensembles.items():
+    for path, config in found.items():
         postprocessing = next((s.model_name for s in config.steps if _takes_previous_tokens(root, s.model_name)), None)
         takes_previous_ids |= postprocessing is not None
         before = read_text(path)
         try:
-            after = wiring.rewire_ensemble(before, target=target, router=ROUTER, postprocessing=postprocessing)
+            after = (
+                ensembles.rewire_to_resolve(before, target=target)
+                if resolves
+                else ensembles.rewire_to_forward(before, target=target, postprocessing=postprocessing)
+            )
         except ConfigError as error:
             raise RepositoryError(f"{path}: {error}") from None
         changes.append(FileChange(path, before, after))
+    files = {f"{LISTING}/config.pbtxt": (shipped_models() / LISTING / "config.pbtxt").read_text()}
     try:
-        tuned = _router_there(root)
+        tuned = _config_there(root, ROUTER)
         streams = {"max_streams": tuned.instance_count} if tuned and isinstance(tuned.instance_count, int) else {}
         router_config = wiring.router_config(
             engine_config, name=ROUTER, target_name=target, previous_ids=takes_previous_ids, **streams
         )
         given = {REPOSITORY_PATH: served_at} if served_at else {}
-        for key, value in (_tuned_parameters(tuned) | given).items():
-            router_config = wiring.set_parameter(router_config, key, value)
+        files[f"{ROUTER}/config.pbtxt"] = _with_parameters(router_config, _tuned_parameters(tuned) | given)
         ensemble = wiring.one_step_ensemble(engine_config, parse_config(router_config), name=ENSEMBLE)
+        if resolves:
+            files[f"{RESOLVER}/config.pbtxt"] = _resolver_config(root, target, engine_config, tuned)
     except ConfigError as error:
         raise RepositoryError(f"{config_path}: {error}") from None
-    files = {f"{ROUTER}/config.pbtxt": router_config, **_files_of(ROUTER), **_files_of(LISTING)}
-    files[f"{LISTING}/config.pbtxt"] = (shipped_models() / LISTING / "config.pbtxt").read_text()
+    for model in (ROUTER, LISTING, *([RESOLVER] if resolves else [])):
+        files |= _files_of(model)
     if not (root / ROUTER / "adapters.json").exists():
         files[f"{ROUTER}/adapters.json"] = render(AdapterTable())
-    if ensemble is not None and not ensembles and not (root / ENSEMBLE).exists():
+    if ensemble is not None and not found and not (root / ENSEMBLE).exists():
         files |= {f"{ENSEMBLE}/1/.gitkeep": "", f"{ENSEMBLE}/config.pbtxt": ensemble}
     for name, content in files.items():
         path = root / name
         changes.append(FileChange(path, read_text(path) if path.exists() else None, content))
+    if present == RESOLVE and not resolves:
+        changes += [FileChange(path, read_text(path), None) for path in undo.files_of(root, RESOLVER)]
     return [change for change in changes if change.before != change.after]
+
+
+def topology_of(root: Path) -> str:
+    """Which way the ensembles of a repository lead."""
+    configs = (read_config(path) for path in sorted(root.glob("*/config.pbtxt")))
+    return RESOLVE if any(config.leads_to(RESOLVER) for config in configs) else FORWARD
+
+
+def _resolver_config(root: Path, target: str, engine_config: ModelConfig, router: ModelConfig | None) -> str:
+    """The resolver's config.pbtxt, with what somebody has tuned in it, and what the router knows of the cache."""
+    tuned = _config_there(root, RESOLVER)
+    instances = {"instances": tuned.instance_count} if tuned and isinstance(tuned.instance_count, int) else {}
+    text = wiring.resolver_config(engine_config, name=RESOLVER, target_name=target, router=ROUTER, **instances)
+    known = {"cache_pages": router.parameters.get("cache_pages", "0")} if router else {}
+    return _with_parameters(text, _tuned_parameters(tuned) | known)
+
+
+def _with_parameters(text: str, parameters: Mapping[str, str]) -> str:
+    for key, value in parameters.items():
+        text = wiring.set_parameter(text, key, value)
+    return text
 
 
 def _files_of(model: str) -> dict[str, str]:
@@ -158,28 +212,36 @@ def _files_of(model: str) -> dict[str, str]:
 
 
 def init(
-    root: Path, target: str | None = None, *, served_at: str | None = None, dry_run: bool = False
+    root: Path,
+    target: str | None = None,
+    *,
+    served_at: str | None = None,
+    topology: str | None = None,
+    dry_run: bool = False,
 ) -> list[FileChange]:
     """Put the router into the model repository at `root`, and rewire its ensembles; the changes made, or to be made.
 
     `served_at` is where the server sees `root`, if it does not see it here: in a container, for one.
     Each model comes in one step, and before the ensembles that lead to it, so that the repository loads whenever this
-    stops.
+    stops; and goes the other way round.
     """
     if not root.is_dir():
         raise RepositoryError(f"there is no model repository at {str(root)!r}")
-    changes = plan_init(root, target, served_at=served_at)
+    changes = plan_init(root, target, served_at=served_at, topology=topology)
     if dry_run or not changes:
         return changes
-    for model in (ROUTER, LISTING, ENSEMBLE):
-        if not (root / model).exists() and any(change.path.is_relative_to(root / model) for change in changes):
+    for model in (ROUTER, LISTING, RESOLVER, ENSEMBLE):
+        is_new = any(change.after is not None and change.path.is_relative_to(root / model) for change in changes)
+        if is_new and not (root / model).exists():
             _put(model, root, _choose_target(root, target), changes)
     with locked(root / ROUTER):
-        for change in sorted(
-            plan_init(root, target, served_at=served_at), key=lambda change: change.before is not None
-        ):
-            change.path.parent.mkdir(parents=True, exist_ok=True)
-            undo.write(root, change.path, (change.after or "").encode())
+        planned = plan_init(root, target, served_at=served_at, topology=topology)
+        for change in sorted(planned, key=lambda change: change.before is not None):
+            if change.after is not None:
+                change.path.parent.mkdir(parents=True, exist_ok=True)
+                undo.write(root, change.path, change.after.encode())
+        if any(change.after is None for change in planned):
+            undo.take_out(root, [RESOLVER])
     return changes
 
 
@@ -205,11 +267,16 @@ def notes(root: Path) -> list[str]:
     """What somebody who has just put the router into `root` should know."""
     router = read_config(root / ROUTER / "config.pbtxt")
     target = router.parameters.get("target", DEFAULT_TARGET)
-    ensembles = _ensembles_of(root, target)
-    said = [] if ensembles else [f"no ensemble has a step for {target!r}: clients send their tokens to {ROUTER!r}"]
+    found = _ensembles_of(root, target)
+    said = [] if found else [f"no ensemble has a step for {target!r}: clients send their tokens to {ROUTER!r}"]
+    if topology_of(root) == RESOLVE and router.parameters.get("cache_pages", "0") == "0":
+        said.append(
+            "the size of the engine's cache is not known, so weights travel with every request: run tritonlora plan "
+            "--apply where the engine's config.json is"
+        )
     return said + [
         f"{name!r} calls {target!r} itself and takes no lora_name: clients that want adapters ask "
-        + (" or ".join(repr(path.parent.name) for path in ensembles) or repr(ROUTER))
+        + (" or ".join(repr(path.parent.name) for path in found) or repr(ROUTER))
         for name in models_past_the_router(root, target)
     ]
 
@@ -232,10 +299,9 @@ def _choose_target(root: Path, asked: str | None) -> str:
     """The engine's model; RepositoryError where it is not plain which one that is, or it is not there."""
     path = root / ROUTER / "config.pbtxt"
     present = read_config(path).parameters.get("target", "") if path.is_file() else None
-    listing = root / LISTING / "config.pbtxt"
-    strangers = {
-        ROUTER: present == "",
-        LISTING: listing.is_file() and not read_config(listing).parameters.get("router"),
+    others = {model: _config_there(root, model) for model in (LISTING, RESOLVER)}
+    strangers = {ROUTER: present == ""} | {
+        model: config is not None and not config.parameters.get("router") for model, config in others.items()
     }
     for model, is_stranger in strangers.items():
         if is_stranger:
@@ -266,29 +332,29 @@ def _choose_target(root: Path, asked: str | None) -> str:
 def _ensembles_of(root: Path, target: str) -> dict[Path, ModelConfig]:
     """The ensembles with a step for `target` or for the router; RepositoryError where all lead to other models."""
     configs = {path: read_config(path) for path in sorted(root.glob("*/config.pbtxt"))}
-    ensembles = {path: config for path, config in configs.items() if config.steps}
+    candidates = {path: config for path, config in configs.items() if config.steps}
     found = {
         path: config
-        for path, config in ensembles.items()
+        for path, config in candidates.items()
         if any(step.model_name in (target, ROUTER) for step in config.steps)
     }
-    if ensembles and not found:
-        names = ", ".join(repr(path.parent.name) for path in ensembles)
+    if candidates and not found:
+        names = ", ".join(repr(path.parent.name) for path in candidates)
         raise RepositoryError(
             f"no ensemble of {names} has a step for {target!r}; name the engine's model with --target"
         )
     return found
 
 
-def _router_there(root: Path) -> ModelConfig | None:
-    """The config of the router that is there already: what somebody has tuned in it stays."""
-    path = root / ROUTER / "config.pbtxt"
+def _config_there(root: Path, model: str) -> ModelConfig | None:
+    """The config of a model of ours that is there already: what somebody has tuned in it stays."""
+    path = root / model / "config.pbtxt"
     return read_config(path) if path.is_file() else None
 
 
-def _tuned_parameters(router: ModelConfig | None) -> dict[str, str]:
-    """The parameters of a router, less the one that `init` sets."""
-    return {key: value for key, value in router.parameters.items() if key != "target"} if router else {}
+def _tuned_parameters(config: ModelConfig | None) -> dict[str, str]:
+    """The parameters of a model, less those that `init` sets."""
+    return {key: value for key, value in config.parameters.items() if key not in ("target", "router")} if config else {}
 
 
 def _takes_previous_tokens(root: Path, model: str) -> bool:

@@ -111,6 +111,10 @@ class ModelConfig:
         """The output of that name, or None."""
         return next((spec for spec in self.outputs if spec.name == name), None)
 
+    def leads_to(self, model: str) -> bool:
+        """Whether it is an ensemble with a step for `model`."""
+        return any(step.model_name == model for step in self.steps)
+
 
 def parse_config(text: str | Document) -> ModelConfig:
     """A config.pbtxt's meaning; raises one ConfigError with everything in it that cannot be read.

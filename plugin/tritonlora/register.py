@@ -38,6 +38,7 @@ from tritonlora.flavours import Flavour, flavour_of_config
 from tritonlora.modules import MODULES
 from tritonlora.pbtxt import ModelConfig
 from tritonlora.repository import (
+    RESOLVER,
     ROUTER,
     Repository,
     engine_profile,
@@ -294,18 +295,23 @@ def set_parameters(repository: Repository, parameters: Mapping[str, str]) -> Non
 def apply_plan(
     repository: Repository, recommendations: Iterable[plan.Recommendation], profile: EngineProfile
 ) -> dict[str, str]:
-    """Set the recommended parameters of the engine's model, and tell the router how large the cache is then.
+    """Set the recommended parameters of the engine's model, and tell the models before it what the cache is then.
 
     Gives the parameters of the engine's model that were changed.
     """
     changed = {one.parameter: str(one.value) for one in recommendations if one.value != one.in_effect}
     set_parameters(repository, changed)
-    config = read_config(repository.config_path)
-    entries = plan_entries(repository, read_table(repository), config)
-    pages = plan.plan_cache(entries, profile, config.parameters).tightest.host_pages
     with locked(repository.table_path.parent):
-        path = repository.root / ROUTER / "config.pbtxt"
-        undo.write(repository.root, path, wiring.set_parameter(read_text(path), "cache_pages", str(pages)).encode())
+        table, config = read_table(repository), read_config(repository.config_path)
+        planned = plan.plan_cache(plan_entries(repository, table, config), profile, config.parameters)
+        pages = {adapter.name: adapter.pages for adapter in planned.adapters}
+        sized = {name: replace(entry, pages=pages[name]) for name, entry in table.entries.items()}
+        if sized != table.entries:
+            write_text(repository.table_path, render(replace(table, entries=sized)))
+        for path in (repository.root / model / "config.pbtxt" for model in (ROUTER, RESOLVER)):
+            if path.is_file():
+                text = wiring.set_parameter(read_text(path), "cache_pages", str(planned.tightest.host_pages))
+                undo.write(repository.root, path, text.encode())
     return changed
 
 

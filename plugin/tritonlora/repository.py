@@ -20,6 +20,7 @@ from tritonlora.pbtxt import ModelConfig, parse_config
 from tritonlora.plan import CachePlan, Entry, plan_cache
 
 ROUTER = "lora_router"
+RESOLVER = "lora_resolver"
 LISTING = "lora_adapters"
 DEFAULT_TARGET = "tensorrt_llm"
 REPOSITORY_PATH = "repository_path"  # parameter of the router: where the server sees the repository

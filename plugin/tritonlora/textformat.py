@@ -89,6 +89,14 @@ class Message:
         """The field's last scalar, or None."""
         return next(reversed(self.scalars(name)), None)
 
+    def has(self, name: str, wanted: str) -> bool:
+        """Whether the field has that scalar."""
+        return wanted in (scalar.value for scalar in self.scalars(name))
+
+    def find(self, name: str, key: str, wanted: str) -> Message | None:
+        """The field's last message whose own field `key` has the scalar `wanted`, or None."""
+        return next((message for message in reversed(self.messages(name)) if message.has(key, wanted)), None)
+
 
 @dataclass(frozen=True, slots=True)
 class Field:

@@ -17,11 +17,11 @@ from pathlib import Path
 
 from tritonlora.errors import RepositoryError, one_message
 from tritonlora.files import locked, temporary_directory, write_bytes, write_text
-from tritonlora.repository import LISTING, ROUTER, Repository, read_table
+from tritonlora.repository import LISTING, RESOLVER, ROUTER, Repository, read_table
 
 ORIGINALS = Path(ROUTER, "1", "originals")
 WRITTEN = ORIGINALS / "written.json"
-OURS = (LISTING, ROUTER)  # the models that come with init; the router, which has the originals, goes last
+OURS = (LISTING, RESOLVER, ROUTER)  # the models that come with init; the router, which has the originals, goes last
 _NOT_RECORDED = {f"{ROUTER}/adapters.json", f"{ROUTER}/.lock"}
 
 # File, relative to the repository -> SHA-256 of what tritonlora wrote last and of what it wrote before that. A command
@@ -90,7 +90,7 @@ def plan_undo(root: Path) -> list[FileChange]:
     digests = _read_digests(root)
     problems = [
         f"{name}: it is not of tritonlora's; move it elsewhere"
-        for name in _files_of_ours(root)
+        for name in (path.relative_to(root).as_posix() for model in OURS for path in files_of(root, model))
         if name not in digests and name not in _NOT_RECORDED
     ]
     changes = []
@@ -129,13 +129,18 @@ def undo(root: Path, *, dry_run: bool = False) -> list[FileChange]:
             elif not any(change.path.is_relative_to(root / model) for model in models):
                 change.path.unlink()
                 _remove_if_empty(change.path.parent)
-        # Inside a model's directory: beside the models it would be taken for one.
-        other = next(path.parent for path in root.glob("*/config.pbtxt") if path.parent.name not in models)
-        with temporary_directory(other / ROUTER) as doomed:
-            for model in models:
-                if (root / model).exists():
-                    (root / model).rename(doomed / model)
+        take_out(root, models)
     return changes
+
+
+def take_out(root: Path, models: Collection[str]) -> None:
+    """Take these models out of the repository, each in one step."""
+    # Inside a model's directory: beside the models it would be taken for one.
+    other = next(path.parent for path in root.glob("*/config.pbtxt") if path.parent.name not in models)
+    with temporary_directory(other / ROUTER) as doomed:
+        for model in models:
+            if (root / model).exists():
+                (root / model).rename(doomed / model)
 
 
 def _models_that_go(root: Path, gone: Collection[Path]) -> list[str]:
@@ -166,10 +171,10 @@ def _is_known(root: Path, name: str, content: bytes, written: list[str]) -> bool
     return _digest(content) in written or content == _original(root, name)
 
 
-def _files_of_ours(root: Path) -> list[str]:
+def files_of(root: Path, model: str) -> list[Path]:
+    """What a model of ours consists of, sorted."""
     return sorted(
-        path.relative_to(root).as_posix()
-        for model in OURS
+        path
         for path in (root / model).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts and not path.is_relative_to(root / ORIGINALS)
     )

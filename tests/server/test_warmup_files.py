@@ -15,12 +15,13 @@ import pytest
 
 from table import sample
 from tritonlora.declarations import declare_lora_weights
+from tritonlora.ensembles import rewire_to_forward
 from tritonlora.errors import ServerError
 from tritonlora.flavours import TENSORS, task_id_bytes, task_id_file
 from tritonlora.pbtxt import append_value, parse, parse_config
 from tritonlora.server import Server
 from tritonlora.warmup import render_block, replace_block, shared_files
-from tritonlora.wiring import rewire_ensemble, router_config, set_parameter
+from tritonlora.wiring import router_config, set_parameter
 
 UPSTREAM = Path(__file__).parent.parent / "upstream"
 
@@ -165,7 +166,7 @@ def test_a_real_server_loads_each_adapter_from_the_block_and_serves_it_by_name(
     write_model(
         repository, "postprocessing", append_value(postprocessing, postprocessing.message, "input", previous), ZEROS
     )
-    ensemble = rewire_ensemble(filled_upstream(version, "ensemble"), postprocessing="postprocessing")
+    ensemble = rewire_to_forward(filled_upstream(version, "ensemble"), postprocessing="postprocessing")
     write_model(repository, "ensemble", ensemble)
 
     server = launch(repository)

@@ -1,0 +1,125 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""The resolver: says which lora_task_id a request means, and gives the adapter's weights where the engine may not have
+them. A step of an ensemble, before the engine's model, so that tokens never pass through Python.
+
+This file only translates between Triton and `tritonlora.routing` and `tritonlora.estimate`, which decide.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+sys.path.insert(0, str(Path(__file__).parent))  # the copy beside this file, whatever else is installed
+
+from tritonlora.errors import InvalidRequest, RequestError
+from tritonlora.estimate import ResidencyEstimate, started_at, warmed_at_start
+from tritonlora.flavours import TENSORS
+from tritonlora.residency import open_residency, shared_directory
+from tritonlora.routing import Route, TableFile, check_is_routers, map_tensors, resolve_rows, warmed
+from tritonlora.statistics import BASE, DIRECTORY, Statistics
+
+
+class TritonPythonModel:
+    """One instance of the resolver."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Read the router's adapter table; the model does not load when there is no good one."""
+        config = json.loads(args["model_config"])
+        parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
+        self._repository = Path(args["model_repository"]).parent
+        self._batching = config["max_batch_size"] > 0
+        path = self._repository / parameters["router"] / "adapters.json"
+        table = TableFile(path, lambda _: None).table()  # what is wrong is said below, once
+        self._residency = open_residency(shared_directory(parameters["router"]), warmed(table))
+        self._statistics = Statistics(self._residency.directory / DIRECTORY)
+        self._table = TableFile(path, self._table_failed)
+        self._seen_table = self._table.table()
+        self._estimate = ResidencyEstimate(
+            self._seen_table,
+            warmed_at_start(self._seen_table, started_at(os.getppid())),
+            int(parameters["cache_pages"]),
+            sees_all=sum(group["count"] for group in config["instance_group"]) == 1,
+            resend_seconds=float(parameters["resend_seconds"]),
+            longest_request_seconds=float(parameters["longest_request_seconds"]),
+        )
+
+    def execute(self, requests: list[pb_utils.InferenceRequest]) -> list[pb_utils.InferenceResponse]:
+        """Answer each request by itself: a bad one harms no other."""
+        return [self._answer(request) for request in requests]
+
+    def finalize(self) -> None:
+        """Leave what the instances share."""
+        self._residency.close()
+
+    def _answer(self, request: pb_utils.InferenceRequest) -> pb_utils.InferenceResponse:
+        names: list[str] = []
+        try:
+            routes = self._routes(request)
+            names = [route.lora_name if route else BASE for route in routes]
+            response = pb_utils.InferenceResponse(self._tensors([route for route in routes if route]))
+            outcome = "OK"
+        except RequestError as error:
+            outcome = error.code
+            response = failure(str(error), outcome)
+        except Exception:  # noqa: BLE001  whatever it is, the others are answered
+            pb_utils.Logger.log_error(traceback.format_exc())
+            outcome = "INTERNAL"
+            response = failure("the resolver failed on this request; the server's log says why", outcome)
+        for name in names or [BASE]:
+            self._statistics.add(name, outcome)
+        return response
+
+    def _routes(self, request: pb_utils.InferenceRequest) -> list[Route | None]:
+        """The adapter of each row."""
+        check_is_routers(json.loads(request.parameters() or "{}"), TENSORS.from_router)
+        table = self._table.table()
+        if table is not self._seen_table:
+            self._seen_table = table
+            self._estimate.see(table)
+            self._statistics.add(BASE, "table_reloads")
+        lora_names, lora_task_ids = (values_of(request, name) for name in ("lora_name", TENSORS.task_id))
+        rows = request.inputs()[0].shape()[0] if self._batching else 1
+        return resolve_rows(table, lora_names, lora_task_ids, rows)
+
+    def _tensors(self, routes: list[Route]) -> list[pb_utils.Tensor]:
+        """What the engine's model is given for these rows; nothing for the base model."""
+        if not routes:
+            return []
+        task_ids = np.array([[route.entry.lora_task_id] for route in routes], np.uint64)
+        tensors = [pb_utils.Tensor(TENSORS.task_id, task_ids)]
+        now = time.monotonic()
+        if any(self._estimate.must_send(route.entry.lora_task_id, now) for route in routes):
+            if len(routes) > 1:
+                raise InvalidRequest(
+                    "the engine may have to be given weights, which it takes in a batch of one; send the rows apart"
+                )
+            lora_weights, lora_config = map_tensors(self._repository, routes[0])
+            self._estimate.sent(routes[0].entry.lora_task_id, now)
+            tensors.append(pb_utils.Tensor.from_dlpack("lora_weights", lora_weights))
+            tensors.append(pb_utils.Tensor("lora_config", lora_config))
+        return tensors
+
+    def _table_failed(self, problem: str) -> None:
+        pb_utils.Logger.log_error(problem)
+        self._statistics.add(BASE, "table_failures")
+
+
+def failure(message: str, code: str) -> pb_utils.InferenceResponse:
+    """An error as the answer."""
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, getattr(pb_utils.TritonError, code)))
+
+
+def values_of(request: pb_utils.InferenceRequest, name: str) -> list[Any] | None:
+    """The elements of an input, or None when the request does not have it."""
+    tensor = pb_utils.get_input_tensor_by_name(request, name)
+    return None if tensor is None else tensor.as_numpy().reshape(-1).tolist()

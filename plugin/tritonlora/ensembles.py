@@ -1,0 +1,211 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""The edits that lead an ensemble to its engine's model by the names of adapters: text to text, lossless, idempotent.
+
+    forward    preprocessing -> lora_router -> postprocessing; the router asks the engine's model by itself
+    resolve    preprocessing -> lora_resolver -> tensorrt_llm -> postprocessing
+
+Either way can be changed into the other.
+"""
+
+from __future__ import annotations
+
+from tritonlora.errors import ConfigError
+from tritonlora.flavours import FLAVOURS
+from tritonlora.pbtxt import (
+    Document,
+    Message,
+    ModelConfig,
+    append_value,
+    error_at,
+    parse,
+    parse_config,
+    quote,
+    remove_value,
+    replace_value,
+)
+
+PREVIOUS_TOKENS = "_PREVIOUS_TOKENS"
+RESOLVED = {"lora_task_id": "_LORA_TASK_ID", "lora_weights": "_LORA_WEIGHTS", "lora_config": "_LORA_CONFIG"}
+ALWAYS_THERE = "input_lengths"  # an input of the engine's: a step of which no input is there fails (Triton 2.51)
+
+
+def rewire_to_forward(
+    text: str,
+    *,
+    target: str = "tensorrt_llm",
+    router: str = "lora_router",
+    resolver: str = "lora_resolver",
+    postprocessing: str | None = None,
+) -> str:
+    """An ensemble's config.pbtxt with `router` in `target`'s place, and the optional input lora_name leading to it.
+
+    What only the router gives no longer leads to that step, and tensors that this leaves unused go: Triton refuses an
+    ensemble with an unused tensor. With `postprocessing`, the name of a step with the input PREVIOUS_TOKENS, the
+    router's previous_ids lead there.
+
+    Raises ConfigError when it is not plain which step to change.
+    """
+    _require_one_step(text, target, router)
+    text = _remove_resolver(text, target, resolver)
+    text = _rename_step(text, target, router)
+    for name in (name for flavour in FLAVOURS for name in flavour.from_router):
+        text = _disconnect(text, router, name)
+    text = _declare_lora_name(text)
+    text = _connect(text, router, "input_map", "lora_name", "lora_name")
+    if postprocessing is not None:
+        text = _connect(text, router, "output_map", "previous_ids", PREVIOUS_TOKENS)
+        text = _connect(text, postprocessing, "input_map", "PREVIOUS_TOKENS", PREVIOUS_TOKENS)
+    return text
+
+
+def rewire_to_resolve(
+    text: str, *, target: str = "tensorrt_llm", router: str = "lora_router", resolver: str = "lora_resolver"
+) -> str:
+    """An ensemble's config.pbtxt with a step for `resolver`, which gives the step for `target` its LoRA inputs.
+
+    The resolver gets the optional inputs lora_name, and lora_task_id where the ensemble gave one to the target; and
+    the target's input_lengths. The router's previous_ids go: nobody but the router knows them.
+
+    Raises ConfigError when it is not plain which step to change.
+    """
+    _require_one_step(text, target, router)
+    text = _rename_step(text, router, target)
+    text = _declare_lora_name(text)
+    step = next(step for step in parse_config(text).steps if step.model_name == target)
+    if ALWAYS_THERE not in step.input_map:
+        raise ConfigError(f"the ensemble gives the step for {target!r} no {ALWAYS_THERE}; rewire this ensemble by hand")
+    inputs = {ALWAYS_THERE: step.input_map[ALWAYS_THERE], "lora_name": "lora_name"}
+    task_id = step.input_map.get("lora_task_id", RESOLVED["lora_task_id"])
+    if task_id != RESOLVED["lora_task_id"]:
+        inputs["lora_task_id"] = task_id
+    document = parse(text)
+    if not _find_step(document, resolver):
+        scheduling = document.message.messages("ensemble_scheduling")[-1]
+        literal = f"{{\n  model_name: {quote(resolver)}\n  model_version: -1\n}}"
+        text = append_value(document, scheduling, "step", literal)
+    for key, tensor in inputs.items():
+        text = _connect(text, resolver, "input_map", key, tensor)
+    text = _disconnect(text, target, "lora_name")
+    for key, tensor in RESOLVED.items():
+        text = _connect(text, resolver, "output_map", key, tensor)
+        if step.input_map.get(key) != tensor:
+            text = _disconnect(text, target, key)
+            text = _connect(text, target, "input_map", key, tensor)
+    for other in parse_config(text).steps:
+        for key, tensor in other.input_map.items():
+            if tensor == PREVIOUS_TOKENS:
+                text = _disconnect(text, other.model_name, key)
+    return text
+
+
+def _remove_resolver(text: str, target: str, resolver: str) -> str:
+    """The ensemble without that step; what it was given as lora_task_id leads to `target` again."""
+    step = next((step for step in parse_config(text).steps if step.model_name == resolver), None)
+    if step is None:
+        return text
+    for key in RESOLVED:
+        text = _disconnect(text, target, key)
+    if task_id := step.input_map.get("lora_task_id"):
+        text = _connect(text, target, "input_map", "lora_task_id", task_id)
+    document = parse(text)
+    scheduling = document.message.messages("ensemble_scheduling")[-1]
+    return remove_value(document, scheduling, *(one for one in _steps(document) if one.has("model_name", resolver)))
+
+
+def _require_one_step(text: str, target: str, router: str) -> None:
+    steps = [step.model_name for step in parse_config(text).steps]
+    if not steps:
+        raise ConfigError("expected an ensemble, got a config without ensemble_scheduling steps")
+    found = [name for name in steps if name in (target, router)]
+    listed = ", ".join(map(repr, steps))
+    if not found:
+        raise ConfigError(
+            f"the ensemble has no step for {target!r}, only for {listed}; name the engine's model (--target)"
+        )
+    if len(found) > 1:
+        raise ConfigError(f"expected one step for {target!r} or {router!r}, got {listed}; rewire this ensemble by hand")
+
+
+def _rename_step(text: str, target: str, router: str) -> str:
+    document = parse(text)
+    step = _find_step(document, target)
+    if step is None:
+        return text
+    version = step.scalar("model_version")
+    if version is not None and version.value != "-1":
+        raise error_at(
+            text,
+            version.start,
+            f"the step asks for version {version.value} of {target!r}, which a router cannot keep to; set it to -1",
+        )
+    model_name = step.scalars("model_name")[0]
+    return replace_value(document, model_name, quote(router))
+
+
+def _declare_lora_name(text: str) -> str:
+    config = parse_config(text)
+    spec = config.input("lora_name")
+    if spec is None:
+        document = parse(text)
+        literal = '{\n  name: "lora_name"\n  data_type: TYPE_STRING\n  dims: [ 1 ]\n  optional: true\n}'
+        return append_value(document, document.message, "input", literal)
+    if spec.data_type != "TYPE_STRING":
+        raise ConfigError(f"expected the ensemble's input 'lora_name' to be TYPE_STRING, got {spec.data_type}")
+    return text
+
+
+def _connect(text: str, model: str, kind: str, key: str, tensor: str) -> str:
+    """Lead the ensemble's `tensor` to (input_map) or from (output_map) the tensor `key` of the step for `model`."""
+    document = parse(text)
+    step = _find_step(document, model)
+    if step is None:
+        raise ConfigError(f"the ensemble has no step for {model!r}")
+    entry = step.find(kind, "key", key)
+    if entry is None:
+        return append_value(document, step, kind, f"{{\n  key: {quote(key)}\n  value: {quote(tensor)}\n}}")
+    value = entry.scalar("value")
+    if value is None or value.value != tensor:
+        place = document.message.start if value is None else value.start
+        raise error_at(
+            text, place, f"expected {kind} {key!r} of the step for {model!r} to be {tensor!r}; edit or remove it"
+        )
+    return text
+
+
+def _disconnect(text: str, model: str, key: str) -> str:
+    """Take the input `key` from the step for `model`, and whatever in the ensemble nothing else uses then."""
+    document = parse(text)
+    step = _find_step(document, model)
+    entry = step.find("input_map", "key", key) if step else None
+    if step is None or entry is None:
+        return text
+    value = entry.scalar("value")
+    text = remove_value(document, step, entry)
+    if value is None or _is_used(parse_config(text), value.value):
+        return text
+    return _remove_producers(text, value.value)
+
+
+def _is_used(ensemble: ModelConfig, tensor: str) -> bool:
+    return ensemble.output(tensor) is not None or any(tensor in step.input_map.values() for step in ensemble.steps)
+
+
+def _remove_producers(text: str, tensor: str) -> str:
+    """Take `tensor` from the ensemble's inputs and from the steps that give it."""
+    document = parse(text)
+    if declared := document.message.find("input", "name", tensor):
+        return remove_value(document, document.message, declared, with_comment=True)
+    for step in _steps(document):
+        if entry := step.find("output_map", "value", tensor):
+            return remove_value(document, step, entry)
+    return text
+
+
+def _steps(document: Document) -> tuple[Message, ...]:
+    scheduling = document.message.message("ensemble_scheduling")
+    return scheduling.messages("step") if scheduling else ()
+
+
+def _find_step(document: Document, model: str) -> Message | None:
+    return next((step for step in _steps(document) if step.has("model_name", model)), None)

@@ -1,0 +1,160 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""The resolve topology on a real tritonserver, with the CPU engine in synthetic mode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tritonclient.grpc as grpc
+from test_router import PROMPT, ask, expected, post
+from tritonclient.utils import InferenceServerException
+
+from repositories import let_all_be_warmed, synthetic_adapter, synthetic_repository
+from tritonlora import install, register, repository
+from tritonlora.repository import Repository, read_table
+from tritonlora.server import Server
+
+WARM = ("pirate", "haiku")
+COLD = tuple(f"cold{number}" for number in range(6))
+
+Launch = Callable[..., Server]
+
+
+def resolving(root: Path, *, pages: int) -> Repository:
+    """Two warm adapters and six cold ones, and ensembles that lead past the router."""
+    opened = synthetic_repository(root, warm=WARM, cold=COLD, pages=pages, streams=1)
+    install.init(root, topology="resolve")
+    profile = repository.engine_profile(opened, repository.read_config(opened.config_path))
+    assert profile is not None
+    register.apply_plan(opened, (), profile)
+    let_all_be_warmed(opened)
+    return opened
+
+
+@pytest.fixture(scope="module")
+def roomy(tmp_path_factory: pytest.TempPathFactory, launch: Launch) -> tuple[Repository, Server]:
+    """A cache for all."""
+    opened = resolving(tmp_path_factory.mktemp("roomy") / "repo", pages=100)
+    return opened, launch(opened.root)
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory: pytest.TempPathFactory, launch: Launch) -> tuple[Repository, Server]:
+    """A cache for three."""
+    opened = resolving(tmp_path_factory.mktemp("narrow") / "repo", pages=3)
+    return opened, launch(opened.root)
+
+
+def resolve(server: Server, lora_names: list[bytes] | None = None, task_ids: list[int] | None = None) -> dict[str, Any]:
+    """What the resolver gives: the tensors' bytes as numbers."""
+    rows = len(lora_names or task_ids or [0])
+    arrays: dict[str, np.ndarray[Any, Any]] = {"input_lengths": np.full((rows, 1), 5, np.int32)}
+    if lora_names is not None:
+        arrays["lora_name"] = np.array([[name] for name in lora_names], np.object_)
+    if task_ids is not None:
+        arrays["lora_task_id"] = np.array([[task_id] for task_id in task_ids], np.uint64)
+    inputs = []
+    for name, array in arrays.items():
+        kind = {"lora_name": "BYTES", "lora_task_id": "UINT64", "input_lengths": "INT32"}[name]
+        inputs.append(grpc.InferInput(name, list(array.shape), kind))
+        inputs[-1].set_data_from_numpy(array)
+    with grpc.InferenceServerClient(server.grpc_url) as client:
+        response = client.infer("lora_resolver", inputs).get_response()
+    contents = zip(response.outputs, response.raw_output_contents, strict=True)
+    return {output.name: (list(output.shape), content) for output, content in contents}
+
+
+@pytest.mark.parametrize("lora_name", [None, "pirate", "cold0"])
+def test_a_request_by_name_is_answered_by_that_adapter(roomy: tuple[Repository, Server], lora_name: str | None) -> None:
+    """Streamed or whole; None is the base model."""
+    opened, server = roomy
+    body = {"text_input": PROMPT, "max_tokens": 24, **({"lora_name": lora_name} if lora_name else {})}
+
+    assert expected(read_table(opened), lora_name) == ask(server, lora_name)
+    status, answer = post(server, "/v2/models/ensemble/generate", body)
+    assert (200, expected(read_table(opened), lora_name)) == (status, answer["text_output"])
+
+
+def test_where_all_adapters_fit_those_of_the_start_go_by_id_alone(roomy: tuple[Repository, Server]) -> None:
+    """In batches, too; the base model gets nothing."""
+    opened, server = roomy
+    ids = [read_table(opened).entries[name].lora_task_id for name in WARM]
+    found = resolve(server, [name.encode() for name in WARM])
+
+    assert {"lora_task_id": ([2, 1], np.array(ids, np.uint64).tobytes())} == found
+    assert found == resolve(server, task_ids=ids)
+    assert {} == resolve(server)
+
+
+def test_an_adapter_that_the_engine_may_not_have_comes_with_its_weights(roomy: tuple[Repository, Server]) -> None:
+    """Bit for bit those of its files, until the engine must have it."""
+    opened, server = roomy
+    entry = read_table(opened).entries["cold5"]
+    found = resolve(server, [b"cold5"])
+    shape, weights = found["lora_weights"]
+
+    assert [1, *entry.lora_weights_shape] == shape
+    assert (opened.root / entry.lora_weights_file).read_bytes() == weights
+    assert (opened.root / entry.lora_config_file).read_bytes() == found["lora_config"][1]
+    with pytest.raises(InferenceServerException, match="takes in a batch of one; send the rows apart"):
+        resolve(server, [b"cold5", b"pirate"])
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"lora_name": "nobody"}, "unknown LoRA adapter 'nobody'; available: cold0, cold1"),
+        ({"lora_name": ""}, "lora_name is empty"),
+        ({"lora_name": "../pirate"}, "is not a legal adapter name"),
+        ({"lora_task_id": 999}, "unknown lora_task_id 999"),
+        ({"lora_name": "pirate", "lora_task_id": 2}, "has lora_task_id 1, but the request says 2"),
+        ({"lora_name": "pirate", "lora_weights": 1.0}, "lora_weights: not for clients to choose"),
+    ],
+    ids=["unknown", "empty", "illegal", "unknown id", "disagreeing", "weights of the client's own"],
+)
+def test_the_base_model_never_answers_for_an_adapter(
+    roomy: tuple[Repository, Server], inputs: dict[str, Any], message: str
+) -> None:
+    """What is not one adapter of the table is an error, with no path in it."""
+    opened, server = roomy
+    status, answer = post(server, "/v2/models/ensemble/generate", {"text_input": PROMPT, "max_tokens": 4, **inputs})
+
+    assert 400 == status
+    assert message in answer["error"]
+    assert str(opened.root) not in answer["error"]
+
+
+def test_a_cache_that_is_too_small_is_no_client_s_business(narrow: tuple[Repository, Server]) -> None:
+    """Eight adapters by turns, two at a time, through a cache for three."""
+    opened, server = narrow
+    table = read_table(opened)
+    names = [*WARM, *COLD] * 5
+    with ThreadPoolExecutor(2) as pool:
+        answers = list(pool.map(lambda name: ask(server, name), names))
+
+    assert [expected(table, name) for name in names] == answers
+
+
+def test_an_adapter_that_is_added_while_the_server_runs_is_served(
+    roomy: tuple[Repository, Server], tmp_path: Path
+) -> None:
+    """And one whose files are gone is an error by name, with or without a request that went well before."""
+    opened, server = roomy
+    register.add(opened, "late", synthetic_adapter(tmp_path / "late", 77))
+    first = ask(server, "late")
+    register.add(opened, "broken", synthetic_adapter(tmp_path / "broken", 78))
+    (opened.root / read_table(opened).entries["broken"].lora_weights_file).unlink()
+
+    assert expected(read_table(opened), "late") == first == ask(server, "late")
+    for _ in range(2):
+        status, answer = post(
+            server, "/v2/models/ensemble/generate", {"text_input": PROMPT, "max_tokens": 4, "lora_name": "broken"}
+        )
+        assert 400 == status
+        assert "LoRA adapter 'broken': adapter_model_10.bin is missing on the server" in answer["error"]
