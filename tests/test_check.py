@@ -57,12 +57,19 @@ def lora_input(opened: Repository, name: str, before: str, after: str) -> None:
 
 
 def test_a_sound_repository_has_no_findings(opened: Repository) -> None:
-    """Also with every digest compared."""
+    """Also with every digest compared, and in the other topology."""
+    assert [] == found(opened, deep=True)
+    install.init(opened.root, topology="resolve")
     assert [] == found(opened, deep=True)
 
 
 def _without_router_step(opened: Repository) -> None:
     edit(opened.root / "ensemble" / "config.pbtxt", 'model_name: "lora_router"', 'model_name: "tensorrt_llm"')
+
+
+def _resolve(opened: Repository, before: str, after: str) -> None:
+    install.init(opened.root, topology="resolve")
+    edit(opened.root / "lora_resolver" / "config.pbtxt", before, after)
 
 
 def _engine(opened: Repository) -> Path:
@@ -248,6 +255,21 @@ PLANTED: dict[str, tuple[Callable[[Repository], object], str, str]] = {
         lambda opened: edit(opened.root / "lora_router" / "config.pbtxt", CACHE_PAGES.format(0), CACHE_PAGES.format(7)),
         "warning",
         "lora_router/config.pbtxt: cache_pages is 7, and the engine's cache has 100",
+    ),
+    "the resolver believes in another cache": (
+        lambda opened: _resolve(opened, CACHE_PAGES.format(0), CACHE_PAGES.format(7)),
+        "warning",
+        "lora_resolver/config.pbtxt: cache_pages is 7, and the engine's cache has 100",
+    ),
+    "the resolver declares another type": (
+        lambda opened: _resolve(opened, "TYPE_BF16", "TYPE_FP16"),
+        "error",
+        "lora_resolver/config.pbtxt: lora_weights is not declared as tensorrt_llm declares it",
+    ),
+    "the pages of an adapter are those of another cache": (
+        lambda opened: edit(opened.table_path, '"pages": 1', '"pages": 7'),
+        "warning",
+        "adapter cold: it is registered with 7 pages of the engine's cache, and takes 1 now",
     ),
     "a parameter is not a number": (
         lambda opened: register.set_parameters(opened, {"lora_cache_host_memory_bytes": "a lot"}),

@@ -300,6 +300,7 @@ CHECKS: tuple[Callable[[Subject], Iterator[Finding]], ...] = (
     _warmup_block,
     _cache,
     _leftovers,
+    surroundings.resolver,
     surroundings.models_past_the_router,
     surroundings.router_files,
     surroundings.shared_memory,

@@ -11,7 +11,7 @@ from tritonlora import install
 from tritonlora.errors import TritonLoraError
 from tritonlora.findings import Finding, Subject, error, warning
 from tritonlora.pbtxt import Unfilled
-from tritonlora.repository import read_config
+from tritonlora.repository import RESOLVER, read_config
 from tritonlora.server import SHARED_MEMORY, ports_in_use
 from tritonlora.undo import OURS
 
@@ -42,6 +42,20 @@ def models_past_the_router(subject: Subject) -> Iterator[Finding]:
             f"it calls {target} itself: a lora_name in a request to it has no effect",
             "let clients that want adapters ask the ensemble",
         )
+
+
+def resolver(subject: Subject) -> Iterator[Finding]:
+    """The resolver's tensors are those of the engine's model: Triton loads no ensemble that leads to others."""
+    root, target = subject.repository.root, subject.repository.target
+    path = root / RESOLVER / "config.pbtxt"
+    for spec in read_config(path).outputs if path.is_file() else ():
+        declared = subject.config.input(spec.name)
+        if declared is None or declared.data_type != spec.data_type:
+            yield error(
+                f"{RESOLVER}/config.pbtxt",
+                f"{spec.name} is not declared as {target} declares it",
+                f"tritonlora init {root}",
+            )
 
 
 def router_files(subject: Subject) -> Iterator[Finding]:

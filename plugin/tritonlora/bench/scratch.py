@@ -19,6 +19,8 @@ from tritonlora.files import write_text
 from tritonlora.repository import ROUTER, Repository
 
 PASS_THROUGH = "pass_through"  # noqa: S105
+PAST_ROUTER = "past_router"
+LONG_AGO = "2026-01-01T00:00:00+00:00"  # the resolver does not count on what was added just before the server started
 SMALL = {"self_attn.q_proj": (64, 64), "self_attn.v_proj": (64, 32)}  # of the shipped synthetic engine
 SMALL_LAYERS = 2
 LARGE_RANK = 32  # 224 rows of 589,824 bfloat16: 264 MB
@@ -65,15 +67,50 @@ class TritonPythonModel:
 '''
 
 
+# The engine alone, with what the benchmark sends; the resolver comes into it as into any ensemble.
+_TOKENS_ENSEMBLE = """\
+name: "%s"
+platform: "ensemble"
+max_batch_size: 64
+input [
+  { name: "input_ids" data_type: TYPE_INT32 dims: [ -1 ] },
+  { name: "input_lengths" data_type: TYPE_INT32 dims: [ 1 ] },
+  { name: "request_output_len" data_type: TYPE_INT32 dims: [ 1 ] },
+  { name: "streaming" data_type: TYPE_BOOL dims: [ 1 ] optional: true }
+]
+output [
+  { name: "output_ids" data_type: TYPE_INT32 dims: [ -1, -1 ] },
+  { name: "sequence_length" data_type: TYPE_INT32 dims: [ -1 ] }
+]
+ensemble_scheduling {
+  step [
+    {
+      model_name: "tensorrt_llm"
+      model_version: -1
+      input_map { key: "input_ids" value: "input_ids" }
+      input_map { key: "input_lengths" value: "input_lengths" }
+      input_map { key: "request_output_len" value: "request_output_len" }
+      input_map { key: "streaming" value: "streaming" }
+      output_map { key: "output_ids" value: "output_ids" }
+      output_map { key: "sequence_length" value: "sequence_length" }
+    }
+  ]
+}
+"""
+
+
 def small_adapters(root: Path, count: int, *, streams: int, room: int | None = None) -> Repository:
     """The shipped repository with `count` adapters, n1 and so on, that share one pair of files, and the pass-through
-    model, with `streams` instances each. The engine's cache has `room` for so many adapters, by default for all.
+    model, with `streams` instances each. The engine's cache has `room` for so many adapters; by default for all, which
+    are warm then, and asked for past the router, too.
     """
     install.create_repository(root)
     opened = repository.open_repository(root)
     _register(opened, count, SMALL, SMALL_LAYERS, rank=8)
     _set_cache(opened, room or count)
     _put_pass_through(opened, streams)
+    if room is None:
+        _put_resolver(opened)
     return opened
 
 
@@ -114,6 +151,21 @@ def _set_cache(opened: Repository, room: int) -> None:
         raise RepositoryError("the engine's cache is not in pages")
     nbytes = room * plan.adapters[0].pages * plan.tightest.page_bytes
     register.set_parameters(opened, {"lora_cache_host_memory_bytes": str(nbytes)})
+
+
+def _put_resolver(opened: Repository) -> None:
+    """Let the engine be started with all adapters, and put an ensemble there that leads past the router."""
+    table = repository.read_table(opened)
+    entries = {name: replace(entry, warm=True, added_at=LONG_AGO) for name, entry in table.entries.items()}
+    write_text(opened.table_path, render(replace(table, entries=entries)))
+    register.repair(opened)
+    (opened.root / PAST_ROUTER / "1").mkdir(parents=True)
+    write_text(opened.root / PAST_ROUTER / "config.pbtxt", _TOKENS_ENSEMBLE % PAST_ROUTER)
+    install.init(opened.root, topology=install.RESOLVE)
+    profile = repository.engine_profile(opened, repository.read_config(opened.config_path))
+    if profile is None:
+        raise RepositoryError("the engine is not known")
+    register.apply_plan(opened, (), profile)
 
 
 def _put_pass_through(opened: Repository, streams: int) -> None:
