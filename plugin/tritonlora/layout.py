@@ -112,13 +112,15 @@ def plan_layout(
         problems.unsupported.append("DoRA needs the base model's weights; give them with --base CHECKPOINT")
     planned: list[tuple[Row, RowSource]] = []
     width = 0
+    kinds = {id(module.leaves): module for module in adapter.modules.values()}  # layers repeat
     families = likely_families(
-        (module.leaves for module in adapter.modules.values()),
+        (module.leaves for module in kinds.values()),
         profile.architecture if profile is not None else "",
         conv1d=adapter.config.fan_in_fan_out,
     )
+    leaf_of = {kind: _leaf_of(module, families, profile) for kind, module in kinds.items()}
     for module in adapter.modules.values():
-        leaf = _leaf_of(module, families, profile)
+        leaf = leaf_of[id(module.leaves)]
         if isinstance(leaf, str):
             problems.by_layer.setdefault(leaf, []).append(module.layer)
             continue

@@ -104,11 +104,12 @@ def _modules(
         if match is None:
             problems.unsupported.append(f"{key!r}: {_why_not_key(key)}")
             continue
-        group = groups.setdefault(match["path"], _Group())
-        group.names.add(match["name"] or match["magnitude_name"] or "")
-        what = match["matrix"] or "magnitude"
+        path, matrix, name, magnitude_name = match.groups()
+        group = groups.setdefault(path, _Group())
+        group.names.add(name or magnitude_name or "")
+        what = matrix or "magnitude"
         if what in group.tensors:
-            problems.invalid.append(f"{match['path']!r} has more than one {what}, the second is {key!r}")
+            problems.invalid.append(f"{path!r} has more than one {what}, the second is {key!r}")
         group.tensors[what] = tensors[key]
     names = {name for group in groups.values() for name in group.names}
     if len(names) > 1:
