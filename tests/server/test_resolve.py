@@ -15,6 +15,7 @@ import tritonclient.grpc as grpc
 from test_router import PROMPT, ask, expected, post
 from tritonclient.utils import InferenceServerException
 
+from asking import ENSEMBLE, Question, Refusal, ways
 from repositories import let_all_be_warmed, synthetic_adapter, synthetic_repository
 from tritonlora import install, register, repository
 from tritonlora.repository import Repository, read_table
@@ -26,9 +27,9 @@ COLD = tuple(f"cold{number}" for number in range(6))
 Launch = Callable[..., Server]
 
 
-def resolving(root: Path, *, pages: int) -> Repository:
+def resolving(root: Path, *, pages: int, decoupled: bool = True) -> Repository:
     """Two warm adapters and six cold ones, and ensembles that lead past the router."""
-    opened = synthetic_repository(root, warm=WARM, cold=COLD, pages=pages, streams=1)
+    opened = synthetic_repository(root, warm=WARM, cold=COLD, pages=pages, decoupled=decoupled, streams=1)
     install.init(root, topology="resolve")
     profile = repository.engine_profile(opened, repository.read_config(opened.config_path))
     assert profile is not None
@@ -46,8 +47,8 @@ def roomy(tmp_path_factory: pytest.TempPathFactory, launch: Launch) -> tuple[Rep
 
 @pytest.fixture(scope="module")
 def narrow(tmp_path_factory: pytest.TempPathFactory, launch: Launch) -> tuple[Repository, Server]:
-    """A cache for three."""
-    opened = resolving(tmp_path_factory.mktemp("narrow") / "repo", pages=3)
+    """A cache for three, and an engine model that is not decoupled."""
+    opened = resolving(tmp_path_factory.mktemp("narrow") / "repo", pages=3, decoupled=False)
     return opened, launch(opened.root)
 
 
@@ -70,15 +71,54 @@ def resolve(server: Server, lora_names: list[bytes] | None = None, task_ids: lis
     return {output.name: (list(output.shape), content) for output, content in contents}
 
 
-@pytest.mark.parametrize("lora_name", [None, "pirate", "cold0"])
-def test_a_request_by_name_is_answered_by_that_adapter(roomy: tuple[Repository, Server], lora_name: str | None) -> None:
-    """Streamed or whole; None is the base model."""
-    opened, server = roomy
-    body = {"text_input": PROMPT, "max_tokens": 24, **({"lora_name": lora_name} if lora_name else {})}
+WAYS = {
+    f"{policy}-{way.protocol}": (fixture, way)
+    for fixture, policy, decoupled in (("roomy", "decoupled", True), ("narrow", "whole", False))
+    for way in ways([ENSEMBLE], decoupled=decoupled)
+    if not (decoupled and way.protocol.endswith("_infer"))  # which Triton refuses
+}
 
-    assert expected(read_table(opened), lora_name) == ask(server, lora_name)
-    status, answer = post(server, "/v2/models/ensemble/generate", body)
-    assert (200, expected(read_table(opened), lora_name)) == (status, answer["text_output"])
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_request_is_answered_by_the_adapter_that_it_means(request: pytest.FixtureRequest, way: str) -> None:
+    """By name or id, warm or cold, in every protocol; without one, by the base model."""
+    fixture, asked = WAYS[way]
+    opened, server = request.getfixturevalue(fixture)
+    table = read_table(opened)
+    answers = {
+        None: Question(),
+        "pirate": Question([b"pirate"]),
+        "haiku": Question(lora_task_id=[table.entries["haiku"].lora_task_id]),
+        "cold0": Question([b"cold0"]),
+    }
+
+    for name, question in answers.items():
+        assert (expected(table, name, tokens=12),) == asked.ask(server, question)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("question", "code", "message"),
+    [
+        (Question([b"nobody"]), "NOT_FOUND", "unknown LoRA adapter 'nobody'; available: cold0, cold1, cold2"),
+        (Question(lora_task_id=[999]), "NOT_FOUND", "unknown lora_task_id 999; available: cold0, cold1, cold2"),
+        (Question([b""]), "INVALID_ARG", "lora_name is empty; to ask the base model, leave it out"),
+        (Question([b"\xff\xfe"]), "INVALID_ARG", r"lora_name is not UTF-8: b'\xff\xfe'"),
+        (Question([b"../pirate"]), "INVALID_ARG", "lora_name '../pirate' is not a legal adapter name"),
+        (Question([b"pirate"], [2]), "INVALID_ARG", "lora_name 'pirate' has lora_task_id 1, but the request says 2"),
+        (Question([b"pirate", b""], tokens=[4, 4]), "INVALID_ARG", "the batch mixes rows for the base model and for"),
+    ],
+    ids=["unknown", "unknown id", "empty", "not UTF-8", "illegal", "disagreeing", "mixed"],
+)
+def test_the_base_model_never_answers_for_an_adapter(
+    request: pytest.FixtureRequest, way: str, question: Question, code: str, message: str
+) -> None:
+    """What is not one adapter of the table is an error, in every protocol."""
+    fixture, asked = WAYS[way]
+    wanted, found = asked.refusal(code, message), asked.ask(request.getfixturevalue(fixture)[1], question)
+
+    assert isinstance(found, Refusal)
+    assert (wanted.status, True) == (found.status, found.message.startswith(wanted.message))
 
 
 def test_where_all_adapters_fit_those_of_the_start_go_by_id_alone(roomy: tuple[Repository, Server]) -> None:
@@ -106,28 +146,13 @@ def test_an_adapter_that_the_engine_may_not_have_comes_with_its_weights(roomy: t
         resolve(server, [b"cold5", b"pirate"])
 
 
-@pytest.mark.parametrize(
-    ("inputs", "message"),
-    [
-        ({"lora_name": "nobody"}, "unknown LoRA adapter 'nobody'; available: cold0, cold1"),
-        ({"lora_name": ""}, "lora_name is empty"),
-        ({"lora_name": "../pirate"}, "is not a legal adapter name"),
-        ({"lora_task_id": 999}, "unknown lora_task_id 999"),
-        ({"lora_name": "pirate", "lora_task_id": 2}, "has lora_task_id 1, but the request says 2"),
-        ({"lora_name": "pirate", "lora_weights": 1.0}, "lora_weights: not for clients to choose"),
-    ],
-    ids=["unknown", "empty", "illegal", "unknown id", "disagreeing", "weights of the client's own"],
-)
-def test_the_base_model_never_answers_for_an_adapter(
-    roomy: tuple[Repository, Server], inputs: dict[str, Any], message: str
-) -> None:
-    """What is not one adapter of the table is an error, with no path in it."""
-    opened, server = roomy
-    status, answer = post(server, "/v2/models/ensemble/generate", {"text_input": PROMPT, "max_tokens": 4, **inputs})
+def test_clients_do_not_choose_weights(roomy: tuple[Repository, Server]) -> None:
+    """What Triton's generate extension knows no input for comes as a parameter."""
+    body = {"text_input": PROMPT, "max_tokens": 4, "lora_name": "pirate", "lora_weights": 1.0}
+    status, answer = post(roomy[1], "/v2/models/ensemble/generate", body)
 
     assert 400 == status
-    assert message in answer["error"]
-    assert str(opened.root) not in answer["error"]
+    assert "lora_weights: not for clients to choose" in answer["error"]
 
 
 def test_a_cache_that_is_too_small_is_no_client_s_business(narrow: tuple[Repository, Server]) -> None:
