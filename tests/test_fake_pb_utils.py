@@ -160,3 +160,21 @@ def test_text_model_keeps_its_tracebacks_to_the_log(monkeypatch: pytest.MonkeyPa
     assert TritonError.INTERNAL == broken.error().code()
     assert not answered.has_error()
     assert "KeyError" in fake_pb_utils.LOG[-1][1]
+
+
+def test_an_error_of_the_engine_in_mid_stream_ends_it_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton 2.51 loses an error that is not the first answer to a BLS request, and a flag that comes with it."""
+    received: list[tuple[bool | None, bool]] = []
+
+    class Watched(Client):
+        def receive(self, response: InferenceResponse | None, *, final: bool) -> None:
+            received.append((None if response is None else response.has_error(), final))
+
+    module = load_model(monkeypatch, "tensorrt_llm")
+    for pieces in (0, 1):
+        row = module.RowAnswers(module.Reply(Watched().request()), 0, 1)
+        for _ in range(pieces):
+            row.send([7], last=False)
+        row.fail("broken")
+
+    assert [(True, True), (False, False), (True, False), (None, True)] == received

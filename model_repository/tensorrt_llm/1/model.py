@@ -59,12 +59,19 @@ class Reply:
         self.wants_batch_index = "batch_index" in request.requested_output_names()
         self._sender = request.get_response_sender()
         self._rows_ended = 0
+        self._has_answered = False
         self.is_cancelled = self._sender.is_cancelled
 
     def send(self, response: pb_utils.InferenceResponse, *, ends_row: bool, rows: int) -> None:
         """Send one response; the last one of the last row is flagged as such."""
         self._rows_ended += ends_row
-        self._sender.send(response, flags=FINAL if self._rows_ended == rows else 0)
+        is_final = self._rows_ended == rows
+        # Of an error that is not the first answer to a BLS request Triton 2.51 loses all, the flag included.
+        apart = is_final and self._has_answered and response.has_error()
+        self._sender.send(response, flags=FINAL if is_final and not apart else 0)
+        if apart:
+            self._sender.send(flags=FINAL)
+        self._has_answered = True
 
 
 class RowAnswers:
