@@ -144,7 +144,7 @@ def http_infer(server: Server, model: str, inputs: Tensors) -> Iterator[Tensors]
 def grpc_infer(server: Server, model: str, inputs: Tensors) -> Iterator[Tensors]:
     """One answer."""
     with triton_grpc.InferenceServerClient(server.grpc_url) as connection:
-        yield _outputs(connection.infer(model, _inputs(triton_grpc.InferInput, inputs), client_timeout=TIMEOUT))
+        yield _outputs(connection.infer(model, grpc_inputs(inputs), client_timeout=TIMEOUT))
 
 
 def grpc_stream(server: Server, model: str, inputs: Tensors, **options: Any) -> Iterator[Tensors]:
@@ -152,8 +152,7 @@ def grpc_stream(server: Server, model: str, inputs: Tensors, **options: Any) -> 
     results: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
     with triton_grpc.InferenceServerClient(server.grpc_url) as connection:
         connection.start_stream(lambda result, error: results.put((result, error)))
-        tensors = _inputs(triton_grpc.InferInput, inputs)
-        connection.async_stream_infer(model, tensors, enable_empty_final_response=True, **options)
+        connection.async_stream_infer(model, grpc_inputs(inputs), enable_empty_final_response=True, **options)
         while True:
             result, error = results.get(timeout=TIMEOUT)
             if error is not None:
@@ -162,6 +161,11 @@ def grpc_stream(server: Server, model: str, inputs: Tensors, **options: Any) -> 
                 yield outputs
             if result.get_response().parameters["triton_final_response"].bool_param:
                 return
+
+
+def grpc_inputs(inputs: Tensors) -> list[Any]:
+    """As tritonclient's gRPC client takes them."""
+    return _inputs(triton_grpc.InferInput, inputs)
 
 
 def _inputs(kind: Callable[..., Any], inputs: Tensors) -> list[Any]:

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from table import TABLE, entry
-from tritonlora.errors import AdapterUnavailable
+from tritonlora.errors import AdapterUnavailable, ClientLeft
 from tritonlora.forwarding import Forwarder, Meaning, is_unavailable, meaning_of, public
 from tritonlora.residency import open_residency
 from tritonlora.routing import Route
@@ -324,6 +324,47 @@ def test_a_cache_that_stays_full_makes_the_adapter_unavailable(instance: Instanc
     """Bounded, and with that reason."""
     with pytest.raises(AdapterUnavailable, match=r"LoRA adapter 'n5' does not fit beside the adapters in use"):
         list(instance(cache_full_timeout=0.05, retry_interval=0.01).forward(cold(5), lambda attach: [f"!{FULL}"]))
+
+
+def test_a_client_that_leaves_leaves_the_line(instance: Instance) -> None:
+    """Long before its time there is up; and the next in line takes its place."""
+    engine, one, other = Engine(1), instance(), instance(retry_interval=0.01)
+    engine.hold[1] = threading.Event()
+    running = one.forward(cold(1), engine.sender(cold(1)))
+    assert next(running) == "1:0"
+    asked: list[bool] = []
+
+    def has_left() -> bool:
+        asked.append(other._residency.waiting() == [2])
+        return True
+
+    with pytest.raises(ClientLeft, match="the client has left"):
+        list(other.forward(cold(2), engine.sender(cold(2)), has_left))
+
+    assert [True] == asked
+    assert [] == other._residency.waiting()
+    engine.hold[1].set()
+    assert ["1:1", "1:2"] == list(running)
+
+
+def test_a_client_that_leaves_does_not_wait_for_another_one_s_load(instance: Instance) -> None:
+    """Nor does it take the load over."""
+    one, other = instance(), instance()
+    started, release = threading.Event(), threading.Event()
+
+    def stuck(attach: bool) -> Iterator[str]:
+        started.set()
+        release.wait(10)
+        yield "5:0"
+
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(lambda: list(one.forward(cold(5), stuck)))
+        assert started.wait(10)
+        with pytest.raises(ClientLeft):
+            list(other.forward(cold(5), stuck, lambda: True))
+        release.set()
+
+        assert ["5:0"] == first.result(timeout=10)
 
 
 def test_a_load_that_never_ends_does_not_hold_up_the_others_for_ever(instance: Instance) -> None:

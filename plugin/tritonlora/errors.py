@@ -15,6 +15,7 @@
     - InvalidRequest          INVALID_ARG
     - UnknownAdapter          NOT_FOUND
     - AdapterUnavailable      UNAVAILABLE
+    - ClientLeft              CANCELLED
 
 An error is raised once with all the problems found, a line each, and each line names the thing and,
 where there is one, the remedy.
@@ -94,6 +95,12 @@ class AdapterUnavailable(RequestError):
     """The adapter is registered, but cannot be served now."""
 
     code = "UNAVAILABLE"
+
+
+class ClientLeft(RequestError):
+    """Nobody waits for the answer any more."""
+
+    code = "CANCELLED"
 
 
 def one_message(heading: str, problems: Iterable[str]) -> str:

@@ -8,7 +8,8 @@ the client sees nothing of it. What the router believes about that cache (`resid
 an adapter counts as held once the engine has answered a request for it.
 
 Rules. Nothing here knows Triton: requests and answers are opaque, sending is a function that is passed in. All the
-answers of every request are taken, also those that nobody wants: Triton hangs on a BLS request that is abandoned.
+answers of every request are taken, also those that nobody wants: Triton hangs on a BLS request that is abandoned. While
+a request waits for room, or for another one that loads its adapter, its client may leave, and then it is not sent.
 After the first answer of a stream nothing is ever sent again: that would repeat text.
 
 This file runs inside a plain Triton container: standard library only.
@@ -25,8 +26,8 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import Generic, TypeVar
 
-from tritonlora.errors import AdapterUnavailable
-from tritonlora.residency import Place, Residency
+from tritonlora.errors import AdapterUnavailable, ClientLeft
+from tritonlora.residency import Check, Place, Residency
 from tritonlora.routing import Route
 
 Answer = TypeVar("Answer")
@@ -121,24 +122,37 @@ class Forwarder(Generic[Answer]):
         self._load_timeout = load_timeout
         self._retry_interval = retry_interval
 
-    def forward(self, route: Route | None, send: Callable[[bool], Iterable[Answer]]) -> Iterator[Answer]:
+    def forward(
+        self,
+        route: Route | None,
+        send: Callable[[bool], Iterable[Answer]],
+        has_left: Callable[[], bool] = lambda: False,
+    ) -> Iterator[Answer]:
         """The engine's answers to one request, as they come; to be taken to the end.
 
         `send(attach)` sends the request, with the adapter's weights if `attach`, and gives the answers. It is called
         again only when the engine refused for the state of its cache, before any answer has been passed on.
-        Raises AdapterUnavailable when the cache stayed full, or the adapter could not be loaded, for too long.
+        Raises AdapterUnavailable when the cache stayed full, or the adapter could not be loaded, for too long, and
+        ClientLeft when the client `has_left` while the request waited.
         """
+
+        def check() -> None:
+            if has_left():
+                raise ClientLeft("the client has left")
+
         if route is None:
             yield from send(False)
             return
         try:
             with self._residency.place(route.entry.lora_task_id, self._retry_interval) as place:
-                answers = self._accepted(route, send, place)
+                answers = self._accepted(route, send, place, check)
             yield from answers
         finally:
             self._residency.ended()
 
-    def _accepted(self, route: Route, send: Callable[[bool], Iterable[Answer]], place: Place) -> Iterator[Answer]:
+    def _accepted(
+        self, route: Route, send: Callable[[bool], Iterable[Answer]], place: Place, check: Check
+    ) -> Iterator[Answer]:
         """All the answers, once the first one says nothing against the state of the engine's cache."""
         task_id, pages = route.entry.lora_task_id, route.entry.pages or 1
         deadline = time.monotonic() + self._cache_full_timeout
@@ -149,7 +163,7 @@ class Forwarder(Generic[Answer]):
             place.join()
         while True:
             try:
-                place.wait(deadline)
+                place.wait(deadline, check)
             except TimeoutError:
                 raise AdapterUnavailable(
                     f"LoRA adapter {route.lora_name!r} does not fit beside the adapters in use; "
@@ -157,7 +171,7 @@ class Forwarder(Generic[Answer]):
                 ) from None
             if attach and not reason:  # before this request itself claims it
                 reason = "evicted" if self._residency.was_held(task_id) else "first_use"
-            with self._claim(route, insist=misses > 1) if attach else contextlib.nullcontext(False) as loads:
+            with self._claim(route, misses > 1, check) if attach else contextlib.nullcontext(False) as loads:
                 began = time.monotonic()
                 answers = iter(send(loads))
                 first = next(answers, None)
@@ -179,10 +193,10 @@ class Forwarder(Generic[Answer]):
             deque(answers, maxlen=0)
 
     @contextlib.contextmanager
-    def _claim(self, route: Route, *, insist: bool) -> Iterator[bool]:
+    def _claim(self, route: Route, insist: bool, check: Check) -> Iterator[bool]:
         """Whether this request is to load the adapter; it waits for another one that does."""
         with contextlib.ExitStack() as stack:
-            claim = self._residency.claim(route.entry.lora_task_id, self._load_timeout, insist=insist)
+            claim = self._residency.claim(route.entry.lora_task_id, self._load_timeout, insist=insist, check=check)
             try:
                 mine = stack.enter_context(claim)
             except TimeoutError:

@@ -32,7 +32,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -42,6 +42,12 @@ PREFIX = "tritonlora-"
 OVERTAKING_SECONDS = 1.0
 POLL_SECONDS = 0.002
 FIRST_RETRY_SECONDS = 0.005
+
+Check = Callable[[], None]  # called all the while during a wait, which what it raises ends
+
+
+def _go_on() -> None:
+    """The wait has no other end."""
 
 
 def shared_directory(router: str) -> Path:
@@ -174,14 +180,14 @@ class Residency:
         return 0
 
     @contextlib.contextmanager
-    def claim(self, task_id: int, timeout: float, *, insist: bool = False) -> Iterator[bool]:
+    def claim(self, task_id: int, timeout: float, *, insist: bool = False, check: Check = _go_on) -> Iterator[bool]:
         """True: the caller loads the adapter, and no other instance does before it leaves. False: another one just
         has, unless the caller insists. TimeoutError when another one has been at it for `timeout` seconds.
         """
         with contextlib.ExitStack() as held:
             with contextlib.suppress(FileNotFoundError):
                 file = held.enter_context((self.directory / "loading" / str(task_id)).open("w"))
-                _lock(file, time.monotonic() + timeout)
+                _lock(file, time.monotonic() + timeout, check)
             mine = insist or not self.holds(task_id)
             if not mine:
                 held.close()
@@ -253,13 +259,14 @@ class Place:
             fcntl.flock(self._file, fcntl.LOCK_EX)
             path.rename(directory / "line" / self._ticket)  # locked before others see it
 
-    def wait(self, deadline: float) -> None:
+    def wait(self, deadline: float, check: Check = _go_on) -> None:
         """Return when the request may be tried: at once when it does not stand in line, else when it is the first and
         there may be room. TimeoutError at `deadline` (time.monotonic).
         """
         while self._file and not self._may_try():
             if time.monotonic() >= deadline:
                 raise TimeoutError
+            check()
             time.sleep(POLL_SECONDS)
         self._ends = self._residency.ends()
         self._retry_at = time.monotonic() + self._pause
@@ -285,7 +292,7 @@ def _arrival(ticket: str) -> int:
     return int(ticket.split("-")[0])
 
 
-def _lock(file: IO[str], deadline: float) -> None:
+def _lock(file: IO[str], deadline: float, check: Check) -> None:
     """Lock the file, or raise TimeoutError at `deadline` (time.monotonic)."""
     while True:
         try:
@@ -293,6 +300,7 @@ def _lock(file: IO[str], deadline: float) -> None:
         except BlockingIOError:
             if time.monotonic() >= deadline:
                 raise TimeoutError from None
+            check()
             time.sleep(POLL_SECONDS)
         else:
             return

@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
+import time
 import traceback
 from collections import deque
 from collections.abc import Collection, Iterator
@@ -28,7 +29,7 @@ import triton_python_backend_utils as pb_utils
 
 sys.path.insert(0, str(Path(__file__).parent))  # the copy beside this file, whatever else is installed
 
-from tritonlora.errors import InvalidRequest, RequestError
+from tritonlora.errors import ClientLeft, InvalidRequest, RequestError
 from tritonlora.flavours import flavour_of
 from tritonlora.forwarding import Forwarder, is_unavailable, public
 from tritonlora.residency import open_residency, shared_directory
@@ -36,6 +37,9 @@ from tritonlora.routing import PreviousIds, Route, TableFile, WholeTexts, check_
 from tritonlora.statistics import BASE, DIRECTORY, OUTCOMES, Statistics
 
 TOKENS = ("output_ids", "sequence_length")
+# Between two looks the server must have left what it shares with this process for the last one (python_backend
+# src/python_be.cc, ProcessIsRequestCancelled), which the next look, or letting go of the request, frees.
+LOOK_SECONDS = 0.1
 
 
 class TritonPythonModel:
@@ -68,7 +72,8 @@ class TritonPythonModel:
         )
         # The stub forgets a stream in a thread of its own. If nobody else held it by then, that thread would wait for
         # the GIL with the mutex that the next request needs while it holds the GIL.
-        self._last_streams: deque[object] = deque(maxlen=4)
+        self._last_streams: deque[Any] = deque(maxlen=4)
+        self._last_replies: deque[Reply] = deque(maxlen=4)
 
     def execute(self, requests: list[pb_utils.InferenceRequest]) -> None:
         """Answer the requests, one after the other."""
@@ -87,10 +92,12 @@ class TritonPythonModel:
             self._count(names, "running", -1)
             self._count(names or [BASE], outcome)
             reply.complete()
+            self._last_replies.append(reply)
 
     def finalize(self) -> None:
         """Leave what the instances share."""
         self._last_streams.clear()  # an iterator that outlives this call crashes the stub
+        self._last_replies.clear()
         self._residency.close()
 
     def _routes(self, request: pb_utils.InferenceRequest, parameters: dict[str, Any]) -> list[Route | None]:
@@ -120,11 +127,18 @@ class TritonPythonModel:
             reply.begin_row(row if split else None)
             row_inputs = row_of(inputs, row) if split else inputs
             send = functools.partial(self._send, request, parameters, row_inputs, routes[row])
-            for answer in self._forwarder.forward(routes[row], send):
+            for answer in self._forwarder.forward(routes[row], send, reply.has_left):
+                had_left = reply.left
+                if reply.has_left():
+                    if not had_left:
+                        self._cancel()
+                    continue
                 if error := engine_error(answer):
                     raise EngineError(error, routes[row])
                 if tensors := answer.output_tensors():  # the last one may be nothing but a flag
                     reply.send(tensors)
+            if reply.left:
+                raise ClientLeft("the client has left")
             if not reply.answered:
                 raise RequestError("the engine's model sent no answer")
             reply.end_row()
@@ -161,6 +175,17 @@ class TritonPythonModel:
         self._last_streams.append(answers)
         yield from answers
 
+    def _cancel(self) -> None:
+        """Cancel the stream that is being read, where Triton can (from 25.04 on). It is read to its end all the same.
+
+        There is no leaving it: when the model is unloaded, the stub cuts off the streams that have not ended (seen with
+        2.51; pb_stub.cc, PYTHONSTUB_FinalizeRequest). Then reading them, or letting go of them, blocks for ever, and
+        what the engine still answers would go to an instance that the server has deleted.
+        """
+        cancel = getattr(self._last_streams[-1], "cancel", None) if self._decoupled else None
+        if cancel:
+            cancel()
+
     def _count(self, names: list[str], column: str, amount: float = 1) -> None:
         for name in names:
             self._statistics.add(name, column, amount)
@@ -194,7 +219,21 @@ class Reply:
         self._has_unwanted = not self._wanted.issuperset(needed_outputs)
         self.is_stream = decoupled and any(values_of(request, "streaming") or [])
         self._detokenised = self.is_stream and "previous_ids" in self._wanted
+        self.left = False  # the client, as far as has been looked
+        self._next_look = time.monotonic() + LOOK_SECONDS
         self.begin_row(None)
+
+    def has_left(self) -> bool:
+        """Whether the client has gone away, or its time is up; looked at now and then, as asking takes 0.2 ms.
+
+        Triton says so of requests that clients send to the router itself. Of a step of an ensemble it never does: it
+        cancels the steps that an ensemble begins later (core, src/ensemble_scheduler, main branch of June 2026).
+        """
+        now = time.monotonic()
+        if not self.left and now >= self._next_look:
+            self._next_look = now + LOOK_SECONDS
+            self.left = self._sender.is_cancelled()
+        return self.left
 
     def begin_row(self, row: int | None) -> None:
         """What follows is of this row of a batch that is split; None when it is not."""

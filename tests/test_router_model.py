@@ -1,0 +1,157 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""lora_router/1/model.py, with the fake in the place of Triton, for what the Triton that can be run here cannot do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fake_pb_utils
+from fake_pb_utils import Client, InferenceRequest, InferenceResponse, Tensor, TritonError
+from repositories import synthetic_repository
+from test_fake_pb_utils import load_model
+from tritonlora.repository import Repository
+from tritonlora.statistics import DIRECTORY, read_statistics
+
+OUTPUTS = ("output_ids", "sequence_length")
+TOKENS = 6
+
+
+class Answers:
+    """A stream of TOKENS answers; its client leaves after `patience` of them."""
+
+    def __init__(self, client: Client, patience: int) -> None:
+        self.client = client
+        self.patience = patience
+        self.read = 0
+        self.ended = False
+
+    def __iter__(self) -> Iterator[InferenceResponse]:
+        return self
+
+    def __next__(self) -> InferenceResponse:
+        if self.read == self.patience:
+            self.client.cancelled.set()
+        if self.is_over():
+            self.ended = True
+            raise StopIteration
+        self.read += 1
+        arrays = (np.array([[[self.read]]], np.int32), np.array([[1]], np.int32))
+        return InferenceResponse([Tensor(name, array) for name, array in zip(OUTPUTS, arrays, strict=True)])
+
+    def is_over(self) -> bool:
+        """Whether the last answer has been given."""
+        return self.read == TOKENS
+
+
+class CancellableAnswers(Answers):
+    """As of Triton 25.04: one that is cancelled ends."""
+
+    cancelled = 0
+
+    def cancel(self) -> None:
+        self.cancelled += 1
+
+    def is_over(self) -> bool:
+        return bool(self.cancelled) or super().is_over()
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Repository:
+    """One adapter."""
+    return synthetic_repository(tmp_path_factory.mktemp("model") / "repo", cold=["pirate"])
+
+
+@pytest.fixture
+def router(opened: Repository, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """An instance that looks after its client before every answer."""
+    module = load_model(monkeypatch, "lora_router")
+    monkeypatch.setattr(module, "LOOK_SECONDS", 0.0)
+    config = {
+        "max_batch_size": 8,
+        "model_transaction_policy": {"decoupled": True},
+        "input": [{"name": "input_ids"}, {"name": "lora_task_id"}, {"name": "lora_name"}],
+        "output": [{"name": name} for name in OUTPUTS],
+        "parameters": {
+            name: {"string_value": value}
+            for name, value in {
+                "target": "tensorrt_llm",
+                "cache_full_timeout_seconds": "30",
+                "load_timeout_seconds": "30",
+            }.items()
+        },
+    }
+    model = module.TritonPythonModel()
+    model.initialize(
+        {
+            "model_name": "router-without-triton",
+            "model_repository": str(opened.root / "lora_router"),
+            "model_config": json.dumps(config),
+        }
+    )
+    yield model
+    model.finalize()
+    fake_pb_utils.clear()
+
+
+def ask(router: Any, client: Client, name: str | None, served: Any) -> list[Any]:
+    """The tokens that the client got, and the codes of its errors."""
+    fake_pb_utils.serve("tensorrt_llm", served)
+    arrays = {"input_ids": np.array([[1]], np.int32)}
+    if name is not None:
+        arrays["lora_name"] = np.array([[name.encode()]], np.object_)
+    inputs = [Tensor(key, array) for key, array in arrays.items()]
+    router.execute([client.send(InferenceRequest(model_name="", inputs=inputs, requested_output_names=list(OUTPUTS)))])
+    assert client.finished.is_set()
+    errors = [one.error() for one in client.responses]
+    tokens = [one.output_tensors()[0].as_numpy().item() if one.output_tensors() else None for one in client.responses]
+    return [token if error is None else error.code() for token, error in zip(tokens, errors, strict=True)]
+
+
+@pytest.mark.parametrize("name", [None, "pirate"])
+def test_a_stream_whose_client_has_left_is_cancelled_where_triton_can(router: Any, name: str | None) -> None:
+    """Once; what the engine answers after that is read, and not sent."""
+    client = Client()
+    answers = CancellableAnswers(client, patience=2)
+
+    assert [1, 2, TritonError.CANCELLED] == ask(router, client, name, lambda request: answers)
+    assert (1, True) == (answers.cancelled, answers.ended)
+
+
+@pytest.mark.parametrize("name", [None, "pirate"])
+def test_a_stream_that_cannot_be_cancelled_is_read_to_its_end(router: Any, name: str | None) -> None:
+    """And nothing more is sent."""
+    client = Client()
+    answers = Answers(client, patience=2)
+
+    assert [1, 2, TritonError.CANCELLED] == ask(router, client, name, lambda request: answers)
+    assert (TOKENS, True) == (answers.read, answers.ended)
+
+
+def test_the_requests_of_clients_that_stay_and_leave_are_counted_apart(router: Any) -> None:
+    """By outcome."""
+    for patience in (TOKENS + 1, 1, 2):
+        client = Client()
+        ask(router, client, "pirate", lambda request, client=client, patience=patience: Answers(client, patience))
+    counts = read_statistics(router._residency.directory / DIRECTORY)["pirate"]
+
+    assert (1, 2, 0) == (counts["OK"], counts["CANCELLED"], counts["running"])
+
+
+def test_a_request_that_waits_for_room_is_not_sent_when_its_client_has_left(router: Any) -> None:
+    """It leaves the line."""
+    client, sent = Client(), []
+
+    def full(request: InferenceRequest) -> list[InferenceResponse]:
+        sent.append(request)
+        client.cancelled.set()
+        return [InferenceResponse(error=TritonError("There are no done tasks to evict"))]
+
+    assert [TritonError.CANCELLED] == ask(router, client, "pirate", full)
+    assert len(sent) == 1
+    assert [] == router._residency.waiting()
