@@ -12,6 +12,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -104,6 +105,19 @@ def test_what_belongs_to_a_request_reaches_the_engine(puppet: Server) -> None:
 
     assert ("mine", 7, 9_000_000) == (request_id, correlation_id, timeout)
     assert {"a": 1, "b": "c"}.items() <= json.loads(parameters).items()
+
+
+def test_a_trace_goes_on_in_the_engine(tmp_path: Path, launch: Launch) -> None:
+    """The engine's part is a child of the router's."""
+    opened = synthetic_repository(tmp_path / "repo", cold=["pirate"], streams=1)
+    settings = (f"triton,file={tmp_path / 'trace'}", "triton,log-frequency=1", "rate=1", "level=TIMESTAMPS")
+    server = launch(opened.root, extra=[word for setting in settings for word in ("--trace-config", setting)])
+    assert expected(read_table(opened), "pirate") == ask(server, "pirate")
+    server.stop()  # the trace is written
+    traced = json.loads((tmp_path / "trace.0").read_text())
+    parts = {part["model_name"]: part for part in traced if "model_name" in part}
+
+    assert parts["lora_router"]["id"] == parts["tensorrt_llm"]["parent_id"]
 
 
 @pytest.mark.parametrize(
