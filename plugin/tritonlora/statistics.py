@@ -41,7 +41,9 @@ BASE = ""  # the base model, and requests that name no adapter that is known
 OTHERS = "*"  # no legal name: those for whom there is no room, so that the file has an end
 ROWS = 1024
 CHUNK = 32
-_ROW = np.dtype([("name", "S128"), *((column, "<f8") for column in COLUMNS)])
+NAME_BYTES = 128
+_ROW = np.dtype([("name", f"S{NAME_BYTES}"), *((column, "<f8") for column in COLUMNS)])
+_NUMBERS = {column: number for number, column in enumerate(COLUMNS, NAME_BYTES // 8)}
 
 DIRECTORY = "statistics"  # in the one that the instances share
 
@@ -58,6 +60,8 @@ class Statistics:
         fcntl.flock(self._descriptor, fcntl.LOCK_SH)  # for as long as this instance lives
         os.truncate(self._descriptor, ROWS * _ROW.itemsize)  # without a page, until it is written to
         self._rows: npt.NDArray[Any] = np.memmap(path, _ROW, "r+", shape=ROWS)
+        # The same memory as numbers: to go by the name of a column takes ten times as long.
+        self._numbers = self._rows.view("<f8").reshape(ROWS, -1)
         self._index = {BASE: 0, OTHERS: 1}
         self._rows[1]["name"] = OTHERS.encode()
         Path(path).rename(directory / Path(path).name.removeprefix("."))  # complete before others see it
@@ -67,7 +71,7 @@ class Statistics:
         row = self._index.get(lora_name)
         if row is None:
             row = self._new_row(lora_name)
-        self._rows[column][row] += amount
+        self._numbers[row, _NUMBERS[column]] += amount
 
     def _new_row(self, lora_name: str) -> int:
         row = len(self._index)
