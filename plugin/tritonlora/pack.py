@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from tritonlora.errors import AdapterError, InvalidAdapter, UnsupportedAdapter, merge_layers, one_message
 from tritonlora.layout import ITEMSIZES, Layout, Piece, Row, plan_layout
@@ -244,6 +244,7 @@ def _multiply(tensor: torch.Tensor, scaling: float, out: torch.Tensor) -> None:
 # Handing a batch over takes as long as writing about a hundred KiB. Three: one is filled, one is written, one waits.
 _BATCH_NBYTES = 1 << 20
 _BATCHES = 3
+_Batch: TypeAlias = "tuple[torch.Tensor, memoryview]"  # some rows, and their bytes
 
 
 def _write_rows(rows: _Rows, layout: Layout, descriptor: int, start: int) -> None:
@@ -252,8 +253,8 @@ def _write_rows(rows: _Rows, layout: Layout, descriptor: int, start: int) -> Non
 
     count, row_nbytes, itemsize = len(layout.rows), layout.width * ITEMSIZES[layout.dtype], ITEMSIZES[layout.dtype]
     size = max(1, _BATCH_NBYTES // row_nbytes)
-    free: SimpleQueue[torch.Tensor] = SimpleQueue()
-    filled: SimpleQueue[tuple[torch.Tensor, list[tuple[memoryview, int]]] | None] = SimpleQueue()
+    free: SimpleQueue[_Batch] = SimpleQueue()
+    filled: SimpleQueue[tuple[_Batch, list[tuple[memoryview, int]]] | None] = SimpleQueue()
     errors: list[OSError] = []
 
     def write() -> None:
@@ -267,7 +268,8 @@ def _write_rows(rows: _Rows, layout: Layout, descriptor: int, start: int) -> Non
             free.put(batch)
 
     for _ in range(_BATCHES):
-        free.put(torch.empty((size, layout.width), dtype=getattr(torch, layout.dtype)))
+        batch_rows = torch.empty((size, layout.width), dtype=getattr(torch, layout.dtype))
+        free.put((batch_rows, batch_rows.view(torch.uint8).numpy().reshape(-1).data))
     writer = Thread(target=write)
     writer.start()
     try:
@@ -276,11 +278,12 @@ def _write_rows(rows: _Rows, layout: Layout, descriptor: int, start: int) -> Non
                 batch = free.get()
                 if errors:
                     break
+                tensor, memory = batch
                 contents = []
-                for index, row in zip(range(first, count), batch, strict=False):
+                for index, row in zip(range(first, count), tensor, strict=False):
                     nbytes = rows.fill(index, row) * itemsize
-                    content = row.view(torch.uint8).numpy().data[:nbytes]
-                    contents.append((content, start + index * row_nbytes))
+                    offset = (index - first) * row_nbytes
+                    contents.append((memory[offset : offset + nbytes], start + index * row_nbytes))
                 filled.put((batch, contents))
     finally:
         filled.put(None)
