@@ -90,6 +90,19 @@ def test_every_missing_size_is_named_at_once() -> None:
         profile_from_hf({"architectures": ["LlamaForCausalLM"], "num_hidden_layers": 2}, "x")
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {**LLAMA_8B, "architectures": ["LlamaModel"], "model_type": "llama"},
+        {"architectures": ["NewVisionModel"], "text_config": {**LLAMA_8B, "model_type": "llama"}},
+    ],
+    ids=["without its head", "inside another"],
+)
+def test_architecture_is_known_by_the_model_type_of_the_text_model(config: dict[str, Any]) -> None:
+    """Neither a checkpoint without lm_head nor a model with a vision tower needs a line of its own."""
+    assert "LlamaForCausalLM" == profile_from_hf(config, "x", dtype="bfloat16").architecture
+
+
 def test_unknown_architecture_is_refused() -> None:
     """An architecture that is not in the table is named."""
     with pytest.raises(EngineMismatch, match="unknown architecture 'NewForCausalLM'"):

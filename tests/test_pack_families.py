@@ -281,6 +281,15 @@ CASES = {
     "blenderbot": Case(
         hf.BlenderbotForConditionalGeneration, hf.BlenderbotConfig, BART_SIZES, CROSS_ATTENTION, BART_DECODER
     ),
+    "llava": Case(
+        hf.LlavaForConditionalGeneration,
+        hf.LlavaConfig,
+        {"text_config": {**GQA, "model_type": "llama"}}
+        | {"vision_config": {"model_type": "clip_vision_model", "hidden_size": 12, "num_hidden_layers": 1}}
+        | {"image_token_index": 1},
+        SEPARATE,
+        r".*language_model\.layers\..*_proj",
+    ),
     "stablelm": Case(hf.StableLmForCausalLM, hf.StableLmConfig, GQA, SEPARATE),
     "smollm3": Case(hf.SmolLM3ForCausalLM, hf.SmolLM3Config, {**GQA, "pad_token_id": 0}, SEPARATE),
     "ministral": Case(hf.MinistralForCausalLM, hf.MinistralConfig, {**GQA, "head_dim": 8}, SEPARATE),

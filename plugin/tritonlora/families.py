@@ -85,6 +85,7 @@ _MODEL_LAYERS = (
     "model.text_model.layers",
     "language_model.model.layers",
     "language_model.layers",
+    "text_model.layers",
     "layers",
 )
 _TRANSFORMER_H = ("transformer.h", "h")
