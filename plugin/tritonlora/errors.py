@@ -15,6 +15,7 @@
     - InvalidRequest          INVALID_ARG
     - UnknownAdapter          NOT_FOUND
     - AdapterUnavailable      UNAVAILABLE
+    - EngineSilent            UNAVAILABLE
     - ClientLeft              CANCELLED
 
 An error is raised once with all the problems found, a line each, and each line names the thing and,
@@ -93,6 +94,12 @@ class UnknownAdapter(RequestError):
 
 class AdapterUnavailable(RequestError):
     """The adapter is registered, but cannot be served now."""
+
+    code = "UNAVAILABLE"
+
+
+class EngineSilent(RequestError):
+    """The engine's model has begun to answer, and does not go on."""
 
     code = "UNAVAILABLE"
 

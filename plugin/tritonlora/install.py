@@ -42,6 +42,7 @@ ROUTER_MODULES = (
     "residency.py",
     "forwarding.py",
     "statistics.py",
+    "worker.py",
 )
 TEXT_MODULES = ("__init__.py", "errors.py", "text.py", "tokenizer.py")
 LISTING_MODULES = (

@@ -26,12 +26,13 @@ from tritonlora.errors import ServerError
 from tritonlora.files import write_text
 from tritonlora.repository import Repository, read_table, read_text
 from tritonlora.server import Server
+from tritonlora.wiring import set_parameter
 
 Launch = Callable[..., Server]
 EXPLICIT = ("--model-control-mode=explicit", "--load-model=*")
 
 # An engine that does as it is told by request_output_len.
-TELL, SILENCE, RAISE, BREAK = 1, 2, 3, 4
+TELL, SILENCE, RAISE, BREAK, BREAK_AND_END = 1, 2, 3, 4, 5
 PUPPET = """
 import json
 import numpy as np
@@ -58,7 +59,12 @@ class TritonPythonModel:
                 sender.send(answer("half"))
                 error = pb_utils.TritonError("broken at /opt/engine/x.cpp")
                 sender.send(pb_utils.InferenceResponse(error=error))
-            sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+            final = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+            if told == 5:
+                sender.send(answer("half"))
+                sender.send(pb_utils.InferenceResponse(error=pb_utils.TritonError("broken")), final)
+            else:
+                sender.send(flags=final)
 """
 
 
@@ -66,6 +72,8 @@ class TritonPythonModel:
 def puppet(tmp_path_factory: pytest.TempPathFactory, launch: Launch) -> Server:
     """A server whose engine does as it is told; two instances of the router."""
     opened = synthetic_repository(tmp_path_factory.mktemp("puppet") / "repo", cold=["pirate"], streams=2)
+    router = opened.root / "lora_router" / "config.pbtxt"
+    write_text(router, set_parameter(read_text(router), "stall_timeout_seconds", "0.5"))
     write_text(opened.root / "tensorrt_llm" / "1" / "model.py", PUPPET)
     return launch(opened.root)
 
@@ -145,15 +153,30 @@ def test_a_row_without_an_answer_is_an_error(puppet: Server) -> None:
         next(answers)
 
 
-def test_an_engine_that_breaks_in_mid_stream_ends_the_stream(puppet: Server) -> None:
-    """After what it has said; Triton 2.51 loses an error that is not the first answer to a BLS request."""
+@pytest.mark.parametrize("what", [BREAK, BREAK_AND_END])
+def test_an_engine_that_breaks_in_mid_stream_ends_the_stream(puppet: Server, what: int) -> None:
+    """After what it has said, and more often than the router has instances.
+
+    Triton 2.51 loses an error that is not the first answer to a BLS request, and, where these come together, the end of
+    the stream.
+    """
 
     def pieces() -> Iterator[bytes]:
         with contextlib.suppress(InferenceServerException):
-            for result in tell(puppet, BREAK):
+            for result in tell(puppet, what):
                 yield ROUTER.text(result)
 
-    assert [[b"half"]] * 5 == [list(pieces()) for _ in range(5)]
+    assert [[b"half"]] * 3 == [list(pieces()) for _ in range(3)]
+
+
+def test_an_engine_that_falls_silent_in_mid_stream_is_an_error(puppet: Server) -> None:
+    """And counted as such; the instance that waited goes on with the next request."""
+    with pytest.raises(InferenceServerException, match=r"^the engine's model has sent nothing more for 0\.5 s$"):
+        list(tell(puppet, BREAK_AND_END))
+
+    await_sample(puppet, "lora_requests_total", bool, lora_name="pirate", outcome="UNAVAILABLE")
+    await_sample(puppet, "lora_requests_running", lambda running: running == 0, lora_name="pirate")
+    assert [1, 1, 1] == [len(list(tell(puppet, TELL))) for _ in range(3)]
 
 
 def test_a_model_that_is_unloaded_is_unavailable_until_it_is_back(server: Server, opened: Repository) -> None:

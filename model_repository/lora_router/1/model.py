@@ -5,11 +5,15 @@
 This file only translates between Triton and `tritonlora.routing` and `tritonlora.forwarding`, which decide.
 
 An instance answers one request at a time, from its first token to its last; Triton runs as many instances, a process
-each, as there can be streams (`instance_group` in config.pbtxt). Threads would be cheaper, and they are a trap: two
+each, as there can be streams (`instance_group` in config.pbtxt). A thread for each would be cheaper, and is a trap: two
 decoupled BLS requests at a time in one process deadlock sooner or later. `ResponseIterator::Next` waits for the GIL
 while it has the iterator's mutex, the thread that delivers answers for that mutex while it has the mutex of the table
 of iterators, and `Stub::GetResponseIterator` for the latter while it has the GIL (python_backend src/pb_stub.cc, seen
 with 2.51, and the same in its main branch of July 2026).
+
+The one thread that answers is left behind when an engine falls silent in mid-stream. Triton before 25.04 makes it so:
+it loses an error that is not the first answer to a BLS request, and the end of the stream with it
+(src/infer_response.cc, SaveToSharedMemory, does not say whose it is).
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
+import threading
 import time
 import traceback
 from collections import deque
@@ -29,12 +34,13 @@ import triton_python_backend_utils as pb_utils
 
 sys.path.insert(0, str(Path(__file__).parent))  # the copy beside this file, whatever else is installed
 
-from tritonlora.errors import ClientLeft, InvalidRequest, RequestError
+from tritonlora.errors import ClientLeft, EngineSilent, InvalidRequest, RequestError
 from tritonlora.flavours import flavour_of
 from tritonlora.forwarding import Forwarder, is_unavailable, public
 from tritonlora.residency import open_residency, shared_directory
 from tritonlora.routing import PreviousIds, Route, TableFile, WholeTexts, check_is_routers, resolve_rows, warmed
 from tritonlora.statistics import BASE, DIRECTORY, OUTCOMES, Statistics
+from tritonlora.worker import Worker
 
 TOKENS = ("output_ids", "sequence_length")
 # Between two looks the server must have left what it shares with this process for the last one (python_backend
@@ -70,6 +76,8 @@ class TritonPythonModel:
             cache_full_timeout=float(parameters["cache_full_timeout_seconds"]),
             load_timeout=float(parameters["load_timeout_seconds"]),
         )
+        self._stall_timeout = float(parameters.get("stall_timeout_seconds", "300"))
+        self._worker = Worker()
         # The stub forgets a stream in a thread of its own. If nobody else held it by then, that thread would wait for
         # the GIL with the mutex that the next request needs while it holds the GIL.
         self._last_streams: deque[Any] = deque(maxlen=4)
@@ -79,26 +87,32 @@ class TritonPythonModel:
         """Answer the requests, one after the other."""
         for request in requests:
             reply = Reply(request, self._decoupled, self._flavour.needed_outputs)
-            names: list[str] = []
-            try:
-                parameters = parameters_of(request)
-                routes = self._routes(request, parameters)
-                names = [route.lora_name if route else BASE for route in routes]
-                self._count(names, "running")
-                self._answer(request, reply, routes, parameters)
-                outcome = "OK"
-            except Exception as error:  # noqa: BLE001  whatever it is, this request must be answered
-                outcome = reply.fail(error)
-            self._count(names, "running", -1)
-            self._count(names or [BASE], outcome)
+            serve = functools.partial(self._serve, request, reply)
+            if not self._worker.do(serve, functools.partial(reply.is_silent_for, self._stall_timeout)):
+                self._residency.ended()
+                reply.fail(EngineSilent(f"the engine's model has sent nothing more for {self._stall_timeout:g} s"))
+            self._count(reply.names, "running", -1)
+            self._count(reply.names or [BASE], reply.outcome)
             reply.complete()
             self._last_replies.append(reply)
 
     def finalize(self) -> None:
         """Leave what the instances share."""
+        self._worker.end()
         self._last_streams.clear()  # an iterator that outlives this call crashes the stub
         self._last_replies.clear()
         self._residency.close()
+
+    def _serve(self, request: pb_utils.InferenceRequest, reply: Reply) -> None:
+        """Answer one request."""
+        try:
+            parameters = parameters_of(request)
+            routes = self._routes(request, parameters)
+            reply.names = [route.lora_name if route else BASE for route in routes]
+            self._count(reply.names, "running")
+            self._answer(request, reply, routes, parameters)
+        except Exception as error:  # noqa: BLE001  whatever it is, this request must be answered
+            reply.fail(error)
 
     def _routes(self, request: pb_utils.InferenceRequest, parameters: dict[str, Any]) -> list[Route | None]:
         """The adapter of each row."""
@@ -128,6 +142,7 @@ class TritonPythonModel:
             row_inputs = row_of(inputs, row) if split else inputs
             send = functools.partial(self._send, request, parameters, row_inputs, routes[row])
             for answer in self._forwarder.forward(routes[row], send, reply.has_left):
+                reply.heard_at = time.monotonic()
                 had_left = reply.left
                 if reply.has_left():
                     if not had_left:
@@ -214,14 +229,22 @@ class Reply:
     def __init__(self, request: pb_utils.InferenceRequest, decoupled: bool, needed_outputs: Collection[str]) -> None:
         """`needed_outputs`: those that the engine is asked for although the client may not want them."""
         self._sender = request.get_response_sender()
+        self._sending = threading.Lock()  # between the worker, and who has left it behind
+        self._is_complete = False
         self._decoupled = decoupled
         self._wanted = set(request.requested_output_names())
         self._has_unwanted = not self._wanted.issuperset(needed_outputs)
         self.is_stream = decoupled and any(values_of(request, "streaming") or [])
         self._detokenised = self.is_stream and "previous_ids" in self._wanted
+        self.names: list[str] = []  # of its rows' adapters
+        self.outcome = "OK"
         self.left = False  # the client, as far as has been looked
         self._next_look = time.monotonic() + LOOK_SECONDS
         self.begin_row(None)
+
+    def is_silent_for(self, seconds: float) -> bool:
+        """Whether the engine has begun to answer, and then sent nothing for so long."""
+        return self.heard_at is not None and time.monotonic() - self.heard_at > seconds
 
     def has_left(self) -> bool:
         """Whether the client has gone away, or its time is up; looked at now and then, as asking takes 0.2 ms.
@@ -242,6 +265,7 @@ class Reply:
         self._previous_ids = PreviousIds()
         self._texts = WholeTexts()
         self.answered = False  # the row
+        self.heard_at: float | None = None  # the last answer of the engine to it
 
     def send(self, tensors: list[pb_utils.Tensor], *, ends: bool = False) -> None:
         """Pass on one answer of the engine: the outputs that the client asked for."""
@@ -271,8 +295,8 @@ class Reply:
             tensors = [pb_utils.Tensor(name, value) for name, value in zip(TOKENS, nothing, strict=True)]
             self.send(tensors, ends=True)
 
-    def fail(self, error: Exception) -> str:
-        """Answer with an error: its own words if it is one for clients, else a log entry and INTERNAL. The outcome."""
+    def fail(self, error: Exception) -> None:
+        """Answer with an error: its own words if it is one for clients, else a log entry and INTERNAL."""
         message = str(error)
         code = "INTERNAL"
         if isinstance(error, (RequestError, EngineError)):
@@ -283,19 +307,24 @@ class Reply:
         self._respond(
             pb_utils.InferenceResponse(error=pb_utils.TritonError(message, getattr(pb_utils.TritonError, code)))
         )
-        return code
+        self.outcome = code
 
     def complete(self) -> None:
-        """Send the final flag."""
-        if self._decoupled:
-            self._sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        """Send the final flag. Nothing that is left to say is heard any more."""
+        with self._sending:
+            self._is_complete = True
+            if self._decoupled:
+                self._sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     def _respond(self, response: pb_utils.InferenceResponse) -> None:
         self.answered = True
-        if self._decoupled:
-            self._sender.send(response)
-        else:
-            self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        with self._sending:
+            if self._is_complete:
+                return
+            if self._decoupled:
+                self._sender.send(response)
+            else:
+                self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
 
 def engine_error(answer: pb_utils.InferenceResponse) -> pb_utils.TritonError | None:

@@ -1,0 +1,68 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""worker.py: a thread that can be left behind."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from tritonlora.worker import Worker
+
+
+@pytest.fixture
+def worker() -> Iterator[Worker]:
+    """A worker that has nothing to do."""
+    worker = Worker()
+    yield worker
+    worker.end()
+
+
+def test_tasks_are_done_in_turn_by_one_thread(worker: Worker) -> None:
+    """Another one than the caller's."""
+    threads: list[int] = []
+
+    assert [True, True] == [worker.do(lambda: threads.append(threading.get_ident()), lambda: True) for _ in range(2)]
+    assert 1 == len({*threads})
+    assert threading.get_ident() not in threads
+
+
+def test_a_task_that_takes_long_is_waited_for_unless_it_is_stuck(worker: Worker) -> None:
+    """However often one looks."""
+    may_go_on = threading.Event()
+    looks = 0
+
+    def look() -> bool:
+        nonlocal looks
+        looks += 1
+        if looks == 2:
+            may_go_on.set()
+        return False
+
+    assert worker.do(lambda: assert_set(may_go_on), look)
+    assert looks >= 2
+
+
+def test_a_thread_that_was_left_behind_is_heard_by_nobody(worker: Worker) -> None:
+    """The next task is done by another one, and not taken for done when the old one goes on after all."""
+    may_go_on = threading.Event()
+    has_gone_on = threading.Event()
+
+    def stuck() -> None:
+        assert_set(may_go_on)
+        has_gone_on.set()
+
+    assert not worker.do(stuck, lambda: True)
+    assert worker.do(lambda: None, lambda: True)
+    may_go_on.set()
+    assert_set(has_gone_on)
+    done: list[int] = []
+    assert worker.do(lambda: done.append(1), lambda: True)
+    assert [1] == done
+
+
+def assert_set(event: threading.Event) -> None:
+    """Wait for it."""
+    assert event.wait(timeout=30)
