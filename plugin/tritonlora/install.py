@@ -30,22 +30,9 @@ from tritonlora.repository import (
 )
 from tritonlora.undo import FileChange
 
-# What the models import. The router's run inside a plain Triton container.
-ROUTER_MODULES = (
-    "__init__.py",
-    "errors.py",
-    "adapters.py",
-    "flavours.py",
-    "adapters_json.py",
-    "dlpack.py",
-    "routing.py",
-    "residency.py",
-    "forwarding.py",
-    "statistics.py",
-    "worker.py",
-)
+# What the models import. All but the text models' runs inside a plain Triton container.
 TEXT_MODULES = ("__init__.py", "errors.py", "text.py", "tokenizer.py")
-LISTING_MODULES = (
+TABLE_MODULES = (
     "__init__.py",
     "errors.py",
     "adapters.py",
@@ -53,26 +40,12 @@ LISTING_MODULES = (
     "dlpack.py",
     "routing.py",
     "residency.py",
-    "statistics.py",
-    "metrics.py",
-    "listing.py",
-)
-RESOLVER_MODULES = (
-    "__init__.py",
-    "errors.py",
-    "adapters.py",
-    "flavours.py",
-    "adapters_json.py",
-    "dlpack.py",
-    "routing.py",
-    "residency.py",
-    "estimate.py",
     "statistics.py",
 )
 MODEL_MODULES = {
-    "lora_router": ROUTER_MODULES,
-    "lora_resolver": RESOLVER_MODULES,
-    "lora_adapters": LISTING_MODULES,
+    ROUTER: (*TABLE_MODULES, "flavours.py", "forwarding.py", "worker.py"),
+    RESOLVER: (*TABLE_MODULES, "flavours.py", "estimate.py"),
+    LISTING: (*TABLE_MODULES, "metrics.py", "listing.py"),
     "preprocessing": TEXT_MODULES,
     "postprocessing": TEXT_MODULES,
 }
