@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import hashlib
 import json
@@ -23,6 +24,8 @@ import numpy as np
 import pytest
 import torch
 
+from adapters import lora_pair, write_adapter
+from engine_configs import ENGINE
 from repositories import synthetic_adapter
 from tritonlora import check, files, generated, install, pack, register, repository
 from tritonlora.errors import EngineMismatch, InvalidAdapter, RepositoryError, TritonLoraError
@@ -30,7 +33,7 @@ from tritonlora.findings import Finding
 from tritonlora.pbtxt import parse
 from tritonlora.register import Options
 from tritonlora.repository import Repository, read_table, read_text
-from upstream_configs import protobuf
+from upstream_configs import protobuf, upstream_repository
 
 
 @pytest.fixture(scope="module")
@@ -259,6 +262,28 @@ def test_an_adapter_of_a_rank_that_the_engine_has_not_is_refused(opened: Reposit
         register.add(opened, "big", synthetic_adapter(tmp_path / "big", r=128))
 
     assert not opened.warmup_directory.exists()
+
+
+def test_the_base_model_says_which_architecture_an_engine_is(tmp_path: Path) -> None:
+    """Where the engine's own name for it is not known: a Nemotron's up_proj has no gate."""
+    config = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 96}
+    engine = copy.deepcopy(ENGINE)
+    engine["pretrained_config"] |= {**config, "architecture": "NewForCausalLM", "head_size": 16, "mapping": {}}
+    engine["build_config"]["lora_config"]["lora_target_modules"] = ["mlp_h_to_4h", "mlp_4h_to_h"]
+    base = {**config, "architectures": ["NemotronForCausalLM"], "model_type": "nemotron", "num_key_value_heads": 4}
+    for name, content in (("engine", engine), ("base", base)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(content))
+    install.init(upstream_repository(tmp_path / "repo", "v0.18.0"))
+    opened = repository.open_repository(tmp_path / "repo")
+    register.set_parameters(opened, {"gpt_model_path": str(tmp_path / "engine")})
+    pair = lora_pair("model.layers.0.mlp.up_proj", r=4, in_features=64, out_features=96)
+    adapter = write_adapter(tmp_path / "adapter", pair, r=4, target_modules=["up_proj"])
+
+    with pytest.raises(EngineMismatch, match=r"up_proj: .* \(--base\)"):
+        register.add(opened, "nemo", adapter)
+    added = register.add(opened, "nemo", adapter, Options(base=tmp_path / "base"))
+    assert ("mlp_h_to_4h",) == added.entry.modules
 
 
 def test_without_an_engine_the_dtype_must_be_given(opened: Repository, adapters: Callable[[int], Path]) -> None:

@@ -33,6 +33,7 @@ from tritonlora.adapters import (
 from tritonlora.adapters_json import render
 from tritonlora.engine import EngineProfile, load_profile
 from tritonlora.errors import EngineMismatch, RepositoryError, TritonLoraError
+from tritonlora.families import families_of
 from tritonlora.files import locked, publish, sha256_of, temporary_name, write_text
 from tritonlora.flavours import Flavour, flavour_of_config
 from tritonlora.modules import MODULES
@@ -187,8 +188,8 @@ def _plan(
     config = read_config(repository.config_path)
     flavour = flavour_of_config(config)
     profile = engine_profile(repository, config)
-    if profile is None and options.base is not None:
-        profile = load_profile(options.base, dtype=options.dtype)
+    if options.base is not None:
+        profile = _told_by(options.base, profile, options.dtype)
     dtype, remarks = _choose_dtype(table, name, profile, options.dtype, flavour.assumed_dtype)
     adapter = peft.load_adapter(directory)
     flavour.check_adapter(adapter)
@@ -199,6 +200,19 @@ def _plan(
         pages=_pages(layout, profile, config) if flavour.sends_weights else None,
     )
     return _Planned(name, adapter, layout, entry, flavour, options, remarks)
+
+
+def _told_by(base: Path, profile: EngineProfile | None, dtype: str | None) -> EngineProfile:
+    """The engine's profile, with what only the base model says of it: of an absent engine all, else its architecture,
+    where the engine's own name for that stands for several (GPTForCausalLM), or is not known.
+    """
+    if profile is None:
+        return load_profile(base, dtype=dtype)
+    candidates = families_of(profile.architecture)
+    if len(candidates) == 1:
+        return profile
+    architecture = load_profile(base, dtype=profile.dtype).architecture
+    return replace(profile, architecture=architecture) if families_of(architecture) <= candidates else profile
 
 
 def _write_tensors(repository: Repository, planned: _Planned, known: AdapterEntry | None) -> Added:
