@@ -80,6 +80,7 @@ def test_router_config_carries_its_parameters() -> None:
             max_streams=3,
             cache_full_timeout_seconds=1.5,
             load_timeout_seconds=2,
+            first_answer_timeout_seconds=4,
             stall_timeout_seconds=3,
         )
     )
@@ -90,6 +91,7 @@ def test_router_config_carries_its_parameters() -> None:
         "target": "engine",
         "cache_full_timeout_seconds": "1.5",
         "load_timeout_seconds": "2",
+        "first_answer_timeout_seconds": "4",
         "stall_timeout_seconds": "3",
         "cache_pages": "0",
         "FORCE_CPU_ONLY_INPUT_TENSORS": "yes",

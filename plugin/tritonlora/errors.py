@@ -99,7 +99,7 @@ class AdapterUnavailable(RequestError):
 
 
 class EngineSilent(RequestError):
-    """The engine's model has begun to answer, and does not go on."""
+    """The engine's model does not answer, or does not go on."""
 
     code = "UNAVAILABLE"
 

@@ -87,6 +87,7 @@ def router_config(
     max_streams: int = 16,
     cache_full_timeout_seconds: float = 30,
     load_timeout_seconds: float = 120,
+    first_answer_timeout_seconds: float = 3600,
     stall_timeout_seconds: float = 300,
 ) -> str:
     """The complete config.pbtxt of the Python-backend router in front of `target`.
@@ -115,6 +116,7 @@ def router_config(
         "target": target_name,
         "cache_full_timeout_seconds": str(cache_full_timeout_seconds),
         "load_timeout_seconds": str(load_timeout_seconds),
+        "first_answer_timeout_seconds": str(first_answer_timeout_seconds),
         "stall_timeout_seconds": str(stall_timeout_seconds),
         "cache_pages": "0",  # of the engine's LoRA cache, set by `tritonlora plan --apply`; 0: not known
         "FORCE_CPU_ONLY_INPUT_TENSORS": "yes",

@@ -7,7 +7,9 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import os
 import re
+import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,6 +24,7 @@ from tritonclient.utils import InferenceServerException
 
 from asking import ROUTER, Question, Tensors, grpc_stream
 from repositories import synthetic_repository
+from tritonlora.bench.processes import processes_of
 from tritonlora.errors import ServerError
 from tritonlora.files import write_text
 from tritonlora.repository import Repository, read_table, read_text
@@ -171,12 +174,37 @@ def test_an_engine_that_breaks_in_mid_stream_ends_the_stream(puppet: Server, wha
 
 def test_an_engine_that_falls_silent_in_mid_stream_is_an_error(puppet: Server) -> None:
     """And counted as such; the instance that waited goes on with the next request."""
-    with pytest.raises(InferenceServerException, match=r"^the engine's model has sent nothing more for 0\.5 s$"):
+    with pytest.raises(InferenceServerException, match=r"^the engine's model has sent nothing for [0-9.]+ s$"):
         list(tell(puppet, BREAK_AND_END))
 
     await_sample(puppet, "lora_requests_total", bool, lora_name="pirate", outcome="UNAVAILABLE")
     await_sample(puppet, "lora_requests_running", lambda running: running == 0, lora_name="pirate")
     assert [1, 1, 1] == [len(list(tell(puppet, TELL))) for _ in range(3)]
+
+
+def test_an_engine_whose_process_is_killed_is_an_error(tmp_path: Path, launch: Launch) -> None:
+    """For the request that it was about to answer, for the one that it was answering, and for those that come."""
+    opened = synthetic_repository(
+        tmp_path / "repo", cold=["pirate"], streams=2, parameters={"synthetic_token_seconds": "0.1"}
+    )
+    router = opened.root / "lora_router" / "config.pbtxt"
+    for parameter in ("first_answer_timeout_seconds", "stall_timeout_seconds"):
+        write_text(router, set_parameter(read_text(router), parameter, "2"))
+    server = launch(opened.root)
+    streamed, whole = (ROUTER.tensors(Question([b"pirate"], tokens=[100]), streams) for streams in (True, False))
+    with ThreadPoolExecutor(1) as pool:
+        answered = grpc_stream(server, ROUTER.model, streamed)
+        next(answered)
+        unanswered = pool.submit(lambda: list(grpc_stream(server, ROUTER.model, whole)))
+        await_sample(server, "lora_requests_running", lambda running: running == 2, lora_name="pirate")
+        [engine] = processes_of(server.pid)["tensorrt_llm"]
+        os.kill(engine, signal.SIGKILL)
+        rests: list[Callable[[], object]] = [lambda: list(answered), unanswered.result]
+        for rest in rests:
+            with pytest.raises(InferenceServerException, match="has sent nothing for|not healthy"):
+                rest()
+    with pytest.raises(InferenceServerException, match="LoRA adapter 'pirate': .*not healthy"):
+        list(tell(server, 1))
 
 
 def test_a_model_that_is_unloaded_is_unavailable_until_it_is_back(server: Server, opened: Repository) -> None:

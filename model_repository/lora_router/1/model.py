@@ -76,7 +76,10 @@ class TritonPythonModel:
             cache_full_timeout=float(parameters["cache_full_timeout_seconds"]),
             load_timeout=float(parameters["load_timeout_seconds"]),
         )
-        self._stall_timeout = float(parameters.get("stall_timeout_seconds", "300"))
+        self._patience = (
+            float(parameters.get("first_answer_timeout_seconds", "3600")),
+            float(parameters.get("stall_timeout_seconds", "300")),
+        )
         self._worker = Worker()
         # The stub forgets a stream in a thread of its own. If nobody else held it by then, that thread would wait for
         # the GIL with the mutex that the next request needs while it holds the GIL.
@@ -88,9 +91,9 @@ class TritonPythonModel:
         for request in requests:
             reply = Reply(request, self._decoupled, self._flavour.needed_outputs)
             serve = functools.partial(self._serve, request, reply)
-            if not self._worker.do(serve, functools.partial(reply.is_silent_for, self._stall_timeout)):
+            if not self._worker.do(serve, functools.partial(reply.is_silent, *self._patience)):
                 self._residency.ended()
-                reply.fail(EngineSilent(f"the engine's model has sent nothing more for {self._stall_timeout:g} s"))
+                reply.fail(EngineSilent(f"the engine's model has sent nothing for {reply.silence():.3g} s"))
             self._count(reply.names, "running", -1)
             self._count(reply.names or [BASE], reply.outcome)
             reply.complete()
@@ -142,7 +145,7 @@ class TritonPythonModel:
             row_inputs = row_of(inputs, row) if split else inputs
             send = functools.partial(self._send, request, parameters, row_inputs, routes[row])
             for answer in self._forwarder.forward(routes[row], send, reply.has_left):
-                reply.heard_at = time.monotonic()
+                reply.heard()
                 had_left = reply.left
                 if reply.has_left():
                     if not had_left:
@@ -242,9 +245,18 @@ class Reply:
         self._next_look = time.monotonic() + LOOK_SECONDS
         self.begin_row(None)
 
-    def is_silent_for(self, seconds: float) -> bool:
-        """Whether the engine has begun to answer, and then sent nothing for so long."""
-        return self.heard_at is not None and time.monotonic() - self.heard_at > seconds
+    def is_silent(self, before: float, between: float) -> bool:
+        """Whether the engine has sent nothing for so many seconds, before its first answer or between two."""
+        return self.silence() > (between if self.has_begun else before)
+
+    def silence(self) -> float:
+        """For how many seconds the engine has sent nothing."""
+        return time.monotonic() - self._heard_at
+
+    def heard(self) -> None:
+        """The engine has sent an answer."""
+        self.has_begun = True
+        self._heard_at = time.monotonic()
 
     def has_left(self) -> bool:
         """Whether the client has gone away, or its time is up; looked at now and then, as asking takes 0.2 ms.
@@ -265,7 +277,8 @@ class Reply:
         self._previous_ids = PreviousIds()
         self._texts = WholeTexts()
         self.answered = False  # the row
-        self.heard_at: float | None = None  # the last answer of the engine to it
+        self.has_begun = False  # the engine, to answer it
+        self._heard_at = time.monotonic()
 
     def send(self, tensors: list[pb_utils.Tensor], *, ends: bool = False) -> None:
         """Pass on one answer of the engine: the outputs that the client asked for."""
