@@ -50,8 +50,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory, launch: Callable[..., Serv
         set_cache_full_timeout(opened, FULL_SECONDS)
         return launch(opened.root)
 
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(WAYS, pool.map(start, WAYS), strict=True))
+    return {decoupled: start(decoupled) for decoupled in WAYS}
 
 
 def text_of(lora_name: str | None, tokens: int = 12) -> str:
