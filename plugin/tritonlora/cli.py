@@ -472,6 +472,7 @@ def serve(
     ] = False,
 ) -> None:
     """Start tritonserver on the repository and say which adapters are ready. What follows -- goes to tritonserver."""
+    from tritonlora import check as checking
     from tritonlora import repository, server, serving
     from tritonlora.flavours import flavour_of_config
 
@@ -508,7 +509,8 @@ def serve(
         extra=context.args,
         world=world,
         on_log=lambda line: stderr.print(line, markup=False, highlight=False, soft_wrap=True),
-        explain=lambda log: serving.explain(log, table),
+        # Triton 2.51 may crash before it says which warmup sample failed, and why.
+        explain=lambda log: serving.explain(log, table) or serving.first_error(checking.check(opened)),
     ) as running:
         with stderr.status("starting tritonserver") as status:
             running.wait_until_ready(timeout, on_progress=lambda models: status.update(loading(models)))

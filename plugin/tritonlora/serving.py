@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from tritonlora import client
 from tritonlora.adapters import MAX_TASK_ID, AdapterTable
 from tritonlora.errors import ServerError, TritonLoraError
+from tritonlora.findings import Finding
 from tritonlora.flavours import flavour_of_config
 from tritonlora.model_config import ModelConfig
 from tritonlora.repository import ROUTER, Repository, engine_profile
@@ -69,6 +70,12 @@ def explain(log: Sequence[str], table: AdapterTable) -> str | None:
         error = failed["error"].rstrip(' ;"|')
         return f"adapter {name!r} could not be loaded: {error}\n  remedy: {remedy.format(name=name)}"
     return None
+
+
+def first_error(findings: Sequence[Finding]) -> str | None:
+    """What `check` would call an error, and what to do; None where there is none."""
+    errors = (one for one in findings if one.severity == "error")
+    return next((f"{one.where}: {one.problem}\n  remedy: {one.remedy}" for one in errors), None)
 
 
 def verify(url: str, repository: Repository, config: ModelConfig, table: AdapterTable) -> list[str]:
