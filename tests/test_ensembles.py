@@ -4,14 +4,13 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 import pytest
 
 from tritonlora.ensembles import rewire_to_forward, rewire_to_resolve
 from tritonlora.errors import ConfigError
-from upstream_configs import VERSIONS, fill, protobuf, upstream
+from upstream_configs import VERSIONS, fill, protobuf, removed_and_added, upstream
 
 ENSEMBLE = """\
 platform: "ensemble"
@@ -26,16 +25,6 @@ ensemble_scheduling {
   ]
 }
 """
-
-
-def removed_and_added(before: str, after: str) -> tuple[list[str], list[str]]:
-    """The lines that an edit took and put in."""
-    old, new = before.splitlines(), after.splitlines()
-    changes = difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
-    changed = [change for change in changes if change[0] != "equal"]
-    return [line for _, i, j, _, _ in changed for line in old[i:j]], [
-        line for _, _, _, i, j in changed for line in new[i:j]
-    ]
 
 
 def step_of(ensemble: Any, name: str) -> Any:

@@ -347,9 +347,9 @@ def test_a_client_that_leaves_leaves_the_line(instance: Instance) -> None:
     assert ["1:1", "1:2"] == list(running)
 
 
-def test_a_client_that_leaves_does_not_wait_for_another_one_s_load(instance: Instance) -> None:
-    """Nor does it take the load over."""
-    one, other = instance(), instance()
+@contextlib.contextmanager
+def a_load_that_takes_long(one: Forwarder[str]) -> Iterator[Callable[[bool], Iterator[str]]]:
+    """One instance loads adapter 5 meanwhile; the function that it sends with."""
     started, release = threading.Event(), threading.Event()
 
     def stuck(attach: bool) -> Iterator[str]:
@@ -360,31 +360,27 @@ def test_a_client_that_leaves_does_not_wait_for_another_one_s_load(instance: Ins
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(lambda: list(one.forward(cold(5), stuck)))
         assert started.wait(10)
-        with pytest.raises(ClientLeft):
-            list(other.forward(cold(5), stuck, lambda: True))
+        yield stuck
         release.set()
 
         assert ["5:0"] == first.result(timeout=10)
+
+
+def test_a_client_that_leaves_does_not_wait_for_another_one_s_load(instance: Instance) -> None:
+    """Nor does it take the load over."""
+    one, other = instance(), instance()
+    with a_load_that_takes_long(one) as send, pytest.raises(ClientLeft):
+        list(other.forward(cold(5), send, lambda: True))
 
 
 def test_a_load_that_never_ends_does_not_hold_up_the_others_for_ever(instance: Instance) -> None:
     """Bounded, and with that reason."""
     one, other = instance(), instance(load_timeout=0.05)
-    started, release = threading.Event(), threading.Event()
-
-    def stuck(attach: bool) -> Iterator[str]:
-        started.set()
-        release.wait(10)
-        yield "5:0"
-
-    with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(lambda: list(one.forward(cold(5), stuck)))
-        assert started.wait(10)
-        with pytest.raises(AdapterUnavailable, match="'n5' is still being loaded for another request"):
-            list(other.forward(cold(5), stuck))
-        release.set()
-
-        assert ["5:0"] == first.result(timeout=10)
+    with (
+        a_load_that_takes_long(one) as send,
+        pytest.raises(AdapterUnavailable, match="'n5' is still being loaded for another request"),
+    ):
+        list(other.forward(cold(5), send))
 
 
 def test_an_exception_while_sending_frees_the_adapter_for_others(instance: Instance) -> None:

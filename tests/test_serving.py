@@ -15,6 +15,7 @@ from repositories import synthetic_repository
 from table import TABLE
 from tritonlora import install, register, repository, serving
 from tritonlora.errors import ServerError
+from tritonlora.findings import Finding
 from tritonlora.repository import read_config
 from tritonlora.server import Ports, Server, Tritonserver, World, ports_in_use, server_command
 from upstream_configs import upstream_repository
@@ -145,3 +146,12 @@ def test_a_server_that_is_not_there_verifies_nothing(tmp_path: Path) -> None:
 
     assert "adapter 'pirate' does not answer: no answer from 127.0.0.1:9" in problems[0]
     assert "lora_task_id 2147483647, which nobody registered, was refused oddly: no answer" in problems[1]
+
+
+def test_what_check_calls_an_error_comes_with_its_remedy() -> None:
+    """The first one; a warning keeps no server from starting."""
+    warning = Finding("warning", "/dev/shm", "too small", "docker run --shm-size …")  # noqa: S108
+    errors = [Finding("error", "adapter bard", f"it has {what}", "convert it for this engine") for what in ("a", "b")]
+
+    assert serving.first_error([warning]) is None
+    assert "adapter bard: it has a\n  remedy: convert it for this engine" == serving.first_error([warning, *errors])

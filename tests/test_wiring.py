@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from tritonlora.declarations import declare_lora_weights
 from tritonlora.errors import ConfigError
 from tritonlora.pbtxt import parse_config
 from tritonlora.wiring import resolver_config, router_config, set_parameter
-from upstream_configs import NAMES, PATHS, VERSIONS, fill, protobuf, upstream
+from upstream_configs import NAMES, PATHS, VERSIONS, fill, protobuf, removed_and_added, upstream
 
 # --- Helpers -------------------------------------------------------------------------------------------------------
 
@@ -28,16 +27,6 @@ input [
 ]
 output [ { name: "output_ids" data_type: TYPE_INT32 dims: [ -1, -1 ] } ]
 """
-
-
-def removed_and_added(before: str, after: str) -> tuple[list[str], list[str]]:
-    """The lines that an edit took and put in."""
-    old, new = before.splitlines(), after.splitlines()
-    changes = difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
-    changed = [change for change in changes if change[0] != "equal"]
-    return [line for _, i, j, _, _ in changed for line in old[i:j]], [
-        line for _, _, _, i, j in changed for line in new[i:j]
-    ]
 
 
 def as_on_the_wire(tensor: Any) -> Any:

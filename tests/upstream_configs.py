@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import difflib
 import string
 from collections.abc import Mapping
 from pathlib import Path
@@ -56,3 +57,13 @@ def upstream_repository(
         (root / model / "1").mkdir(parents=True)
         (root / model / "config.pbtxt").write_text(fill(text, **(values or {})) if filled else text)
     return root
+
+
+def removed_and_added(before: str, after: str) -> tuple[list[str], list[str]]:
+    """The lines that an edit took and put in."""
+    old, new = before.splitlines(), after.splitlines()
+    changes = difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
+    changed = [change for change in changes if change[0] != "equal"]
+    return [line for _, i, j, _, _ in changed for line in old[i:j]], [
+        line for _, _, _, i, j in changed for line in new[i:j]
+    ]

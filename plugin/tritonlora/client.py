@@ -15,10 +15,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tritonlora.errors import ServerError
+from tritonlora.repository import LISTING
 
 DEFAULT_URL = "localhost:8000"
 DEFAULT_MODEL = "ensemble"
-LISTING_MODEL = "lora_adapters"
 TIMEOUT_SECONDS = 600.0
 LISTING_TIMEOUT_SECONDS = 30.0
 _CANNOT_STREAM = "Streaming is only supported"  # of both flavours' error texts; it comes before any text
@@ -69,18 +69,18 @@ def ask(model: str, inputs: Mapping[str, Any], *, url: str = DEFAULT_URL, timeou
 def adapters(url: str = DEFAULT_URL, *, timeout: float = LISTING_TIMEOUT_SECONDS) -> dict[str, dict[str, Any]]:
     """What a server says of its adapters, by lora_name: `listing.describe`. ServerError when it cannot say it."""
     try:
-        texts = [event["adapters"] for event in _answers(url, LISTING_MODEL, b"{}", timeout)]
+        texts = [event["adapters"] for event in _answers(url, LISTING, b"{}", timeout)]
         found: dict[str, dict[str, Any]] = json.loads(*texts)
     except ServerError as error:
         if _NO_MODEL.search(str(error)):
             raise ServerError(
-                f"the server at {url} has no model {LISTING_MODEL!r} that is ready ({error}); "
+                f"the server at {url} has no model {LISTING!r} that is ready ({error}); "
                 "run tritonlora init on its model repository, and start it again"
             ) from None
         raise
     except (KeyError, TypeError, ValueError):
         raise ServerError(
-            f"model {LISTING_MODEL!r} at {url} did not answer with a listing; run tritonlora init on its "
+            f"model {LISTING!r} at {url} did not answer with a listing; run tritonlora init on its "
             "model repository, and start it again"
         ) from None
     return found

@@ -24,10 +24,10 @@ from tritonlora.pbtxt import (
     remove_value,
     replace_value,
 )
+from tritonlora.wiring import ALWAYS_THERE
 
 PREVIOUS_TOKENS = "_PREVIOUS_TOKENS"
 RESOLVED = {"lora_task_id": "_LORA_TASK_ID", "lora_weights": "_LORA_WEIGHTS", "lora_config": "_LORA_CONFIG"}
-ALWAYS_THERE = "input_lengths"  # an input of the engine's: a step of which no input is there fails (Triton 2.51)
 
 
 def rewire_to_forward(
@@ -109,8 +109,8 @@ def _remove_resolver(text: str, target: str, resolver: str) -> str:
     if task_id := step.input_map.get("lora_task_id"):
         text = _connect(text, target, "input_map", "lora_task_id", task_id)
     document = parse(text)
-    scheduling = document.message.messages("ensemble_scheduling")[-1]
-    return remove_value(document, scheduling, *(one for one in _steps(document) if one.has("model_name", resolver)))
+    gone = _find_step(document, resolver)
+    return remove_value(document, document.message.messages("ensemble_scheduling")[-1], gone) if gone else text
 
 
 def _require_one_step(text: str, target: str, router: str) -> None:

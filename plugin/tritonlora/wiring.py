@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from tritonlora.errors import ConfigError, one_message
@@ -24,7 +24,7 @@ from tritonlora.pbtxt import (
     replace_value,
 )
 
-ALWAYS_THERE = "input_lengths"  # an input of the engine's
+ALWAYS_THERE = "input_lengths"  # an input of the engine's: a step of which no input is there fails (Triton 2.51)
 
 # --- The router and the resolver -------------------------------------------------------------------------------------
 
@@ -129,7 +129,7 @@ def router_config(
         decoupled="true" if target.decoupled else "false",
         inputs=",\n".join(map(_tensor, inputs)),
         outputs=",\n".join(map(_tensor, outputs)),
-        parameters="\n".join(f"parameters {_parameter(key, value)}" for key, value in parameters.items()),
+        parameters=_parameters(parameters),
     )
 
 
@@ -173,7 +173,7 @@ def resolver_config(
         instances=instances,
         inputs=",\n".join(map(_tensor, (replace(declared[ALWAYS_THERE], optional=False), *optional))),
         outputs=",\n".join(_tensor(replace(spec, optional=False, allow_ragged_batch=False)) for spec in outputs),
-        parameters="\n".join(f"parameters {_parameter(key, value)}" for key, value in parameters.items()),
+        parameters=_parameters(parameters),
     )
 
 
@@ -288,6 +288,10 @@ def set_parameter(text: str, key: str, string_value: str) -> str:
     if current.value == string_value:
         return text
     return replace_value(document, current, quote(string_value))
+
+
+def _parameters(parameters: Mapping[str, str]) -> str:
+    return "\n".join(f"parameters {_parameter(key, value)}" for key, value in parameters.items())
 
 
 def _parameter(key: str, string_value: str) -> str:
