@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from tritonlora.checkpoint import load_checkpoint
-from tritonlora.errors import InvalidAdapter, UnsupportedAdapter, one_message
+from tritonlora.errors import InvalidAdapter, UnsupportedAdapter, merge_layers, one_message
+from tritonlora.families import locate
 from tritonlora.peft import Adapter, AdapterModule
 
 _ROWS_AT_A_TIME = 1024
@@ -51,7 +52,10 @@ def base_weights(adapter: Adapter, base: Path) -> dict[str, torch.Tensor]:
         found[path] = weight
     if problems:
         raise UnsupportedAdapter(
-            one_message(f"{str(base)!r} is not the unquantised base model of this DoRA adapter", problems)
+            one_message(
+                f"{str(base)!r} is not the unquantised base model of this DoRA adapter; give that one",
+                merge_layers(problems),
+            )
         )
     return found
 
@@ -71,11 +75,12 @@ def normalised_magnitude(module: AdapterModule, weight: torch.Tensor) -> torch.T
 
 
 def _candidates(tensors: Mapping[str, torch.Tensor], path: str) -> list[str]:
-    """The checkpoint's names for the weight of `path`; the part before the layers may differ."""
+    """The checkpoint's names for the weight of `path`; what stands before its layers may differ (`locate` knows all)."""
     exact = f"{path}.weight"
     if exact in tensors:
         return [exact]
     parts = path.split(".")
     number = next(position for position, part in enumerate(parts) if part.isdecimal())
     tail = ".".join(parts[number - 1 :]) + ".weight"
-    return [name for name in tensors if name == tail or name.endswith(f".{tail}")]
+    same_tail = (name for name in tensors if name == tail or name.endswith(f".{tail}"))
+    return [name for name in same_tail if locate(name.removesuffix(".weight"))]  # not a vision tower's
