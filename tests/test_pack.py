@@ -140,7 +140,7 @@ def test_scaling_in_half_precision_rounds_once(dtype: torch.dtype) -> None:
         assert torch.equal(by_hand, values * scaling)
 
 
-LLAVA = {
+LLAVA: dict[str, Any] = {
     "text_config": {**LLAMA_CONFIG, "model_type": "llama"},
     "vision_config": {**LLAMA_CONFIG, "num_key_value_heads": 4, "model_type": "clip_vision_model"},
     "image_token_index": 1,

@@ -75,7 +75,7 @@ def normalised_magnitude(module: AdapterModule, weight: torch.Tensor) -> torch.T
 
 
 def _candidates(tensors: Mapping[str, torch.Tensor], path: str) -> list[str]:
-    """The checkpoint's names for the weight of `path`; what stands before its layers may differ (`locate` knows all)."""
+    """The checkpoint's names for the weight of `path`; what stands before its layers may differ."""
     exact = f"{path}.weight"
     if exact in tensors:
         return [exact]
