@@ -118,6 +118,14 @@ def test_engine_profile_is_read_from_a_build() -> None:
     assert (32, 2, 1, 3) == (profile.max_lora_rank, profile.tp_size, profile.pp_size, profile.max_beam_width)
 
 
+@pytest.mark.parametrize(("hidden_act", "architecture"), [("swiglu", "JAISLMHeadModel"), ("gelu", "GPTForCausalLM")])
+def test_jais_is_the_gpt_that_has_a_gate(hidden_act: str, architecture: str) -> None:
+    """Its c_fc is another module than GPT-2's, and TensorRT-LLM can call both by one name."""
+    gpt = {**ENGINE["pretrained_config"], "architecture": "GPTForCausalLM", "hidden_act": hidden_act}
+
+    assert architecture == profile_from_engine({**ENGINE, "pretrained_config": gpt}, "engine").architecture
+
+
 # What the releases write for one Llama, as far as LoRA is concerned: (pretrained_config, build_config) over ENGINE's.
 LORA_CONFIG = ENGINE["build_config"]["lora_config"]
 LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 
-from tritonlora.families import ARCHITECTURES, Leaf, locate, why_not
+from tritonlora.families import ARCHITECTURES, Leaf, families_of, locate, why_not
 from tritonlora.modules import BY_NAME
 
 
@@ -18,7 +18,7 @@ def test_families_disagree_only_about_names_that_need_the_base_model() -> None:
             for tail, leaf in architecture.family.leaves.items():
                 seen.setdefault((stem, tail), set()).add(leaf)
 
-    assert {"mlp.up_proj", "attn.c_attn"} == {tail for (_, tail), leaves in seen.items() if len(leaves) > 1}
+    assert {"mlp.up_proj", "attn.c_attn", "mlp.c_fc"} == {tail for (_, tail), leaves in seen.items() if len(leaves) > 1}
 
 
 def test_every_module_in_the_table_is_one_of_the_engine() -> None:
@@ -48,6 +48,39 @@ def test_paths_are_located(path: str, layer: int, modules: tuple[str, ...]) -> N
     assert modules in {leaf.modules for leaf in place[1].values()}
 
 
+QKV = ("attn_q", "attn_k", "attn_v")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "path", "modules", "by_head_group"),
+    [
+        ("JAISLMHeadModel", "transformer.h.0.attn.c_attn", QKV, False),
+        ("JAISLMHeadModel", "transformer.h.0.mlp.c_fc", ("mlp_gate",), False),
+        ("JAISLMHeadModel", "transformer.h.0.mlp.c_fc2", ("mlp_h_to_4h",), False),
+        ("GPT2LMHeadModel", "transformer.h.0.mlp.c_fc", ("mlp_h_to_4h",), False),
+        ("ExaoneForCausalLM", "transformer.h.0.attn.attention.out_proj", ("attn_dense",), False),
+        ("ExaoneForCausalLM", "transformer.h.0.mlp.c_fc_0", ("mlp_h_to_4h",), False),
+        ("ExaoneForCausalLM", "transformer.h.0.mlp.c_fc_1", ("mlp_gate",), False),
+        ("InternLM2ForCausalLM", "model.layers.0.attention.wqkv", QKV, True),
+        ("InternLM2ForCausalLM", "model.layers.0.feed_forward.w1", ("mlp_h_to_4h",), False),
+        ("InternLM2ForCausalLM", "model.layers.0.feed_forward.w3", ("mlp_gate",), False),
+        ("InternLM2ForCausalLM", "model.layers.0.feed_forward.w2", ("mlp_4h_to_h",), False),
+        ("BaichuanForCausalLM", "model.layers.0.self_attn.W_pack", QKV, False),
+        ("ChatGLMModel", "transformer.encoder.layers.0.self_attention.query_key_value", QKV, False),
+        ("ChatGLMModel", "transformer.encoder.layers.0.mlp.dense_h_to_4h", ("mlp_h_to_4h", "mlp_gate"), False),
+    ],
+)
+def test_layers_of_models_that_transformers_has_not_are_what_their_own_code_says(
+    architecture: str, path: str, modules: tuple[str, ...], by_head_group: bool
+) -> None:
+    """There is no model here to compare with, as for the other architectures."""
+    place = locate(path)
+    (family,) = families_of(architecture)
+
+    assert place is not None
+    assert (modules, by_head_group) == (place[1][family].modules, place[1][family].by_head_group)
+
+
 @pytest.mark.parametrize(
     ("path", "reason"),
     [
@@ -59,7 +92,7 @@ def test_paths_are_located(path: str, layer: int, modules: tuple[str, ...]) -> N
         ("model.layers.007.self_attn.q_proj", "a layer's number is below 10000 and has no leading zeros"),
         ("model.layers.10000.self_attn.q_proj", "a layer's number is below 10000"),
         ("model.layers.99999999999999999999.self_attn.q_proj", "a layer's number is below 10000"),
-        ("transformer.encoder.layers.0.self_attention.query_key_value", "not a linear layer"),  # ChatGLM's decoder
+        ("transformer.encoder.layers.0.self_attention.core", "not a linear layer"),  # ChatGLM's decoder
         ("model.layers.-1.self_attn.q_proj", "not a linear layer"),
         ("model.layers.0.self_attn.q_proj.base_layer", "not a linear layer"),
     ],

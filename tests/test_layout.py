@@ -31,7 +31,10 @@ def test_layer_that_the_engines_model_has_not_is_refused(tmp_path: Path) -> None
     """An adapter of another architecture is told by its names, even where the dims happen to fit."""
     adapter = load_adapter(write_adapter(tmp_path, lora_pair("transformer.h.0.attn.q_proj")))
 
-    with pytest.raises(EngineMismatch, match="q_proj: LlamaForCausalLM has no such layer; .* another base model"):
+    with pytest.raises(
+        EngineMismatch,
+        match="q_proj: LlamaForCausalLM has no such layer that a LoRA can be sent for; .* another base model",
+    ):
         plan_layout(adapter, dtype="bfloat16", profile=PROFILE)
 
 
@@ -48,6 +51,37 @@ def test_up_proj_without_a_gate_is_what_the_architecture_says(architecture: str,
     for unknown in (None, replace(profile, architecture="NewForCausalLM")):
         with pytest.raises(EngineMismatch, match=r"up_proj: .* is mlp_gate or mlp_h_to_4h, by the arch.*\(--base\)"):
             plan_layout(adapter, dtype="bfloat16", profile=unknown)
+
+
+@pytest.mark.parametrize(
+    ("base_model_class", "path", "module"),
+    [
+        ("LlamaForCausalLM", "model.layers.0.mlp.up_proj", "mlp_gate"),
+        ("NemotronForCausalLM", "model.layers.0.mlp.up_proj", "mlp_h_to_4h"),
+        ("GPT2LMHeadModel", "transformer.h.0.mlp.c_fc", "mlp_h_to_4h"),
+        ("JAISLMHeadModel", "transformer.h.0.mlp.c_fc", "mlp_gate"),
+    ],
+)
+def test_class_that_peft_noted_says_what_the_name_does_not(
+    base_model_class: str, path: str, module: str, tmp_path: Path
+) -> None:
+    """Without a task_type, PEFT writes the class of the base model into the adapter; an engine's word goes before."""
+    noted = {"base_model_class": base_model_class, "parent_library": "transformers.models"}
+    adapter = load_adapter(write_adapter(tmp_path, lora_pair(path), auto_mapping=noted))
+    engine = replace(PROFILE, architecture="LlamaForCausalLM" if "model" in path else "")
+
+    assert [module] == [row.module.name for row in plan_layout(adapter, dtype="bfloat16").rows]
+    expected = "mlp_gate" if engine.architecture else module
+    assert [expected] == [row.module.name for row in plan_layout(adapter, dtype="bfloat16", profile=engine).rows]
+
+
+@pytest.mark.parametrize("note", [None, "x", {}, {"base_model_class": 3}, {"base_model_class": "NewForCausalLM"}])
+def test_class_that_says_nothing_decides_nothing(note: object, tmp_path: Path) -> None:
+    """Whatever stands there, an ambiguous layer stays one."""
+    adapter = load_adapter(write_adapter(tmp_path, lora_pair("transformer.h.0.mlp.c_fc"), auto_mapping=note))
+
+    with pytest.raises(EngineMismatch, match=r"c_fc: a layer of this name is mlp_gate or mlp_h_to_4h, .*\(--base\)"):
+        plan_layout(adapter, dtype="bfloat16")
 
 
 def test_gate_proj_says_that_up_proj_is_gated(tmp_path: Path) -> None:

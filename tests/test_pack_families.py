@@ -338,6 +338,27 @@ CASES = {
     "olmoe": Case(hf.OlmoeForCausalLM, hf.OlmoeConfig, MOE, ATTENTION),
     "phimoe": Case(hf.PhimoeForCausalLM, hf.PhimoeConfig, {**MOE, "pad_token_id": 0}, ATTENTION),
     "granitemoe": Case(hf.GraniteMoeForCausalLM, hf.GraniteMoeConfig, MOE, ATTENTION),
+    "bitnet": Case(hf.BitNetForCausalLM, hf.BitNetConfig, GQA, SEPARATE),
+    "granitemoeshared": Case(hf.GraniteMoeSharedForCausalLM, hf.GraniteMoeSharedConfig, MOE, ATTENTION),
+    "ernie4_5_moe": Case(
+        hf.Ernie4_5_MoeForCausalLM,
+        hf.Ernie4_5_MoeConfig,
+        {**GQA, "moe_num_experts": 2, "moe_k": 1, "moe_intermediate_size": 16, "pad_token_id": 0},
+        ATTENTION,
+    ),
+    "glm4_moe": Case(
+        hf.Glm4MoeForCausalLM,
+        hf.Glm4MoeConfig,
+        {**WIDE_HEADS, "n_routed_experts": 2, "moe_intermediate_size": 16, "num_experts_per_tok": 1, "pad_token_id": 0},
+        ATTENTION,
+    ),
+    "minimax_m2": Case(
+        hf.MiniMaxM2ForCausalLM,
+        hf.MiniMaxM2Config,
+        {**WIDE_HEADS, "num_local_experts": 2, "num_experts_per_tok": 1, "rotary_dim": 8, "bos_token_id": 1}
+        | {"eos_token_id": 1, "pad_token_id": 0},
+        ATTENTION,
+    ),
     "gpt_oss": Case(hf.GptOssForCausalLM, hf.GptOssConfig, {**MOE, "head_dim": 16}, ATTENTION),
 }
 

@@ -200,7 +200,7 @@ def profile_from_engine(config: Mapping[str, Any], source: str) -> EngineProfile
     targets = _engine_targets(lora.get("lora_target_modules"), problems) if has_lora else []
     profile = EngineProfile(
         source=source,
-        architecture=str(pretrained.get("architecture", "")),
+        architecture=_engine_architecture(pretrained),
         dtype=str(dtype),
         num_layers=sizes.layers,
         # createLoraModules takes attn_dense to be hidden x hidden, whatever the heads are.
@@ -218,6 +218,12 @@ def profile_from_engine(config: Mapping[str, Any], source: str) -> EngineProfile
             one_message(f"{source!r} does not describe an engine that LoRA can be planned for", problems)
         )
     return profile
+
+
+def _engine_architecture(pretrained: Mapping[str, Any]) -> str:
+    name = str(pretrained.get("architecture", ""))
+    # Releases that call every GPT by this name call JAIS by it, too, which is the one with a gate.
+    return "JAISLMHeadModel" if name == "GPTForCausalLM" and pretrained.get("hidden_act") == "swiglu" else name
 
 
 def _config_file(path: Path) -> Path:

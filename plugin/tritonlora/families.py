@@ -135,13 +135,50 @@ PERSIMMON = Family(
     _MODEL_LAYERS,
     {"self_attn.query_key_value": _QKV_BY_HEAD_GROUP, "self_attn.dense": Leaf(("attn_dense",))} | _DENSE_MLP,
 )
+CHATGLM = Family(
+    "ChatGLM",
+    ("transformer.encoder.layers",),
+    {
+        "self_attention.query_key_value": _QKV_IN_TURN,
+        "self_attention.dense": Leaf(("attn_dense",)),
+        "mlp.dense_h_to_4h": _GATE_UP,
+        "mlp.dense_4h_to_h": Leaf(("mlp_4h_to_h",)),
+    },
+    {"kv_heads": ("multi_query_group_num",), "head_size": ("kv_channels",)},
+)
+BAICHUAN = Family(
+    "Baichuan",
+    _MODEL_LAYERS,
+    {"self_attn.W_pack": _QKV_IN_TURN, "self_attn.o_proj": Leaf(("attn_dense",))} | _GATED_MLP,
+)
+INTERNLM2 = Family(
+    "InternLM2",
+    _MODEL_LAYERS,
+    {"attention.wqkv": _QKV_BY_HEAD_GROUP, "attention.wo": Leaf(("attn_dense",))}
+    | _leaves("feed_forward", mlp_h_to_4h="w1", mlp_gate="w3", mlp_4h_to_h="w2"),
+)
 _C_PROJ = {"attn.c_proj": Leaf(("attn_dense",))}
 GPT2 = Family("GPT-2", _TRANSFORMER_H, {"attn.c_attn": _QKV_IN_TURN} | _C_PROJ | _C_MLP, conv1d=True)
+# Its c_fc2 is what goes through the activation: c_fc is not what it is in GPT-2.
+JAIS = Family(
+    "JAIS",
+    _TRANSFORMER_H,
+    {"attn.c_attn": _QKV_IN_TURN}
+    | _C_PROJ
+    | _leaves("mlp", mlp_h_to_4h="c_fc2", mlp_gate="c_fc", mlp_4h_to_h="c_proj"),
+    conv1d=True,
+)
 GPT_BIGCODE = Family("GPTBigCode", _TRANSFORMER_H, {"attn.c_attn": _QKV_BY_HEAD_GROUP} | _C_PROJ | _C_MLP)
 GPT_NEO = Family(
     "GPT-Neo",
     _TRANSFORMER_H,
     _leaves("attn.attention", attn_q="q_proj", attn_k="k_proj", attn_v="v_proj", attn_dense="out_proj") | _C_MLP,
+)
+EXAONE = Family(
+    "EXAONE",
+    _TRANSFORMER_H,
+    _leaves("attn.attention", attn_q="q_proj", attn_k="k_proj", attn_v="v_proj", attn_dense="out_proj")
+    | _leaves("mlp", mlp_h_to_4h="c_fc_0", mlp_gate="c_fc_1", mlp_4h_to_h="c_proj"),
 )
 GPTJ = Family(
     "GPT-J",
@@ -216,13 +253,21 @@ _TABLE = (
     Architecture("hyperclovax", "HyperCLOVAXForCausalLM", LLAMA),
     Architecture("cwm", "CwmForCausalLM", LLAMA, {"num_key_value_heads": 8, "head_dim": 128}),
     Architecture("hunyuan_v1_dense", "HunYuanDenseV1ForCausalLM", LLAMA),
+    Architecture("bitnet", "BitNetForCausalLM", LLAMA, {"num_key_value_heads": 5}),
+    Architecture("baichuan", "BaichuanForCausalLM", BAICHUAN),
+    Architecture("internlm2", "InternLM2ForCausalLM", INTERNLM2),
+    Architecture("exaone", "ExaoneForCausalLM", EXAONE),
+    Architecture("chatglm", "ChatGLMModel", CHATGLM),
     Architecture("nemotron", "NemotronForCausalLM", NEMOTRON),
     Architecture("arcee", "ArceeForCausalLM", NEMOTRON),
     Architecture("jais2", "Jais2ForCausalLM", NEMOTRON, {"head_dim": 128}),
     Architecture("apertus", "ApertusForCausalLM", NEMOTRON),
     Architecture("glm", "GlmForCausalLM", GLM, {"num_key_value_heads": 2, "head_dim": 128}),
     Architecture("glm4", "Glm4ForCausalLM", GLM, {"num_key_value_heads": 2, "head_dim": 128}),
+    Architecture("glm4v_text", "Glm4vForConditionalGeneration", GLM, {"num_key_value_heads": 2}),
     Architecture("phi3", "Phi3ForCausalLM", PHI3),
+    Architecture("phi4_multimodal", "Phi4MultimodalForCausalLM", PHI3, {"num_key_value_heads": 8}),
+    Architecture("phi4mm", "Phi4MMForCausalLM", PHI3),
     Architecture("phi", "PhiForCausalLM", PHI),
     Architecture("persimmon", "PersimmonForCausalLM", PERSIMMON),
     Architecture("starcoder2", "Starcoder2ForCausalLM", STARCODER2, {"num_key_value_heads": 2}),
@@ -230,6 +275,7 @@ _TABLE = (
     Architecture("falcon", "FalconForCausalLM", FALCON),
     Architecture("bloom", "BloomForCausalLM", FALCON),
     Architecture("gpt2", "GPT2LMHeadModel", GPT2),
+    Architecture("jais", "JAISLMHeadModel", JAIS),
     Architecture("gpt_bigcode", "GPTBigCodeForCausalLM", GPT_BIGCODE),
     Architecture("gpt_neo", "GPTNeoForCausalLM", GPT_NEO),
     Architecture("gptj", "GPTJForCausalLM", GPTJ),
@@ -243,6 +289,10 @@ _TABLE = (
     Architecture("olmoe", "OlmoeForCausalLM", MIXTURE),
     Architecture("phimoe", "PhimoeForCausalLM", MIXTURE, {"num_key_value_heads": 8}),
     Architecture("granitemoe", "GraniteMoeForCausalLM", MIXTURE),
+    Architecture("granitemoeshared", "GraniteMoeSharedForCausalLM", MIXTURE),
+    Architecture("ernie4_5_moe", "Ernie4_5_MoeForCausalLM", MIXTURE, {"num_key_value_heads": 4}),
+    Architecture("glm4_moe", "Glm4MoeForCausalLM", MIXTURE, {"num_key_value_heads": 8}),
+    Architecture("minimax_m2", "MiniMaxM2ForCausalLM", MIXTURE, {"num_key_value_heads": 8, "head_dim": 128}),
     Architecture("gpt_oss", "GptOssForCausalLM", MIXTURE, {"num_key_value_heads": 8, "head_dim": 64}),
     Architecture("llama4_text", "Llama4ForCausalLM", MIXTURE, {"num_key_value_heads": 8, "head_dim": 128}),
     Architecture("t5", "T5ForConditionalGeneration", T5),
@@ -269,6 +319,10 @@ _ENGINE_NAMES: Mapping[str, tuple[Family, ...]] = {
     "SkyworkForCausalLM": (LLAMA,),
     "DeciLMForCausalLM": (LLAMA,),
     "LlavaLlamaModel": (LLAMA,),
+    "BaiChuanForCausalLM": (BAICHUAN,),
+    "ChatGLMForCausalLM": (CHATGLM,),
+    "ChatGLMForConditionalGeneration": (CHATGLM,),
+    "Phi3VForCausalLM": (PHI3,),
 }
 
 # First match wins; the last line always matches.
@@ -305,12 +359,16 @@ def families_of(architecture: str) -> frozenset[str]:
     return frozenset(family.name for family in families)
 
 
-def likely_families(layers: Iterable[Mapping[str, Leaf]], architecture: str, *, conv1d: bool) -> frozenset[str]:
-    """Those of `families_of(architecture)` that have all `layers` (as `locate` gives them), if there is any.
+def likely_families(
+    layers: Iterable[Mapping[str, Leaf]], architectures: Iterable[str], *, conv1d: bool
+) -> frozenset[str]:
+    """The families of `architectures` that have all `layers` (as `locate` gives them), if there is any.
 
-    Of these, where `conv1d` is set, those built of Conv1D.
+    Of `architectures`, those that know most come first; "" stands for none. Where `conv1d` is set, those of Conv1D.
     """
-    families = families_of(architecture)
+    families = families_of("")
+    for known in map(families_of, architectures):
+        families = families & known or families
     families = families.intersection(*layers) or families
     return families & _CONV1D or families if conv1d else families
 

@@ -113,10 +113,9 @@ def plan_layout(
     planned: list[tuple[Row, RowSource]] = []
     width = 0
     kinds = {id(module.leaves): module for module in adapter.modules.values()}  # layers repeat
+    architectures = (profile.architecture if profile is not None else "", adapter.config.base_model_class)
     families = likely_families(
-        (module.leaves for module in kinds.values()),
-        profile.architecture if profile is not None else "",
-        conv1d=adapter.config.fan_in_fan_out,
+        (module.leaves for module in kinds.values()), architectures, conv1d=adapter.config.fan_in_fan_out
     )
     leaf_of = {kind: _leaf_of(module, families, profile) for kind, module in kinds.items()}
     for module in adapter.modules.values():
@@ -165,9 +164,10 @@ def _leaf_of(module: AdapterModule, families: frozenset[str], profile: EnginePro
     tail = module.path.rpartition(".")[2]
     leaves = list(dict.fromkeys(leaf for family, leaf in module.leaves.items() if family in families))
     if not leaves:
+        model = profile.architecture if profile is not None else "the base model"
         return (
-            f"{tail}: {profile.architecture if profile is not None else 'the base model'} has no such layer; the "
-            "adapter was most likely trained on another base model"
+            f"{tail}: {model} has no such layer that a LoRA can be sent for; the adapter was most likely trained on "
+            "another base model"
         )
     # All ways to fuse q, k and v are one where there is one key-value head, and none is of use without the number.
     if len({leaf.modules for leaf in leaves}) == 1 and (profile is None or profile.num_kv_heads <= 1):

@@ -31,6 +31,7 @@ class AdapterConfig:
     fan_in_fan_out: bool = False
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    base_model_class: str = ""  # "LlamaForCausalLM", which PEFT notes where it was given no task_type
 
     def rank_of(self, path: str) -> int:
         """The rank that PEFT gives the module `path` ("model.layers.0.self_attn.q_proj")."""
@@ -83,6 +84,7 @@ def parse_config(text: bytes) -> AdapterConfig:
         fan_in_fan_out=bool(raw.get("fan_in_fan_out")),
         rank_pattern=raw.get("rank_pattern") or {},
         alpha_pattern=raw.get("alpha_pattern") or {},
+        base_model_class=_base_model_class(raw.get("auto_mapping")),
     )
 
 
@@ -199,6 +201,11 @@ def _broken_fields(raw: Mapping[str, Any]) -> list[str]:
         if sum(map(_ways, pattern)) > _MAX_WAYS:
             problems.append(f"{name} has too many alternatives and repetitions in its regular expressions")
     return problems
+
+
+def _base_model_class(auto_mapping: object) -> str:
+    name = auto_mapping.get("base_model_class") if isinstance(auto_mapping, dict) else None
+    return name if isinstance(name, str) else ""
 
 
 def _first_match(patterns: Mapping[str, object], path: str) -> str | None:
