@@ -79,7 +79,7 @@ def test_patterns_match_as_in_peft(patterns: list[str], path: str) -> None:
     ranks = {pattern: number for number, pattern in enumerate(patterns, 1)}
     config = AdapterConfig("", 99, 1.0, rank_pattern=ranks)
 
-    assert ranks.get(get_pattern_key(list(ranks), path), 99) == config.rank_of(path)
+    assert ranks.get(get_pattern_key(list(ranks), path), 99) == config.ranks_of(path)[0]
 
 
 @pytest.mark.parametrize(
@@ -255,7 +255,10 @@ def test_all_that_is_not_understood_is_listed_in_one_error(tmp_path: Path) -> No
         ({f"{Q}.lora_A.weight": torch.ones(16), f"{Q}.lora_B.weight": torch.ones(8, 2)}, r"lora_A is \(16,\) and"),
         ({f"{Q}.lora_A.weight": torch.ones(2, 0), f"{Q}.lora_B.weight": torch.ones(8, 2)}, r"lora_A is \(2, 0\) and"),
         ({k: v.to(torch.int8) for k, v in lora_pair(Q).items()}, "torch.int8, expected float32"),
-        ({**lora_pair(Q), f"{Q}.lora_magnitude_vector": torch.ones(32)}, "use_dora is False"),
+        (
+            {**lora_pair(Q), f"{Q}.lora_magnitude_vector": torch.ones(32)},
+            "use_dora = false, .*_vector is there; give two",
+        ),
         ({**lora_pair(Q), f"{Q}.lora_A.other.weight": torch.ones(2, 32)}, "more than one A"),
         ({}, "there is no LoRA tensor"),
     ],
@@ -264,6 +267,33 @@ def test_contradictory_tensors_are_refused(tensors: dict[str, torch.Tensor], mes
     """A without B, ranks that disagree, wrong dims and dtypes are errors that name the module."""
     with pytest.raises(InvalidAdapter, match=message):
         load_adapter(write_adapter(tmp_path, tensors))
+
+
+PATTERNS = {"q_proj": 8, "^model.layers.0.self_attn.q_proj": 2}
+
+
+def test_rank_of_a_pattern_that_peft_sorted_away_is_that_of_the_tensors(tmp_path: Path) -> None:
+    """PEFT saves patterns in alphabetical order, and cannot load what it saved where several match; we can."""
+    saved = save_llama_adapter(tmp_path, rank_pattern=PATTERNS, alpha_pattern={"q_proj": 6})
+    expected, modules = saved.deltas(), load_adapter(saved.adapter).modules
+
+    assert 8 == modules[Q].r
+    delta = modules[Q].scaling * (modules[Q].lora_B.double() @ modules[Q].lora_A.double())
+    torch.testing.assert_close(delta, expected[Q], rtol=1e-9, atol=1e-9)
+
+
+def test_alpha_of_patterns_that_peft_sorted_is_not_guessed(tmp_path: Path) -> None:
+    """The ranks show that the order is another one than in training, and the alphas cannot."""
+    saved = save_llama_adapter(tmp_path, rank_pattern=PATTERNS, alpha_pattern=PATTERNS)
+
+    with pytest.raises(InvalidAdapter, match=rf"'{Q}': several patterns of alpha_pattern match.* only one matches"):
+        load_adapter(saved.adapter)
+
+
+def test_config_and_tensors_that_disagree_about_dora_are_refused(tmp_path: Path) -> None:
+    """A magnitude that is missing is named, with what was expected."""
+    with pytest.raises(InvalidAdapter, match=r"use_dora = true, but lora_magnitude_vector is missing; give two"):
+        load_adapter(write_adapter(tmp_path, lora_pair(Q), use_dora=True))
 
 
 def test_tensors_of_several_adapters_are_refused(tmp_path: Path) -> None:
@@ -296,6 +326,8 @@ def test_tensors_of_several_adapters_are_refused(tmp_path: Path) -> None:
         ("init_lora_weights", "corda"),
         ("init_lora_weights", "lora_ga"),
         ("init_lora_weights", "loftq"),
+        ("init_lora_weights", "an_init_of_tomorrow"),
+        ("init_lora_weights", 5),
         ("a_field_of_tomorrow", 1),
     ],
 )
@@ -381,7 +413,13 @@ def test_every_field_that_peft_writes_by_default_is_accepted() -> None:
         (config_bytes(r=True), "'r' is True"),
         (config_bytes(lora_alpha="4"), "'lora_alpha' is '4'"),
         (config_bytes(lora_alpha=float("nan")), "'lora_alpha' is nan"),
-        (config_bytes(rank_pattern={"q": -1}), r"rank_pattern\['q'\] is -1"),
+        (config_bytes(rank_pattern={"q": -1}), r"rank_pattern\['q'\] is -1, expected a positive integer"),
+        (config_bytes(alpha_pattern={"q": "1"}), r"alpha_pattern\['q'\] is '1', expected a number"),
+        (config_bytes(target_modules=5), "'target_modules' is 5, expected names in a list, or one"),
+        (config_bytes(modules_to_save=[1]), r"'modules_to_save' is \[1\], expected names"),
+        (config_bytes(layers_to_transform="1"), "'layers_to_transform' is '1', expected numbers"),
+        (config_bytes(base_model_name_or_path={}), "'base_model_name_or_path' is {}, expected a name"),
+        (config_bytes(use_dora=1), "again: 'use_dora' is 1, expected true or false"),
         (config_bytes(rank_pattern=[1]), r"'rank_pattern' is \[1\]"),
         (config_bytes(alpha_pattern={"(": 1}), "not a regular expression"),
         (config_bytes(rank_pattern={"(a+)+x": 1}), "a repeated group"),

@@ -190,21 +190,39 @@ def _tensor_problems(path: str, tensors: Mapping[str, torch.Tensor], config: Ada
         problems.append(
             f"{path!r}: lora_A is {shape_a} and lora_B {shape_b}, expected (r, in) and (out, r); save the adapter again"
         )
-    elif config is not None and shape_a[0] != config.rank_of(path):
-        problems.append(
-            f"{path!r}: lora_A is {shape_a}, but adapter_config.json says r = {config.rank_of(path)}; give two files "
-            "that were saved together"
-        )
+    elif config is not None:
+        problems += _rank_problems(path, shape_a, config)
     if config is not None and (magnitude is None) == config.use_dora:
-        problems.append(f"{path!r}: use_dora is {config.use_dora}, which its tensors contradict")
+        problems.append(
+            f"{path!r}: adapter_config.json says use_dora = {str(config.use_dora).lower()}, but lora_magnitude_vector "
+            f"is {'missing' if magnitude is None else 'there'}; give two files that were saved together"
+        )
     elif magnitude is not None and len(shape_b) == 2 and magnitude.numel() != shape_b[0]:
         problems.append(f"{path!r}: lora_magnitude_vector is {tuple(magnitude.shape)}, expected ({shape_b[0]},)")
     return problems
 
 
+def _rank_problems(path: str, shape_a: tuple[int, ...], config: AdapterConfig) -> list[str]:
+    rank, ranks = shape_a[0], config.ranks_of(path)
+    if rank not in ranks:
+        stated = " or ".join(str(one) for one in dict.fromkeys(ranks))
+        return [
+            f"{path!r}: lora_A is {shape_a}, but adapter_config.json says r = {stated}; give two files that were saved "
+            "together"
+        ]
+    # The order of the patterns is not that of the training then.
+    if rank != ranks[0] and len(set(config.alphas_of(path))) > 1:
+        return [
+            f"{path!r}: several patterns of alpha_pattern match, and PEFT's save_pretrained sorts them, so that "
+            "nothing tells which counted in training; write patterns of which only one matches"
+        ]
+    return []
+
+
 def _adapter_directory(path: Path) -> Path:
     if not path.is_dir():
-        raise InvalidAdapter(f"{str(path)!r} is not a directory; give the one that holds adapter_config.json")
+        what = "is not a directory" if path.exists() else "does not exist"
+        raise InvalidAdapter(f"{str(path)!r} {what}; give the directory that holds adapter_config.json")
     if (path / "adapter_config.json").is_file():
         return path
     # save_pretrained puts an adapter that is not called "default" into a directory of its name.

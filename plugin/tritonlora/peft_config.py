@@ -8,15 +8,18 @@ so that a feature of a later PEFT cannot be dropped in silence.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from tritonlora.errors import InvalidAdapter, UnsupportedAdapter, one_message
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,15 +36,20 @@ class AdapterConfig:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     base_model_class: str = ""  # "LlamaForCausalLM", which PEFT notes where it was given no task_type
 
-    def rank_of(self, path: str) -> int:
-        """The rank that PEFT gives the module `path` ("model.layers.0.self_attn.q_proj")."""
-        key = _first_match(self.rank_pattern, path)
-        return self.r if key is None else self.rank_pattern[key]
+    def ranks_of(self, path: str) -> list[int]:
+        """The ranks that the module `path` ("model.layers.0.self_attn.q_proj") can have: PEFT gives it the first.
+
+        There are several where several patterns match. PEFT saves them in another order than they were given in.
+        """
+        return _matches(self.rank_pattern, path) or [self.r]
+
+    def alphas_of(self, path: str) -> list[float]:
+        """As `ranks_of`."""
+        return _matches(self.alpha_pattern, path) or [self.lora_alpha]
 
     def scaling_of(self, path: str, rank: int) -> float:
         """What PEFT multiplies B @ A with: alpha / r, or alpha / sqrt(r) with rsLoRA."""
-        key = _first_match(self.alpha_pattern, path)
-        alpha = self.lora_alpha if key is None else self.alpha_pattern[key]
+        alpha = self.alphas_of(path)[0]
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
 
@@ -63,7 +71,7 @@ def parse_config(text: bytes) -> AdapterConfig:
     except (ValueError, RecursionError) as error:
         raise InvalidAdapter(f"adapter_config.json is not JSON; save the adapter again: {error}") from error
     if not isinstance(raw, dict):
-        raise InvalidAdapter("adapter_config.json is not a JSON object")
+        raise InvalidAdapter("adapter_config.json is not a JSON object; save the adapter again")
     peft_type = raw.get("peft_type", "LORA")
     if peft_type != "LORA":
         raise UnsupportedAdapter(
@@ -72,7 +80,9 @@ def parse_config(text: bytes) -> AdapterConfig:
     broken = [*(f"{key!r} occurs more than once" for key in repeated), *_broken_fields(raw)]
     refused = _refused_fields(raw)
     if broken:
-        raise InvalidAdapter(one_message("adapter_config.json is malformed", [*broken, *refused]))
+        raise InvalidAdapter(
+            one_message("adapter_config.json is malformed; save the adapter again", [*broken, *refused])
+        )
     if refused:
         raise UnsupportedAdapter(one_message("the adapter uses what cannot be carried to the engine", refused))
     return AdapterConfig(
@@ -126,6 +136,7 @@ _TYPES: tuple[tuple[frozenset[str], str], ...] = (
     ),
 )
 _UNMODIFIED_BASE_INITS = ("true", "false", "gaussian", "orthogonal", "eva", "mica")
+_MODIFIED_BASE_INITS = ("pissa", "olora", "corda", "lora_ga")
 _MERGE = "merge the adapter into the base model instead"
 _REFUSED: Mapping[str, str] = {
     "bias": "the engine has no place for trained biases; train with bias='none'",
@@ -155,7 +166,10 @@ def _refused_fields(raw: Mapping[str, Any]) -> list[str]:
         elif key in _REFUSED:
             refused.append(f"{key!r} is {_short(value)}: {_REFUSED[key]}")
         else:
-            refused.append(f"{key!r} is {_short(value)}: not a field that is known here, and it may change the weights")
+            refused.append(
+                f"{key!r} is {_short(value)}: not a field that is known here, and it may change the weights; if it "
+                f"mattered in training alone, take it out of adapter_config.json, else {_MERGE}"
+            )
     return refused
 
 
@@ -174,32 +188,37 @@ def _refused_init(value: object) -> list[str]:
             "'init_lora_weights' is 'loftq', which replaced the base weights by quantised ones; merge the adapter into "
             "those, or train on a quantised base without LoftQ (QLoRA)"
         ]
+    changed = "changed" if str(value).startswith(_MODIFIED_BASE_INITS) else "may have changed"
     return [
-        f"'init_lora_weights' is {_short(value)}, which changed the base weights; convert the adapter to a plain LoRA "
-        "with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
+        f"'init_lora_weights' is {_short(value)}, which {changed} the base weights; convert the adapter to a plain "
+        "LoRA with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
     ]
 
 
 def _broken_fields(raw: Mapping[str, Any]) -> list[str]:
     problems = []
-    if not _is_rank(raw.get("r", 8)):
-        problems.append(f"'r' is {_short(raw['r'])}, expected a positive integer")
-    if not _is_number(raw.get("lora_alpha", 8)):
-        problems.append(f"'lora_alpha' is {_short(raw['lora_alpha'])}, expected a number")
-    problems += [
-        f"{name!r} is {_short(raw[name])}, expected true or false"
-        for name in ("use_rslora", "use_dora", "fan_in_fan_out")
-        if raw.get(name) not in (None, True, False)
-    ]
-    for name, is_value in (("rank_pattern", _is_rank), ("alpha_pattern", _is_number)):
+    for names, is_right, expected in _EXPECTED:
+        problems += [
+            f"{name!r} is {_short(raw[name])}, expected {expected}"
+            for name in names
+            if name in raw and not is_right(raw[name])
+        ]
+    for name, is_value, expected in (
+        ("rank_pattern", _is_rank, "a positive integer"),
+        ("alpha_pattern", _is_number, "a number"),
+    ):
         pattern = raw.get(name) or {}
         if not isinstance(pattern, dict):
             problems.append(f"{name!r} is {_short(pattern)}, expected an object")
             continue
-        problems += [f"{name}[{key!r}] is {_short(v)}" for key, v in pattern.items() if not is_value(v)]
+        problems += [
+            f"{name}[{key!r}] is {_short(v)}, expected {expected}" for key, v in pattern.items() if not is_value(v)
+        ]
         problems += [f"{name} has {_short(key)}: {error}" for key in pattern if (error := _regex_error(key))]
         if sum(map(_ways, pattern)) > _MAX_WAYS:
-            problems.append(f"{name} has too many alternatives and repetitions in its regular expressions")
+            problems.append(
+                f"{name} has too many alternatives and repetitions in its regular expressions; write the layers' names"
+            )
     return problems
 
 
@@ -208,10 +227,15 @@ def _base_model_class(auto_mapping: object) -> str:
     return name if isinstance(name, str) else ""
 
 
-def _first_match(patterns: Mapping[str, object], path: str) -> str | None:
+def _matches(patterns: Mapping[str, _T], path: str) -> list[_T]:
     # PEFT's rule (`get_pattern_key` in src/peft/utils/other.py): the first that matches the end of the path, from a dot
     # on; the pattern is a regular expression.
-    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", path)), None)
+    return [value for key, value in patterns.items() if _compiled(key).match(path)]
+
+
+@functools.lru_cache(maxsize=4096)
+def _compiled(key: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({key})$")
 
 
 # A regular expression can take for ever to fail. This bounds the ways to try one on the name of a layer, which has less
@@ -231,11 +255,11 @@ def _ways(pattern: str) -> float:
 
 def _regex_error(key: str) -> str:
     if len(key) > 1000 or _REPEATED_GROUP.search(key) or _FLAGS.search(key):
-        return "a repeated group, flags, or too long"
+        return "a repeated group, flags, or too long; write the layers' names"
     try:
-        re.compile(rf"(.*\.)?({key})$")
+        _compiled(key)
     except (re.error, OverflowError, RecursionError) as error:
-        return f"not a regular expression ({error})"
+        return f"not a regular expression ({error.msg if isinstance(error, re.error) else error})"
     return ""
 
 
@@ -245,6 +269,31 @@ def _is_rank(value: object) -> bool:
 
 def _is_number(value: object) -> bool:
     return type(value) in (int, float) and math.isfinite(value) and abs(value) < 1e30  # type: ignore[arg-type]
+
+
+def _is_switch(value: object) -> bool:
+    return value is None or type(value) is bool
+
+
+def _is_names(value: object) -> bool:
+    return (
+        value is None or isinstance(value, str) or (isinstance(value, list) and all(isinstance(v, str) for v in value))
+    )
+
+
+def _is_layers(value: object) -> bool:
+    return value is None or all(type(layer) is int for layer in (value if isinstance(value, list) else [value]))
+
+
+# What the fields are that decide the weights or the layers.
+_EXPECTED: tuple[tuple[tuple[str, ...], Callable[[object], bool], str], ...] = (
+    (("r",), _is_rank, "a positive integer"),
+    (("lora_alpha",), _is_number, "a number"),
+    (("use_rslora", "use_dora", "fan_in_fan_out"), _is_switch, "true or false"),
+    (("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"), _is_names, "names in a list, or one"),
+    (("layers_to_transform",), _is_layers, "numbers in a list, or one"),
+    (("base_model_name_or_path",), lambda value: value is None or isinstance(value, str), "a name"),
+)
 
 
 def _short(value: object) -> str:
