@@ -415,6 +415,20 @@ def test_what_is_wrong_is_found(sound: Repository, name: str) -> None:
     assert all(one.remedy for one in findings)
 
 
+def test_adapter_whose_layers_only_the_engine_can_tell_is_checked_against_it(
+    opened: Repository, tmp_path: Path
+) -> None:
+    """An up_proj without a gate_proj is one module or another by the architecture."""
+    pair = lora_pair("model.layers.0.mlp.up_proj", r=8, in_features=64, out_features=128)
+    register.add(opened, "pirate", write_adapter(tmp_path / "up", pair, r=8, lora_alpha=16))
+
+    assert [] == check.check(opened, deep=True)
+    _edit_yaml(opened, lora_config={"max_lora_rank": 4})
+    (finding,) = check.check(opened)
+    assert "adapter pirate" == finding.where
+    assert "mlp_gate has rank 8, the engine's max_lora_rank is 4" in finding.problem
+
+
 def test_an_altered_file_is_found_by_its_digest(sound: Repository) -> None:
     """The last byte of the weights."""
     file = _copy(sound) / "adapter_model.safetensors"

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from tritonlora import surroundings, warmup
 from tritonlora.adapters import AdapterEntry, AdapterTable
 from tritonlora.cpu_engine.settings import is_cpu_engine
-from tritonlora.errors import ConfigError, TritonLoraError
+from tritonlora.errors import ConfigError, EngineMismatch, TritonLoraError
 from tritonlora.files import sha256_of
 from tritonlora.findings import Finding, Subject
 from tritonlora.findings import error as _error
@@ -130,10 +130,12 @@ def _rows(subject: Subject) -> Iterator[Finding]:
     """Each adapter is one that this engine accepts."""
     for name, entry in subject.table.entries.items():
         try:
-            rows = subject.flavour.rows(subject.repository.root, entry)
-        except TritonLoraError:
-            continue  # _files says so
-        for problem in dict.fromkeys(_row_problems(entry, rows, subject)):
+            rows = subject.flavour.rows(subject.repository.root, entry, subject.profile)
+            problems = list(dict.fromkeys(_row_problems(entry, rows, subject)))
+        except TritonLoraError as error:
+            # _files says what is broken, and without an engine there is none to fit.
+            problems = [str(error)] if subject.profile and isinstance(error, EngineMismatch) else []
+        for problem in problems:
             yield _error(f"adapter {name}", problem, "convert it for this engine, or remove it")
 
 

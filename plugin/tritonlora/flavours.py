@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tritonlora.errors import AdapterError, RepositoryError
+from tritonlora.errors import AdapterError, EngineMismatch, RepositoryError
 
 if TYPE_CHECKING:
     from tritonlora.adapters import AdapterEntry
@@ -80,7 +80,8 @@ class Flavour:
     check_adapter: Callable[[Adapter], None]  # AdapterError: what this flavour alone cannot take
     store: Callable[[Adapter, Layout, Path, Path, Path | None, bool], None]  # (…, weights, config, base, nonfinite)
     stored_problems: Callable[[Path, AdapterEntry], list[str]]  # with its files, which are there
-    rows: Callable[[Path, AdapterEntry], Rows]  # (module id, layer, rank, …) of each row; TritonLoraError
+    # (module id, layer, rank, …) of each row, for an engine or none that is known; TritonLoraError
+    rows: Callable[[Path, AdapterEntry, EngineProfile | None], Rows]
     declare: Callable[[str, Collection[AdapterEntry]], str]  # the target's config.pbtxt, for these adapters
     served_config: Callable[[ModelConfig, Path], ModelConfig]  # as Triton completes it, for the target's directory
     profile: Callable[[ModelConfig, Path], EngineProfile | None]
@@ -159,7 +160,7 @@ def _size_problems(root: Path, entry: AdapterEntry) -> list[str]:
     return [f"{file} has {nbytes} bytes, expected {expected}" for file, nbytes, expected in found if nbytes != expected]
 
 
-def _tensor_rows(root: Path, entry: AdapterEntry) -> Rows:
+def _tensor_rows(root: Path, entry: AdapterEntry, _profile: EngineProfile | None) -> Rows:
     path = root / entry.lora_config_file
     try:
         content = path.read_bytes()
@@ -249,11 +250,17 @@ def _directory_problems(root: Path, entry: AdapterEntry) -> list[str]:
     return []
 
 
-def _adapter_rows(root: Path, entry: AdapterEntry) -> Rows:
+def _adapter_rows(root: Path, entry: AdapterEntry, profile: EngineProfile | None) -> Rows:
     from tritonlora.layout import plan_layout
     from tritonlora.peft import load_adapter
 
-    layout = plan_layout(load_adapter(root / (entry.lora_path or "")), dtype=entry.dtype)
+    adapter = load_adapter(root / (entry.lora_path or ""))
+    try:
+        layout = plan_layout(adapter, dtype=entry.dtype)
+    except EngineMismatch:  # names alone do not say what its layers are
+        if profile is None:
+            raise
+        layout = plan_layout(adapter, dtype=profile.dtype, profile=profile)
     return tuple((row.module.id, row.layer, row.adapter_size) for row in layout.rows)
 
 

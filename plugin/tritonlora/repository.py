@@ -138,6 +138,6 @@ def plan_entries(repository: Repository, table: AdapterTable, config: ModelConfi
     """The registered adapters as the planner needs them."""
     flavour = flavour_of_config(config)
     return [
-        Entry(name, flavour.rows(repository.root, entry), entry.lora_weights_nbytes, entry.warm)
+        Entry(name, flavour.rows(repository.root, entry, None), entry.lora_weights_nbytes, entry.warm)
         for name, entry in sorted(table.entries.items())
     ]
