@@ -338,6 +338,27 @@ CASES = {
     "olmoe": Case(hf.OlmoeForCausalLM, hf.OlmoeConfig, MOE, ATTENTION),
     "phimoe": Case(hf.PhimoeForCausalLM, hf.PhimoeConfig, {**MOE, "pad_token_id": 0}, ATTENTION),
     "granitemoe": Case(hf.GraniteMoeForCausalLM, hf.GraniteMoeConfig, MOE, ATTENTION),
+    "plbart": Case(hf.PLBartForConditionalGeneration, hf.PLBartConfig, BART_SIZES, CROSS_ATTENTION, BART_DECODER),
+    "mvp": Case(hf.MvpForConditionalGeneration, hf.MvpConfig, BART_SIZES, CROSS_ATTENTION, BART_DECODER),
+    "blenderbot_small": Case(
+        hf.BlenderbotSmallForConditionalGeneration, hf.BlenderbotSmallConfig, BART_SIZES, CROSS_ATTENTION, BART_DECODER
+    ),
+    "bigbird_pegasus": Case(
+        hf.BigBirdPegasusForConditionalGeneration, hf.BigBirdPegasusConfig, BART_SIZES, CROSS_ATTENTION, BART_DECODER
+    ),
+    "pegasus_x": Case(
+        hf.PegasusXForConditionalGeneration, hf.PegasusXConfig, BART_SIZES, CROSS_ATTENTION, BART_DECODER
+    ),
+    "diffllama": Case(hf.DiffLlamaForCausalLM, hf.DiffLlamaConfig, GQA, SEPARATE),
+    "emu3": Case(
+        hf.Emu3ForCausalLM,
+        hf.Emu3TextConfig,
+        {**GQA, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+        SEPARATE,
+    ),
+    "granite_swa": Case(hf.GraniteSWAForCausalLM, hf.GraniteSWAConfig, GQA, SEPARATE),
+    "nanochat": Case(hf.NanoChatForCausalLM, hf.NanoChatConfig, GQA, ATTENTION | FC1_FC2),
+    "flex_olmo": Case(hf.FlexOlmoForCausalLM, hf.FlexOlmoConfig, {**MOE, "pad_token_id": 0}, ATTENTION),
     "bitnet": Case(hf.BitNetForCausalLM, hf.BitNetConfig, GQA, SEPARATE),
     "granitemoeshared": Case(hf.GraniteMoeSharedForCausalLM, hf.GraniteMoeSharedConfig, MOE, ATTENTION),
     "ernie4_5_moe": Case(

@@ -16,7 +16,7 @@ import torch
 
 from tritonlora.checkpoint import load_checkpoint
 from tritonlora.errors import InvalidAdapter, UnsupportedAdapter, merge_layers, one_message
-from tritonlora.families import locate
+from tritonlora.locate import locate
 from tritonlora.peft import Adapter, AdapterModule
 
 _ROWS_AT_A_TIME = 1024

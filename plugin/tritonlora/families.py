@@ -10,8 +10,7 @@ Trap: TensorRT-LLM's `mlp_h_to_4h` is the branch that goes through the activatio
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 
@@ -117,6 +116,7 @@ PHI = Family(
     _leaves("self_attn", attn_q="q_proj", attn_k="k_proj", attn_v="v_proj", attn_dense="dense")
     | _leaves("mlp", mlp_h_to_4h="fc1", mlp_4h_to_h="fc2"),
 )
+NANOCHAT = Family("nanochat", _MODEL_LAYERS, _SEPARATE_ATTENTION | _leaves("mlp", mlp_h_to_4h="fc1", mlp_4h_to_h="fc2"))
 STARCODER2 = Family("StarCoder2", _MODEL_LAYERS, _SEPARATE_ATTENTION | _C_MLP)
 GPT_NEOX = Family(
     "GPT-NeoX",
@@ -253,6 +253,13 @@ _TABLE = (
     Architecture("hyperclovax", "HyperCLOVAXForCausalLM", LLAMA),
     Architecture("cwm", "CwmForCausalLM", LLAMA, {"num_key_value_heads": 8, "head_dim": 128}),
     Architecture("hunyuan_v1_dense", "HunYuanDenseV1ForCausalLM", LLAMA),
+    Architecture("diffllama", "DiffLlamaForCausalLM", LLAMA),
+    Architecture("emu3_text_model", "Emu3ForCausalLM", LLAMA, {"num_key_value_heads": 8}),
+    Architecture("granite_swa", "GraniteSWAForCausalLM", LLAMA, {"num_key_value_heads": 4}),
+    Architecture("qwen2_5_omni_text", "Qwen2_5OmniThinkerForConditionalGeneration", LLAMA, {"num_key_value_heads": 4}),
+    Architecture(
+        "paddleocr_vl_text", "PaddleOCRVLForConditionalGeneration", LLAMA, {"num_key_value_heads": 2, "head_dim": 128}
+    ),
     Architecture("bitnet", "BitNetForCausalLM", LLAMA, {"num_key_value_heads": 5}),
     Architecture("baichuan", "BaichuanForCausalLM", BAICHUAN),
     Architecture("internlm2", "InternLM2ForCausalLM", INTERNLM2),
@@ -265,10 +272,12 @@ _TABLE = (
     Architecture("glm", "GlmForCausalLM", GLM, {"num_key_value_heads": 2, "head_dim": 128}),
     Architecture("glm4", "Glm4ForCausalLM", GLM, {"num_key_value_heads": 2, "head_dim": 128}),
     Architecture("glm4v_text", "Glm4vForConditionalGeneration", GLM, {"num_key_value_heads": 2}),
+    Architecture("glm_ocr_text", "GlmOcrForConditionalGeneration", GLM, {"num_key_value_heads": 8}),
     Architecture("phi3", "Phi3ForCausalLM", PHI3),
     Architecture("phi4_multimodal", "Phi4MultimodalForCausalLM", PHI3, {"num_key_value_heads": 8}),
     Architecture("phi4mm", "Phi4MMForCausalLM", PHI3),
     Architecture("phi", "PhiForCausalLM", PHI),
+    Architecture("nanochat", "NanoChatForCausalLM", NANOCHAT),
     Architecture("persimmon", "PersimmonForCausalLM", PERSIMMON),
     Architecture("starcoder2", "Starcoder2ForCausalLM", STARCODER2, {"num_key_value_heads": 2}),
     Architecture("gpt_neox", "GPTNeoXForCausalLM", GPT_NEOX),
@@ -289,6 +298,13 @@ _TABLE = (
     Architecture("olmoe", "OlmoeForCausalLM", MIXTURE),
     Architecture("phimoe", "PhimoeForCausalLM", MIXTURE, {"num_key_value_heads": 8}),
     Architecture("granitemoe", "GraniteMoeForCausalLM", MIXTURE),
+    Architecture(
+        "qwen3_vl_moe_text", "Qwen3VLMoeForConditionalGeneration", MIXTURE, {"num_key_value_heads": 16, "head_dim": 128}
+    ),
+    Architecture("flex_olmo", "FlexOlmoForCausalLM", MIXTURE),
+    Architecture("dots1", "Dots1ForCausalLM", MIXTURE),
+    Architecture("hunyuan_v1_moe", "HunYuanMoEV1ForCausalLM", MIXTURE),
+    Architecture("cohere2_moe", "Cohere2MoeForCausalLM", MIXTURE, {"head_dim": 128}),
     Architecture("granitemoeshared", "GraniteMoeSharedForCausalLM", MIXTURE),
     Architecture("ernie4_5_moe", "Ernie4_5_MoeForCausalLM", MIXTURE, {"num_key_value_heads": 4}),
     Architecture("glm4_moe", "Glm4MoeForCausalLM", MIXTURE, {"num_key_value_heads": 8}),
@@ -305,12 +321,17 @@ _TABLE = (
     Architecture("blenderbot", "BlenderbotForConditionalGeneration", BART),
     Architecture("marian", "MarianMTModel", BART),
     Architecture("m2m_100", "M2M100ForConditionalGeneration", BART),
+    Architecture("plbart", "PLBartForConditionalGeneration", BART),
+    Architecture("mvp", "MvpForConditionalGeneration", BART),
+    Architecture("blenderbot-small", "BlenderbotSmallForConditionalGeneration", BART),
+    Architecture("bigbird_pegasus", "BigBirdPegasusForConditionalGeneration", BART),
+    Architecture("pegasus_x", "PegasusXForConditionalGeneration", BART),
     Architecture("whisper", "WhisperForConditionalGeneration", BART),
 )
 ARCHITECTURES: Mapping[str, Architecture] = {architecture.name: architecture for architecture in _TABLE}
 BY_MODEL_TYPE: Mapping[str, Architecture] = {architecture.model_type: architecture for architecture in _TABLE}
 # What else stands in engines' config.json (`MODEL_MAP` in TensorRT-LLM tensorrt_llm/models/__init__.py).
-_ENGINE_NAMES: Mapping[str, tuple[Family, ...]] = {
+ENGINE_NAMES: Mapping[str, tuple[Family, ...]] = {
     "GPTForCausalLM": (GPT2, GPT_BIGCODE, STARCODER2, NEMOTRON),
     "QWenForCausalLM": (LLAMA, MIXTURE),
     "RWForCausalLM": (FALCON,),
@@ -324,78 +345,6 @@ _ENGINE_NAMES: Mapping[str, tuple[Family, ...]] = {
     "ChatGLMForConditionalGeneration": (CHATGLM,),
     "Phi3VForCausalLM": (PHI3,),
 }
-
-# First match wins; the last line always matches.
-_WHY_NOT = (
-    (r"^[^0-9]+\.(0[0-9]|[1-9][0-9]{4})[0-9]*\.", "a layer's number is below 10000 and has no leading zeros"),
-    (r"(^|\.)(lm_head|embed_out|proj_out)$", "TensorRT-LLM has no LoRA for the output embedding"),
-    (r"(^|\.)(embed_tokens|wte|word_embeddings|shared|embed_in)$", "TensorRT-LLM has no LoRA for embeddings"),
-    (r"experts?(\.|$)|block_sparse_moe|shared_mlp", "LoRA on expert layers cannot be sent to a TensorRT-LLM engine"),
-    (r"\.(gate|router|shared_expert_gate)$", "LoRA on an expert router is not supported"),
-    (
-        r"(^|\.)(vision|visual|vision_tower|vision_model|multi_modal_projector|audio_tower)",
-        "not a part of the text model",
-    ),
-    (r"^(?!transformer\.).*\bencoder\.", "an encoder's LoRA has no place in the tensors of the decoder's engine"),
-    (r"(^|\.)(score|classifier|qa_outputs)$", "a classification head is not a part of a text-generation engine"),
-    (r"", "not a linear layer that TensorRT-LLM has a LoRA for"),
-)
-
-
-def locate(path: str) -> tuple[int, Mapping[str, Leaf]] | None:
-    """(layer, {name of each family that has it: leaf}) of the module `path` of a Hugging Face model.
-
-    None where the engine has no LoRA for it. `path` is as PEFT sees it: "model.layers.3.self_attn.q_proj".
-    """
-    match = _LAYER_PATH.fullmatch(path)
-    leaves = _LEAVES.get((match["stem"], match["tail"])) if match else None
-    return (int(match["layer"]), leaves) if match and leaves else None
-
-
-def families_of(architecture: str) -> frozenset[str]:
-    """The names of the families that a model of `architecture` can be of; all of them where it is not known."""
-    known = ARCHITECTURES.get(architecture)
-    families = _ENGINE_NAMES.get(architecture, _FAMILIES) if known is None else (known.family,)
-    return frozenset(family.name for family in families)
-
-
-def likely_families(
-    layers: Iterable[Mapping[str, Leaf]], architectures: Iterable[str], *, conv1d: bool
-) -> frozenset[str]:
-    """The families of `architectures` that have all `layers` (as `locate` gives them), if there is any.
-
-    Of `architectures`, those that know most come first; "" stands for none. Where `conv1d` is set, those of Conv1D.
-    """
-    families = families_of("")
-    for known in map(families_of, architectures):
-        families = families & known or families
-    families = families.intersection(*layers) or families
-    return families & _CONV1D or families if conv1d else families
-
-
-# The first number in a path is the layer's. No model has ten thousand layers.
-_LAYER_PATH = re.compile(r"(?P<stem>.+?)\.(?P<layer>0|[1-9][0-9]{0,3})\.(?P<tail>.+)")
-
-
-def why_not(path: str) -> str:
-    """Why `locate(path)` finds nothing, with the remedy."""
-    reason = next(reason for pattern, reason in _WHY_NOT if re.search(pattern, path))
-    return (
-        f"{reason}; train without it (`target_modules` or `exclude_modules`), or merge the adapter into the base model"
-    )
-
-
-def _by_name() -> dict[tuple[str, str], dict[str, Leaf]]:
-    leaves: dict[tuple[str, str], dict[str, Leaf]] = {}
-    for family in _FAMILIES:
-        for stem in family.stems:
-            for tail, leaf in family.leaves.items():
-                leaves.setdefault((stem, tail), {})[family.name] = leaf
-    return leaves
-
-
-_FAMILIES: tuple[Family, ...] = tuple(
+FAMILIES: tuple[Family, ...] = tuple(
     {architecture.family.name: architecture.family for architecture in _TABLE}.values()
 )
-_CONV1D = frozenset(family.name for family in _FAMILIES if family.conv1d)
-_LEAVES: Mapping[tuple[str, str], Mapping[str, Leaf]] = _by_name()

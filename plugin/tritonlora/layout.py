@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tritonlora.errors import AdapterError, EngineMismatch, UnsupportedAdapter, layers_text, one_message
-from tritonlora.families import Leaf, likely_families
+from tritonlora.families import Leaf
+from tritonlora.locate import likely_families
 from tritonlora.modules import BY_NAME, LoraModule
 
 if TYPE_CHECKING:

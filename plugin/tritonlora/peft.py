@@ -18,7 +18,8 @@ import torch
 
 from tritonlora.checkpoint import file_inside, load_checkpoint, read_json_bytes
 from tritonlora.errors import AdapterError, InvalidAdapter, UnsupportedAdapter, merge_layers, one_message
-from tritonlora.families import Leaf, locate, why_not
+from tritonlora.families import Leaf
+from tritonlora.locate import locate, why_not
 from tritonlora.peft_config import AdapterConfig, parse_config
 
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

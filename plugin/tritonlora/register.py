@@ -33,9 +33,9 @@ from tritonlora.adapters import (
 from tritonlora.adapters_json import render
 from tritonlora.engine import EngineProfile, load_profile
 from tritonlora.errors import EngineMismatch, RepositoryError, TritonLoraError
-from tritonlora.families import families_of
 from tritonlora.files import locked, publish, sha256_of, temporary_name, write_text
 from tritonlora.flavours import Flavour, flavour_of_config
+from tritonlora.locate import families_of
 from tritonlora.modules import MODULES
 from tritonlora.pbtxt import ModelConfig
 from tritonlora.repository import (

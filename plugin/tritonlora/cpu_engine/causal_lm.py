@@ -22,7 +22,7 @@ from tritonlora.cpu_engine.request import GenerationRequest, LoraInputs
 from tritonlora.cpu_engine.sampling import choose_token
 from tritonlora.engine import EngineProfile
 from tritonlora.errors import EngineMismatch, one_message
-from tritonlora.families import families_of, locate
+from tritonlora.locate import families_of, locate
 from tritonlora.pack import unpack, unpack_magnitudes
 
 
