@@ -422,6 +422,7 @@ def test_every_field_that_peft_writes_by_default_is_accepted() -> None:
         (config_bytes(use_dora=1), "again: 'use_dora' is 1, expected true or false"),
         (config_bytes(rank_pattern=[1]), r"'rank_pattern' is \[1\]"),
         (config_bytes(alpha_pattern={"(": 1}), "not a regular expression"),
+        (config_bytes(rank_pattern={f"q{i}": 1 for i in range(5000)}), "'rank_pattern' has 5000 patterns, .* 4096"),
         (config_bytes(rank_pattern={"(a+)+x": 1}), "a repeated group"),
         (config_bytes(rank_pattern={"(a|a)*x": 1}), "a repeated group"),
         (config_bytes(rank_pattern={".*" * 5: 1}), "too many alternatives and repetitions"),

@@ -211,6 +211,9 @@ def _broken_fields(raw: Mapping[str, Any]) -> list[str]:
         if not isinstance(pattern, dict):
             problems.append(f"{name!r} is {_short(pattern)}, expected an object")
             continue
+        if len(pattern) > _MAX_PATTERNS:
+            problems.append(f"{name!r} has {len(pattern)} patterns, expected at most {_MAX_PATTERNS}")
+            continue
         problems += [
             f"{name}[{key!r}] is {_short(v)}, expected {expected}" for key, v in pattern.items() if not is_value(v)
         ]
@@ -233,7 +236,11 @@ def _matches(patterns: Mapping[str, _T], path: str) -> list[_T]:
     return [value for key, value in patterns.items() if _compiled(key).match(path)]
 
 
-@functools.lru_cache(maxsize=4096)
+# No model has as many linear layers: each of them has its own pattern at most.
+_MAX_PATTERNS = 4096
+
+
+@functools.lru_cache(maxsize=2 * _MAX_PATTERNS)  # to compile one takes as long as matching it to a hundred layers
 def _compiled(key: str) -> re.Pattern[str]:
     return re.compile(rf"(.*\.)?({key})$")
 
