@@ -19,7 +19,7 @@ def test_a_mapped_file_is_the_tensor_that_was_written(tmp_path: Path, dtype: str
     written = torch.randint(0, 256, (3 * 5 * 8,), dtype=torch.uint8)
     (tmp_path / "weights.bin").write_bytes(written.numpy().tobytes())
     width = getattr(torch, dtype).itemsize
-    capsule = dlpack.mapped(tmp_path / "weights.bin", dtype, (1, 3, 40 // width))
+    capsule = dlpack.capsule_of(dlpack.mapped(tmp_path / "weights.bin"), dtype, (1, 3, 40 // width))
     found = torch.utils.dlpack.from_dlpack(capsule)
 
     assert (getattr(torch, dtype), (1, 3, 40 // width)) == (found.dtype, tuple(found.shape))
@@ -29,7 +29,9 @@ def test_a_mapped_file_is_the_tensor_that_was_written(tmp_path: Path, dtype: str
 def test_a_mapping_lives_as_long_as_its_tensor(tmp_path: Path) -> None:
     """Even when the file is gone, and no longer."""
     (tmp_path / "weights.bin").write_bytes(b"\x80\x3f" * 8)
-    found = torch.utils.dlpack.from_dlpack(dlpack.mapped(tmp_path / "weights.bin", "bfloat16", (2, 4)))
+    found = torch.utils.dlpack.from_dlpack(
+        dlpack.capsule_of(dlpack.mapped(tmp_path / "weights.bin"), "bfloat16", (2, 4))
+    )
     (tmp_path / "weights.bin").unlink()
     gc.collect()
 

@@ -247,6 +247,27 @@ def test_tensors_are_mapped_as_they_are_on_disk(tmp_path: Path) -> None:
     assert np.array_equal(np.full((1, 6, 3), 2, np.int32), lora_config)
 
 
+def test_a_file_stays_mapped_until_the_table_changes(tmp_path: Path, failures: list[str]) -> None:
+    """Mapping it for every load would double what a load costs; of a file that was removed it would keep the space."""
+    _write_tensors(tmp_path)
+    table = tmp_path / "adapters.json"
+    table.write_text(render(TABLE))
+    file = TableFile(table, failures.append)
+    first, second = (torch.utils.dlpack.from_dlpack(map_tensors(tmp_path, REGISTERED)[0]) for _ in range(2))
+
+    assert first.data_ptr() == second.data_ptr()
+
+    del first, second
+    (tmp_path / REGISTERED.entry.lora_weights_file).unlink()
+
+    assert "adapter_model_1.bin (deleted)" in Path("/proc/self/maps").read_text()
+
+    _replace(table, render(with_adapter(TABLE, "new", entry(3))))
+    file.table()
+
+    assert "adapter_model_1.bin" not in Path("/proc/self/maps").read_text()
+
+
 @pytest.mark.parametrize(("weights", "config"), [(671, 72), (673, 72), (672, 71)])
 def test_a_file_of_the_wrong_size_makes_the_adapter_unavailable(tmp_path: Path, weights: int, config: int) -> None:
     """Mapped, it would be other weights or a bus error. The message has no path of the server."""

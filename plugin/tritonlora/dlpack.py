@@ -3,7 +3,7 @@
 """A file as a tensor of any dtype, bfloat16 included, without torch.
 
 numpy has no bfloat16, and torch in each process of the router would cost ten times what the rest of it does. DLPack
-describes a tensor in six fields; they are filled in here for a mapping of the file.
+describes a tensor in six fields; they are filled in here for the bytes of a mapped file.
 
 Source: dmlc/dlpack include/dlpack/dlpack.h. This file runs inside a plain Triton container: numpy only.
 """
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
+import numpy.typing as npt
 
 _CPU = 1  # kDLCPU
 _DTYPES = {"float16": (2, 16), "float32": (2, 32), "bfloat16": (4, 16)}  # (DLDataTypeCode, bits)
@@ -63,16 +64,20 @@ _new_capsule.restype = ctypes.py_object
 _new_capsule.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
 
 
-def mapped(path: Path, dtype: str, shape: tuple[int, ...]) -> object:
-    """The file's content as a DLPack capsule ("dltensor") on the CPU, for one consumer.
-
-    `dtype` is one of float16, float32, bfloat16; the file holds the elements of `shape` row by row, little-endian, and
-    nothing else. Its pages are those of the page cache, private and read-only: a copy is made only by the consumer.
-    """
+def mapped(path: Path) -> npt.NDArray[np.uint8]:
+    """The file's content: its pages in the page cache, private and read-only. A copy is made only by who reads it."""
     with path.open("rb") as file:
         flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_POPULATE", 0)  # one call instead of a fault for every page
         mapping = mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ)
-    content = np.frombuffer(mapping, np.uint8)
+    return np.frombuffer(mapping, np.uint8)
+
+
+def capsule_of(content: npt.NDArray[np.uint8], dtype: str, shape: tuple[int, ...]) -> object:
+    """`content` as a DLPack capsule ("dltensor") on the CPU, for one consumer. Nothing is copied.
+
+    `dtype` is one of float16, float32, bfloat16; `content` has the elements of `shape` row by row, little-endian, and
+    nothing else.
+    """
     code, bits = _DTYPES[dtype]
     dims = (ctypes.c_int64 * len(shape))(*shape)
     tensor = _Tensor(content.ctypes.data, _Device(_CPU, 0), len(shape), _DataType(code, bits, 1), dims, None, 0)

@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,7 @@ from tritonlora.adapters_json import TableReader, unavailable
 from tritonlora.errors import AdapterTableError, AdapterUnavailable, InvalidRequest, UnknownAdapter, one_message
 
 MOST_REPORTED = 20  # malformed entries in one log entry
+MOST_MAPPED = 16  # files of weights: in each process their page tables take 1/512 of their size
 
 # Which adapter
 
@@ -154,6 +155,7 @@ class TableFile:
         return (found.st_ino, found.st_mtime_ns, found.st_size)
 
     def _read(self) -> AdapterTable:
+        _content_of.cache_clear()  # the space of a file that was removed is free when nobody maps it any more
         self._version = self._stat()  # before reading: a change in between is seen the next time
         try:
             text = self._path.read_bytes().decode()
@@ -227,7 +229,9 @@ def map_tensors(repository: Path, route: Route) -> tuple[object, npt.NDArray[np.
     """
     check_files(repository, route, deep=True)
     entry = route.entry
-    lora_weights = dlpack.mapped(repository / entry.lora_weights_file, entry.dtype, (1, *entry.lora_weights_shape))
+    path = repository / entry.lora_weights_file
+    content = _content_of(path, _version_of(path.stat()))
+    lora_weights = dlpack.capsule_of(content, entry.dtype, (1, *entry.lora_weights_shape))
     lora_config: npt.NDArray[Any] = np.fromfile(repository / entry.lora_config_file, "<i4")
     return lora_weights, lora_config.reshape(1, *entry.lora_config_shape)
 
@@ -238,7 +242,7 @@ def _file_problem(path: Path, nbytes: int | None, sha256: str | None) -> str | N
         found = path.stat()
         if nbytes not in (None, found.st_size):
             return f"{path.name} has {found.st_size} bytes on the server, expected {nbytes}"
-        if sha256 is not None and _sha256_of(path, (found.st_ino, found.st_mtime_ns)) != sha256:
+        if sha256 is not None and _sha256_of(path, _version_of(found)) != sha256:
             return f"{path.name} was altered on the server: its SHA-256 is not the registered one"
     except FileNotFoundError:
         return f"{path.name} is missing on the server"
@@ -247,8 +251,21 @@ def _file_problem(path: Path, nbytes: int | None, sha256: str | None) -> str | N
     return None
 
 
+_Version: TypeAlias = "tuple[int, int]"
+
+
+def _version_of(found: os.stat_result) -> _Version:
+    return (found.st_ino, found.st_mtime_ns)
+
+
 @functools.cache
-def _sha256_of(path: Path, _version: tuple[int, int]) -> str:
+def _sha256_of(path: Path, _version: _Version) -> str:
     """Of a file's content; read once for each version of it, which takes about as long as copying it."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         return hashlib.sha256(content).hexdigest()
+
+
+@functools.lru_cache(maxsize=MOST_MAPPED)
+def _content_of(path: Path, _version: _Version) -> npt.NDArray[np.uint8]:
+    """A file's content, which stays mapped: to map a file anew takes as long as to copy it in memory."""
+    return dlpack.mapped(path)
