@@ -111,6 +111,8 @@ class Engine:
                     self.loaded_twice_at_once |= task_id in self.loading
                     self.loading.add(task_id)
                 error = self._admit(task_id, attach)
+                if error:
+                    self.loading.discard(task_id)
             try:
                 if error:
                     yield f"!{error}"
@@ -249,6 +251,25 @@ def test_a_miss_in_spite_of_weights_is_passed_on(instance: Instance) -> None:
 
     assert [f"!{MISS}"] == list(instance().forward(PIRATE, send))
     assert [False, True] == sent
+
+
+def test_a_request_before_which_others_always_lose_the_adapter_loads_it_in_the_end(instance: Instance) -> None:
+    """Although each time it is believed to be held again."""
+    other = instance()
+    sent = []
+
+    def send(attach: bool) -> list[str]:
+        sent.append(attach)
+        if attach:
+            return answers(1)
+        other._residency.missed(1, other._residency.belief(1))
+        other._residency.accepted(1, 1)
+        other._residency.ended()
+        return [f"!{MISS}"]
+
+    assert answers(1) == list(instance().forward(PIRATE, send))
+    assert sent.pop()
+    assert {False} == set(sent)
 
 
 def test_many_adapters_share_a_small_cache_without_an_error(instance: Instance) -> None:

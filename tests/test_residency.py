@@ -25,10 +25,21 @@ SPAWN = multiprocessing.get_context("spawn")
 def test_the_first_instance_says_what_was_warmed(tmp_path: Path) -> None:
     """And the others see what each of them has learnt since."""
     with closing(open_residency(tmp_path / "shared", {1: 1, 2: 1})) as one:
-        one.missed(2)
+        one.missed(2, one.belief(2))
         one.accepted(3, 1)
         with closing(open_residency(tmp_path / "shared", {1: 1, 2: 1})) as other:
             assert [True, False, True, False] == [other.holds(task_id) for task_id in (1, 2, 3, 4)]
+
+
+def test_a_miss_that_is_heard_late_takes_no_later_belief_away(tmp_path: Path) -> None:
+    """Else the adapter, which another instance has loaded in between, would be loaded twice."""
+    with closing(open_residency(tmp_path / "shared", {1: 1})) as mine:
+        old = mine.belief(1)
+        mine.missed(1, old)
+        mine.accepted(1, 1)
+        mine.missed(1, old)
+
+        assert mine.holds(1)
 
 
 def test_the_last_instance_leaves_nothing(tmp_path: Path) -> None:
@@ -142,7 +153,7 @@ def test_a_directory_that_somebody_removed_costs_beliefs_and_nothing_else(tmp_pa
     with closing(open_residency(tmp_path / "shared", {1: 1})) as mine:
         shutil.rmtree(tmp_path / "shared")
         mine.accepted(1, 1)
-        mine.missed(1)
+        mine.missed(1, mine.belief(1))
         mine.ended()
         with mine.claim(1, 1) as loads, mine.place(9, 1) as place:
             place.join()

@@ -93,6 +93,10 @@ def public(message: str) -> str:
 
 # When weights travel along
 
+# So often another request may have loaded the adapter, and the engine evicted it again, before this one loads it
+# whatever the others do.
+MISSES_TO_INSIST = 3
+
 
 class Forwarder(Generic[Answer]):
     """Sends requests to the engine, one after the other, with an adapter's weights when the engine needs them."""
@@ -156,7 +160,8 @@ class Forwarder(Generic[Answer]):
         """All the answers, once the first one says nothing against the state of the engine's cache."""
         task_id, pages = route.entry.lora_task_id, route.entry.pages or 1
         deadline = time.monotonic() + self._cache_full_timeout
-        attach = not self._residency.holds(task_id)
+        belief = self._residency.belief(task_id)
+        attach = not belief
         reason = ""
         misses = 0
         if self._residency.has_line_for(task_id):
@@ -171,26 +176,37 @@ class Forwarder(Generic[Answer]):
                 ) from None
             if attach and not reason:  # before this request itself claims it
                 reason = "evicted" if self._residency.was_held(task_id) else "first_use"
-            with self._claim(route, misses > 1, check) if attach else contextlib.nullcontext(False) as loads:
+            insists = misses > MISSES_TO_INSIST
+            with self._claim(route, insists, check) if attach else contextlib.nullcontext(False) as loads:
+                if attach:
+                    belief = self._residency.belief(task_id)
                 began = time.monotonic()
                 answers = iter(send(loads))
                 first = next(answers, None)
                 if first is None:
                     return iter(())
                 meaning = meaning_of(self._error_of(first))
-                if meaning is Meaning.ANSWER:
+                if loads and meaning is Meaning.ANSWER:
                     self._residency.accepted(task_id, pages)
-                    if loads:
-                        self._on_load(route, reason, time.monotonic() - began)
+                    self._on_load(route, reason, time.monotonic() - began)
+            answers = chain((first,), answers)
+            if meaning is Meaning.ANSWER:
+                return answers if loads else self._noted_behind(answers, task_id, pages)
             if meaning is Meaning.FULL:
                 place.join()
             elif meaning is Meaning.MISS and not loads:
-                self._residency.missed(task_id)
+                self._residency.missed(task_id, belief)
                 misses += 1
                 attach = True
             else:
-                return chain((first,), answers)
+                return answers
             deque(answers, maxlen=0)
+
+    def _noted_behind(self, answers: Iterator[Answer], task_id: int, pages: int) -> Iterator[Answer]:
+        """`answers` of an engine that holds the adapter, as was believed: the first one need not wait for the note."""
+        yield next(answers)
+        self._residency.accepted(task_id, pages)
+        yield from answers
 
     @contextlib.contextmanager
     def _claim(self, route: Route, insist: bool, check: Check) -> Iterator[bool]:

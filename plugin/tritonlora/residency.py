@@ -6,8 +6,8 @@ Strategy. Triton runs each instance of the router in a process of its own. What 
 memory, and locks on files (`flock`), which the kernel takes from a process that dies:
 
     held/<lora_task_id>      the engine has answered a request for the adapter, and has not missed it since. As many
-                             bytes as the adapter takes pages; its time is that of the last request's end; locked by
-                             the requests that use it
+                             bytes as the adapter takes pages; accessed when this came to be believed, modified when
+                             the last request ended; locked by the requests that use it
     loading/<lora_task_id>   locked by the instance that is sending the adapter's weights
     line/<arrival>-<pid>-<lora_task_id>
                              locked by a request that waits for room in the cache; the one that came first is tried next
@@ -89,7 +89,8 @@ def _make(directory: Path, warmed: Mapping[int, int]) -> None:
     for name in ("held", "loading", "line"):
         (fresh / name).mkdir()
     (fresh / "ended").touch()
-    for order, (task_id, pages) in enumerate(warmed.items()):
+    os.utime(fresh / "ended", (0, 0))
+    for order, (task_id, pages) in enumerate(warmed.items(), 1):
         (fresh / "loading" / str(task_id)).touch()
         (fresh / "held" / str(task_id)).write_bytes(bytes(pages))
         os.utime(fresh / "held" / str(task_id), ns=(order, order))
@@ -117,6 +118,7 @@ class Residency:
         """`descriptor` is the directory's, with a shared lock."""
         self._cache_pages = cache_pages
         self._used: int | None = None  # descriptor of the held adapter that a request of this instance uses
+        self._used_since = 0  # the `belief` in it
         self.directory = directory
         self._held = str(directory / "held")
         self._line = str(directory / "line")
@@ -131,15 +133,25 @@ class Residency:
 
     def holds(self, task_id: int) -> bool:
         """Whether a request for the adapter can go out without weights."""
-        return os.path.exists(f"{self._held}/{task_id}")  # noqa: PTH110  for every request: Path is slow
+        return self.belief(task_id) != 0
+
+    def belief(self, task_id: int) -> int:
+        """Since when the adapter is believed to be held, which tells this belief from a later one; 0 when it is not."""
+        with contextlib.suppress(OSError):
+            return os.stat(f"{self._held}/{task_id}").st_atime_ns  # noqa: PTH116  for every request: Path is slow
+        return 0
 
     def accepted(self, task_id: int, pages: int) -> None:
         """The engine answered a request for the adapter, which takes that many pages, and holds it until `ended`."""
         with contextlib.suppress(OSError):
             self._used = os.open(f"{self._held}/{task_id}", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
             fcntl.flock(self._used, fcntl.LOCK_SH)
-            if not os.fstat(self._used).st_size:
+            found = os.fstat(self._used)
+            self._used_since = found.st_atime_ns
+            if not found.st_size:
                 os.truncate(self._used, pages)
+                self._used_since = time.monotonic_ns()
+                os.utime(self._used, ns=(self._used_since, self._used_since))
                 self._forget_evicted()
 
     def _forget_evicted(self) -> None:
@@ -158,23 +170,24 @@ class Residency:
                 surplus -= pages
             os.close(descriptor)
 
-    def missed(self, task_id: int) -> None:
-        """The engine does not hold the adapter."""
-        with contextlib.suppress(OSError):
-            (self.directory / "held" / str(task_id)).unlink()
+    def missed(self, task_id: int, belief: int) -> None:
+        """The engine did not hold the adapter, against that `belief`; since then it may have been given it."""
+        if self.belief(task_id) == belief:
+            with contextlib.suppress(OSError):
+                os.unlink(f"{self._held}/{task_id}")  # noqa: PTH108
 
     def ended(self) -> None:
         """This instance's request for an adapter ended, so that the engine may evict that adapter now."""
         now = time.monotonic_ns()
         if self._used is not None:
-            os.utime(self._used, ns=(now, now))
+            os.utime(self._used, ns=(self._used_since, now))
             os.close(self._used)
             self._used = None
         with contextlib.suppress(OSError):
             os.utime(self._ended, ns=(now, now))
 
-    def ends(self) -> int:
-        """A number that changes whenever a request for an adapter ends."""
+    def last_end(self) -> int:
+        """When the last request for an adapter ended (time.monotonic_ns); 0 when none has."""
         with contextlib.suppress(OSError):
             return os.stat(self._ended).st_mtime_ns  # noqa: PTH116  for every request: Path is slow
         return 0
@@ -197,14 +210,9 @@ class Residency:
         """Whether any instance has loaded the adapter before."""
         return os.path.exists(f"{self._loading}/{task_id}")  # noqa: PTH110
 
-    @contextlib.contextmanager
-    def place(self, task_id: int, retry_interval: float) -> Iterator[Place]:
+    def place(self, task_id: int, retry_interval: float) -> Place:
         """A request's place in the line for room in the cache; it does not stand there until it joins."""
-        place = Place(self, task_id, retry_interval)
-        try:
-            yield place
-        finally:
-            place.leave()
+        return Place(self, task_id, retry_interval)
 
     def has_line_for(self, task_id: int) -> bool:
         """Whether a request for the adapter must join the line, and not overtake it."""
@@ -234,25 +242,34 @@ class Residency:
 
 
 class Place:
-    """A request's place in the line."""
+    """A request's place in the line, which it leaves with the context."""
 
     def __init__(self, residency: Residency, task_id: int, retry_interval: float) -> None:
         """`retry_interval` in seconds is the longest wait between two tries of the first in line: other clients of the
         engine, of whom the router knows nothing, may make room.
         """
         self._residency = residency
+        self._task_id = task_id
         self._retry_interval = retry_interval
-        self._ticket = f"{time.monotonic_ns():020d}-{os.getpid()}-{task_id}"
+        self._arrived_at = time.monotonic_ns()
+        self._ticket = ""
         self._file: IO[str] | None = None
-        self._ends: int | None = None  # as it was before the last try
+        self._tried_at = 0  # time.monotonic_ns
         self._pause = FIRST_RETRY_SECONDS
         self._retry_at = 0.0
+
+    def __enter__(self) -> Place:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.leave()
 
     def join(self) -> None:
         """Stand in line, as of the time when the request came."""
         if self._file:
             return
         directory = self._residency.directory
+        self._ticket = f"{self._arrived_at:020d}-{os.getpid()}-{self._task_id}"
         with contextlib.suppress(OSError):
             path = directory / f"ticket-{self._ticket}"
             self._file = path.open("w")
@@ -268,7 +285,7 @@ class Place:
                 raise TimeoutError
             check()
             time.sleep(POLL_SECONDS)
-        self._ends = self._residency.ends()
+        self._tried_at = time.monotonic_ns()
         self._retry_at = time.monotonic() + self._pause
         self._pause = min(2 * self._pause, self._retry_interval)
 
@@ -277,7 +294,7 @@ class Place:
         if first not in (None, self._ticket):
             self._residency.drop_if_dead(str(first))
             return False
-        return self._ends != self._residency.ends() or time.monotonic() >= self._retry_at
+        return self._residency.last_end() > self._tried_at or time.monotonic() >= self._retry_at
 
     def leave(self) -> None:
         """Stand in line no more."""
