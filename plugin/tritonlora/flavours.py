@@ -117,10 +117,10 @@ def flavour_of_config(config: ModelConfig) -> Flavour:
 def _tensor_request(repository: Path, route: Route, with_weights: bool) -> dict[str, object]:
     import numpy as np
 
-    from tritonlora.routing import map_tensors
-
     inputs: dict[str, object] = {"lora_task_id": np.array([[route.entry.lora_task_id]], np.uint64)}
     if with_weights:
+        from tritonlora.routing import map_tensors
+
         inputs["lora_weights"], inputs["lora_config"] = map_tensors(repository, route)
     return inputs
 

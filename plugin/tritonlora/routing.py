@@ -176,8 +176,10 @@ class PreviousIds:
     # A character is at most a handful of tokens, and decoders look back over one word at most.
     COUNT = 32
 
+    _NONE: npt.NDArray[np.int32] = np.zeros((1, 0), np.int32)
+
     def __init__(self) -> None:
-        self._ids: npt.NDArray[np.int32] = np.zeros((1, 0), np.int32)
+        self._ids = self._NONE
 
     def ids(self) -> npt.NDArray[np.int32]:
         """The tokens sent before now, the oldest first: (1, n) int32."""

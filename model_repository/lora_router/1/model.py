@@ -25,9 +25,9 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
@@ -41,6 +41,8 @@ from tritonlora.residency import open_residency, shared_directory
 from tritonlora.routing import PreviousIds, Route, TableFile, WholeTexts, check_is_routers, resolve_rows, warmed
 from tritonlora.statistics import BASE, DIRECTORY, OUTCOMES, Statistics
 from tritonlora.worker import Worker
+
+Inputs: TypeAlias = "Mapping[str, pb_utils.Tensor]"  # of a request, by name
 
 TOKENS = ("output_ids", "sequence_length")
 # Between two looks the server must have left what it shares with this process for the last one (python_backend
@@ -89,8 +91,9 @@ class TritonPythonModel:
     def execute(self, requests: list[pb_utils.InferenceRequest]) -> None:
         """Answer the requests, one after the other."""
         for request in requests:
-            reply = Reply(request, self._decoupled, self._flavour.needed_outputs)
-            serve = functools.partial(self._serve, request, reply)
+            inputs = {tensor.name(): tensor for tensor in request.inputs()}
+            reply = Reply(request, inputs, self._decoupled, self._flavour.needed_outputs)
+            serve = functools.partial(self._serve, request, inputs, reply)
             if not self._worker.do(serve, functools.partial(reply.is_silent, *self._patience)):
                 self._residency.ended()
                 reply.fail(EngineSilent(f"the engine's model has sent nothing for {reply.silence():.3g} s"))
@@ -106,44 +109,46 @@ class TritonPythonModel:
         self._last_replies.clear()
         self._residency.close()
 
-    def _serve(self, request: pb_utils.InferenceRequest, reply: Reply) -> None:
+    def _serve(self, request: pb_utils.InferenceRequest, inputs: Inputs, reply: Reply) -> None:
         """Answer one request."""
         try:
             parameters = parameters_of(request)
-            routes = self._routes(request, parameters)
+            routes = self._routes(inputs, parameters)
             reply.names = [route.lora_name if route else BASE for route in routes]
             self._count(reply.names, "running")
-            self._answer(request, reply, routes, parameters)
+            self._answer(request, inputs, reply, routes, parameters)
         except Exception as error:  # noqa: BLE001  whatever it is, this request must be answered
             reply.fail(error)
 
-    def _routes(self, request: pb_utils.InferenceRequest, parameters: dict[str, Any]) -> list[Route | None]:
+    def _routes(self, inputs: Inputs, parameters: dict[str, Any]) -> list[Route | None]:
         """The adapter of each row."""
         check_is_routers(parameters, self._flavour.from_router)
         table = self._table.table()
         if table is not self._seen_table:
             self._seen_table = table
             self._statistics.add(BASE, "table_reloads")
-        lora_names, lora_task_ids = (values_of(request, name) for name in self._routing_inputs)
-        rows = request.inputs()[0].shape()[0] if self._batching else 1
+        lora_names, lora_task_ids = (values_of(inputs, name) for name in self._routing_inputs)
+        rows = next(iter(inputs.values())).shape()[0] if self._batching else 1
         return resolve_rows(table, lora_names, lora_task_ids, rows)
 
     def _answer(
         self,
         request: pb_utils.InferenceRequest,
+        inputs: Inputs,
         reply: Reply,
         routes: list[Route | None],
         parameters: dict[str, Any],
     ) -> None:
         """Answer one request, row by row where its rows are streams of their own."""
-        inputs = [tensor for tensor in request.inputs() if tensor.name() not in self._routing_inputs]
+        tensors = [tensor for name, tensor in inputs.items() if name not in self._routing_inputs]
         split = len(routes) > 1 and (any(routes) or reply.is_stream)
         if split and not self._decoupled:
             raise InvalidRequest("a batch of several rows for LoRA adapters needs a decoupled engine model")
         for row in range(len(routes) if split else 1):
-            reply.begin_row(row if split else None)
-            row_inputs = row_of(inputs, row) if split else inputs
-            send = functools.partial(self._send, request, parameters, row_inputs, routes[row])
+            if split:
+                reply.begin_row(row)
+            of_row = row_of(tensors, row) if split else tensors
+            send = functools.partial(self._send, request, parameters, of_row, reply.wanted, routes[row])
             for answer in self._forwarder.forward(routes[row], send, reply.has_left):
                 reply.heard()
                 had_left = reply.left
@@ -153,8 +158,8 @@ class TritonPythonModel:
                     continue
                 if error := engine_error(answer):
                     raise EngineError(error, routes[row])
-                if tensors := answer.output_tensors():  # the last one may be nothing but a flag
-                    reply.send(tensors)
+                if outputs := answer.output_tensors():  # the last one may be nothing but a flag
+                    reply.send(outputs)
             if reply.left:
                 raise ClientLeft("the client has left")
             if not reply.answered:
@@ -165,25 +170,23 @@ class TritonPythonModel:
         self,
         request: pb_utils.InferenceRequest,
         parameters: dict[str, Any],
-        inputs: list[pb_utils.Tensor],
+        tensors: list[pb_utils.Tensor],
+        wanted: Collection[str],
         route: Route | None,
         attach: bool,
     ) -> Iterator[pb_utils.InferenceResponse]:
         """Send the request to the engine's model, and give its answers."""
-        tensors = list(inputs)
         if route:
             inputs_of_route = self._flavour.request_inputs(self._repository, route, attach)
-            tensors += [tensor_from(name, value) for name, value in inputs_of_route.items()]
+            tensors = [*tensors, *(tensor_from(name, value) for name, value in inputs_of_route.items())]
         forwarded = pb_utils.InferenceRequest(
             model_name=self._target,
             inputs=tensors,
-            requested_output_names=sorted(
-                self._engine_outputs & {*request.requested_output_names(), *self._flavour.needed_outputs}
-            ),
+            requested_output_names=sorted(self._engine_outputs & {*wanted, *self._flavour.needed_outputs}),
             request_id=request.request_id(),
             correlation_id=request.correlation_id(),
             timeout=request.timeout(),
-            parameters=parameters,
+            parameters=parameters or None,  # which saves Triton's stub from writing JSON
             trace=request.trace(),
         )
         if not self._decoupled:
@@ -229,16 +232,18 @@ class EngineError(Exception):
 class Reply:
     """The answer to one request: what its rows send, and the final flag."""
 
-    def __init__(self, request: pb_utils.InferenceRequest, decoupled: bool, needed_outputs: Collection[str]) -> None:
+    def __init__(
+        self, request: pb_utils.InferenceRequest, inputs: Inputs, decoupled: bool, needed_outputs: Collection[str]
+    ) -> None:
         """`needed_outputs`: those that the engine is asked for although the client may not want them."""
         self._sender = request.get_response_sender()
         self._sending = threading.Lock()  # between the worker, and who has left it behind
         self._is_complete = False
         self._decoupled = decoupled
-        self._wanted = set(request.requested_output_names())
-        self._has_unwanted = not self._wanted.issuperset(needed_outputs)
-        self.is_stream = decoupled and any(values_of(request, "streaming") or [])
-        self._detokenised = self.is_stream and "previous_ids" in self._wanted
+        self.wanted = frozenset(request.requested_output_names())
+        self._has_unwanted = not self.wanted.issuperset(needed_outputs)
+        self.is_stream = decoupled and any(values_of(inputs, "streaming") or [])
+        self._detokenised = self.is_stream and "previous_ids" in self.wanted
         self.names: list[str] = []  # of its rows' adapters
         self.outcome = "OK"
         self.left = False  # the client, as far as has been looked
@@ -294,12 +299,12 @@ class Reply:
             if ends or (new.size and output_ids.shape[1] == 1):
                 tensors = [*tensors, pb_utils.Tensor("previous_ids", self._previous_ids.ids())]
             self._previous_ids.add(new)
-        if "text_diff" in self._wanted:
+        if "text_diff" in self.wanted:
             texts = tensor_of(tensors, "text_output").as_numpy()
             diffs = self._texts.new(texts.reshape(-1).tolist())
             tensors = [*tensors, pb_utils.Tensor("text_diff", np.array(diffs, np.object_).reshape(texts.shape))]
         if self._has_unwanted:
-            tensors = [tensor for tensor in tensors if tensor.name() in self._wanted]
+            tensors = [tensor for tensor in tensors if tensor.name() in self.wanted]
         self._respond(pb_utils.InferenceResponse(tensors))
 
     def end_row(self) -> None:
@@ -358,16 +363,16 @@ def name_of(code: object) -> str:
     return next(names, "INTERNAL")
 
 
-def values_of(request: pb_utils.InferenceRequest, name: str) -> list[Any] | None:
+def values_of(inputs: Inputs, name: str) -> list[Any] | None:
     """The elements of an input, or None when the request does not have it."""
-    tensor = pb_utils.get_input_tensor_by_name(request, name)
+    tensor = inputs.get(name)
     return None if tensor is None else tensor.as_numpy().reshape(-1).tolist()
 
 
 def parameters_of(request: pb_utils.InferenceRequest) -> dict[str, Any]:
     """The request's parameters."""
     text = request.parameters()
-    parameters: dict[str, Any] = json.loads(text) if text else {}
+    parameters: dict[str, Any] = {} if text in {"", "{}"} else json.loads(text)
     return parameters
 
 
