@@ -24,7 +24,7 @@ from tritonlora.routing import (
     TableFile,
     WholeTexts,
     check_files,
-    check_is_routers,
+    check_parameters,
     map_tensors,
     resolve,
     resolve_rows,
@@ -365,9 +365,10 @@ def test_a_text_that_got_shorter_has_nothing_new() -> None:
     assert [[b"one tw"], [b""], [b"o"]] == [texts.new([one]) for one in (b"one tw", b"one ", b"one two")]
 
 
-def test_what_only_the_router_sends_is_refused_among_parameters() -> None:
-    """Triton's generate extension makes parameters of what it knows no input for."""
-    check_is_routers({"priority": 1}, ("lora_path", "lora_ckpt_source"))
+@pytest.mark.parametrize("name", ["lora_name", "LoRA-Name", "loraName", "lora_weights", "lora_path"])
+def test_an_adapter_among_the_parameters_is_refused(name: str) -> None:
+    """Triton makes parameters of what it knows no input for: the base model would answer instead."""
+    check_parameters({"priority": 1, "exploration": "x"})
 
-    with pytest.raises(InvalidRequest, match="lora_ckpt_source, lora_path: not for clients to choose"):
-        check_is_routers({"lora_path": "/etc", "lora_ckpt_source": "hf"}, ("lora_path", "lora_ckpt_source"))
+    with pytest.raises(InvalidRequest, match=f"{name}: not taken as a parameter; name the adapter with the input lora"):
+        check_parameters({"priority": 1, name: "pirate"})

@@ -92,14 +92,15 @@ def resolve_rows(
     ]
 
 
-def check_is_routers(parameters: Collection[str], from_router: Collection[str]) -> None:
-    """InvalidRequest when a request has among its parameters what only the router may send.
+def check_parameters(parameters: Collection[str]) -> None:
+    """InvalidRequest when a parameter of a request begins with "lora", in capitals or not: it means an adapter.
 
-    Triton itself refuses such an input, which the router does not declare; but what its generate extension knows no
-    input for, it takes for a parameter.
+    Triton's generate extension makes a parameter of whatever it knows no input for, a misspelt lora_name among it, and
+    other servers take lora_name as a parameter: the base model must not answer for these. Nor is it for clients to
+    choose what only the router sends.
     """
-    if names := sorted(set(parameters) & set(from_router)):
-        raise InvalidRequest(f"{', '.join(names)}: not for clients to choose; name the adapter with lora_name")
+    if names := sorted(name for name in parameters if name.casefold().startswith("lora")):
+        raise InvalidRequest(f"{', '.join(names)}: not taken as a parameter; name the adapter with the input lora_name")
 
 
 def _decoded(lora_name: bytes | str) -> str:

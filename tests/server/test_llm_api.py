@@ -196,7 +196,7 @@ def test_a_client_cannot_choose_what_the_server_reads(served: Served, name: str)
         status, answer = post(served, f"/v2/models/{model}/generate", body)
 
         assert raised.value.status() in ("StatusCode.INVALID_ARGUMENT", None)  # streams have messages only
-        assert (400, True) == (status, f"{name}: not for clients to choose; name the adapter with lora_name" in answer)
+        assert (400, True) == (status, f"{name}: not taken as a parameter; name the adapter with the input" in answer)
 
 
 @pytest.mark.parametrize(

@@ -152,7 +152,7 @@ def test_clients_do_not_choose_weights(roomy: tuple[Repository, Server]) -> None
     status, answer = post(roomy[1], "/v2/models/ensemble/generate", body)
 
     assert 400 == status
-    assert "lora_weights: not for clients to choose" in answer["error"]
+    assert "lora_weights: not taken as a parameter" in answer["error"]
 
 
 def test_a_cache_that_is_too_small_is_no_client_s_business(narrow: tuple[Repository, Server]) -> None:

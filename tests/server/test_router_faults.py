@@ -118,6 +118,12 @@ def test_what_belongs_to_a_request_reaches_the_engine(puppet: Server) -> None:
     assert {"a": 1, "b": "c"}.items() <= json.loads(parameters).items()
 
 
+def test_an_adapter_that_is_named_in_a_parameter_is_an_error(puppet: Server) -> None:
+    """Where other servers take it: the base model must not answer instead."""
+    with pytest.raises(InferenceServerException, match="lora_name: not taken as a parameter; name the adapter with"):
+        list(tell(puppet, TELL, parameters={"lora_name": "pirate"}))
+
+
 def test_a_trace_goes_on_in_the_engine(tmp_path: Path, launch: Launch) -> None:
     """The engine's part is a child of the router's."""
     opened = synthetic_repository(tmp_path / "repo", cold=["pirate"], streams=1)

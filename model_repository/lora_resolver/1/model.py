@@ -25,7 +25,7 @@ from tritonlora.errors import InvalidRequest, RequestError
 from tritonlora.estimate import ResidencyEstimate, started_at, warmed_at_start
 from tritonlora.flavours import TENSORS
 from tritonlora.residency import open_residency, shared_directory
-from tritonlora.routing import Route, TableFile, check_is_routers, map_tensors, resolve_rows, warmed
+from tritonlora.routing import Route, TableFile, check_parameters, map_tensors, resolve_rows, warmed
 from tritonlora.statistics import BASE, DIRECTORY, Statistics
 
 
@@ -81,7 +81,7 @@ class TritonPythonModel:
 
     def _routes(self, request: pb_utils.InferenceRequest) -> list[Route | None]:
         """The adapter of each row."""
-        check_is_routers(json.loads(request.parameters() or "{}"), TENSORS.from_router)
+        check_parameters(json.loads(request.parameters() or "{}"))
         table = self._table.table()
         if table is not self._seen_table:
             self._seen_table = table

@@ -38,7 +38,7 @@ from tritonlora.errors import ClientLeft, EngineSilent, InvalidRequest, RequestE
 from tritonlora.flavours import flavour_of
 from tritonlora.forwarding import Forwarder, is_unavailable, public
 from tritonlora.residency import open_residency, shared_directory
-from tritonlora.routing import PreviousIds, Route, TableFile, WholeTexts, check_is_routers, resolve_rows, warmed
+from tritonlora.routing import PreviousIds, Route, TableFile, WholeTexts, check_parameters, resolve_rows, warmed
 from tritonlora.statistics import BASE, DIRECTORY, OUTCOMES, Statistics
 from tritonlora.worker import Worker
 
@@ -122,7 +122,7 @@ class TritonPythonModel:
 
     def _routes(self, inputs: Inputs, parameters: dict[str, Any]) -> list[Route | None]:
         """The adapter of each row."""
-        check_is_routers(parameters, self._flavour.from_router)
+        check_parameters(parameters)
         table = self._table.table()
         if table is not self._seen_table:
             self._seen_table = table
