@@ -210,6 +210,25 @@ def test_many_malformed_entries_are_a_bounded_report(tmp_path: Path, failures: l
     assert failures[0].endswith("and 80 more")
 
 
+def test_an_id_is_not_served_with_other_weights_than_before(tmp_path: Path, failures: list[str]) -> None:
+    """After an edit by hand that swaps two ids: the engine may hold the old ones, and would answer from them."""
+    path = tmp_path / "adapters.json"
+    one, other = entry(1), entry(2, lora_weights_sha256="c" * 64)
+    before = replace(TABLE, entries={"pirate": one, "haiku": other})
+    path.write_text(render(before))
+    file = TableFile(path, failures.append)
+    swapped = {"pirate": replace(one, lora_task_id=2), "haiku": replace(other, lora_task_id=1)}
+    _replace(path, render(replace(before, entries=swapped)))
+
+    with pytest.raises(AdapterUnavailable, match="lora_task_id 2 was given to other weights; .* tritonlora add"):
+        resolve(file.table(), "pirate", None)
+    assert {} == file.table().entries
+
+    _replace(path, render(before))
+
+    assert before == file.table()
+
+
 def test_there_must_be_a_good_table_to_begin_with(tmp_path: Path, failures: list[str]) -> None:
     """A router without a table does not start."""
     with pytest.raises(AdapterTableError, match="cannot read"):

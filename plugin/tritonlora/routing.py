@@ -14,7 +14,7 @@ import hashlib
 import mmap
 import os
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tritonlora import dlpack
-from tritonlora.adapters import NAME_PATTERN, AdapterEntry, AdapterTable, available
+from tritonlora.adapters import NAME_PATTERN, AdapterEntry, AdapterTable, Problem, available
 from tritonlora.adapters_json import TableReader, unavailable
 from tritonlora.errors import AdapterTableError, AdapterUnavailable, InvalidRequest, UnknownAdapter, one_message
 
@@ -136,6 +136,7 @@ class TableFile:
         self._on_failure = on_failure
         self._version: object = None
         self._reported: set[str] = set()
+        self._given: dict[int, tuple[str, str]] = {}  # lora_task_id -> digests of the files that it was given to
         self._reader = TableReader()
         self._table = self._read()
 
@@ -162,13 +163,32 @@ class TableFile:
             text = self._path.read_bytes().decode()
         except (OSError, UnicodeDecodeError) as error:
             raise AdapterTableError(f"cannot read {self._path}: {error}") from None
-        table = self._reader.read(text)
+        table = self._without_reused_ids(self._reader.read(text))
         problems = list(unavailable(table))
         if new := [problem for problem in problems if problem not in self._reported]:
             more = [f"and {len(new) - MOST_REPORTED} more"] if len(new) > MOST_REPORTED else []
             self._on_failure(one_message("adapters.json: unavailable", [*new[:MOST_REPORTED], *more]))
         self._reported = set(problems)
         return table
+
+    def _without_reused_ids(self, table: AdapterTable) -> AdapterTable:
+        """Adapters whose lora_task_id was that of other files are unavailable: the engine may hold those under it."""
+        reused = {
+            name: (Problem(f"lora_task_id {entry.lora_task_id} was given to other weights; {_NEW_ID}"),)
+            for name, entry in table.entries.items()
+            if self._given.setdefault(entry.lora_task_id, _digests(entry)) != _digests(entry)
+        }
+        if not reused:
+            return table
+        entries = {name: entry for name, entry in table.entries.items() if name not in reused}
+        return replace(table, entries=entries, unavailable={**table.unavailable, **reused})
+
+
+_NEW_ID = "the engine may hold them under it; give these a new id, with: tritonlora add"
+
+
+def _digests(entry: AdapterEntry) -> tuple[str, str]:
+    return (entry.lora_weights_sha256, entry.lora_config_sha256)
 
 
 class PreviousIds:
