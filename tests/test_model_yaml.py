@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tritonlora.errors import ConfigError
+from tritonlora.errors import ConfigError, EngineMismatch
 from tritonlora.model_yaml import LoraSettings, ModelYaml, load_model_yaml, parse_model_yaml, profile_of
 
 PATH = Path("1/model.yaml")
@@ -22,6 +22,22 @@ def test_upstream_s_file_is_read_with_its_defaults() -> None:
 
     assert expected == parse_model_yaml(LEAST, PATH)
     assert profile_of(expected) is None
+
+
+def test_of_an_architecture_that_is_not_known_here_nothing_is_known(tmp_path: Path) -> None:
+    """As of a base model that is not on this machine: the model reads adapters by itself."""
+    (tmp_path / "config.json").write_text('{"architectures": ["TomorrowsForCausalLM"], "model_type": "tomorrow"}')
+
+    assert profile_of(parse_model_yaml({**LEAST, "model": str(tmp_path)}, PATH)) is None
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"model_type": "llama"}'])
+def test_a_broken_base_model_is_an_error(tmp_path: Path, content: str) -> None:
+    """Which names it."""
+    (tmp_path / "config.json").write_text(content)
+
+    with pytest.raises(EngineMismatch, match=tmp_path.name):
+        profile_of(parse_model_yaml({**LEAST, "model": str(tmp_path)}, PATH))
 
 
 def test_lora_settings_have_upstream_s_defaults() -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tritonlora.errors import EngineMismatch, one_message
+from tritonlora.errors import EngineMismatch, UnknownArchitecture, one_message
 from tritonlora.families import ARCHITECTURES, BY_MODEL_TYPE, T5, Architecture
 from tritonlora.modules import BY_NAME, ModuleDims
 
@@ -100,7 +100,14 @@ def load_profile(path: Path, *, dtype: str | None = None) -> EngineProfile:
     `dtype` is that of the engine to be built from a Hugging Face model, where it is not the model's own; what an engine
     was built with stands. Raises EngineMismatch where `path` is neither.
     """
-    file = _config_file(path)
+    config = read_config_json(_config_file(path))
+    if "pretrained_config" in config or "builder_config" in config or "build_config" in config:
+        return profile_from_engine(config, str(path))
+    return profile_from_hf(config, str(path), dtype=dtype)
+
+
+def read_config_json(file: Path) -> dict[str, Any]:
+    """The content of a config.json; EngineMismatch where it is not one."""
     try:
         if file.stat().st_size > _MAX_CONFIG_BYTES:
             raise EngineMismatch(f"{str(file)!r} is larger than any config.json; expected at most 16 MiB")
@@ -111,9 +118,7 @@ def load_profile(path: Path, *, dtype: str | None = None) -> EngineProfile:
         raise EngineMismatch(f"{str(file)!r} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise EngineMismatch(f"{str(file)!r} is not a JSON object")
-    if "pretrained_config" in config or "builder_config" in config or "build_config" in config:
-        return profile_from_engine(config, str(path))
-    return profile_from_hf(config, str(path), dtype=dtype)
+    return config
 
 
 def profile_from_hf(
@@ -127,7 +132,8 @@ def profile_from_hf(
     """The profile of a Hugging Face model's config.json.
 
     `target_modules` are names of LoRA modules ("attn_q"); None stands for all that the architecture has, fused layers
-    taken apart. `dtype` overrides the model's. Raises EngineMismatch, naming everything that is missing or unknown.
+    taken apart. `dtype` overrides the model's. Raises EngineMismatch, naming everything that is missing or unknown;
+    UnknownArchitecture where that is the architecture.
     """
     nested = config.get("text_config")
     text: Mapping[str, Any] = nested if isinstance(nested, dict) else config
@@ -136,7 +142,7 @@ def profile_from_hf(
     # Models with a vision tower are of many architectures, and their text models of few.
     architecture = ARCHITECTURES.get(name) or BY_MODEL_TYPE.get(model_type)
     if architecture is None:
-        raise EngineMismatch(
+        raise UnknownArchitecture(
             f"{source!r}: unknown architecture {name!r}, and unknown model_type {model_type!r}; expected one of the "
             f"{len(ARCHITECTURES)} that the README lists, as {', '.join(list(ARCHITECTURES)[:3])}; where all layers of "
             "an adapter have names of those, it converts without the base model"

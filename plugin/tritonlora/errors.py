@@ -7,6 +7,7 @@
     - InvalidAdapter          broken: truncated, contradictory, not PEFT
     - UnsupportedAdapter      sound, but something in it cannot be carried to the engine exactly
     - EngineMismatch          sound, but not for this engine
+      - UnknownArchitecture   whose base model is one of which nothing is known here
   - ConfigError               a config.pbtxt that cannot be read or edited; carries line and column
   - RepositoryError           a model repository that is not in the state the command needs
     - AdapterTableError       adapters.json is malformed
@@ -48,6 +49,10 @@ class UnsupportedAdapter(AdapterError):
 
 class EngineMismatch(AdapterError):
     """The adapter is sound, but it is not for this engine."""
+
+
+class UnknownArchitecture(EngineMismatch):
+    """Nothing is known here of the layers of the base model."""
 
 
 class ConfigError(TritonLoraError):

@@ -7,15 +7,14 @@ Source: TensorRT-LLM triton_backend/all_models/llmapi/tensorrt_llm/1/model.{yaml
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tritonlora.engine import EngineProfile, profile_from_hf
-from tritonlora.errors import ConfigError, EngineMismatch, one_message
+from tritonlora.engine import EngineProfile, profile_from_hf, read_config_json
+from tritonlora.errors import ConfigError, UnknownArchitecture, one_message
 from tritonlora.model_config import ModelConfig
 
 NAME_VARIABLE = "LLM_CONFIG_PATH"  # upstream's: another name than model.yaml
@@ -92,22 +91,24 @@ def complete(config: ModelConfig, directory: Path) -> ModelConfig:
 
 
 def profile_of(found: ModelYaml) -> EngineProfile | None:
-    """What the model accepts; None when the base model is not on this machine."""
+    """What the model accepts; None when the base model is not on this machine, or of an architecture not known here.
+
+    The model reads adapters by itself, so that it may well serve one that could not be converted.
+    """
     file = Path(found.model) / "config.json"
     if not found.model or not file.is_file():
         return None
-    try:
-        config = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise EngineMismatch(f"cannot read {str(file)!r}: {error}") from None
     lora = found.lora or LoraSettings()
-    profile = profile_from_hf(
-        config,
-        found.model,
-        max_lora_rank=lora.max_lora_rank,
-        target_modules=lora.lora_target_modules if found.lora else (),
-        dtype=found.dtype,
-    )
+    try:
+        profile = profile_from_hf(
+            read_config_json(file),
+            found.model,
+            max_lora_rank=lora.max_lora_rank,
+            target_modules=lora.lora_target_modules if found.lora else (),
+            dtype=found.dtype,
+        )
+    except UnknownArchitecture:
+        return None
     return replace(profile, tp_size=found.tensor_parallel_size, pp_size=found.pipeline_parallel_size)
 
 
