@@ -56,6 +56,7 @@ def resolve(table: AdapterTable, lora_name: bytes | str | None, lora_task_id: in
         asked = _decoded(lora_name)
         name = table.aliases.get(asked, asked)
         if name not in table.entries:
+            _check_legal(asked)
             if name in table.unavailable:
                 raise malformed(table, name)
             raise UnknownAdapter(f"unknown LoRA adapter {name!r}; {available(table)}")
@@ -105,14 +106,16 @@ def check_parameters(parameters: Collection[str]) -> None:
 
 def _decoded(lora_name: bytes | str) -> str:
     try:
-        name = lora_name.decode() if isinstance(lora_name, bytes) else lora_name
+        return lora_name.decode() if isinstance(lora_name, bytes) else lora_name
     except UnicodeDecodeError:
         raise InvalidRequest(f"lora_name is not UTF-8: {lora_name[:100]!r}") from None
+
+
+def _check_legal(name: str) -> None:
     if not name:
         raise InvalidRequest("lora_name is empty; to ask the base model, leave it out")
     if not NAME_PATTERN.fullmatch(name):
         raise InvalidRequest(f"lora_name {name[:100]!r} is not a legal adapter name")
-    return name
 
 
 def warmed(table: AdapterTable) -> dict[int, int]:
