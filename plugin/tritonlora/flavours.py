@@ -69,6 +69,7 @@ class Flavour:
     task_id: str  # the input that has an adapter's lora_task_id
     from_router: tuple[str, ...]  # inputs that the router gives; no client may
     request_inputs: Callable[[Path, Route, bool], dict[str, object]]  # (repository, adapter, with its weights)
+    stop: str | None  # the input of a request that ends the one with the same id
     needed_outputs: tuple[str, ...]  # of the target: the router asks for these, whatever the client wants
     to_lora: str  # what to do about an engine without LoRA
     weights_file: str  # of an adapter, in the target's warmup directory, with {id} for the lora_task_id
@@ -298,6 +299,7 @@ TENSORS = Flavour(
     task_id="lora_task_id",
     from_router=("lora_weights", "lora_config"),
     request_inputs=_tensor_request,
+    stop="stop",
     needed_outputs=("output_ids", "sequence_length"),  # the engine refuses a request that does not ask for both
     to_lora="build it with trtllm-build --lora_plugin auto --lora_target_modules …",
     weights_file="adapter_model_{id}.bin",
@@ -338,6 +340,7 @@ LLM_API = Flavour(
     task_id="lora_id",
     from_router=("lora_path", "lora_ckpt_source"),
     request_inputs=_path_request,
+    stop=None,
     needed_outputs=("text_output",),
     to_lora="give it a lora_config in model.yaml: lora_target_modules, max_lora_rank, max_loras, max_cpu_loras",
     weights_file="adapter_{id}/adapter_model.safetensors",

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Clients of the router that cancel, or whose time is up, on a real tritonserver.
 
-Triton 2.51 can say that they have left, and cannot cancel what the router has asked of the engine: for that see
-tests/test_router_model.py.
+Triton 2.51 can say that they have left, and cannot cancel what the router has asked of the engine, which is asked to
+stop instead. For later versions see tests/test_router_model.py.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from tritonlora.server import Server
 
 LONG = 400  # tokens, 10 ms each
 SHORT = 50
+ENDLESS = 1_000_000
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Repository:
     """Adapters for a slow engine whose cache holds one, and two instances of the router."""
     root = tmp_path_factory.mktemp("cancellation") / "repo"
     slow = {"synthetic_token_seconds": "0.01"}
-    return synthetic_repository(root, cold=["long", "waits", "short"], pages=1, streams=2, parameters=slow)
+    return synthetic_repository(root, cold=["long", "waits", "short", "endless"], pages=1, streams=2, parameters=slow)
 
 
 @pytest.fixture(scope="module")
@@ -58,12 +59,14 @@ Results = queue.Queue[tuple[Any, InferenceServerException | None]]
 
 
 @contextlib.contextmanager
-def asking(server: Server, name: str, tokens: int, seconds: float | None = None) -> Iterator[Results]:
+def asking(
+    server: Server, name: str, tokens: int, seconds: float | None = None, request_id: str = ""
+) -> Iterator[Results]:
     """A streamed request to the router, which is cancelled on leaving; its client waits that many seconds at most."""
     results: Results = queue.Queue()
     with grpc.InferenceServerClient(server.grpc_url) as connection:
         connection.start_stream(lambda result, error: results.put((result, error)), stream_timeout=seconds)
-        connection.async_stream_infer("lora_router", grpc_inputs(question(name, tokens)))
+        connection.async_stream_infer("lora_router", grpc_inputs(question(name, tokens)), request_id=request_id)
         yield results
         connection.stop_stream(cancel_requests=True)
 
@@ -81,6 +84,35 @@ def test_a_stream_that_is_cancelled_is_counted_and_the_next_request_answered(
 
     assert (expected(read_table(opened), "short", tokens=12),) == answer(server, "short")
     await_sample(server, "lora_requests_running", lambda n: n == 0, lora_name="short")
+
+
+def test_a_client_that_leaves_frees_its_instances_and_its_room_in_the_engine(
+    server: Server, opened: Repository
+) -> None:
+    """Both instances are taken in turn, and the only page of the cache, by what would go on for hours."""
+    for count in (1, 2, 3):
+        with asking(server, "endless", ENDLESS) as results:
+            assert results.get(timeout=30)[1] is None
+        await_sample(
+            server,
+            "lora_requests_total",
+            functools.partial(operator.eq, count),
+            lora_name="endless",
+            outcome="CANCELLED",
+        )
+
+        assert (expected(read_table(opened), "short", tokens=12),) == answer(server, "short")
+
+
+def test_a_client_that_leaves_stops_no_other_request_of_the_same_id(server: Server, opened: Repository) -> None:
+    """Ids are the clients' own, and nobody keeps two of them from choosing the same."""
+    stays = grpc_stream(server, "lora_router", question("long", LONG // 2), request_id="same")
+    text = tokens_out(next(stays))
+    with asking(server, "long", LONG // 2, request_id="same") as results:
+        assert results.get(timeout=30)[1] is None
+    text += b"".join(map(tokens_out, stays))
+
+    assert expected(read_table(opened), "long", tokens=LONG // 2) == text.decode()
 
 
 def test_a_deadline_that_passes_is_a_cancellation(server: Server) -> None:

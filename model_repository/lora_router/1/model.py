@@ -19,7 +19,9 @@ it loses an error that is not the first answer to a BLS request, and the end of 
 from __future__ import annotations
 
 import functools
+import itertools
 import json
+import secrets
 import sys
 import threading
 import time
@@ -61,7 +63,10 @@ class TritonPythonModel:
         self._repository = directory.parent
         self._target = parameters["target"]
         self._batching = config["max_batch_size"] > 0
-        self._flavour = flavour_of([one["name"] for one in config["input"]])
+        inputs = [one["name"] for one in config["input"]]
+        self._flavour = flavour_of(inputs)
+        self._stop = self._flavour.stop if self._flavour.stop in inputs else None
+        self._own_ids = itertools.count(secrets.randbits(62))
         self._routing_inputs = ("lora_name", self._flavour.task_id)
         self._engine_outputs = {output["name"] for output in config["output"]} - {"previous_ids", "text_diff"}
         self._decoupled = pb_utils.using_decoupled_model_transaction_policy(config)
@@ -148,13 +153,15 @@ class TritonPythonModel:
             if split:
                 reply.begin_row(row)
             of_row = row_of(tensors, row) if split else tensors
-            send = functools.partial(self._send, request, parameters, of_row, reply.wanted, routes[row])
+            # Only a request that no other one shares its id with can be stopped. Old engines want numbers.
+            own_id = "" if request.request_id() or not self._stop else str(next(self._own_ids))
+            send = functools.partial(self._send, request, own_id, parameters, of_row, reply.wanted, routes[row])
             for answer in self._forwarder.forward(routes[row], send, reply.has_left):
                 reply.heard()
                 had_left = reply.left
                 if reply.has_left():
                     if not had_left:
-                        self._cancel()
+                        self._cancel(own_id, of_row)
                     continue
                 if error := engine_error(answer):
                     raise EngineError(error, routes[row])
@@ -169,6 +176,7 @@ class TritonPythonModel:
     def _send(
         self,
         request: pb_utils.InferenceRequest,
+        own_id: str,
         parameters: dict[str, Any],
         tensors: list[pb_utils.Tensor],
         wanted: Collection[str],
@@ -183,7 +191,7 @@ class TritonPythonModel:
             model_name=self._target,
             inputs=tensors,
             requested_output_names=sorted(self._engine_outputs & {*wanted, *self._flavour.needed_outputs}),
-            request_id=request.request_id(),
+            request_id=request.request_id() or own_id,
             correlation_id=request.correlation_id(),
             timeout=request.timeout(),
             parameters=parameters or None,  # which saves Triton's stub from writing JSON
@@ -196,16 +204,31 @@ class TritonPythonModel:
         self._last_streams.append(answers)
         yield from answers
 
-    def _cancel(self) -> None:
-        """Cancel the stream that is being read, where Triton can (from 25.04 on). It is read to its end all the same.
+    def _cancel(self, own_id: str, tensors: list[pb_utils.Tensor]) -> None:
+        """End the stream that is being read: Triton from 25.04 on can cancel it, before that the engine is asked to
+        stop the request that has `own_id`, if it has one. It is read to its end all the same.
 
         There is no leaving it: when the model is unloaded, the stub cuts off the streams that have not ended (seen with
         2.51; pb_stub.cc, PYTHONSTUB_FinalizeRequest). Then reading them, or letting go of them, blocks for ever, and
         what the engine still answers would go to an instance that the server has deleted.
         """
-        cancel = getattr(self._last_streams[-1], "cancel", None) if self._decoupled else None
+        if not self._decoupled:
+            return
+        cancel = getattr(self._last_streams[-1], "cancel", None)
         if cancel:
             cancel()
+        elif own_id:
+            rows = [tensors[0].shape()[0]] if self._batching else []
+            stop = pb_utils.Tensor(self._stop, np.ones((*rows, 1), np.bool_))
+            asked = pb_utils.InferenceRequest(
+                model_name=self._target,
+                inputs=[*(tensor for tensor in tensors if tensor.name() != self._stop), stop],
+                requested_output_names=list(self._flavour.needed_outputs),
+                request_id=own_id,
+            )
+            answers = asked.exec(decoupled=True)
+            self._last_streams.append(answers)
+            deque(answers, maxlen=0)
 
     def _count(self, names: list[str], column: str, amount: float = 1) -> None:
         for name in names:
