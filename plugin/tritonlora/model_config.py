@@ -8,13 +8,15 @@ Meaning and defaults are those of triton-inference-server/common, protobuf/model
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TypeVar
 
 from tritonlora.errors import ConfigError, one_message
-from tritonlora.textformat import Document, Message, Scalar, error_at, parse
+from tritonlora.textformat import Message, Scalar, error_at, parse
 
 _TEMPLATE = re.compile(r"\$\{[^{}]*\}")
 _INTEGER = re.compile(r"-?(?:0[xX][0-9a-fA-F]+|0[0-7]*|[1-9][0-9]*)", re.ASCII)
@@ -116,14 +118,14 @@ class ModelConfig:
         return any(step.model_name == model for step in self.steps)
 
 
-def parse_config(text: str | Document) -> ModelConfig:
+@functools.lru_cache(maxsize=8)  # one command looks at the same few configs from many sides
+def parse_config(text: str) -> ModelConfig:
     """A config.pbtxt's meaning; raises one ConfigError with everything in it that cannot be read.
 
     Templates are no error here.
     """
-    document = parse(text) if isinstance(text, str) else text
-    reader = _Reader(document.text)
-    root = document.message
+    reader = _Reader(text)
+    root = parse(text).message
     policy = reader.message(root, "model_transaction_policy")
     scheduling = reader.message(root, "ensemble_scheduling")
     config = ModelConfig(
@@ -134,7 +136,7 @@ def parse_config(text: str | Document) -> ModelConfig:
         decoupled=reader.boolean(policy, "decoupled", "decoupled"),
         inputs=tuple(reader.tensor(spec, "input") for spec in reader.messages(root, "input")),
         outputs=tuple(reader.tensor(spec, "output") for spec in reader.messages(root, "output")),
-        parameters=reader.parameters(root),
+        parameters=MappingProxyType(reader.parameters(root)),
         instance_count=reader.instance_count(root),
         steps=tuple(reader.step(step) for step in reader.messages(scheduling, "step")),
     )

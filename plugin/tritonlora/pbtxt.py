@@ -11,6 +11,7 @@ Read files with newline="" so that CRLF gets here, and back, as it is.
 
 from __future__ import annotations
 
+import functools
 import re
 
 from tritonlora.model_config import (
@@ -39,6 +40,7 @@ _NAME_AND_COLON = re.compile(r"\w+[ \t]*:?", re.ASCII)
 _QUOTED = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 
+@functools.lru_cache(maxsize=4096)  # a thousand warmup samples have the same few names
 def quote(content: str) -> str:
     """A string literal with that content."""
     escaped = (_QUOTED.get(c, c if c.isprintable() else "".join(f"\\{b:03o}" for b in c.encode())) for c in content)
