@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -307,6 +308,38 @@ def test_an_altered_file_makes_the_adapter_unavailable(tmp_path: Path, weights: 
 
     with pytest.raises(AdapterUnavailable, match="'pirate': adapter_.*_1.bin was altered on the server: its SHA-256"):
         map_tensors(tmp_path, REGISTERED)
+
+
+def test_nobody_writes_to_weights_while_they_are_sent(tmp_path: Path) -> None:
+    """Cut off while they are copied they would be a bus error, which ends the process."""
+    _write_tensors(tmp_path)
+    path = tmp_path / REGISTERED.entry.lora_weights_file
+    lora_weights = torch.utils.dlpack.from_dlpack(map_tensors(tmp_path, REGISTERED)[0])
+    writer = threading.Thread(target=path.write_bytes, args=(b"",))
+    writer.start()
+    writer.join(0.2)
+
+    assert writer.is_alive()
+    assert torch.equal(torch.ones(1, 6, 56, dtype=torch.bfloat16), lora_weights)
+
+    del lora_weights
+    writer.join(10)
+
+    assert not writer.is_alive()
+
+
+def test_weights_that_are_being_written_are_unavailable(tmp_path: Path) -> None:
+    """And are sent when that has ended."""
+    _write_tensors(tmp_path)
+    with (
+        (tmp_path / REGISTERED.entry.lora_weights_file).open("r+b"),
+        pytest.raises(
+            AdapterUnavailable, match=r"adapter_model_1.bin cannot be read .* it is being written; ask again"
+        ),
+    ):
+        map_tensors(tmp_path, REGISTERED)
+
+    map_tensors(tmp_path, REGISTERED)
 
 
 def test_files_that_the_engine_reads_by_itself_have_their_own_size(tmp_path: Path) -> None:

@@ -59,9 +59,24 @@ def _forget(address: int) -> None:
 
 _delete = _Deleter(_forget)
 
+_NAME = b"dltensor"  # of a capsule that was not consumed
+_is_capsule = ctypes.pythonapi.PyCapsule_IsValid
+_is_capsule.argtypes = (ctypes.c_void_p, ctypes.c_char_p)
+_address_in = ctypes.pythonapi.PyCapsule_GetPointer
+_address_in.restype = ctypes.c_void_p
+_address_in.argtypes = (ctypes.c_void_p, ctypes.c_char_p)
+
+
+def _forget_unused(capsule: int) -> None:
+    if _is_capsule(capsule, _NAME):
+        _forget(_address_in(capsule, _NAME))
+
+
+_destroy = _Deleter(_forget_unused)
+
 _new_capsule = ctypes.pythonapi.PyCapsule_New
 _new_capsule.restype = ctypes.py_object
-_new_capsule.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+_new_capsule.argtypes = (ctypes.c_void_p, ctypes.c_char_p, _Deleter)
 
 
 def mapped(path: Path) -> npt.NDArray[np.uint8]:
@@ -72,8 +87,10 @@ def mapped(path: Path) -> npt.NDArray[np.uint8]:
     return np.frombuffer(mapping, np.uint8)
 
 
-def capsule_of(content: npt.NDArray[np.uint8], dtype: str, shape: tuple[int, ...]) -> object:
+def capsule_of(content: npt.NDArray[np.uint8], dtype: str, shape: tuple[int, ...], lease: object = None) -> object:
     """`content` as a DLPack capsule ("dltensor") on the CPU, for one consumer. Nothing is copied.
+
+    `content` and `lease` live until the consumer lets go of the tensor, or until the capsule goes if there was none.
 
     `dtype` is one of float16, float32, bfloat16; `content` has the elements of `shape` row by row, little-endian, and
     nothing else.
@@ -83,6 +100,6 @@ def capsule_of(content: npt.NDArray[np.uint8], dtype: str, shape: tuple[int, ...
     tensor = _Tensor(content.ctypes.data, _Device(_CPU, 0), len(shape), _DataType(code, bits, 1), dims, None, 0)
     managed = _ManagedTensor(tensor, None, _delete)
     address = ctypes.addressof(managed)
-    _alive[address] = (managed, dims, content)
-    capsule: object = _new_capsule(address, b"dltensor", None)
+    _alive[address] = (managed, dims, content, lease)
+    capsule: object = _new_capsule(address, _NAME, _destroy)
     return capsule

@@ -9,14 +9,17 @@ This file runs inside a plain Triton container: standard library and numpy only.
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import functools
 import hashlib
-import mmap
 import os
-from collections.abc import Callable, Collection, Sequence
+import signal
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +30,7 @@ from tritonlora.adapters_json import TableReader, unavailable
 from tritonlora.errors import AdapterTableError, AdapterUnavailable, InvalidRequest, UnknownAdapter, one_message
 
 MOST_REPORTED = 20  # malformed entries in one log entry
-MOST_MAPPED = 16  # files of weights: in each process their page tables take 1/512 of their size
+MOST_MAPPED = 32  # files, every other one of weights: in each process their page tables take 1/512 of their size
 
 # Which adapter
 
@@ -231,67 +234,111 @@ class WholeTexts:
 # An adapter's tensors
 
 
-def check_files(repository: Path, route: Route, *, deep: bool = False) -> None:
-    """AdapterUnavailable when a file of the adapter is missing, or is not the registered one.
+def check_files(repository: Path, route: Route) -> None:
+    """AdapterUnavailable when a file of the adapter is missing, or has not the registered size.
 
-    By its size, or, if `deep`, by its SHA-256, too, which is computed once for each version of the file. The size of a
-    file that the engine reads by itself is not that of its tensors.
+    The size of a file that the engine reads by itself is not that of its tensors.
     """
     entry = route.entry
-    is_raw = entry.lora_path is None
-    for file, nbytes, sha256 in (
-        (entry.lora_weights_file, entry.lora_weights_nbytes, entry.lora_weights_sha256),
-        (entry.lora_config_file, entry.lora_config_nbytes, entry.lora_config_sha256),
+    for file, nbytes in (
+        (entry.lora_weights_file, entry.lora_weights_nbytes),
+        (entry.lora_config_file, entry.lora_config_nbytes),
     ):
-        if problem := _file_problem(repository / file, nbytes if is_raw else None, sha256 if deep else None):
-            raise AdapterUnavailable(f"LoRA adapter {route.lora_name!r}: {problem}")
+        path = repository / file
+        with _reasons(route, path):
+            found = path.stat()
+            if entry.lora_path is None:
+                _check_size(path, found, nbytes)
 
 
 def map_tensors(repository: Path, route: Route) -> tuple[object, npt.NDArray[np.int32]]:
     """(lora_weights (1, n, W), lora_config (1, n, 3 or 4) int32) of an adapter, the weights as a DLPack capsule.
 
-    The weights are the pages of the file: nothing is copied before they are sent. Raises what `check_files` raises: a
-    file that is not the registered one would be served as other weights, or as a bus error.
+    The weights are the pages of the file: nothing is copied before they are sent. AdapterUnavailable when a file is not
+    the registered one, by its size or by its SHA-256, which is computed once for each version of the file: it would be
+    served as other weights, or as a bus error. For the same reason nobody can write to it while the capsule lives.
     """
-    check_files(repository, route, deep=True)
     entry = route.entry
-    path = repository / entry.lora_weights_file
-    content = _content_of(path, _version_of(path.stat()))
-    lora_weights = dlpack.capsule_of(content, entry.dtype, (1, *entry.lora_weights_shape))
-    lora_config: npt.NDArray[Any] = np.fromfile(repository / entry.lora_config_file, "<i4")
-    return lora_weights, lora_config.reshape(1, *entry.lora_config_shape)
+    weights_path, config_path = repository / entry.lora_weights_file, repository / entry.lora_config_file
+    lease, weights = _registered(route, weights_path, entry.lora_weights_nbytes, entry.lora_weights_sha256)
+    _, config = _registered(route, config_path, entry.lora_config_nbytes, entry.lora_config_sha256)
+    lora_weights = dlpack.capsule_of(weights, entry.dtype, (1, *entry.lora_weights_shape), lease)
+    return lora_weights, np.array(config.view("<i4")).reshape(1, *entry.lora_config_shape)
 
 
-def _file_problem(path: Path, nbytes: int | None, sha256: str | None) -> str | None:
-    """In what a file is not the registered one, without the server's path."""
+def _registered(route: Route, path: Path, nbytes: int, sha256: str) -> tuple[Lease, npt.NDArray[np.uint8]]:
+    """The content of a file of the adapter, which stays as it is while the lease lives."""
+    with _reasons(route, path):
+        lease = Lease(path)
+        found = os.fstat(lease.descriptor)
+        _check_size(path, found, nbytes)
+        version = (found.st_ino, found.st_mtime_ns)
+        if _sha256_of(path, version) != sha256:
+            raise AdapterUnavailable(f"{path.name} was altered on the server: its SHA-256 is not the registered one")
+        return lease, _content_of(path, version)
+
+
+def _check_size(path: Path, found: os.stat_result, nbytes: int) -> None:
+    if found.st_size != nbytes:
+        raise AdapterUnavailable(f"{path.name} has {found.st_size} bytes on the server, expected {nbytes}")
+
+
+@contextlib.contextmanager
+def _reasons(route: Route, path: Path) -> Iterator[None]:
+    """AdapterUnavailable with the adapter's name, for a problem of its file; without the server's path."""
     try:
-        found = path.stat()
-        if nbytes not in (None, found.st_size):
-            return f"{path.name} has {found.st_size} bytes on the server, expected {nbytes}"
-        if sha256 is not None and _sha256_of(path, _version_of(found)) != sha256:
-            return f"{path.name} was altered on the server: its SHA-256 is not the registered one"
+        yield
     except FileNotFoundError:
-        return f"{path.name} is missing on the server"
+        reason = f"{path.name} is missing on the server"
     except OSError as error:
-        return f"{path.name} cannot be read on the server: {error.strerror}"
-    return None
+        reason = f"{path.name} cannot be read on the server: {error.strerror}"
+    except AdapterUnavailable as error:
+        reason = str(error)
+    else:
+        return
+    raise AdapterUnavailable(f"LoRA adapter {route.lora_name!r}: {reason}") from None
 
 
-_Version: TypeAlias = "tuple[int, int]"
+class Lease:
+    """Makes who opens a file for writing, or truncates it, wait while this lives, for at most 45 s
+    (/proc/sys/fs/lease-break-time).
+
+    Reading a mapped page that was cut off ends the process, and Triton 2.51 starts no other. Where the file system has
+    no leases (NFS), or the file is somebody else's, there is no keeping them.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """BlockingIOError when somebody has it open for writing now."""
+        self.descriptor = os.open(path, os.O_RDONLY)
+        try:
+            # Who waits is announced by a signal, by default one that ends the process; this one is ignored by default.
+            fcntl.fcntl(self.descriptor, fcntl.F_SETSIG, signal.SIGURG)
+            fcntl.fcntl(self.descriptor, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+        except BlockingIOError:
+            raise BlockingIOError(errno.EAGAIN, "it is being written; ask again") from None
+        except OSError:
+            pass
+
+    def __del__(self) -> None:
+        """Let them write."""
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
 
 
-def _version_of(found: os.stat_result) -> _Version:
-    return (found.st_ino, found.st_mtime_ns)
+_Version: TypeAlias = "tuple[int, int]"  # inode, time of the last change
 
 
 @functools.cache
-def _sha256_of(path: Path, _version: _Version) -> str:
+def _sha256_of(path: Path, version: _Version) -> str:
     """Of a file's content; read once for each version of it, which takes about as long as copying it."""
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return hashlib.sha256(content).hexdigest()
+    return hashlib.sha256(_content_of(path, version).data).hexdigest()
 
 
 @functools.lru_cache(maxsize=MOST_MAPPED)
-def _content_of(path: Path, _version: _Version) -> npt.NDArray[np.uint8]:
+def _content_of(path: Path, version: _Version) -> npt.NDArray[np.uint8]:
     """A file's content, which stays mapped: to map a file anew takes as long as to copy it in memory."""
-    return dlpack.mapped(path)
+    content = dlpack.mapped(path)
+    found = path.stat()
+    if (found.st_ino, found.st_mtime_ns) != version:
+        raise OSError(errno.ESTALE, "it was replaced just now; ask again")
+    return content

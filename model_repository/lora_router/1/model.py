@@ -201,6 +201,7 @@ class TritonPythonModel:
             yield forwarded.exec()
             return
         answers = forwarded.exec(decoupled=True)
+        del tensors, forwarded  # and with them the lease of the weights' file, which have been copied
         self._last_streams.append(answers)
         yield from answers
 
