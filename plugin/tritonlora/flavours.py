@@ -69,7 +69,7 @@ class Flavour:
     task_id: str  # the input that has an adapter's lora_task_id
     from_router: tuple[str, ...]  # inputs that the router gives; no client may
     request_inputs: Callable[[Path, Route, bool], dict[str, object]]  # (repository, adapter, with its weights)
-    stop: str | None  # the input of a request that ends the one with the same id
+    stop: str  # the input of a request that ends the one with the same id; "": there is none
     needed_outputs: tuple[str, ...]  # of the target: the router asks for these, whatever the client wants
     to_lora: str  # what to do about an engine without LoRA
     weights_file: str  # of an adapter, in the target's warmup directory, with {id} for the lora_task_id
@@ -340,7 +340,7 @@ LLM_API = Flavour(
     task_id="lora_id",
     from_router=("lora_path", "lora_ckpt_source"),
     request_inputs=_path_request,
-    stop=None,
+    stop="",
     needed_outputs=("text_output",),
     to_lora="give it a lora_config in model.yaml: lora_target_modules, max_lora_rank, max_loras, max_cpu_loras",
     weights_file="adapter_{id}/adapter_model.safetensors",

@@ -280,10 +280,12 @@ class Place:
         """Return when the request may be tried: at once when it does not stand in line, else when it is the first and
         there may be room. TimeoutError at `deadline` (time.monotonic).
         """
-        while self._file and not self._may_try():
+        while self._file:
+            check()
+            if self._may_try():
+                break
             if time.monotonic() >= deadline:
                 raise TimeoutError
-            check()
             time.sleep(POLL_SECONDS)
         self._tried_at = time.monotonic_ns()
         self._retry_at = time.monotonic() + self._pause

@@ -27,7 +27,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -65,7 +65,7 @@ class TritonPythonModel:
         self._batching = config["max_batch_size"] > 0
         inputs = [one["name"] for one in config["input"]]
         self._flavour = flavour_of(inputs)
-        self._stop = self._flavour.stop if self._flavour.stop in inputs else None
+        self._stop = self._flavour.stop if self._flavour.stop in inputs else ""
         self._own_ids = itertools.count(secrets.randbits(62))
         self._routing_inputs = ("lora_name", self._flavour.task_id)
         self._engine_outputs = {output["name"] for output in config["output"]} - {"previous_ids", "text_diff"}
@@ -154,14 +154,24 @@ class TritonPythonModel:
                 reply.begin_row(row)
             of_row = row_of(tensors, row) if split else tensors
             # Only a request that no other one shares its id with can be stopped. Old engines want numbers.
-            own_id = "" if request.request_id() or not self._stop else str(next(self._own_ids))
-            send = functools.partial(self._send, request, own_id, parameters, of_row, reply.wanted, routes[row])
+            own_id = str(next(self._own_ids)) if self._stop and not request.request_id() else ""
+            forwarded = functools.partial(
+                pb_utils.InferenceRequest,
+                model_name=self._target,
+                requested_output_names=sorted(self._engine_outputs & {*reply.wanted, *self._flavour.needed_outputs}),
+                request_id=request.request_id() or own_id,
+                correlation_id=request.correlation_id(),
+                timeout=request.timeout(),
+                parameters=parameters or None,  # which saves Triton's stub from writing JSON
+                trace=request.trace(),
+            )
+            send = functools.partial(self._send, forwarded, of_row, routes[row])
             for answer in self._forwarder.forward(routes[row], send, reply.has_left):
                 reply.heard()
                 had_left = reply.left
                 if reply.has_left():
                     if not had_left:
-                        self._cancel(own_id, of_row)
+                        self._cancel(forwarded if own_id else None, of_row)
                     continue
                 if error := engine_error(answer):
                     raise EngineError(error, routes[row])
@@ -175,39 +185,32 @@ class TritonPythonModel:
 
     def _send(
         self,
-        request: pb_utils.InferenceRequest,
-        own_id: str,
-        parameters: dict[str, Any],
+        forwarded: Callable[..., pb_utils.InferenceRequest],
         tensors: list[pb_utils.Tensor],
-        wanted: Collection[str],
         route: Route | None,
         attach: bool,
     ) -> Iterator[pb_utils.InferenceResponse]:
-        """Send the request to the engine's model, and give its answers."""
+        """Send the request, which `forwarded` makes of its inputs, to the engine's model, and give its answers."""
         if route:
             inputs_of_route = self._flavour.request_inputs(self._repository, route, attach)
             tensors = [*tensors, *(tensor_from(name, value) for name, value in inputs_of_route.items())]
-        forwarded = pb_utils.InferenceRequest(
-            model_name=self._target,
-            inputs=tensors,
-            requested_output_names=sorted(self._engine_outputs & {*wanted, *self._flavour.needed_outputs}),
-            request_id=request.request_id() or own_id,
-            correlation_id=request.correlation_id(),
-            timeout=request.timeout(),
-            parameters=parameters or None,  # which saves Triton's stub from writing JSON
-            trace=request.trace(),
-        )
         if not self._decoupled:
-            yield forwarded.exec()
+            yield forwarded(inputs=tensors).exec()
             return
-        answers = forwarded.exec(decoupled=True)
-        del tensors, forwarded  # and with them the lease of the weights' file, which have been copied
-        self._last_streams.append(answers)
+        answers = self._stream(forwarded(inputs=tensors))
+        del tensors  # and with them the lease of the weights' file, which have been copied
         yield from answers
 
-    def _cancel(self, own_id: str, tensors: list[pb_utils.Tensor]) -> None:
-        """End the stream that is being read: Triton from 25.04 on can cancel it, before that the engine is asked to
-        stop the request that has `own_id`, if it has one. It is read to its end all the same.
+    def _stream(self, request: pb_utils.InferenceRequest) -> Iterator[pb_utils.InferenceResponse]:
+        answers = request.exec(decoupled=True)
+        self._last_streams.append(answers)
+        return answers
+
+    def _cancel(
+        self, forwarded: Callable[..., pb_utils.InferenceRequest] | None, tensors: list[pb_utils.Tensor]
+    ) -> None:
+        """End the stream that is being read: Triton from 25.04 on can cancel it; before that the engine is asked to
+        stop it, by the same request with its stop input, unless that is None. It is read to its end all the same.
 
         There is no leaving it: when the model is unloaded, the stub cuts off the streams that have not ended (seen with
         2.51; pb_stub.cc, PYTHONSTUB_FinalizeRequest). Then reading them, or letting go of them, blocks for ever, and
@@ -218,18 +221,11 @@ class TritonPythonModel:
         cancel = getattr(self._last_streams[-1], "cancel", None)
         if cancel:
             cancel()
-        elif own_id:
+        elif forwarded:
             rows = [tensors[0].shape()[0]] if self._batching else []
             stop = pb_utils.Tensor(self._stop, np.ones((*rows, 1), np.bool_))
-            asked = pb_utils.InferenceRequest(
-                model_name=self._target,
-                inputs=[*(tensor for tensor in tensors if tensor.name() != self._stop), stop],
-                requested_output_names=list(self._flavour.needed_outputs),
-                request_id=own_id,
-            )
-            answers = asked.exec(decoupled=True)
-            self._last_streams.append(answers)
-            deque(answers, maxlen=0)
+            others = [tensor for tensor in tensors if tensor.name() != self._stop]
+            deque(self._stream(forwarded(inputs=[*others, stop])), maxlen=0)
 
     def _count(self, names: list[str], column: str, amount: float = 1) -> None:
         for name in names:
