@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from tritonlora import metrics
-from tritonlora.statistics import BASE, COLUMNS
+from tritonlora.statistics import BASE, COLUMNS, Counts
 
 
 def row(**counted: float) -> dict[str, float]:
@@ -31,6 +31,24 @@ def test_each_count_becomes_a_sample_with_its_labels() -> None:
         ("lora_table_reloads_total", (), 1),
         ("lora_table_failures_total", (), 4),
     } == {(sample.family.name, sample.labels, sample.value) for sample in metrics.samples(counts) if sample.value}
+
+
+def test_a_counter_never_falls_and_what_is_counted_no_more_does_not_run() -> None:
+    """As when somebody removes what the router's instances share."""
+    published: dict[metrics.Key, float] = {}
+
+    def publish(counts: Counts) -> dict[tuple[str, str], float]:
+        for sample in list(metrics.increments(published, counts)):
+            key = (sample.family, sample.labels)
+            published[key] = published.get(key, 0.0) + sample.value
+        return {(family.name, dict(labels)["lora_name"]): value for (family, labels), value in published.items()}
+
+    requests, running = ("lora_requests_total", "pirate"), ("lora_requests_running", "pirate")
+
+    assert {requests: 3, running: 2} == publish({"pirate": row(OK=3, running=2)})
+    assert {requests: 3, running: 0} == publish({})
+    assert {requests: 3, running: 1} == publish({"pirate": row(OK=1, running=1)})
+    assert {requests: 5, running: 0} == publish({"pirate": row(OK=5)})
 
 
 def test_the_gateway_is_told_what_runs_and_what_waits() -> None:

@@ -13,8 +13,9 @@ This file runs inside a plain Triton container: standard library only.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from tritonlora.statistics import LOADS, OUTCOMES, Counts
 
@@ -28,12 +29,16 @@ class Family:
     is_counter: bool
 
 
+Labels: TypeAlias = "tuple[tuple[str, str], ...]"
+Key: TypeAlias = "tuple[Family, Labels]"
+
+
 @dataclass(frozen=True, slots=True)
 class Sample:
     """A metric and its value now."""
 
     family: Family
-    labels: tuple[tuple[str, str], ...]
+    labels: Labels
     value: float
 
 
@@ -61,6 +66,18 @@ def samples(counts: Counts) -> Iterator[Sample]:
         yield Sample(RUNNING, (adapter,), of_adapter["running"])
     yield Sample(RELOADS, (), sum(of_adapter["table_reloads"] for of_adapter in counts.values()))
     yield Sample(FAILURES, (), sum(of_adapter["table_failures"] for of_adapter in counts.values()))
+
+
+def increments(published: Mapping[Key, float], counts: Counts) -> Iterator[Sample]:
+    """What has to be added to the values that were `published`, so that they say what was counted.
+
+    A counter never falls, also when what the instances share was lost; and what is counted no more does not run.
+    """
+    now = dict.fromkeys(published, 0.0) | {(sample.family, sample.labels): sample.value for sample in samples(counts)}
+    for (family, labels), value in now.items():
+        change = value - published.get((family, labels), 0.0)
+        if change > 0 or (change < 0 and not family.is_counter):
+            yield Sample(family, labels, change)
 
 
 def info_labels(counts: Counts, waiting: Sequence[str], max_lora: int) -> dict[str, str]:

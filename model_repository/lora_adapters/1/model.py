@@ -86,22 +86,19 @@ class Publisher:
         self._table = table
         self._statistics = shared / DIRECTORY
         self._families = {family: new_family(family) for family in metrics.FAMILIES}
-        self._published: dict[tuple[metrics.Family, tuple[tuple[str, str], ...]], tuple[Any, float]] = {}
+        self._metrics: dict[metrics.Key, Any] = {}
+        self._published: dict[metrics.Key, float] = {}
         self._info: dict[str, str] | None = None
 
     def publish(self, waiting: list[int]) -> None:
         """Once."""
         counts = read_statistics(self._statistics)
-        for sample in metrics.samples(counts):
+        for sample in list(metrics.increments(self._published, counts)):
             key = (sample.family, sample.labels)
-            if key not in self._published:
-                if not sample.value:
-                    continue
-                self._published[key] = (self._families[sample.family].Metric(labels=dict(sample.labels)), 0.0)
-            metric, value = self._published[key]
-            if sample.value != value:
-                metric.increment(sample.value - value)
-                self._published[key] = (metric, sample.value)
+            if key not in self._metrics:
+                self._metrics[key] = self._families[sample.family].Metric(labels=dict(sample.labels))
+            self._metrics[key].increment(sample.value)
+            self._published[key] = self._published.get(key, 0.0) + sample.value
         table = self._table.table()
         names = [name for task_id in waiting if (name := table.name_of(task_id))]
         labels = metrics.info_labels(counts, names, len(table.entries))
