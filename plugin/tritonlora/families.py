@@ -75,6 +75,8 @@ _GATED_MLP = _leaves("mlp", mlp_h_to_4h="gate_proj", mlp_gate="up_proj", mlp_4h_
 _UNGATED_MLP = _leaves("mlp", mlp_h_to_4h="up_proj", mlp_4h_to_h="down_proj")
 _C_MLP = _leaves("mlp", mlp_h_to_4h="c_fc", mlp_4h_to_h="c_proj")
 _DENSE_MLP = _leaves("mlp", mlp_h_to_4h="dense_h_to_4h", mlp_4h_to_h="dense_4h_to_h")
+_FC_MLP = _leaves("mlp", mlp_h_to_4h="fc1", mlp_4h_to_h="fc2")
+_NESTED_ATTENTION = _leaves("attn.attention", attn_q="q_proj", attn_k="k_proj", attn_v="v_proj", attn_dense="out_proj")
 _FC1_FC2 = {"fc1": Leaf(("mlp_h_to_4h",)), "fc2": Leaf(("mlp_4h_to_h",))}
 
 # The stems in the middle are how vision-language models hold their text model.
@@ -113,10 +115,9 @@ PHI3 = Family(
 PHI = Family(
     "Phi",
     _MODEL_LAYERS,
-    _leaves("self_attn", attn_q="q_proj", attn_k="k_proj", attn_v="v_proj", attn_dense="dense")
-    | _leaves("mlp", mlp_h_to_4h="fc1", mlp_4h_to_h="fc2"),
+    _leaves("self_attn", attn_q="q_proj", attn_k="k_proj", attn_v="v_proj", attn_dense="dense") | _FC_MLP,
 )
-NANOCHAT = Family("nanochat", _MODEL_LAYERS, _SEPARATE_ATTENTION | _leaves("mlp", mlp_h_to_4h="fc1", mlp_4h_to_h="fc2"))
+NANOCHAT = Family("nanochat", _MODEL_LAYERS, _SEPARATE_ATTENTION | _FC_MLP)
 STARCODER2 = Family("StarCoder2", _MODEL_LAYERS, _SEPARATE_ATTENTION | _C_MLP)
 GPT_NEOX = Family(
     "GPT-NeoX",
@@ -172,13 +173,12 @@ GPT_BIGCODE = Family("GPTBigCode", _TRANSFORMER_H, {"attn.c_attn": _QKV_BY_HEAD_
 GPT_NEO = Family(
     "GPT-Neo",
     _TRANSFORMER_H,
-    _leaves("attn.attention", attn_q="q_proj", attn_k="k_proj", attn_v="v_proj", attn_dense="out_proj") | _C_MLP,
+    _NESTED_ATTENTION | _C_MLP,
 )
 EXAONE = Family(
     "EXAONE",
     _TRANSFORMER_H,
-    _leaves("attn.attention", attn_q="q_proj", attn_k="k_proj", attn_v="v_proj", attn_dense="out_proj")
-    | _leaves("mlp", mlp_h_to_4h="c_fc_0", mlp_gate="c_fc_1", mlp_4h_to_h="c_proj"),
+    _NESTED_ATTENTION | _leaves("mlp", mlp_h_to_4h="c_fc_0", mlp_gate="c_fc_1", mlp_4h_to_h="c_proj"),
 )
 GPTJ = Family(
     "GPT-J",

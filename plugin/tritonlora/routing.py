@@ -182,7 +182,7 @@ class TableFile:
         reused = {
             name: (Problem(f"lora_task_id {entry.lora_task_id} was given to other weights; {_NEW_ID}"),)
             for name, entry in table.entries.items()
-            if self._given.setdefault(entry.lora_task_id, _digests(entry)) != _digests(entry)
+            if self._given.setdefault(entry.lora_task_id, digests := _digests(entry)) != digests
         }
         if not reused:
             return table

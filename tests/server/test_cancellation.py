@@ -71,16 +71,20 @@ def asking(
         connection.stop_stream(cancel_requests=True)
 
 
+def leave(server: Server, name: str, tokens: int, count: int) -> None:
+    """Go away after the first answer, and return when so many clients of the adapter are counted that did."""
+    with asking(server, name, tokens) as results:
+        assert results.get(timeout=30)[1] is None
+    is_counted = functools.partial(operator.eq, count)
+    await_sample(server, "lora_requests_total", is_counted, lora_name=name, outcome="CANCELLED")
+
+
 def test_a_stream_that_is_cancelled_is_counted_and_the_next_request_answered(
     server: Server, opened: Repository
 ) -> None:
     """By the right adapter, as if nothing had been."""
     for count in (1, 2, 3):
-        with asking(server, "short", SHORT) as results:
-            assert results.get(timeout=30)[1] is None
-        await_sample(
-            server, "lora_requests_total", functools.partial(operator.eq, count), lora_name="short", outcome="CANCELLED"
-        )
+        leave(server, "short", SHORT, count)
 
     assert (expected(read_table(opened), "short", tokens=12),) == answer(server, "short")
     await_sample(server, "lora_requests_running", lambda n: n == 0, lora_name="short")
@@ -91,15 +95,7 @@ def test_a_client_that_leaves_frees_its_instances_and_its_room_in_the_engine(
 ) -> None:
     """Both instances are taken in turn, and the only page of the cache, by what would go on for hours."""
     for count in (1, 2, 3):
-        with asking(server, "endless", ENDLESS) as results:
-            assert results.get(timeout=30)[1] is None
-        await_sample(
-            server,
-            "lora_requests_total",
-            functools.partial(operator.eq, count),
-            lora_name="endless",
-            outcome="CANCELLED",
-        )
+        leave(server, "endless", ENDLESS, count)
 
         assert (expected(read_table(opened), "short", tokens=12),) == answer(server, "short")
 
