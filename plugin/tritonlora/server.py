@@ -36,6 +36,7 @@ from types import TracebackType
 import platformdirs
 
 from tritonlora.errors import ServerError
+from tritonlora.interrupts import held
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  Triton's Python backend keeps its regions here
 MPIRUN = "mpirun"
@@ -255,19 +256,26 @@ class Server:
     def __enter__(self) -> Server:
         """Launch; `wait_until_ready` is for the caller to call."""
         self._started = time.monotonic()
-        # A session of its own: Ctrl-C on the terminal reaches us alone, and we end the server in order.
-        self._process = subprocess.Popen(
-            self.command,
-            env=self._environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        )
-        self._log_reader = threading.Thread(target=self._read_log, name="tritonserver-log", daemon=True)
-        self._log_reader.start()
+        process = None
+        try:
+            with held():
+                # A session of its own: Ctrl-C on the terminal reaches us alone, and we end the server in order.
+                process = self._process = subprocess.Popen(
+                    self.command,
+                    env=self._environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                    errors="replace",
+                    start_new_session=True,
+                )
+                self._log_reader = threading.Thread(target=self._read_log, name="tritonserver-log", daemon=True)
+                self._log_reader.start()
+        except BaseException:  # there is no __exit__ yet that would do it
+            if process:
+                self.stop()
+            raise
         return self
 
     def __exit__(

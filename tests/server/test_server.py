@@ -6,8 +6,11 @@ from __future__ import annotations
 
 import http.client
 import os
+import signal
 import socket
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -109,6 +112,23 @@ def test_a_killed_server_leaves_no_stub_behind(tmp_path: Path) -> None:
         server.wait()
 
     assert [] == _group(server.pid)
+
+
+def test_ctrl_c_at_the_launch_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even between the moment that the process is there and the one that we know its id."""
+    launched: list[int] = []
+
+    class InterruptedPopen(subprocess.Popen[str]):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            launched.append(self.pid)
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(subprocess, "Popen", InterruptedPopen)
+    with pytest.raises(KeyboardInterrupt), Server(_model(tmp_path, "echo", ECHO)):
+        pytest.fail("Ctrl-C was lost")
+
+    assert [] == _group(launched[0])
 
 
 def test_a_tritonserver_on_path_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

