@@ -157,9 +157,10 @@ def grpc_stream(server: Server, model: str, inputs: Tensors, **options: Any) -> 
             result, error = results.get(timeout=TIMEOUT)
             if error is not None:
                 raise error
-            if outputs := _outputs(result):
-                yield outputs
-            if result.get_response().parameters["triton_final_response"].bool_param:
+            response = result.get_response()
+            if response.outputs:
+                yield {output.name: result.as_numpy(output.name) for output in response.outputs}
+            if response.parameters["triton_final_response"].bool_param:
                 return
 
 

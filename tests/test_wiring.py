@@ -88,10 +88,10 @@ def test_router_config_carries_its_parameters() -> None:
 
 
 def test_router_config_gives_previous_ids_when_asked_for() -> None:
-    """previous_ids comes after the target's own outputs."""
+    """previous_ids comes after the target's own outputs, with the one by which the router knows who named it."""
     router = protobuf(router_config(parse_config(TARGET), previous_ids=True))
 
-    assert [("output_ids", 8, [-1, -1]), ("previous_ids", 8, [-1])] == [
+    assert [("output_ids", 8, [-1, -1]), ("previous_ids", 8, [-1]), ("all_outputs", 1, [1])] == [
         (tensor.name, tensor.data_type, list(tensor.dims)) for tensor in router.output
     ]
 

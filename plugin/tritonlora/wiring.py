@@ -95,7 +95,7 @@ def router_config(
     It declares the target's inputs and outputs in the target's order, less the inputs that only the router gives, plus
     the optional input lora_name (TYPE_STRING [ 1 ]) where the target has none, the router's own output of the target's
     flavour and, with `previous_ids`, an output of that name (TYPE_INT32 [ -1 ]): the tokens of this stream that were
-    sent before this response.
+    sent before this response, which only those get who name it. It takes a second output, which nobody ever gets.
 
     Raises ConfigError when the target has no LoRA inputs, or with every value in it that nobody has filled in yet.
     """
@@ -111,7 +111,8 @@ def router_config(
     outputs = list(target.outputs)
     outputs += _own_outputs(target, flavour)
     if previous_ids:
-        outputs.append(TensorSpec("previous_ids", "TYPE_INT32", (-1,)))
+        # Triton asks for every output when a client names none: who asks for this one has not named previous_ids.
+        outputs += [TensorSpec("previous_ids", "TYPE_INT32", (-1,)), TensorSpec("all_outputs", "TYPE_BOOL", (1,))]
     parameters = {
         "target": target_name,
         "cache_full_timeout_seconds": str(cache_full_timeout_seconds),

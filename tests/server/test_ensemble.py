@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import http.client
 import json
-import queue
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import tritonclient.grpc
 from tritonclient.utils import InferenceServerException
 
+from asking import grpc_stream
 from tritonlora.server import Server
 
 MODEL_REPOSITORY = Path(__file__).parents[2] / "model_repository"
@@ -62,36 +61,13 @@ def post(server: Server, endpoint: str, body: dict[str, Any]) -> tuple[int, str]
         connection.close()
 
 
-def grpc_stream(server: Server, texts: list[str], **inputs: Any) -> Iterator[dict[str, Any]]:
-    """The answers to a batch of texts over gRPC, streamed: output name -> its nested lists."""
-    tensors = {
+def inputs_of(texts: list[str], **inputs: int) -> dict[str, np.ndarray[Any, Any]]:
+    """A batch of texts, to be streamed."""
+    return {
         "text_input": np.array([[text.encode()] for text in texts], np.object_),
         "stream": np.full((len(texts), 1), fill_value=True),
         **{name: np.full((len(texts), 1), value, np.int32) for name, value in inputs.items()},
     }
-    answers: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
-    with tritonclient.grpc.InferenceServerClient(server.grpc_url) as client:
-        client.start_stream(lambda result, error: answers.put((result, error)))
-        client.async_stream_infer(
-            "ensemble", [infer_input(name, array) for name, array in tensors.items()], enable_empty_final_response=True
-        )
-        while True:
-            result, error = answers.get(timeout=60)
-            if error:
-                raise error
-            response = result.get_response()
-            if response.outputs:
-                yield {output.name: result.as_numpy(output.name).tolist() for output in response.outputs}
-            if response.parameters["triton_final_response"].bool_param:
-                return
-
-
-def infer_input(name: str, array: np.ndarray[Any, Any]) -> tritonclient.grpc.InferInput:
-    """An input tensor of the client."""
-    datatype = {"O": "BYTES", "b": "BOOL", "i": "INT32"}[array.dtype.kind]
-    tensor = tritonclient.grpc.InferInput(name, list(array.shape), datatype)
-    tensor.set_data_from_numpy(array)
-    return tensor
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -138,8 +114,8 @@ def test_rows_of_a_batch_stream_side_by_side(server: Server) -> None:
     texts = ["é日本", "x👋z", "ascii!"]
     rows = [b""] * len(texts)
 
-    for outputs in grpc_stream(server, texts, max_tokens=14):
-        rows[outputs["batch_index"][0][0]] += outputs["text_output"][0][0]
+    for outputs in grpc_stream(server, "ensemble", inputs_of(texts, max_tokens=14)):
+        rows[outputs["batch_index"].item()] += outputs["text_output"].item()
 
     assert [generate(server, text_input=text, max_tokens=14) for text in texts] == [row.decode() for row in rows]
 
@@ -174,16 +150,7 @@ def test_client_learns_what_was_wrong(server: Server, endpoint: str, body: dict[
 
 def test_text_that_is_not_utf_8_is_refused(server: Server) -> None:
     """Over gRPC a text can hold any bytes."""
-    tensors = [
-        infer_input("text_input", np.array([[b"\xff"]], np.object_)),
-        infer_input("max_tokens", np.array([[4]], np.int32)),
-    ]
-    answers: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
+    tensors = {"text_input": np.array([[b"\xff"]], np.object_), "max_tokens": np.array([[4]], np.int32)}
 
-    with tritonclient.grpc.InferenceServerClient(server.grpc_url) as client:
-        client.start_stream(lambda result, error: answers.put((result, error)))
-        client.async_stream_infer("ensemble", tensors)
-        _, error = answers.get(timeout=60)
-
-    assert isinstance(error, InferenceServerException)
-    assert "QUERY, row 0: not UTF-8: invalid start byte at byte 0" in error.message()
+    with pytest.raises(InferenceServerException, match="QUERY, row 0: not UTF-8: invalid start byte at byte 0"):
+        next(grpc_stream(server, "ensemble", tensors))

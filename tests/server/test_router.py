@@ -14,8 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from tritonclient.grpc import InferRequestedOutput
 
+from asking import Question, grpc_stream, tokens_in
 from repositories import synthetic_adapter, synthetic_repository
 from tritonlora import client, register
 from tritonlora.adapters import AdapterTable
@@ -27,6 +30,7 @@ WARM = ("pirate", "haiku")
 COLD = tuple(f"cold{number}" for number in range(6))
 PAGES = 3
 PROMPT = "hello"
+QUESTION = tokens_in(Question(tokens=[3]), streams=True)
 
 Launch = Callable[..., Server]
 
@@ -83,6 +87,27 @@ def test_multi_byte_characters_are_streamed_whole(server: Server) -> None:
     assert answer["text_output"] == "".join(pieces)
     assert len(pieces) > 10
     assert not any("\ufffd" in piece for piece in pieces[:-1])
+
+
+def test_who_names_no_outputs_gets_what_the_engine_gives(server: Server) -> None:
+    """Nothing of the router's own, which would cost each token a tensor."""
+    direct, routed = (list(grpc_stream(server, model, QUESTION)) for model in ("tensorrt_llm", "lora_router"))
+
+    assert 3 == len(direct)
+    np.testing.assert_equal(routed, direct)
+
+
+def test_who_names_previous_ids_gets_them(server: Server) -> None:
+    """The tokens that came before, and at the end once more, without new ones."""
+    outputs = [InferRequestedOutput(name) for name in ("output_ids", "previous_ids")]
+    answers = list(grpc_stream(server, "lora_router", QUESTION, outputs=outputs))
+    tokens = [answer["output_ids"].reshape(-1).tolist() for answer in answers]
+    first, second, third, _ = tokens
+
+    assert [1, 1, 1, 0] == [len(new) for new in tokens]
+    assert [[], first, first + second, first + second + third] == [
+        answer["previous_ids"][0].tolist() for answer in answers
+    ]
 
 
 # Warm, cold, evicted
