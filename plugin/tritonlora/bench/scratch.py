@@ -54,7 +54,7 @@ class TritonPythonModel:
             forwarded = pb_utils.InferenceRequest(
                 model_name="tensorrt_llm",
                 inputs=request.inputs(),
-                requested_output_names=["output_ids", "sequence_length"],
+                requested_output_names=[*request.requested_output_names()],
             )
             answers = forwarded.exec(decoupled=True)
             self.last_streams.append(answers)
