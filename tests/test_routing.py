@@ -136,6 +136,9 @@ def failures() -> list[str]:
     return []
 
 
+LONG_AGO = 1_700_000_000.0
+
+
 def _replace(path: Path, text: str) -> None:
     temporary = path.with_suffix(".new")
     temporary.write_text(text)
@@ -392,11 +395,30 @@ def test_the_stat_of_an_unchanged_table_is_all_that_a_request_costs(tmp_path: Pa
     """The same object comes back as long as the file is the same."""
     path = tmp_path / "adapters.json"
     path.write_text(render(TABLE))
+    os.utime(path, (LONG_AGO, LONG_AGO))
     file = TableFile(path, failures.append)
-    before = os.stat(path)  # noqa: PTH116
 
     assert file.table() is file.table()
-    assert before.st_mtime_ns == path.stat().st_mtime_ns
+
+
+def test_two_changes_within_a_tick_of_the_clock_are_both_seen(
+    tmp_path: Path, failures: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By hand, in place: the same file, size and mtime. A moment later the file is not read again."""
+    path = tmp_path / "adapters.json"
+    path.write_text(render(TABLE))
+    os.utime(path, (LONG_AGO, LONG_AGO))
+    monkeypatch.setattr("tritonlora.routing.time.time", lambda: LONG_AGO + 0.001)
+    file = TableFile(path, failures.append)
+    changed = replace(TABLE, next_lora_task_id=TABLE.next_lora_task_id + 1)
+    path.write_text(render(changed))
+    os.utime(path, (LONG_AGO, LONG_AGO))
+
+    assert changed == file.table()
+
+    monkeypatch.setattr("tritonlora.routing.time.time", lambda: LONG_AGO + 1)
+
+    assert file.table() is file.table()
 
 
 # Texts of streams

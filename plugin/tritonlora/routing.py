@@ -16,6 +16,7 @@ import functools
 import hashlib
 import os
 import signal
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +31,8 @@ from tritonlora.adapters_json import TableReader, unavailable
 from tritonlora.errors import AdapterTableError, AdapterUnavailable, InvalidRequest, UnknownAdapter, one_message
 
 MOST_REPORTED = 20  # malformed entries in one log entry
+# A file may change again without a later mtime: where kernels count time in ticks, for up to 10 ms.
+SETTLED_SECONDS = 0.05
 MOST_MAPPED = 32  # files, every other one of weights: in each process their page tables take 1/512 of their size
 
 # Which adapter
@@ -147,7 +150,7 @@ class TableFile:
         self._table = self._read()
 
     def table(self) -> AdapterTable:
-        """The table; read again when the file has changed since (one stat when it has not). Not thread-safe."""
+        """The table; read again when the file has changed since, or just before (else one stat). Not thread-safe."""
         if self._stat() != self._version:
             try:
                 self._table = self._read()
@@ -175,7 +178,14 @@ class TableFile:
             more = [f"and {len(new) - MOST_REPORTED} more"] if len(new) > MOST_REPORTED else []
             self._on_failure(one_message("adapters.json: unavailable", [*new[:MOST_REPORTED], *more]))
         self._reported = set(problems)
+        if self._has_just_changed():
+            self._version = None
         return table
+
+    def _has_just_changed(self) -> bool:
+        with contextlib.suppress(OSError):
+            return abs(time.time() - self._path.stat().st_mtime) < SETTLED_SECONDS
+        return True
 
     def _without_reused_ids(self, table: AdapterTable) -> AdapterTable:
         """Adapters whose lora_task_id was that of other files are unavailable: the engine may hold those under it."""
@@ -317,7 +327,7 @@ class Lease:
         except BlockingIOError:
             raise BlockingIOError(errno.EAGAIN, "it is being written; ask again") from None
         except OSError:
-            pass
+            self._version = None
 
     def __del__(self) -> None:
         """Let them write."""
