@@ -125,8 +125,12 @@ def test_ctrl_c_at_the_launch_leaves_nothing_behind(tmp_path: Path, monkeypatch:
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(subprocess, "Popen", InterruptedPopen)
-    with pytest.raises(KeyboardInterrupt), Server(_model(tmp_path, "echo", ECHO)):
-        pytest.fail("Ctrl-C was lost")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), Server(_model(tmp_path, "echo", ECHO)):
+            pytest.fail("Ctrl-C was lost")
+    finally:
+        signal.signal(signal.SIGINT, before)
 
     assert [] == _group(launched[0])
 
