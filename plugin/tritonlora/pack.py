@@ -241,8 +241,9 @@ def _multiply(tensor: torch.Tensor, scaling: float, out: torch.Tensor) -> None:
         out.copy_(tensor.float() * scaling)
 
 
-# Handing a batch over takes as long as writing about a hundred KiB. Three: one is filled, one is written, one waits.
-_BATCH_NBYTES = 1 << 20
+# Handing a batch over takes as long as writing about a hundred KiB; what is larger leaves the processor's cache before
+# it is written. Three: one is filled, one is written, one waits.
+_BATCH_NBYTES = 2 << 20
 _BATCHES = 3
 _Batch: TypeAlias = "tuple[torch.Tensor, memoryview]"  # some rows, and their bytes
 

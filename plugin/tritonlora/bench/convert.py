@@ -10,8 +10,8 @@ to a new file, all on the same in-memory file system, so that no disk is measure
     straightforward  in torch, without a check: load, cast, scale, flatten, pad, stack, write
 
 Each rank is timed in a process of its own, the three ways by turns, and a time is the shortest of all rounds: what else
-the machine does can only add to it. The peak of memory is taken in one more process for each way, so that nothing
-counts that an earlier way left behind.
+the machine does can only add to it. Smaller ranks have more rounds, as a disturbance is a larger part of them. The peak
+of memory is taken in one more process for each way, so that nothing counts that an earlier way left behind.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def _measure(rank: int, rounds: int, layers: int, directory: Path) -> Measured:
         adapter = Path(scratch) / "adapter"
         adapter.mkdir()
         make_adapter(adapter, rank, layers)
-        seconds = _in_process("times", scratch, str(rounds))
+        seconds = _in_process("times", scratch, str(rounds * max(1, 32 // rank)))
         convert_peak, straightforward_peak = (
             _in_process("peak", scratch, way) for way in ("convert", "straightforward")
         )
