@@ -327,7 +327,7 @@ class Lease:
         except BlockingIOError:
             raise BlockingIOError(errno.EAGAIN, "it is being written; ask again") from None
         except OSError:
-            self._version = None
+            pass
 
     def __del__(self) -> None:
         """Let them write."""
