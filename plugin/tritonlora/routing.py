@@ -147,13 +147,15 @@ class TableFile:
         self._reported: set[str] = set()
         self._given: dict[int, tuple[str, str]] = {}  # lora_task_id -> digests of the files that it was given to
         self._reader = TableReader()
-        self._table = self._read()
+        self._digest = b""  # of the text that the table was made of
+        self._table = AdapterTable()
+        self._read()
 
     def table(self) -> AdapterTable:
         """The table; read again when the file has changed since, or just before (else one stat). Not thread-safe."""
         if self._stat() != self._version:
             try:
-                self._table = self._read()
+                self._read()
             except AdapterTableError as error:
                 self._on_failure(f"keeping the last good adapters.json: {error}")
         return self._table
@@ -165,21 +167,28 @@ class TableFile:
             return "unreadable"
         return (found.st_ino, found.st_mtime_ns, found.st_size)
 
-    def _read(self) -> AdapterTable:
-        _content_of.cache_clear()  # the space of a file that was removed is free when nobody maps it any more
+    def _read(self) -> None:
         self._version = self._stat()  # before reading: a change in between is seen the next time
         try:
-            text = self._path.read_bytes().decode()
+            content = self._path.read_bytes()
+            text = content.decode()
         except (OSError, UnicodeDecodeError) as error:
             raise AdapterTableError(f"cannot read {self._path}: {error}") from None
+        digest = hashlib.sha256(content).digest()
+        if digest != self._digest:
+            self._table = self._table_of(text)
+            self._digest = digest
+        if self._has_just_changed():
+            self._version = None
+
+    def _table_of(self, text: str) -> AdapterTable:
         table = self._without_reused_ids(self._reader.read(text))
+        _content_of.cache_clear()  # the space of a file that was removed is free when nobody maps it any more
         problems = list(unavailable(table))
         if new := [problem for problem in problems if problem not in self._reported]:
             more = [f"and {len(new) - MOST_REPORTED} more"] if len(new) > MOST_REPORTED else []
             self._on_failure(one_message("adapters.json: unavailable", [*new[:MOST_REPORTED], *more]))
         self._reported = set(problems)
-        if self._has_just_changed():
-            self._version = None
         return table
 
     def _has_just_changed(self) -> bool:
@@ -282,7 +291,7 @@ def _registered(route: Route, path: Path, nbytes: int, sha256: str) -> tuple[Lea
         lease = Lease(path)
         found = os.fstat(lease.descriptor)
         _check_size(path, found, nbytes)
-        version = (found.st_ino, found.st_mtime_ns)
+        version = _version_of(found)
         if _sha256_of(path, version) != sha256:
             raise AdapterUnavailable(f"{path.name} was altered on the server: its SHA-256 is not the registered one")
         return lease, _content_of(path, version)
@@ -338,6 +347,10 @@ class Lease:
 _Version: TypeAlias = "tuple[int, int]"  # inode, time of the last change
 
 
+def _version_of(found: os.stat_result) -> _Version:
+    return (found.st_ino, found.st_mtime_ns)
+
+
 @functools.cache
 def _sha256_of(path: Path, version: _Version) -> str:
     """Of a file's content; read once for each version of it, which takes about as long as copying it."""
@@ -348,7 +361,6 @@ def _sha256_of(path: Path, version: _Version) -> str:
 def _content_of(path: Path, version: _Version) -> npt.NDArray[np.uint8]:
     """A file's content, which stays mapped: to map a file anew takes as long as to copy it in memory."""
     content = dlpack.mapped(path)
-    found = path.stat()
-    if (found.st_ino, found.st_mtime_ns) != version:
+    if _version_of(path.stat()) != version:
         raise OSError(errno.ESTALE, "it was replaced just now; ask again")
     return content
