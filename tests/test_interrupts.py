@@ -10,10 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tritonlora.interrupts import HELD, held
+from tritonlora.interrupts import ENDING, held
 
 
-@pytest.fixture(params=HELD)
+@pytest.fixture(params=ENDING)
 def number(request: pytest.FixtureRequest) -> Iterator[signal.Signals]:
     """A signal whose handler raises KeyboardInterrupt, as the command line's does."""
     before = signal.signal(request.param, signal.default_int_handler)

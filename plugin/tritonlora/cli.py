@@ -23,6 +23,7 @@ from rich.progress import Progress
 from tritonlora import __version__
 from tritonlora.bench.commands import bench
 from tritonlora.errors import RepositoryError, ServerError, TritonLoraError, one_message
+from tritonlora.interrupts import ENDING
 from tritonlora.terminal import (
     AsJson,
     loading,
@@ -73,7 +74,7 @@ class _Interrupted(BaseException):
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; its exit code."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in ENDING:
         signal.signal(number, _interrupt)
     try:
         app(arguments)

@@ -10,7 +10,8 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-HELD: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+ENDING: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""The signals that ask for the end."""
 
 
 @contextlib.contextmanager
@@ -28,7 +29,7 @@ def held() -> Iterator[None]:
     def note(number: int, _frame: FrameType | None) -> None:
         came.append(number)
 
-    handlers = {number: signal.getsignal(number) for number in HELD}
+    handlers = {number: signal.getsignal(number) for number in ENDING}
     ours = {number: handler for number, handler in handlers.items() if callable(handler)}
     for number in ours:
         signal.signal(number, note)
@@ -37,5 +38,5 @@ def held() -> Iterator[None]:
     finally:
         for number, handler in ours.items():
             signal.signal(number, handler)
-        for number in came[:1]:
-            signal.raise_signal(number)
+        if came:
+            signal.raise_signal(came[0])
