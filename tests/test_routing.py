@@ -399,6 +399,7 @@ def test_the_stat_of_an_unchanged_table_is_all_that_a_request_costs(tmp_path: Pa
     file = TableFile(path, failures.append)
 
     assert file.table() is file.table()
+    assert LONG_AGO == path.stat().st_mtime
 
 
 def test_two_changes_within_a_tick_of_the_clock_are_both_seen(
