@@ -5,8 +5,10 @@
 from __future__ import annotations
 
 import io
+import os
 import resource
 import tempfile
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -274,6 +276,19 @@ def test_full_disk_is_an_error_with_the_files_name(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
     assert str(tmp_path / "out") == caught.value.filename
+
+
+def test_adapter_that_is_cut_short_meanwhile_is_a_named_error(tmp_path: Path) -> None:
+    """A download that starts anew while its last result is converted does not end the process."""
+    directory = save_llama_adapter(tmp_path).adapter
+    adapter = load_adapter(directory)
+    layout = plan_layout(adapter, dtype="bfloat16")
+    os.truncate(directory / "adapter_model.safetensors", 100)
+    before = threading.active_count()
+
+    with pytest.raises(InvalidAdapter, match="adapter_model.safetensors' became shorter while it was read"):
+        convert_file(adapter, layout, tmp_path / "out")
+    assert before == threading.active_count()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import re
+import struct
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -44,8 +45,8 @@ def test_tensors_of_a_saved_adapter_are_those_of_peft(tmp_path: Path) -> None:
 
     assert len(written) == 2 * len(adapter.modules)
     for path, module in adapter.modules.items():
-        assert torch.equal(written[f"base_model.model.{path}.lora_A.weight"], module.lora_A)
-        assert torch.equal(written[f"base_model.model.{path}.lora_B.weight"], module.lora_B)
+        assert torch.equal(written[f"base_model.model.{path}.lora_A.weight"], module.lora_A.load())
+        assert torch.equal(written[f"base_model.model.{path}.lora_B.weight"], module.lora_B.load())
 
 
 def test_scaling_and_ranks_are_those_of_peft(tmp_path: Path) -> None:
@@ -106,7 +107,7 @@ def test_ways_of_saving_an_adapter_are_understood(options: dict[str, Any], tmp_p
 
     assert expected.keys() == adapter.modules.keys()
     for path, module in adapter.modules.items():
-        delta = module.scaling * (module.lora_B.double() @ module.lora_A.double())
+        delta = module.scaling * (module.lora_B.load().double() @ module.lora_A.load().double())
         torch.testing.assert_close(delta, expected[path], rtol=1e-9, atol=1e-9)
 
 
@@ -134,7 +135,7 @@ def test_adapter_that_peft_converted_to_plain_lora_adds_up_to_the_trained_weight
     for path, module in adapter.modules.items():
         layer: Any = trained.get_base_model().get_submodule(path)
         expected = layer.get_base_layer().weight.double() + layer.get_delta_weight("default").double()
-        delta = module.scaling * (module.lora_B.double() @ module.lora_A.double())
+        delta = module.scaling * (module.lora_B.load().double() @ module.lora_A.load().double())
         torch.testing.assert_close(before[f"{path}.weight"] + delta, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -278,7 +279,7 @@ def test_rank_of_a_pattern_that_peft_sorted_away_is_that_of_the_tensors(tmp_path
     expected, modules = saved.deltas(), load_adapter(saved.adapter).modules
 
     assert 8 == modules[Q].r
-    delta = modules[Q].scaling * (modules[Q].lora_B.double() @ modules[Q].lora_A.double())
+    delta = modules[Q].scaling * (modules[Q].lora_B.load().double() @ modules[Q].lora_A.load().double())
     torch.testing.assert_close(delta, expected[Q], rtol=1e-9, atol=1e-9)
 
 
@@ -513,6 +514,24 @@ def test_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path: Path) -> No
     with pytest.raises(InvalidAdapter, match=r"of plain tensors: it asks for '\S+'; save .* as safetensors$"):
         load_adapter(tmp_path)
     assert not mark.exists()
+
+
+def test_pickle_of_parameters_and_transposed_tensors_is_read(tmp_path: Path) -> None:
+    """What torch.save wrote of a model in training: tensors that ask for gradients, or are stored by columns."""
+    lora_a, lora_b = torch.randn(2, 32), torch.randn(2, 32).T
+    write_adapter(tmp_path, {}, r=2)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    key = f"base_model.model.{Q}.lora_"
+    tensors = {f"{key}A.weight": torch.nn.Parameter(lora_a), f"{key}B.weight": lora_b}
+    torch.save(tensors, tmp_path / "adapter_model.bin")
+    module = load_adapter(tmp_path).modules[Q]
+    memory = bytearray(8)
+    module.lora_B.read_at(4, memoryview(memory))
+
+    assert not lora_b.is_contiguous()
+    assert torch.equal(lora_a, module.lora_A.load())
+    assert torch.equal(lora_b, module.lora_B.load())
+    assert (lora_b[0, 1], lora_b[1, 0]) == struct.unpack("<2f", memory)
 
 
 @pytest.mark.parametrize(

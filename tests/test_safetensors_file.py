@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 
 from tritonlora.errors import InvalidAdapter
 from tritonlora.safetensors_file import load_tensors, parse_header
+from tritonlora.stored import bytes_of
 
 GOOD: dict[str, Any] = {
     "a": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]},
@@ -39,7 +41,7 @@ def test_what_the_library_writes_is_read_back(dtype: torch.dtype, tmp_path: Path
     assert tensors.keys() == loaded.keys()
     for name, tensor in tensors.items():
         assert tensor.dtype == loaded[name].dtype
-        assert torch.equal(tensor, loaded[name])
+        assert torch.equal(tensor, loaded[name].load())
 
 
 def test_header_that_is_not_aligned_is_read(tmp_path: Path) -> None:
@@ -49,7 +51,42 @@ def test_header_that_is_not_aligned_is_read(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(struct.pack("<Q", len(header)) + header + struct.pack("<2f", 1.5, -2))
 
     assert 3 == (8 + len(header)) % 4
-    assert [1.5, -2] == load_tensors(tmp_path / "f")["a"].tolist()
+    assert [1.5, -2] == load_tensors(tmp_path / "f")["a"].load().tolist()
+
+
+def test_parts_of_a_tensor_are_read(tmp_path: Path) -> None:
+    """From any byte of the tensor on, and no byte of its neighbours."""
+    save_file({"a": torch.zeros(4), "b": torch.arange(4.0), "c": torch.zeros(4)}, tmp_path / "f")
+    memory = bytearray(8)
+    load_tensors(tmp_path / "f")["b"].read_at(4, memoryview(memory))
+
+    assert (1.0, 2.0) == struct.unpack("<2f", memory)
+
+
+def test_a_file_that_becomes_shorter_is_a_named_error(tmp_path: Path) -> None:
+    """Where a mapped file would end the process."""
+    path = tmp_path / "f"
+    save_file({"a": torch.zeros(4096), "b": torch.zeros(4096)}, path)
+    loaded = load_tensors(path)
+    os.truncate(path, path.stat().st_size - 4096)
+
+    assert torch.equal(torch.zeros(4096), loaded["a"].load())
+    with pytest.raises(InvalidAdapter, match=r"f' became shorter while it was read; fetch it again"):
+        loaded["b"].load()
+
+
+def test_a_file_is_closed_with_its_last_tensor(tmp_path: Path) -> None:
+    """However many adapters are converted, no descriptor is left open."""
+    path = tmp_path / "f"
+    save_file({"a": torch.zeros(4), "b": torch.zeros(4)}, path)
+
+    def is_open() -> bool:
+        return any(link.resolve() == path for link in Path("/proc/self/fd").iterdir())
+
+    kept = load_tensors(path).pop("b")
+    assert is_open()
+    del kept
+    assert not is_open()
 
 
 @pytest.mark.parametrize(
@@ -165,4 +202,4 @@ def test_no_damaged_file_does_anything_but_load_or_be_refused(
     except InvalidAdapter:
         return
 
-    assert 22 == sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    assert 22 == sum(len(bytes_of(tensor.load())) for tensor in tensors.values())

@@ -75,7 +75,7 @@ def test_every_rank_finds_its_share_of_a_and_b_in_the_row(tmp_path: Path) -> Non
         lora_b = values[2 * in_features : 2 * (in_features + out_features)].view(out_features, 2)
         local_in, local_out = modules.ModuleDims(row.module, in_features, out_features).local(2)
         for rank in range(2):
-            a, b = by_leaf[leaf].lora_A, by_leaf[leaf].lora_B * 2
+            a, b = by_leaf[leaf].lora_A.load(), by_leaf[leaf].lora_B.load() * 2
             if row.module.split == "in":
                 share_of_a, share_of_b = split_transpose(lora_a, 2, rank), lora_b.reshape(-1)
                 a = a[:, rank * local_in : (rank + 1) * local_in]

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints on disk, whole or in shards: safetensors, or pickles of plain tensors.
 
-Tensors are views of mapped files wherever the format allows it. No link leads out of the directory, and no code of a
+Nothing is read before it is used wherever the format allows it. No link leads out of the directory, and no code of a
 pickle runs.
 """
 
@@ -18,12 +18,13 @@ import torch
 
 from tritonlora.errors import InvalidAdapter, one_message
 from tritonlora.safetensors_file import load_tensors
+from tritonlora.stored import StoredTensor, in_memory
 
 MAX_JSON_BYTES = 16 << 20
 _LFS_POINTER = b"version https://git-lfs"
 
 
-def load_checkpoint(directory: Path, safetensors_name: str, pickle_name: str) -> dict[str, torch.Tensor]:
+def load_checkpoint(directory: Path, safetensors_name: str, pickle_name: str) -> dict[str, StoredTensor]:
     """All tensors of the checkpoint in `directory`, safetensors before pickles. Raises InvalidAdapter."""
     for name, load in ((safetensors_name, load_tensors), (pickle_name, load_pickle)):
         if (directory / name).is_file() or (directory / name).is_symlink():
@@ -35,7 +36,7 @@ def load_checkpoint(directory: Path, safetensors_name: str, pickle_name: str) ->
     )
 
 
-def load_pickle(path: Path) -> dict[str, torch.Tensor]:
+def load_pickle(path: Path) -> dict[str, StoredTensor]:
     """The state dict in `path`, read with `weights_only`. Raises InvalidAdapter."""
     try:
         with path.open("rb") as file:
@@ -55,7 +56,7 @@ def load_pickle(path: Path) -> dict[str, torch.Tensor]:
     problems = [f"{key!r}: {reason}" for key, value in loaded.items() if (reason := _not_a_plain_tensor(key, value))]
     if problems:
         raise InvalidAdapter(one_message(f"{str(path)!r} is malformed", problems))
-    return loaded
+    return {key: in_memory(tensor) for key, tensor in loaded.items()}
 
 
 def file_inside(directory: Path, name: str) -> Path:
@@ -88,11 +89,11 @@ def read_json_bytes(path: Path) -> bytes:
 
 
 def _load_shards(
-    directory: Path, index: Path, load: Callable[[Path], dict[str, torch.Tensor]]
-) -> dict[str, torch.Tensor]:
+    directory: Path, index: Path, load: Callable[[Path], dict[str, StoredTensor]]
+) -> dict[str, StoredTensor]:
     """The tensors of all shards, where these hold exactly what the index says."""
     weight_map = _weight_map(index)
-    tensors: dict[str, torch.Tensor] = {}
+    tensors: dict[str, StoredTensor] = {}
     problems = []
     for shard in sorted(set(weight_map.values())):
         try:

@@ -3,13 +3,13 @@
 """DoRA's magnitudes as the engine takes them: divided by the row norms of the adapted weight.
 
 The engine multiplies `W0 x + scaling B A x` by them (`norm_dora_magnitude` in TensorRT-LLM
-tensorrt_llm/lora_manager.py), so they can be made only with the base model's weights at hand. These are read lazily,
-some rows at a time.
+tensorrt_llm/lora_manager.py), so they can be made only with the base model's weights at hand. One of these is in memory
+at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -18,12 +18,13 @@ from tritonlora.checkpoint import load_checkpoint
 from tritonlora.errors import InvalidAdapter, UnsupportedAdapter, merge_layers, one_message
 from tritonlora.locate import locate
 from tritonlora.peft import Adapter, AdapterModule
+from tritonlora.stored import StoredTensor
 
 _ROWS_AT_A_TIME = 1024
 
 
-def base_weights(adapter: Adapter, base: Path) -> dict[str, torch.Tensor]:
-    """Path of each DoRA module -> the base model's weight W0, (out, in), a view of the checkpoint in `base`.
+def base_weights(adapter: Adapter, base: Path) -> dict[str, StoredTensor]:
+    """Path of each DoRA module -> the base model's weight in the checkpoint `base`: (out, in), or (in, out) of Conv1D.
 
     Raises UnsupportedAdapter naming each weight that is not there, or not as the adapter needs it.
     """
@@ -42,13 +43,10 @@ def base_weights(adapter: Adapter, base: Path) -> dict[str, torch.Tensor]:
             )
             continue
         weight = tensors[names[0]]
-        # Conv1D layers keep (in, out).
-        weight = weight.T if adapter.config.fan_in_fan_out and weight.dim() == 2 else weight
         expected = (module.lora_B.shape[0], module.lora_A.shape[1])
-        if tuple(weight.shape) != expected or not weight.is_floating_point():
-            problems.append(
-                f"{path!r}: {names[0]!r} is {weight.dtype} {tuple(weight.shape)}, expected floats {expected}"
-            )
+        expected = expected[::-1] if adapter.config.fan_in_fan_out else expected
+        if weight.shape != expected or not weight.dtype.is_floating_point:
+            problems.append(f"{path!r}: {names[0]!r} is {weight.dtype} {weight.shape}, expected floats {expected}")
         found[path] = weight
     if problems:
         raise UnsupportedAdapter(
@@ -64,17 +62,17 @@ def normalised_magnitude(module: AdapterModule, weight: torch.Tensor) -> torch.T
     """magnitude / norm of each row of (W0 + scaling * B @ A), float32, (out,). `weight` is W0, (out, in)."""
     if module.magnitude is None:
         raise ValueError(f"{module.path!r} has no magnitude")
-    lora_a = module.lora_A.float()
+    lora_a = module.lora_A.load().float()
     norms = [
         torch.linalg.vector_norm(rows.float() + module.scaling * (lora_b.float() @ lora_a), dim=1)
         for rows, lora_b in zip(
-            torch.split(weight, _ROWS_AT_A_TIME), torch.split(module.lora_B, _ROWS_AT_A_TIME), strict=True
+            torch.split(weight, _ROWS_AT_A_TIME), torch.split(module.lora_B.load(), _ROWS_AT_A_TIME), strict=True
         )
     ]
-    return module.magnitude.reshape(-1).float() / torch.cat(norms)
+    return module.magnitude.load().reshape(-1).float() / torch.cat(norms)
 
 
-def _candidates(tensors: Mapping[str, torch.Tensor], path: str) -> list[str]:
+def _candidates(tensors: Collection[str], path: str) -> list[str]:
     """The checkpoint's names for the weight of `path`; what stands before its layers may differ."""
     exact = f"{path}.weight"
     if exact in tensors:

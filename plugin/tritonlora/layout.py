@@ -53,6 +53,11 @@ class Piece:
         """The number of outputs."""
         return (self.last - self.first) * (self.stop - self.start)
 
+    def ranges(self, outputs: int) -> Iterator[tuple[int, int]]:
+        """(start, stop) of those taken, of all `outputs`."""
+        width = outputs // self.groups
+        return ((group * width + self.start, group * width + self.stop) for group in range(self.first, self.last))
+
     def share(self, rank: int, ranks: int) -> Piece:
         """The `rank`-th of `ranks` equal shares of a piece that spans all groups."""
         if self.groups > 1:
@@ -69,6 +74,10 @@ class RowSource:
 
     path: str  # of the AdapterModule
     pieces: tuple[Piece, ...] = ()  # the outputs taken, in order; empty: all of them as they are
+
+    def ranges(self, outputs: int) -> list[tuple[int, int]]:
+        """(start, stop) of the outputs taken, in order, of all `outputs`."""
+        return [taken for piece in self.pieces for taken in piece.ranges(outputs)] or [(0, outputs)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +138,7 @@ def plan_layout(
                 _check_row(row, module, out_features, profile, problems)
             planned.append((row, source))
             magnitude = out_features if row.dora else 0
-            width = max(width, row.adapter_size * (int(module.lora_A.shape[1]) + out_features) + magnitude)
+            width = max(width, row.adapter_size * (module.lora_A.shape[1] + out_features) + magnitude)
     planned.sort(key=lambda item: (item[0].layer, item[0].module.id))
     for (row, first), (other, second) in pairwise(planned):
         if (row.layer, row.module) == (other.layer, other.module):
@@ -187,7 +196,7 @@ def _rows_of(
     module: AdapterModule, leaf: Leaf, profile: EngineProfile | None, problems: _Problems
 ) -> Iterator[tuple[Row, RowSource, int]]:
     """(row, source, outputs) for each row that `module` becomes."""
-    out_features = int(module.lora_B.shape[0])
+    out_features = module.lora_B.shape[0]
     dora = module.magnitude is not None
     if len(leaf.modules) == 1:
         row = Row(BY_NAME[leaf.modules[0]], module.layer, module.r, dora)
@@ -241,7 +250,7 @@ def _parts(leaf: Leaf, out_features: int, profile: EngineProfile | None) -> dict
 
 
 def _check_row(row: Row, module: AdapterModule, out_features: int, profile: EngineProfile, problems: _Problems) -> None:
-    name, in_features = row.module.name, int(module.lora_A.shape[1])
+    name, in_features = row.module.name, module.lora_A.shape[1]
     texts = []
     dims = profile.modules.get(name)
     if dims is None:

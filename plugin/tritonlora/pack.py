@@ -26,8 +26,9 @@ from threading import Thread
 from typing import TYPE_CHECKING, TypeAlias
 
 from tritonlora.errors import AdapterError, InvalidAdapter, UnsupportedAdapter, merge_layers, one_message
-from tritonlora.layout import ITEMSIZES, Layout, Piece, Row, plan_layout
+from tritonlora.layout import ITEMSIZES, Layout, Row, plan_layout
 from tritonlora.modules import ModuleDims
+from tritonlora.stored import StoredTensor, bytes_of
 
 if TYPE_CHECKING:
     import torch
@@ -71,7 +72,7 @@ def pack(
     rows = _Rows(adapter, layout, base)
     with _threads(layout):
         for index in range(len(layout.rows)):
-            rows.fill(index, out[index])
+            rows.fill(index, out[index], bytes_of(out[index]))
     if not allow_nonfinite:
         rows.raise_nonfinite()
 
@@ -109,7 +110,7 @@ def check_values(adapter: Adapter, layout: Layout, *, allow_nonfinite: bool = Fa
     rows, row = _Rows(adapter, layout, None), torch.empty(layout.width, dtype=getattr(torch, layout.dtype))
     with _threads(layout):
         for index in range(len(layout.rows)):
-            rows.fill(index, row)
+            rows.fill(index, row, bytes_of(row))
     if not allow_nonfinite:
         rows.raise_nonfinite()
 
@@ -179,29 +180,37 @@ class _Rows:
     def __init__(self, adapter: Adapter, layout: Layout, base: Path | None) -> None:
         self._adapter = adapter
         self._layout = layout
-        self._base_weights: Mapping[str, torch.Tensor] = {}
+        self._base_weights: Mapping[str, StoredTensor] = {}
         if base is not None and layout.config_shape[1] == 4:
             from tritonlora.dora import base_weights
 
             self._base_weights = base_weights(adapter, base)
+        self._scratch = bytearray()
         self._nonfinite: set[str] = set()
         self._too_large: set[str] = set()
 
-    def fill(self, index: int, row: torch.Tensor) -> int:
-        """Put the row's values at the start of `row` (W,), and tell how many they are."""
+    def fill(self, index: int, row: torch.Tensor, memory: memoryview) -> int:
+        """Put the row's values at the start of `row` (W,), whose bytes are `memory`, and tell how many they are."""
+        import torch
+
         source = self._layout.sources[index]
         module = self._adapter.modules[source.path]
-        lora_b = _take(module.lora_B, source.pieces)
-        a_end = module.lora_A.numel()
-        end = b_end = a_end + lora_b.numel()
-        row[:a_end].view(module.lora_A.shape).copy_(module.lora_A)
-        _multiply(lora_b, module.scaling, row[a_end:b_end].view(lora_b.shape))
+        lora_a, lora_b, ranges = module.lora_A, module.lora_B, source.ranges(module.lora_B.shape[0])
+        outputs = sum(stop - start for start, stop in ranges)
+        a_end = lora_a.numel
+        end = b_end = a_end + outputs * module.r
+        uncast = self._read(lora_a, [(0, module.r)], row[:a_end], memory)
+        if uncast.dtype is not row.dtype:
+            row[:a_end].copy_(uncast)
+        unscaled = self._read(lora_b, ranges, row[a_end:b_end], memory[a_end * row.itemsize :])
+        _multiply(unscaled, module.scaling, row[a_end:b_end])
         if module.magnitude is not None:
-            end += lora_b.shape[0]
-            row[b_end:end].copy_(_take(self._normalised_magnitude(module), source.pieces))
+            magnitude = self._normalised_magnitude(module)
+            end += outputs
+            row[b_end:end].copy_(torch.cat([magnitude[start:stop] for start, stop in ranges]))
         if not _all_finite(row[:end]):
-            self._remember("lora_A", module.path, module.lora_A, row[:a_end])
-            self._remember("lora_B", module.path, module.lora_B, row[a_end:b_end])
+            self._remember("lora_A", module.path, lora_a, row[:a_end])
+            self._remember("lora_B", module.path, lora_b, row[a_end:b_end])
             if module.magnitude is not None:
                 self._remember("lora_magnitude_vector", module.path, module.magnitude, row[b_end:end])
         return end
@@ -219,26 +228,51 @@ class _Rows:
             heading = f"cannot convert the weights in {str(self._adapter.directory)!r}"
             raise kind(one_message(heading, merge_layers(sorted(problems))))
 
-    def _remember(self, what: str, path: str, original: torch.Tensor, converted: torch.Tensor) -> None:
+    def _read(
+        self, stored: StoredTensor, ranges: Sequence[tuple[int, int]], out: torch.Tensor, memory: memoryview
+    ) -> torch.Tensor:
+        """The rows `ranges` of a matrix, flat: in `out`, the start of `memory`, if that is of the matrix' dtype.
+
+        Else in memory that the next call takes again: fresh memory costs a fault for every page.
+        """
+        import torch
+
+        values = out
+        if stored.dtype is not out.dtype:
+            nbytes = len(out) * stored.dtype.itemsize
+            if len(self._scratch) < nbytes:
+                self._scratch = bytearray(nbytes)
+            memory = memoryview(self._scratch)
+            values = torch.frombuffer(memory, dtype=stored.dtype, count=len(out))
+        row_nbytes = stored.nbytes // stored.shape[0]
+        for start, stop in ranges:
+            nbytes = (stop - start) * row_nbytes
+            stored.read_at(start * row_nbytes, memory[:nbytes])
+            memory = memory[nbytes:]
+        return values
+
+    def _remember(self, what: str, path: str, original: StoredTensor, converted: torch.Tensor) -> None:
         if not _all_finite(converted):
-            (self._too_large if _all_finite(original) else self._nonfinite).add(f"{what} of {path!r}")
+            (self._too_large if _all_finite(original.load()) else self._nonfinite).add(f"{what} of {path!r}")
 
     def _normalised_magnitude(self, module: AdapterModule) -> torch.Tensor:
         from tritonlora.dora import normalised_magnitude
 
         if module.path not in self._base_weights:
             raise UnsupportedAdapter("DoRA needs the base model's weights; give them with --base CHECKPOINT")
-        return normalised_magnitude(module, self._base_weights[module.path])
+        weight = self._base_weights[module.path].load()
+        return normalised_magnitude(module, weight.T if self._adapter.config.fan_in_fan_out else weight)
 
 
 def _multiply(tensor: torch.Tensor, scaling: float, out: torch.Tensor) -> None:
+    """`out` = `tensor` * `scaling`, rounded once; `tensor` may be `out`, and does not keep its values."""
     import torch
 
     # A tensor times a number is computed in float32 and rounded once, to the tensor's own dtype.
     if tensor.dtype is out.dtype:
         torch.mul(tensor, scaling, out=out)
     else:
-        out.copy_(tensor.float() * scaling)
+        out.copy_(tensor.float().mul_(scaling))
 
 
 # Handing a batch over takes as long as writing about a hundred KiB; what is larger leaves the processor's cache before
@@ -270,7 +304,7 @@ def _write_rows(rows: _Rows, layout: Layout, descriptor: int, start: int) -> Non
 
     for _ in range(_BATCHES):
         batch_rows = torch.empty((size, layout.width), dtype=getattr(torch, layout.dtype))
-        free.put((batch_rows, batch_rows.view(torch.uint8).numpy().reshape(-1).data))
+        free.put((batch_rows, bytes_of(batch_rows)))
     writer = Thread(target=write)
     writer.start()
     try:
@@ -282,28 +316,16 @@ def _write_rows(rows: _Rows, layout: Layout, descriptor: int, start: int) -> Non
                 tensor, memory = batch
                 contents = []
                 for index, row in zip(range(first, count), tensor, strict=False):
-                    nbytes = rows.fill(index, row) * itemsize
                     offset = (index - first) * row_nbytes
-                    contents.append((memory[offset : offset + nbytes], start + index * row_nbytes))
+                    row_memory = memory[offset : offset + row_nbytes]
+                    nbytes = rows.fill(index, row, row_memory) * itemsize
+                    contents.append((row_memory[:nbytes], start + index * row_nbytes))
                 filled.put((batch, contents))
     finally:
         filled.put(None)
         writer.join()
     if errors:
         raise errors[0]
-
-
-def _take(tensor: torch.Tensor, pieces: tuple[Piece, ...]) -> torch.Tensor:
-    """The outputs that `pieces` name, of a tensor that has the outputs in its first dim."""
-    import torch
-
-    if not pieces:
-        return tensor
-    rest = tensor.shape[1:]
-    chosen = [
-        tensor.reshape(p.groups, -1, *rest)[p.first : p.last, p.start : p.stop].reshape(-1, *rest) for p in pieces
-    ]
-    return chosen[0] if len(chosen) == 1 else torch.cat(chosen)
 
 
 def _all_finite(tensor: torch.Tensor) -> bool:

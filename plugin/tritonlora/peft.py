@@ -21,26 +21,27 @@ from tritonlora.errors import AdapterError, InvalidAdapter, UnsupportedAdapter, 
 from tritonlora.families import Leaf
 from tritonlora.locate import locate, why_not
 from tritonlora.peft_config import AdapterConfig, parse_config
+from tritonlora.stored import StoredTensor
 
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterModule:
-    """The LoRA of one linear layer. The tensors are views of a mapped file; nothing is read before it is used."""
+    """The LoRA of one linear layer."""
 
     path: str  # in the base model: "model.layers.0.self_attn.q_proj"
     layer: int
     leaves: Mapping[str, Leaf]  # what the layer is in each family that has one of this name
-    lora_A: torch.Tensor  # noqa: N815  (r, in); PEFT's name
-    lora_B: torch.Tensor  # noqa: N815  (out, r)
+    lora_A: StoredTensor  # noqa: N815  (r, in); PEFT's name
+    lora_B: StoredTensor  # noqa: N815  (out, r)
     scaling: float
-    magnitude: torch.Tensor | None = None  # (out,), DoRA
+    magnitude: StoredTensor | None = None  # (out,), DoRA
 
     @property
     def r(self) -> int:
         """The rank."""
-        return int(self.lora_A.shape[0])
+        return self.lora_A.shape[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ def load_adapter(path: Path) -> Adapter:
     directory = _adapter_directory(path)
     problems = _Problems()
     config: AdapterConfig | None = None
-    tensors: Mapping[str, torch.Tensor] = {}
+    tensors: Mapping[str, StoredTensor] = {}
     with problems.collected():
         config = parse_config(read_json_bytes(file_inside(directory, "adapter_config.json")))
     with problems.collected():
@@ -96,7 +97,7 @@ class _Problems:
 
 
 def _modules(
-    tensors: Mapping[str, torch.Tensor], config: AdapterConfig | None, problems: _Problems
+    tensors: Mapping[str, StoredTensor], config: AdapterConfig | None, problems: _Problems
 ) -> dict[str, AdapterModule]:
     """Sort a PEFT state dict into modules; without a config, which is a problem already, only look for more."""
     groups: dict[str, _Group] = {}
@@ -126,7 +127,7 @@ def _modules(
         found = _tensor_problems(path, group.tensors, config)
         problems.invalid += found
         if config is not None and not found:
-            rank = int(group.tensors["A"].shape[0])
+            rank = group.tensors["A"].shape[0]
             modules[path] = AdapterModule(
                 path=path,
                 layer=place[0],
@@ -167,14 +168,14 @@ _WHY_NOT_KEY = (
 @dataclass(slots=True)
 class _Group:
     names: set[str] = field(default_factory=set)
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    tensors: dict[str, StoredTensor] = field(default_factory=dict)
 
 
 def _why_not_key(key: str) -> str:
     return next(reason for pattern, reason in _WHY_NOT_KEY if re.search(pattern, key))
 
 
-def _tensor_problems(path: str, tensors: Mapping[str, torch.Tensor], config: AdapterConfig | None) -> list[str]:
+def _tensor_problems(path: str, tensors: Mapping[str, StoredTensor], config: AdapterConfig | None) -> list[str]:
     missing = [
         f"{path!r}: lora_{matrix} is missing; save the adapter again" for matrix in "AB" if matrix not in tensors
     ]
@@ -186,7 +187,7 @@ def _tensor_problems(path: str, tensors: Mapping[str, torch.Tensor], config: Ada
         for what, tensor in tensors.items()
         if tensor.dtype not in _WEIGHT_DTYPES
     ]
-    shape_a, shape_b = tuple(a.shape), tuple(b.shape)
+    shape_a, shape_b = a.shape, b.shape
     if len(shape_a) != 2 or len(shape_b) != 2 or shape_a[0] != shape_b[1] or 0 in shape_a + shape_b:
         problems.append(
             f"{path!r}: lora_A is {shape_a} and lora_B {shape_b}, expected (r, in) and (out, r); save the adapter again"
@@ -198,8 +199,8 @@ def _tensor_problems(path: str, tensors: Mapping[str, torch.Tensor], config: Ada
             f"{path!r}: adapter_config.json says use_dora = {str(config.use_dora).lower()}, but lora_magnitude_vector "
             f"is {'missing' if magnitude is None else 'there'}; give two files that were saved together"
         )
-    elif magnitude is not None and len(shape_b) == 2 and magnitude.numel() != shape_b[0]:
-        problems.append(f"{path!r}: lora_magnitude_vector is {tuple(magnitude.shape)}, expected ({shape_b[0]},)")
+    elif magnitude is not None and len(shape_b) == 2 and magnitude.numel != shape_b[0]:
+        problems.append(f"{path!r}: lora_magnitude_vector is {magnitude.shape}, expected ({shape_b[0]},)")
     return problems
 
 

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tritonlora.errors import UnsupportedAdapter, one_message
+from tritonlora.stored import StoredTensor, bytes_of
 
 if TYPE_CHECKING:
-    import torch
-
     from tritonlora.peft import Adapter
 
 _DTYPES = {"torch.float32": "F32", "torch.bfloat16": "BF16", "torch.float16": "F16"}
@@ -58,23 +57,20 @@ def copy_adapter(adapter: Adapter, weights: Path, config: Path) -> None:
     shutil.copyfile(adapter.directory / "adapter_config.json", config)
 
 
-def _save_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+def _save_safetensors(path: Path, tensors: dict[str, StoredTensor]) -> None:
     """One safetensors file: 8 bytes of header length, the header as JSON, then the tensors, each in C order."""
-    import torch
-
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, tensor in tensors.items():
-        nbytes = tensor.numel() * tensor.element_size()
         header[name] = {
             "dtype": _DTYPES[str(tensor.dtype)],
             "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + nbytes],
+            "data_offsets": [offset, offset + tensor.nbytes],
         }
-        offset += nbytes
+        offset += tensor.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
-            file.write(tensor.contiguous().view(torch.uint8).numpy().data)
+            file.write(bytes_of(tensor.load()))

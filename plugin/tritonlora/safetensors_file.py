@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""Safetensors files as tensors that are views of the mapped file: nothing is read before it is used.
+"""Safetensors files, of which only the header is read before a tensor is asked for.
 
 The header is checked more strictly than a loader of trusted files would: every byte of the file must belong to exactly
 one tensor, so that no header can point outside, share bytes between tensors or hide any.
@@ -10,17 +10,16 @@ from __future__ import annotations
 
 import json
 import math
-import mmap
 import struct
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from tritonlora.errors import InvalidAdapter, one_message
+from tritonlora.stored import OpenFile, StoredTensor
 
 MAX_HEADER_BYTES = 32 << 20
 _DTYPES: Mapping[str, torch.dtype] = {
@@ -41,8 +40,7 @@ _FIELDS = frozenset({"dtype", "shape", "data_offsets"})
 _MAX_LISTED = 20
 
 
-@dataclass(frozen=True, slots=True)
-class TensorEntry:
+class TensorEntry(NamedTuple):
     """One tensor of a header; `start` and `stop` are bytes from the end of the header."""
 
     dtype: torch.dtype
@@ -87,26 +85,24 @@ def parse_header(header: bytes, data_nbytes: int) -> dict[str, TensorEntry]:
     return entries
 
 
-def load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of `path`, as a view of the file mapped copy-on-write. Raises InvalidAdapter."""
+def load_tensors(path: Path) -> dict[str, StoredTensor]:
+    """Every tensor of `path`. Raises InvalidAdapter."""
     try:
-        with path.open("rb") as file:
-            nbytes = path.stat().st_size
-            (header_nbytes,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0")) if nbytes >= 8 else (0,)
-            if not 2 <= header_nbytes <= min(nbytes - 8, MAX_HEADER_BYTES):
-                raise InvalidAdapter(
-                    f"{str(path)!r} is not a whole safetensors file: {nbytes} bytes with a header of {header_nbytes} "
-                    f"(at most {MAX_HEADER_BYTES}); fetch it again"
-                )
-            header = file.read(header_nbytes)
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        file = OpenFile(path)
     except OSError as error:
         raise InvalidAdapter(f"cannot read {str(path)!r}: {error.strerror}") from error
+    (header_nbytes,) = struct.unpack("<Q", file.read(0, 8)) if file.nbytes >= 8 else (0,)
+    if not 2 <= header_nbytes <= min(file.nbytes - 8, MAX_HEADER_BYTES):
+        raise InvalidAdapter(
+            f"{str(path)!r} is not a whole safetensors file: {file.nbytes} bytes with a header of {header_nbytes} "
+            f"(at most {MAX_HEADER_BYTES}); fetch it again"
+        )
+    data_start = 8 + header_nbytes
     try:
-        entries = parse_header(header, nbytes - 8 - header_nbytes)
+        entries = parse_header(file.read(8, header_nbytes), file.nbytes - data_start)
     except InvalidAdapter as error:
         raise InvalidAdapter(f"{str(path)!r} is broken; fetch or save it again: {error}") from error
-    return dict(_views(mapped, 8 + header_nbytes, entries))
+    return {name: file.tensor(entry.dtype, entry.shape, data_start + entry.start) for name, entry in entries.items()}
 
 
 def _parse_entry(value: object) -> TensorEntry | str:
@@ -149,22 +145,3 @@ def _misplaced(entries: Mapping[str, TensorEntry], data_nbytes: int) -> Iterable
 def _shortened(problems: list[str]) -> list[str]:
     more = len(problems) - _MAX_LISTED
     return problems if more <= 0 else [*problems[:_MAX_LISTED], f"and {more} more"]
-
-
-def _views(
-    mapped: mmap.mmap, data_start: int, entries: Mapping[str, TensorEntry]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    # Cut out of one tensor for each dtype: making one from the buffer costs four times as much.
-    whole: dict[tuple[torch.dtype, int], torch.Tensor] = {}
-    for name, entry in entries.items():
-        if entry.start == entry.stop:
-            yield name, torch.empty(entry.shape, dtype=entry.dtype)
-            continue
-        first, offset = divmod(entry.start, entry.dtype.itemsize)
-        if (entry.dtype, offset) not in whole:
-            count = (len(mapped) - data_start - offset) // entry.dtype.itemsize
-            whole[entry.dtype, offset] = torch.frombuffer(
-                mapped, dtype=entry.dtype, count=count, offset=data_start + offset
-            )
-        strides = [math.prod(entry.shape[dim:]) for dim in range(1, len(entry.shape) + 1)]
-        yield name, whole[entry.dtype, offset].as_strided(entry.shape, strides, first)

@@ -1,0 +1,96 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""A tensor where it is stored: its dtype and shape, and a way to its bytes.
+
+Bytes are read to where they are wanted, not mapped: that costs no page faults, and a file that becomes shorter
+meanwhile is an error, where a mapping would end the process.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import weakref
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from tritonlora.errors import InvalidAdapter
+
+if TYPE_CHECKING:
+    import torch
+
+
+class StoredTensor(NamedTuple):
+    """A tensor of which nothing is read before it is asked for."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    # read_at(start, memory) fills the memory with the tensor's bytes from `start` on, row-major. Raises InvalidAdapter.
+    read_at: Callable[[int, memoryview], None]
+
+    @property
+    def numel(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all elements."""
+        return self.numel * self.dtype.itemsize
+
+    def load(self) -> torch.Tensor:
+        """The tensor, in memory of its own. Raises InvalidAdapter."""
+        import torch
+
+        tensor = torch.empty(self.shape, dtype=self.dtype)
+        self.read_at(0, bytes_of(tensor))
+        return tensor
+
+
+class OpenFile:
+    """A file that stays open as long as a tensor can be read from it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, self._descriptor)
+        self.nbytes = os.fstat(self._descriptor).st_size
+
+    def read(self, start: int, nbytes: int) -> bytes:
+        """Some bytes. Raises InvalidAdapter where the file has no longer as many."""
+        content = bytearray(nbytes)
+        self._read_at(0, start, memoryview(content))
+        return bytes(content)
+
+    def tensor(self, dtype: torch.dtype, shape: tuple[int, ...], start: int) -> StoredTensor:
+        """The tensor whose bytes begin at `start`."""
+        return StoredTensor(dtype, shape, partial(self._read_at, start))
+
+    def _read_at(self, base: int, start: int, memory: memoryview) -> None:
+        start += base
+        while memory:
+            try:
+                count = os.preadv(self._descriptor, (memory,), start)
+            except OSError as error:
+                raise InvalidAdapter(f"cannot read {str(self._path)!r}: {error.strerror}") from error
+            if not count:
+                raise InvalidAdapter(f"{str(self._path)!r} became shorter while it was read; fetch it again")
+            memory, start = memory[count:], start + count
+
+
+def in_memory(tensor: torch.Tensor) -> StoredTensor:
+    """A tensor that is there already."""
+
+    def copy(start: int, memory: memoryview) -> None:
+        memory[:] = bytes_of(tensor.detach().contiguous())[start : start + len(memory)]
+
+    return StoredTensor(tensor.dtype, tuple(tensor.shape), copy)
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    import torch
+
+    return tensor.view(-1).view(torch.uint8).numpy().data
