@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tritonlora.interrupts import ENDING, held
+from tritonlora.interrupts import ENDING, handled, held
 
 
 @pytest.fixture(params=ENDING)
@@ -52,6 +52,24 @@ def test_what_nobody_handles_is_left_alone(number: signal.Signals) -> None:
         signal.raise_signal(number)
 
     assert signal.getsignal(number) is signal.SIG_IGN
+
+
+def test_a_handler_is_there_within_the_block(number: signal.Signals) -> None:
+    """For every signal that asks for the end."""
+    came = []
+    with handled(lambda number, _: came.append(number)):
+        signal.raise_signal(number)
+
+    assert [number] == came
+    assert signal.getsignal(number) is signal.default_int_handler
+
+
+def test_an_ignored_signal_stays_ignored(number: signal.Signals) -> None:
+    """`nohup tritonlora serve` outlives its terminal."""
+    signal.signal(number, signal.SIG_IGN)
+    with handled(signal.default_int_handler):
+        assert signal.getsignal(number) is signal.SIG_IGN
+        assert 1 == sum(signal.getsignal(one) is signal.SIG_IGN for one in ENDING)
 
 
 def test_a_thread_has_nothing_to_hold(number: signal.Signals) -> None:

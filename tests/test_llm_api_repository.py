@@ -76,7 +76,8 @@ def test_init_declares_what_clients_may_send(tmp_path: Path, decoupled: bool) ->
 
     expected = [one for one in target.input if one.name not in ("lora_path", "lora_ckpt_source")]
     assert expected == list(router.input)
-    assert [*(one.name for one in target.output), "text_diff"] == [one.name for one in router.output]
+    own = ["text_diff", "all_outputs"]
+    assert [*(one.name for one in target.output), *own] == [one.name for one in router.output]
     assert (0, decoupled) == (router.max_batch_size, router.model_transaction_policy.decoupled)
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import shlex
-import signal
 import sys
 from pathlib import Path
 from types import FrameType
@@ -20,10 +19,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.progress import Progress
 
-from tritonlora import __version__
+from tritonlora import __version__, interrupts
 from tritonlora.bench.commands import bench
 from tritonlora.errors import RepositoryError, ServerError, TritonLoraError, one_message
-from tritonlora.interrupts import ENDING
 from tritonlora.terminal import (
     AsJson,
     loading,
@@ -74,10 +72,9 @@ class _Interrupted(BaseException):
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; its exit code."""
-    for number in ENDING:
-        signal.signal(number, _interrupt)
     try:
-        app(arguments)
+        with interrupts.handled(_interrupt):
+            app(arguments)
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0
     except TritonLoraError as error:

@@ -7,11 +7,25 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 ENDING: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """The signals that ask for the end."""
+
+
+@contextlib.contextmanager
+def handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """`handler` for each of them within the block, but for those that are ignored (nohup, a job in the background)."""
+    before = {number: signal.getsignal(number) for number in ENDING}
+    ours = {number: found for number, found in before.items() if found not in (signal.SIG_IGN, None)}
+    for number in ours:
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, found in ours.items():
+            signal.signal(number, found)
 
 
 @contextlib.contextmanager

@@ -93,9 +93,10 @@ def router_config(
     """The complete config.pbtxt of the Python-backend router in front of `target`.
 
     It declares the target's inputs and outputs in the target's order, less the inputs that only the router gives, plus
-    the optional input lora_name (TYPE_STRING [ 1 ]) where the target has none, the router's own output of the target's
-    flavour and, with `previous_ids`, an output of that name (TYPE_INT32 [ -1 ]): the tokens of this stream that were
-    sent before this response, which only those get who name it. It takes a second output, which nobody ever gets.
+    the optional input lora_name (TYPE_STRING [ 1 ]) where the target has none, and the router's own outputs, which only
+    those get who name them: that of the target's flavour and, with `previous_ids`, one of that name (TYPE_INT32
+    [ -1 ]), the tokens of this stream that were sent before this response. One more, which nobody ever gets, tells who
+    has named none.
 
     Raises ConfigError when the target has no LoRA inputs, or with every value in it that nobody has filled in yet.
     """
@@ -108,11 +109,12 @@ def router_config(
     inputs = [spec for spec in target.inputs if spec.name not in flavour.from_router]
     if not target.input("lora_name"):
         inputs.append(TensorSpec("lora_name", "TYPE_STRING", (1,), optional=True))
-    outputs = list(target.outputs)
-    outputs += _own_outputs(target, flavour)
+    own = _own_outputs(target, flavour)
     if previous_ids:
-        # Triton asks for every output when a client names none: who asks for this one has not named previous_ids.
-        outputs += [TensorSpec("previous_ids", "TYPE_INT32", (-1,)), TensorSpec("all_outputs", "TYPE_BOOL", (1,))]
+        own.append(TensorSpec("previous_ids", "TYPE_INT32", (-1,)))
+    if own:
+        # Triton asks for every output when a client names none: who asks for this one has not named the others.
+        own.append(TensorSpec("all_outputs", "TYPE_BOOL", (1,)))
     parameters = {
         "target": target_name,
         "cache_full_timeout_seconds": str(cache_full_timeout_seconds),
@@ -129,7 +131,7 @@ def router_config(
         max_streams=max_streams,
         decoupled="true" if target.decoupled else "false",
         inputs=",\n".join(map(_tensor, inputs)),
-        outputs=",\n".join(map(_tensor, outputs)),
+        outputs=",\n".join(map(_tensor, [*target.outputs, *own])),
         parameters=_parameters(parameters),
     )
 

@@ -160,6 +160,18 @@ def test_the_router_passes_on_the_engine_s_own_answers(served: Served) -> None:
         assert [whole[:length].encode() for length in (1, 2, 3, 3)] == texts
 
 
+def test_who_names_no_outputs_gets_what_the_engine_gives(served: Served) -> None:
+    """Nothing of the router's own."""
+    values = {"text_input": PROMPTS[0].encode(), "sampling_param_max_tokens": 3, "streaming": served.decoupled}
+    direct, routed = (
+        [[one.name for one in answer.get_response().outputs] for answer in results(served, model, **values)]
+        for model in ("tensorrt_llm", "lora_router")
+    )
+
+    assert ["text_output"] == direct[0]
+    assert direct == routed
+
+
 def test_an_id_is_as_good_as_its_name(served: Served) -> None:
     """As lora_id at the router, as lora_task_id at the ensemble."""
     lora_id = read_table(served.opened).entries["narrow"].lora_task_id

@@ -264,8 +264,10 @@ class Reply:
         self.wanted = frozenset(request.requested_output_names())
         self._has_unwanted = not self.wanted.issuperset(needed_outputs)
         self.is_stream = decoupled and any(values_of(inputs, "streaming") or [])
-        # A third tensor in each answer takes a fifth of the tokens per second: it is for a detokeniser alone.
-        self._detokenised = self.is_stream and "previous_ids" in self.wanted and "all_outputs" not in self.wanted
+        # A third tensor in each answer takes a fifth of the tokens per second: the router's own are for who names them.
+        named = () if "all_outputs" in self.wanted else self.wanted
+        self._detokenised = self.is_stream and "previous_ids" in named
+        self._differences = "text_diff" in named
         self.names: list[str] = []  # of its rows' adapters
         self.outcome = "OK"
         self.left = False  # the client, as far as has been looked
@@ -321,7 +323,7 @@ class Reply:
             if ends or (new.size and output_ids.shape[1] == 1):
                 tensors = [*tensors, pb_utils.Tensor("previous_ids", self._previous_ids.ids())]
             self._previous_ids.add(new)
-        if "text_diff" in self.wanted:
+        if self._differences:
             texts = tensor_of(tensors, "text_output").as_numpy()
             diffs = self._texts.new(texts.reshape(-1).tolist())
             tensors = [*tensors, pb_utils.Tensor("text_diff", np.array(diffs, np.object_).reshape(texts.shape))]
