@@ -10,6 +10,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import struct
@@ -485,6 +486,20 @@ def test_a_directory_of_adapters_is_added_at_once(opened: Repository, tmp_path: 
     again = register.add_all(opened, {name: directories[name] for name in table.entries})
     assert all(isinstance(one, register.Added) and one.unchanged for one in again)
     assert before == snapshot(opened.root)
+
+
+def test_more_adapters_are_added_than_files_can_be_open(opened: Repository, tmp_path: Path) -> None:
+    """A directory of a thousand adapters is no more to the limit (`ulimit -n`) than one of two."""
+    directories = {f"n{number}": synthetic_adapter(tmp_path / f"n{number}", number) for number in range(40)}
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 20, limits[1]))
+    try:
+        results = register.add_all(opened, directories)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+    assert {register.Added} == {type(one) for one in results}
+    assert directories.keys() == read_table(opened).entries.keys()
 
 
 def test_an_interrupted_directory_keeps_what_was_finished(opened: Repository, tmp_path: Path) -> None:

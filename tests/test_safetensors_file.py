@@ -68,6 +68,7 @@ def test_a_file_that_becomes_shorter_is_a_named_error(tmp_path: Path) -> None:
     path = tmp_path / "f"
     save_file({"a": torch.zeros(4096), "b": torch.zeros(4096)}, path)
     loaded = load_tensors(path)
+    loaded["a"].load()
     os.truncate(path, path.stat().st_size - 4096)
 
     assert torch.equal(torch.zeros(4096), loaded["a"].load())
@@ -75,8 +76,19 @@ def test_a_file_that_becomes_shorter_is_a_named_error(tmp_path: Path) -> None:
         loaded["b"].load()
 
 
-def test_a_file_is_closed_with_its_last_tensor(tmp_path: Path) -> None:
-    """However many adapters are converted, no descriptor is left open."""
+def test_a_file_that_is_replaced_is_not_read_as_what_it_was(tmp_path: Path) -> None:
+    """Nothing of the new file is taken for the tensors of the old one."""
+    save_file({"a": torch.zeros(4)}, tmp_path / "f")
+    save_file({"a": torch.ones(4)}, tmp_path / "g")
+    loaded = load_tensors(tmp_path / "f")
+    (tmp_path / "g").replace(tmp_path / "f")
+
+    with pytest.raises(InvalidAdapter, match=r"f' was changed after it had been looked at; try again"):
+        loaded["a"].load()
+
+
+def test_a_file_is_open_from_the_first_read_to_the_end_of_its_last_tensor(tmp_path: Path) -> None:
+    """However many adapters there are, those that are not read take no descriptor."""
     path = tmp_path / "f"
     save_file({"a": torch.zeros(4), "b": torch.zeros(4)}, path)
 
@@ -84,6 +96,8 @@ def test_a_file_is_closed_with_its_last_tensor(tmp_path: Path) -> None:
         return any(link.resolve() == path for link in Path("/proc/self/fd").iterdir())
 
     kept = load_tensors(path).pop("b")
+    assert not is_open()
+    kept.load()
     assert is_open()
     del kept
     assert not is_open()

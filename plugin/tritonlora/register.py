@@ -145,6 +145,7 @@ def add_all(
             futures = {
                 pool.submit(_write_tensors, repository, one, before.entries.get(one.name)): one.name for one in planned
             }
+            planned.clear()  # so that each is let go of, and its file closed, when it has been converted
             for future in as_completed(futures):
                 try:
                     added = future.result()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tritonlora.errors import InvalidAdapter, one_message
-from tritonlora.stored import OpenFile, StoredTensor
+from tritonlora.stored import StoredFile, StoredTensor
 
 MAX_HEADER_BYTES = 32 << 20
 _DTYPES: Mapping[str, torch.dtype] = {
@@ -88,21 +89,25 @@ def parse_header(header: bytes, data_nbytes: int) -> dict[str, TensorEntry]:
 def load_tensors(path: Path) -> dict[str, StoredTensor]:
     """Every tensor of `path`. Raises InvalidAdapter."""
     try:
-        file = OpenFile(path)
+        with path.open("rb", buffering=0) as file:
+            found = os.fstat(file.fileno())
+            nbytes = found.st_size
+            (header_nbytes,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0")) if nbytes >= 8 else (0,)
+            if not 2 <= header_nbytes <= min(nbytes - 8, MAX_HEADER_BYTES):
+                raise InvalidAdapter(
+                    f"{str(path)!r} is not a whole safetensors file: {nbytes} bytes with a header of {header_nbytes} "
+                    f"(at most {MAX_HEADER_BYTES}); fetch it again"
+                )
+            header = file.read(header_nbytes)
     except OSError as error:
         raise InvalidAdapter(f"cannot read {str(path)!r}: {error.strerror}") from error
-    (header_nbytes,) = struct.unpack("<Q", file.read(0, 8)) if file.nbytes >= 8 else (0,)
-    if not 2 <= header_nbytes <= min(file.nbytes - 8, MAX_HEADER_BYTES):
-        raise InvalidAdapter(
-            f"{str(path)!r} is not a whole safetensors file: {file.nbytes} bytes with a header of {header_nbytes} "
-            f"(at most {MAX_HEADER_BYTES}); fetch it again"
-        )
     data_start = 8 + header_nbytes
     try:
-        entries = parse_header(file.read(8, header_nbytes), file.nbytes - data_start)
+        entries = parse_header(header, nbytes - data_start)
     except InvalidAdapter as error:
         raise InvalidAdapter(f"{str(path)!r} is broken; fetch or save it again: {error}") from error
-    return {name: file.tensor(entry.dtype, entry.shape, data_start + entry.start) for name, entry in entries.items()}
+    stored = StoredFile(path, found)
+    return {name: stored.tensor(entry.dtype, entry.shape, data_start + entry.start) for name, entry in entries.items()}
 
 
 def _parse_entry(value: object) -> TensorEntry | str:

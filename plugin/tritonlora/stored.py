@@ -49,20 +49,16 @@ class StoredTensor(NamedTuple):
         return tensor
 
 
-class OpenFile:
-    """A file that stays open as long as a tensor can be read from it."""
+class StoredFile:
+    """A file of tensors, opened when one of them is read and closed with the last: of many adapters, only those that
+    are being converted are open.
+    """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, found: os.stat_result) -> None:
+        """`found`: what the file was when its header was read."""
         self._path = path
-        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        weakref.finalize(self, os.close, self._descriptor)
-        self.nbytes = os.fstat(self._descriptor).st_size
-
-    def read(self, start: int, nbytes: int) -> bytes:
-        """Some bytes. Raises InvalidAdapter where the file has no longer as many."""
-        content = bytearray(nbytes)
-        self._read_at(0, start, memoryview(content))
-        return bytes(content)
+        self._version = _version_of(found)
+        self._descriptor: int | None = None
 
     def tensor(self, dtype: torch.dtype, shape: tuple[int, ...], start: int) -> StoredTensor:
         """The tensor whose bytes begin at `start`."""
@@ -70,14 +66,28 @@ class OpenFile:
 
     def _read_at(self, base: int, start: int, memory: memoryview) -> None:
         start += base
-        while memory:
-            try:
-                count = os.preadv(self._descriptor, (memory,), start)
-            except OSError as error:
-                raise InvalidAdapter(f"cannot read {str(self._path)!r}: {error.strerror}") from error
-            if not count:
-                raise InvalidAdapter(f"{str(self._path)!r} became shorter while it was read; fetch it again")
-            memory, start = memory[count:], start + count
+        try:
+            descriptor = self._open() if self._descriptor is None else self._descriptor
+            while memory:
+                count = os.preadv(descriptor, (memory,), start)
+                if not count:
+                    raise InvalidAdapter(f"{str(self._path)!r} became shorter while it was read; fetch it again")
+                memory, start = memory[count:], start + count
+        except OSError as error:
+            raise InvalidAdapter(f"cannot read {str(self._path)!r}: {error.strerror}") from error
+
+    def _open(self) -> int:
+        descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+        if _version_of(os.fstat(descriptor)) != self._version:
+            os.close(descriptor)
+            raise InvalidAdapter(f"{str(self._path)!r} was changed after it had been looked at; try again")
+        self._descriptor = descriptor
+        weakref.finalize(self, os.close, descriptor)
+        return descriptor
+
+
+def _version_of(found: os.stat_result) -> tuple[int, int, int, int]:
+    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 def in_memory(tensor: torch.Tensor) -> StoredTensor:
