@@ -1,19 +1,16 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""routing.py: which adapter a request means, and its tensors."""
+"""routing.py: which adapter a request means."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import threading
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from table import TABLE, entry
 from tritonlora.adapters import AdapterTable, Problem, with_adapter, with_alias
@@ -24,9 +21,7 @@ from tritonlora.routing import (
     Route,
     TableFile,
     WholeTexts,
-    check_files,
     check_parameters,
-    map_tensors,
     resolve,
     resolve_rows,
 )
@@ -237,143 +232,6 @@ def test_there_must_be_a_good_table_to_begin_with(tmp_path: Path, failures: list
     """A router without a table does not start."""
     with pytest.raises(AdapterTableError, match="cannot read"):
         TableFile(tmp_path / "adapters.json", failures.append)
-
-
-# An adapter's tensors
-
-
-WEIGHTS = b"\x80\x3f" * (6 * 56)  # 0x3f80 is 1.0
-CONFIG = b"\x02\x00\x00\x00" * 18
-REGISTERED = Route(
-    "pirate",
-    entry(
-        lora_weights_sha256=hashlib.sha256(WEIGHTS).hexdigest(), lora_config_sha256=hashlib.sha256(CONFIG).hexdigest()
-    ),
-)
-
-
-def _write_tensors(root: Path, weights: bytes = WEIGHTS, config: bytes = CONFIG) -> None:
-    directory = root / "tensorrt_llm" / "warmup"
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "adapter_model_1.bin").write_bytes(weights)
-    (directory / "adapter_config_1.bin").write_bytes(config)
-
-
-def test_tensors_are_mapped_as_they_are_on_disk(tmp_path: Path) -> None:
-    """bfloat16 from little-endian bytes, with a leading batch dim."""
-    _write_tensors(tmp_path)
-    capsule, lora_config = map_tensors(tmp_path, REGISTERED)
-    lora_weights = torch.utils.dlpack.from_dlpack(capsule)
-
-    assert (torch.bfloat16, (1, 6, 56)) == (lora_weights.dtype, tuple(lora_weights.shape))
-    assert torch.equal(torch.ones(1, 6, 56, dtype=torch.bfloat16), lora_weights)
-    assert np.array_equal(np.full((1, 6, 3), 2, np.int32), lora_config)
-
-
-def test_a_file_stays_mapped_until_the_table_changes(tmp_path: Path, failures: list[str]) -> None:
-    """Mapping it for every load would double what a load costs; of a file that was removed it would keep the space."""
-    _write_tensors(tmp_path)
-    table = tmp_path / "adapters.json"
-    table.write_text(render(TABLE))
-    file = TableFile(table, failures.append)
-    first, second = (torch.utils.dlpack.from_dlpack(map_tensors(tmp_path, REGISTERED)[0]) for _ in range(2))
-
-    assert first.data_ptr() == second.data_ptr()
-
-    del first, second
-    (tmp_path / REGISTERED.entry.lora_weights_file).unlink()
-
-    assert "adapter_model_1.bin (deleted)" in Path("/proc/self/maps").read_text()
-
-    _replace(table, render(with_adapter(TABLE, "new", entry(3))))
-    file.table()
-
-    assert "adapter_model_1.bin" not in Path("/proc/self/maps").read_text()
-
-
-@pytest.mark.parametrize(("weights", "config"), [(671, 72), (673, 72), (672, 71)])
-def test_a_file_of_the_wrong_size_makes_the_adapter_unavailable(tmp_path: Path, weights: int, config: int) -> None:
-    """Mapped, it would be other weights or a bus error. The message has no path of the server."""
-    _write_tensors(tmp_path, (WEIGHTS * 2)[:weights], (CONFIG * 2)[:config])
-
-    with pytest.raises(AdapterUnavailable, match="LoRA adapter 'pirate': .* bytes on the server, expected") as raised:
-        map_tensors(tmp_path, REGISTERED)
-
-    assert str(tmp_path) not in str(raised.value)
-
-
-@pytest.mark.parametrize(("weights", "config"), [(WEIGHTS[::-1], CONFIG), (WEIGHTS, CONFIG[::-1])])
-def test_an_altered_file_makes_the_adapter_unavailable(tmp_path: Path, weights: bytes, config: bytes) -> None:
-    """Of the same size, and also when it was right before: it would be an answer of other weights."""
-    _write_tensors(tmp_path)
-    map_tensors(tmp_path, REGISTERED)
-    _write_tensors(tmp_path, weights, config)
-
-    with pytest.raises(AdapterUnavailable, match="'pirate': adapter_.*_1.bin was altered on the server: its SHA-256"):
-        map_tensors(tmp_path, REGISTERED)
-
-
-def test_nobody_writes_to_weights_while_they_are_sent(tmp_path: Path) -> None:
-    """Cut off while they are copied they would be a bus error, which ends the process."""
-    _write_tensors(tmp_path)
-    path = tmp_path / REGISTERED.entry.lora_weights_file
-    lora_weights = torch.utils.dlpack.from_dlpack(map_tensors(tmp_path, REGISTERED)[0])
-    writer = threading.Thread(target=path.write_bytes, args=(b"",))
-    writer.start()
-    writer.join(0.2)
-
-    assert writer.is_alive()
-    assert torch.equal(torch.ones(1, 6, 56, dtype=torch.bfloat16), lora_weights)
-
-    del lora_weights
-    writer.join(10)
-
-    assert not writer.is_alive()
-
-
-def test_weights_that_are_being_written_are_unavailable(tmp_path: Path) -> None:
-    """And are sent when that has ended."""
-    _write_tensors(tmp_path)
-    with (
-        (tmp_path / REGISTERED.entry.lora_weights_file).open("r+b"),
-        pytest.raises(
-            AdapterUnavailable, match=r"adapter_model_1.bin cannot be read .* it is being written; ask again"
-        ),
-    ):
-        map_tensors(tmp_path, REGISTERED)
-
-    map_tensors(tmp_path, REGISTERED)
-
-
-def test_files_that_the_engine_reads_by_itself_have_their_own_size(tmp_path: Path) -> None:
-    """They are the adapter as it came: only that they are there is known."""
-    _write_tensors(tmp_path, b"safetensors", b"{}")
-    route = Route("pirate", entry(lora_path="tensorrt_llm/warmup"))
-
-    check_files(tmp_path, route)
-    (tmp_path / route.entry.lora_config_file).unlink()
-    with pytest.raises(AdapterUnavailable, match="adapter_config_1.bin is missing"):
-        check_files(tmp_path, route)
-
-
-def test_a_file_is_digested_once(tmp_path: Path) -> None:
-    """An adapter that is sent again costs no more than its bytes: what is looked at is whether the file is the same."""
-    _write_tensors(tmp_path)
-    map_tensors(tmp_path, REGISTERED)
-    path = tmp_path / "tensorrt_llm" / "warmup" / "adapter_model_1.bin"
-    before = path.stat()
-    path.write_bytes(WEIGHTS[::-1])
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-
-    map_tensors(tmp_path, REGISTERED)
-
-
-def test_a_missing_file_makes_the_adapter_unavailable(tmp_path: Path) -> None:
-    """Named, and again without the server's path."""
-    with pytest.raises(AdapterUnavailable, match="adapter_model_1.bin is missing on the server") as raised:
-        map_tensors(tmp_path, REGISTERED)
-
-    assert str(tmp_path) not in str(raised.value)
 
 
 # Streams

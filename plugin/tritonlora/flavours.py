@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from tritonlora.errors import AdapterError, EngineMismatch, RepositoryError
 
 if TYPE_CHECKING:
+    from tritonlora.adapter_files import AdapterFiles
     from tritonlora.adapters import AdapterEntry
     from tritonlora.engine import EngineProfile
     from tritonlora.layout import Layout
@@ -68,7 +69,7 @@ class Flavour:
     origin: str  # where a model that lacks one of them has to come from
     task_id: str  # the input that has an adapter's lora_task_id
     from_router: tuple[str, ...]  # inputs that the router gives; no client may
-    request_inputs: Callable[[Path, Route, bool], dict[str, object]]  # (repository, adapter, with its weights)
+    request_inputs: Callable[[AdapterFiles, Route, bool], dict[str, object]]  # (…, adapter, with its weights)
     stop: str  # the input of a request that ends the one with the same id; "": there is none
     needed_outputs: tuple[str, ...]  # of the target: the router asks for these, whatever the client wants
     to_lora: str  # what to do about an engine without LoRA
@@ -115,14 +116,12 @@ def flavour_of_config(config: ModelConfig) -> Flavour:
 # The engine's models
 
 
-def _tensor_request(repository: Path, route: Route, with_weights: bool) -> dict[str, object]:
+def _tensor_request(files: AdapterFiles, route: Route, with_weights: bool) -> dict[str, object]:
     import numpy as np
 
     inputs: dict[str, object] = {"lora_task_id": np.array([[route.entry.lora_task_id]], np.uint64)}
     if with_weights:
-        from tritonlora.routing import map_tensors
-
-        inputs["lora_weights"], inputs["lora_config"] = map_tensors(repository, route)
+        inputs["lora_weights"], inputs["lora_config"] = files.map_tensors(route)
     return inputs
 
 
@@ -196,11 +195,11 @@ def _engine_profile(config: ModelConfig, directory: Path) -> EngineProfile | Non
 # The LLM API's model
 
 
-def _path_request(repository: Path, route: Route, _with_weights: bool) -> dict[str, object]:
+def _path_request(files: AdapterFiles, route: Route, _with_weights: bool) -> dict[str, object]:
     """The same for every request: the engine looks into the directory when it does not hold the adapter."""
     import numpy as np
 
-    path = repository / (route.entry.lora_path or "")
+    path = files.repository / (route.entry.lora_path or "")
     return {
         "lora_id": np.array([route.entry.lora_task_id], np.uint64),
         "lora_name": np.array([route.lora_name.encode()], np.object_),

@@ -37,6 +37,7 @@ TABLE_MODULES = (
     "errors.py",
     "adapters.py",
     "adapters_json.py",
+    "adapter_files.py",
     "dlpack.py",
     "routing.py",
     "residency.py",

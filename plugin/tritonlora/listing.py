@@ -18,9 +18,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from tritonlora.adapter_files import check_files
 from tritonlora.adapters import AdapterEntry, AdapterTable
 from tritonlora.errors import AdapterUnavailable
-from tritonlora.routing import Route, check_files, malformed
+from tritonlora.routing import Route, malformed
 
 
 def describe(

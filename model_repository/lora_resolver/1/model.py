@@ -21,11 +21,12 @@ import triton_python_backend_utils as pb_utils
 
 sys.path.insert(0, str(Path(__file__).parent))  # the copy beside this file, whatever else is installed
 
+from tritonlora.adapter_files import AdapterFiles
 from tritonlora.errors import InvalidRequest, RequestError
 from tritonlora.estimate import ResidencyEstimate, started_at, warmed_at_start
 from tritonlora.flavours import TENSORS
 from tritonlora.residency import open_residency, shared_directory
-from tritonlora.routing import Route, TableFile, check_parameters, map_tensors, resolve_rows, warmed
+from tritonlora.routing import Route, TableFile, check_parameters, resolve_rows, warmed
 from tritonlora.statistics import BASE, DIRECTORY, Statistics
 
 
@@ -36,12 +37,13 @@ class TritonPythonModel:
         """Read the router's adapter table; the model does not load when there is no good one."""
         config = json.loads(args["model_config"])
         parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
-        self._repository = Path(args["model_repository"]).parent
+        repository = Path(args["model_repository"]).parent
         self._batching = config["max_batch_size"] > 0
-        path = self._repository / parameters["router"] / "adapters.json"
+        path = repository / parameters["router"] / "adapters.json"
         table = TableFile(path, lambda _: None).table()  # what is wrong is said below, once
         self._residency = open_residency(shared_directory(parameters["router"]), warmed(table))
         self._statistics = Statistics(self._residency.directory / DIRECTORY)
+        self._files = AdapterFiles(repository, self._residency.directory)
         self._table = TableFile(path, self._table_failed)
         self._seen_table = self._table.table()
         self._estimate = ResidencyEstimate(
@@ -85,6 +87,7 @@ class TritonPythonModel:
         table = self._table.table()
         if table is not self._seen_table:
             self._seen_table = table
+            self._files.unmap()
             self._estimate.see(table)
             self._statistics.add(BASE, "table_reloads")
         lora_names, lora_task_ids = (values_of(request, name) for name in ("lora_name", TENSORS.task_id))
@@ -103,7 +106,7 @@ class TritonPythonModel:
                 raise InvalidRequest(
                     "the engine may have to be given weights, which it takes in a batch of one; send the rows apart"
                 )
-            lora_weights, lora_config = map_tensors(self._repository, routes[0])
+            lora_weights, lora_config = self._files.map_tensors(routes[0])
             self._estimate.sent(routes[0].entry.lora_task_id, now)
             tensors.append(pb_utils.Tensor.from_dlpack("lora_weights", lora_weights))
             tensors.append(pb_utils.Tensor("lora_config", lora_config))

@@ -36,6 +36,7 @@ import triton_python_backend_utils as pb_utils
 
 sys.path.insert(0, str(Path(__file__).parent))  # the copy beside this file, whatever else is installed
 
+from tritonlora.adapter_files import AdapterFiles
 from tritonlora.errors import ClientLeft, EngineSilent, InvalidRequest, RequestError
 from tritonlora.flavours import flavour_of
 from tritonlora.forwarding import Forwarder, is_unavailable, public
@@ -61,7 +62,6 @@ class TritonPythonModel:
         config = json.loads(args["model_config"])
         parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
         directory = Path(args["model_repository"])
-        self._repository = directory.parent
         self._target = parameters["target"]
         self._batching = config["max_batch_size"] > 0
         inputs = [one["name"] for one in config["input"]]
@@ -75,6 +75,7 @@ class TritonPythonModel:
         cache_pages = int(parameters.get("cache_pages", "0")) or None
         self._residency = open_residency(shared_directory(args["model_name"]), warmed(table), cache_pages)
         self._statistics = Statistics(self._residency.directory / DIRECTORY)
+        self._files = AdapterFiles(directory.parent, self._residency.directory)
         self._table = TableFile(directory / "adapters.json", self._table_failed)
         self._seen_table = self._table.table()
         self._forwarder = Forwarder(
@@ -132,6 +133,7 @@ class TritonPythonModel:
         table = self._table.table()
         if table is not self._seen_table:
             self._seen_table = table
+            self._files.unmap()
             self._statistics.add(BASE, "table_reloads")
         lora_names, lora_task_ids = (values_of(inputs, name) for name in self._routing_inputs)
         rows = next(iter(inputs.values())).shape()[0] if self._batching else 1
@@ -193,7 +195,7 @@ class TritonPythonModel:
     ) -> Iterator[pb_utils.InferenceResponse]:
         """Send the request, which `forwarded` makes of its inputs, to the engine's model, and give its answers."""
         if route:
-            inputs_of_route = self._flavour.request_inputs(self._repository, route, attach)
+            inputs_of_route = self._flavour.request_inputs(self._files, route, attach)
             tensors = [*tensors, *(tensor_from(name, value) for name, value in inputs_of_route.items())]
         if not self._decoupled:
             yield forwarded(inputs=tensors).exec()
