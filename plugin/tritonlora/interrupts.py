@@ -16,7 +16,7 @@ ENDING: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @contextlib.contextmanager
 def handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """`handler` for each of them within the block, but for those that are ignored (nohup, a job in the background)."""
+    """`handler` for each of these within the block, unless it is ignored (nohup, a job in the background)."""
     before = {number: signal.getsignal(number) for number in ENDING}
     ours = {number: found for number, found in before.items() if found not in (signal.SIG_IGN, None)}
     for number in ours:
@@ -39,18 +39,9 @@ def held() -> Iterator[None]:
         yield
         return
     came: list[int] = []
-
-    def note(number: int, _frame: FrameType | None) -> None:
-        came.append(number)
-
-    handlers = {number: signal.getsignal(number) for number in ENDING}
-    ours = {number: handler for number, handler in handlers.items() if callable(handler)}
-    for number in ours:
-        signal.signal(number, note)
     try:
-        yield
+        with handled(lambda number, _frame: came.append(number)):
+            yield
     finally:
-        for number, handler in ours.items():
-            signal.signal(number, handler)
         if came:
             signal.raise_signal(came[0])
