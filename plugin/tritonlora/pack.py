@@ -17,6 +17,7 @@ the processor's cache. Padding is never written: it is a hole in the file.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,7 +34,7 @@ from tritonlora.stored import StoredTensor, bytes_of
 if TYPE_CHECKING:
     import torch
 
-    from tritonlora.peft import Adapter, AdapterModule
+    from tritonlora.peft import Adapter
 
 __all__ = [
     "Layout",
@@ -185,6 +186,9 @@ class _Rows:
             from tritonlora.dora import base_weights
 
             self._base_weights = base_weights(adapter, base)
+        # The rows of a fused layer share its magnitudes, for which all of the base model's weight is read. Between gate
+        # and up is at most one row of another layer.
+        self._magnitude_of = functools.lru_cache(maxsize=2)(self._normalised_magnitude)
         self._scratch = bytearray()
         self._nonfinite: set[str] = set()
         self._too_large: set[str] = set()
@@ -205,7 +209,7 @@ class _Rows:
         unscaled = self._read(lora_b, ranges, row[a_end:b_end], memory[a_end * row.itemsize :])
         _multiply(unscaled, module.scaling, row[a_end:b_end])
         if module.magnitude is not None:
-            magnitude = self._normalised_magnitude(module)
+            magnitude = self._magnitude_of(module.path)
             end += outputs
             row[b_end:end].copy_(torch.cat([magnitude[start:stop] for start, stop in ranges]))
         if not _all_finite(row[:end]):
@@ -255,13 +259,15 @@ class _Rows:
         if not _all_finite(converted):
             (self._too_large if _all_finite(original.load()) else self._nonfinite).add(f"{what} of {path!r}")
 
-    def _normalised_magnitude(self, module: AdapterModule) -> torch.Tensor:
+    def _normalised_magnitude(self, path: str) -> torch.Tensor:
         from tritonlora.dora import normalised_magnitude
 
-        if module.path not in self._base_weights:
+        if path not in self._base_weights:
             raise UnsupportedAdapter("DoRA needs the base model's weights; give them with --base CHECKPOINT")
-        weight = self._base_weights[module.path].load()
-        return normalised_magnitude(module, weight.T if self._adapter.config.fan_in_fan_out else weight)
+        weight = self._base_weights[path].load()
+        return normalised_magnitude(
+            self._adapter.modules[path], weight.T if self._adapter.config.fan_in_fan_out else weight
+        )
 
 
 def _multiply(tensor: torch.Tensor, scaling: float, out: torch.Tensor) -> None:
