@@ -181,14 +181,14 @@ class _Rows:
     def __init__(self, adapter: Adapter, layout: Layout, base: Path | None) -> None:
         self._adapter = adapter
         self._layout = layout
-        self._base_weights: Mapping[str, StoredTensor] = {}
+        weights: Mapping[str, StoredTensor] = {}
         if base is not None and layout.config_shape[1] == 4:
             from tritonlora.dora import base_weights
 
-            self._base_weights = base_weights(adapter, base)
+            weights = base_weights(adapter, base)
         # The rows of a fused layer share its magnitudes, for which all of the base model's weight is read. Between gate
-        # and up is at most one row of another layer.
-        self._magnitude_of = functools.lru_cache(maxsize=2)(self._normalised_magnitude)
+        # and up is at most one row of another layer. Not a method: in a cycle, the files would stay open.
+        self._magnitude_of = functools.lru_cache(maxsize=2)(functools.partial(_normalised_magnitude, adapter, weights))
         self._scratch = bytearray()
         self._nonfinite: set[str] = set()
         self._too_large: set[str] = set()
@@ -259,15 +259,14 @@ class _Rows:
         if not _all_finite(converted):
             (self._too_large if _all_finite(original.load()) else self._nonfinite).add(f"{what} of {path!r}")
 
-    def _normalised_magnitude(self, path: str) -> torch.Tensor:
-        from tritonlora.dora import normalised_magnitude
 
-        if path not in self._base_weights:
-            raise UnsupportedAdapter("DoRA needs the base model's weights; give them with --base CHECKPOINT")
-        weight = self._base_weights[path].load()
-        return normalised_magnitude(
-            self._adapter.modules[path], weight.T if self._adapter.config.fan_in_fan_out else weight
-        )
+def _normalised_magnitude(adapter: Adapter, weights: Mapping[str, StoredTensor], path: str) -> torch.Tensor:
+    from tritonlora.dora import normalised_magnitude
+
+    if path not in weights:
+        raise UnsupportedAdapter("DoRA needs the base model's weights; give them with --base CHECKPOINT")
+    weight = weights[path].load()
+    return normalised_magnitude(adapter.modules[path], weight.T if adapter.config.fan_in_fan_out else weight)
 
 
 def _multiply(tensor: torch.Tensor, scaling: float, out: torch.Tensor) -> None:
