@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,10 @@ import pytest
 
 import fake_pb_utils
 from fake_pb_utils import Client, InferenceRequest, InferenceResponse, Tensor, TritonError
-from repositories import synthetic_repository
+from repositories import synthetic_adapter, synthetic_repository
 from test_fake_pb_utils import load_model
-from tritonlora.repository import Repository
+from tritonlora import register
+from tritonlora.repository import Repository, read_table
 from tritonlora.statistics import DIRECTORY, read_statistics
 
 OUTPUTS = ("output_ids", "sequence_length")
@@ -155,3 +157,17 @@ def test_a_request_that_waits_for_room_is_not_sent_when_its_client_has_left(rout
     assert [TritonError.CANCELLED] == ask(router, client, "pirate", full)
     assert len(sent) == 1
     assert [] == router._residency.waiting()
+
+
+def test_files_stay_mapped_until_the_table_changes(router: Any, opened: Repository, tmp_path: Path) -> None:
+    """Of a file that was removed, a mapping would keep the space."""
+    weights = opened.root / read_table(opened).entries["pirate"].lora_weights_file
+
+    def is_mapped() -> bool:
+        return str(weights) in Path("/proc/self/maps").read_text()
+
+    ask(router, Client(), "pirate", lambda request: Answers(Client(), TOKENS + 1))
+    assert is_mapped()
+    register.add(opened, "other", synthetic_adapter(tmp_path / "other", 7))
+    ask(router, Client(), None, lambda request: Answers(Client(), TOKENS + 1))
+    assert not is_mapped()

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""Signals that wait while something is begun that nobody could end yet."""
+"""The signals that ask for the end: who handles them, and when they wait."""
 
 from __future__ import annotations
 
