@@ -24,7 +24,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from tritonlora.errors import AdapterError, InvalidAdapter, UnsupportedAdapter, merge_layers, one_message
 from tritonlora.layout import ITEMSIZES, Layout, Row, plan_layout
@@ -73,7 +73,7 @@ def pack(
     rows = _Rows(adapter, layout, base)
     with _threads(layout):
         for index in range(len(layout.rows)):
-            rows.fill(index, out[index], bytes_of(out[index]))
+            rows.fill(index, _Place(out[index]))
     if not allow_nonfinite:
         rows.raise_nonfinite()
 
@@ -108,10 +108,10 @@ def check_values(adapter: Adapter, layout: Layout, *, allow_nonfinite: bool = Fa
     """Refuse the values that `convert_file` refuses, without writing any."""
     import torch
 
-    rows, row = _Rows(adapter, layout, None), torch.empty(layout.width, dtype=getattr(torch, layout.dtype))
+    rows, place = _Rows(adapter, layout, None), _Place(torch.empty(layout.width, dtype=getattr(torch, layout.dtype)))
     with _threads(layout):
         for index in range(len(layout.rows)):
-            rows.fill(index, row, bytes_of(row))
+            rows.fill(index, place)
     if not allow_nonfinite:
         rows.raise_nonfinite()
 
@@ -175,6 +175,30 @@ def _threads(layout: Layout) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+class _Part(NamedTuple):
+    """Some elements of a row, twice: as a tensor, and as bytes to read to and to write from."""
+
+    values: torch.Tensor
+    memory: memoryview
+
+
+class _Place:
+    """Memory for one row after the other. Its parts are kept: cutting a tensor takes as long as copying 20 KiB."""
+
+    def __init__(self, row: torch.Tensor) -> None:
+        self._row = _Part(row, bytes_of(row))
+        self._parts: dict[tuple[int, int], _Part] = {}
+
+    def part(self, start: int, stop: int) -> _Part:
+        """Elements `start` to `stop` of the row."""
+        found = self._parts.get((start, stop))
+        if found is None:
+            values, memory = self._row
+            found = _Part(values[start:stop], memory[start * values.itemsize : stop * values.itemsize])
+            self._parts[start, stop] = found
+        return found
+
+
 class _Rows:
     """The rows of one adapter, filled in turn, and the values among them that cannot be carried over."""
 
@@ -193,8 +217,8 @@ class _Rows:
         self._nonfinite: set[str] = set()
         self._too_large: set[str] = set()
 
-    def fill(self, index: int, row: torch.Tensor, memory: memoryview) -> int:
-        """Put the row's values at the start of `row` (W,), whose bytes are `memory`, and tell how many they are."""
+    def fill(self, index: int, place: _Place) -> memoryview:
+        """Put the row's values at the start of `place`, and give their bytes."""
         import torch
 
         source = self._layout.sources[index]
@@ -203,21 +227,23 @@ class _Rows:
         outputs = sum(stop - start for start, stop in ranges)
         a_end = lora_a.numel
         end = b_end = a_end + outputs * module.r
-        uncast = self._read(lora_a, [(0, module.r)], row[:a_end], memory)
-        if uncast.dtype is not row.dtype:
-            row[:a_end].copy_(uncast)
-        unscaled = self._read(lora_b, ranges, row[a_end:b_end], memory[a_end * row.itemsize :])
-        _multiply(unscaled, module.scaling, row[a_end:b_end])
+        row_a, row_b = place.part(0, a_end), place.part(a_end, b_end)
+        uncast = self._read(lora_a, [(0, module.r)], row_a)
+        if uncast is not row_a.values:
+            row_a.values.copy_(uncast)
+        _multiply(self._read(lora_b, ranges, row_b), module.scaling, row_b.values)
         if module.magnitude is not None:
             magnitude = self._magnitude_of(module.path)
             end += outputs
-            row[b_end:end].copy_(torch.cat([magnitude[start:stop] for start, stop in ranges]))
-        if not _all_finite(row[:end]):
-            self._remember("lora_A", module.path, lora_a, row[:a_end])
-            self._remember("lora_B", module.path, lora_b, row[a_end:b_end])
+            row_magnitude = place.part(b_end, end)
+            row_magnitude.values.copy_(torch.cat([magnitude[start:stop] for start, stop in ranges]))
+        row = place.part(0, end)
+        if not _all_finite(row.values):
+            self._remember("lora_A", module.path, lora_a, row_a.values)
+            self._remember("lora_B", module.path, lora_b, row_b.values)
             if module.magnitude is not None:
-                self._remember("lora_magnitude_vector", module.path, module.magnitude, row[b_end:end])
-        return end
+                self._remember("lora_magnitude_vector", module.path, module.magnitude, row_magnitude.values)
+        return row.memory
 
     def raise_nonfinite(self) -> None:
         """One error with every tensor so far that is not finite, or does not stay so."""
@@ -232,22 +258,20 @@ class _Rows:
             heading = f"cannot convert the weights in {str(self._adapter.directory)!r}"
             raise kind(one_message(heading, merge_layers(sorted(problems))))
 
-    def _read(
-        self, stored: StoredTensor, ranges: Sequence[tuple[int, int]], out: torch.Tensor, memory: memoryview
-    ) -> torch.Tensor:
-        """The rows `ranges` of a matrix, flat: in `out`, the start of `memory`, if that is of the matrix' dtype.
+    def _read(self, stored: StoredTensor, ranges: Sequence[tuple[int, int]], part: _Part) -> torch.Tensor:
+        """The rows `ranges` of a matrix, flat: in `part` if that is of the matrix' dtype.
 
         Else in memory that the next call takes again: fresh memory costs a fault for every page.
         """
         import torch
 
-        values = out
-        if stored.dtype is not out.dtype:
-            nbytes = len(out) * stored.dtype.itemsize
+        values, memory = part
+        if stored.dtype is not values.dtype:
+            nbytes = len(values) * stored.dtype.itemsize
             if len(self._scratch) < nbytes:
                 self._scratch = bytearray(nbytes)
             memory = memoryview(self._scratch)
-            values = torch.frombuffer(memory, dtype=stored.dtype, count=len(out))
+            values = torch.frombuffer(memory, dtype=stored.dtype, count=len(values))
         row_nbytes = stored.nbytes // stored.shape[0]
         for start, stop in ranges:
             nbytes = (stop - start) * row_nbytes
@@ -284,14 +308,14 @@ def _multiply(tensor: torch.Tensor, scaling: float, out: torch.Tensor) -> None:
 # it is written. Three: one is filled, one is written, one waits.
 _BATCH_NBYTES = 2 << 20
 _BATCHES = 3
-_Batch: TypeAlias = "tuple[torch.Tensor, memoryview]"  # some rows, and their bytes
+_Batch: TypeAlias = "list[_Place]"
 
 
 def _write_rows(rows: _Rows, layout: Layout, descriptor: int, start: int) -> None:
     """Fill the rows here, some at a time, while another thread is in the kernel with those before."""
     import torch
 
-    count, row_nbytes, itemsize = len(layout.rows), layout.width * ITEMSIZES[layout.dtype], ITEMSIZES[layout.dtype]
+    count, row_nbytes = len(layout.rows), layout.width * ITEMSIZES[layout.dtype]
     size = max(1, _BATCH_NBYTES // row_nbytes)
     free: SimpleQueue[_Batch] = SimpleQueue()
     filled: SimpleQueue[tuple[_Batch, list[tuple[memoryview, int]]] | None] = SimpleQueue()
@@ -309,7 +333,7 @@ def _write_rows(rows: _Rows, layout: Layout, descriptor: int, start: int) -> Non
 
     for _ in range(_BATCHES):
         batch_rows = torch.empty((size, layout.width), dtype=getattr(torch, layout.dtype))
-        free.put((batch_rows, bytes_of(batch_rows)))
+        free.put([_Place(row) for row in batch_rows])
     writer = Thread(target=write)
     writer.start()
     try:
@@ -318,13 +342,10 @@ def _write_rows(rows: _Rows, layout: Layout, descriptor: int, start: int) -> Non
                 batch = free.get()
                 if errors:
                     break
-                tensor, memory = batch
-                contents = []
-                for index, row in zip(range(first, count), tensor, strict=False):
-                    offset = (index - first) * row_nbytes
-                    row_memory = memory[offset : offset + row_nbytes]
-                    nbytes = rows.fill(index, row, row_memory) * itemsize
-                    contents.append((row_memory[:nbytes], start + index * row_nbytes))
+                contents = [
+                    (rows.fill(index, place), start + index * row_nbytes)
+                    for index, place in zip(range(first, count), batch, strict=False)
+                ]
                 filled.put((batch, contents))
     finally:
         filled.put(None)
