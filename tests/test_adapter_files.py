@@ -9,6 +9,7 @@ import os
 import shutil
 import threading
 from pathlib import Path
+from time import time
 
 import numpy as np
 import pytest
@@ -141,16 +142,43 @@ def test_files_that_the_engine_reads_by_itself_have_their_own_size(tmp_path: Pat
 
 
 @pytest.mark.parametrize("of", ["this process", "another"])
-def test_a_file_is_digested_once(of: str, files: AdapterFiles, tmp_path: Path) -> None:
+def test_a_file_is_digested_once(of: str, files: AdapterFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An adapter that is sent again costs no more than its bytes: what is looked at is whether the file is the same."""
+    monkeypatch.setattr("tritonlora.versions.time.time", lambda: time() + 1)
     _write_tensors(tmp_path)
     files.map_tensors(REGISTERED)
-    path = tmp_path / "tensorrt_llm" / "warmup" / "adapter_model_1.bin"
+    monkeypatch.delattr("tritonlora.adapter_files.hashlib.sha256")
+
+    (files if of == "this process" else AdapterFiles(tmp_path, tmp_path / "shared")).map_tensors(REGISTERED)
+
+
+def test_an_altered_file_with_the_times_of_the_one_before_is_seen(
+    files: AdapterFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As tools put one there that copy in place and keep the time of modification."""
+    monkeypatch.setattr("tritonlora.versions.time.time", lambda: time() + 1)
+    _write_tensors(tmp_path)
+    files.map_tensors(REGISTERED)
+    path = tmp_path / REGISTERED.entry.lora_weights_file
     before = path.stat()
     path.write_bytes(WEIGHTS[::-1])
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
-    (files if of == "this process" else AdapterFiles(tmp_path, tmp_path / "shared")).map_tensors(REGISTERED)
+    with pytest.raises(AdapterUnavailable, match="was altered on the server"):
+        files.map_tensors(REGISTERED)
+
+
+def test_the_digest_of_a_file_that_has_just_changed_is_not_kept(
+    files: AdapterFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may change again within a tick of the clock, and look as it did."""
+    monkeypatch.setattr("tritonlora.adapter_files.version_of", lambda _: ("a clock that stands still",))
+    _write_tensors(tmp_path)
+    files.map_tensors(REGISTERED)
+    _write_tensors(tmp_path, WEIGHTS[::-1])
+
+    with pytest.raises(AdapterUnavailable, match="was altered on the server"):
+        files.map_tensors(REGISTERED)
 
 
 def test_lost_digests_are_computed_again(files: AdapterFiles, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from time import time
 
 import numpy as np
 import pytest
@@ -263,22 +264,37 @@ def test_the_stat_of_an_unchanged_table_is_all_that_a_request_costs(tmp_path: Pa
 def test_two_changes_within_a_tick_of_the_clock_are_both_seen(
     tmp_path: Path, failures: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By hand, in place: the same file, size and mtime. What is read again unchanged is no new table."""
+    """By hand, in place: the same version of the same file. What is read again unchanged is no new table."""
+    monkeypatch.setattr("tritonlora.routing.version_of", lambda _: "a clock that stands still")
+    path = tmp_path / "adapters.json"
+    path.write_text(render(TABLE))
+    monkeypatch.setattr("tritonlora.versions.time.time", lambda: path.stat().st_ctime + 0.001)
+    file = TableFile(path, failures.append)
+    changed = replace(TABLE, next_lora_task_id=TABLE.next_lora_task_id + 1)
+    path.write_text(render(changed))
+
+    assert changed == file.table()
+    assert file.table() is file.table()
+
+    monkeypatch.setattr("tritonlora.versions.time.time", lambda: path.stat().st_ctime + 1)
+
+    assert file.table() is file.table()
+
+
+def test_a_table_with_the_times_of_the_one_before_is_seen(
+    tmp_path: Path, failures: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As tools put one there that copy in place and keep the time of modification."""
+    monkeypatch.setattr("tritonlora.versions.time.time", lambda: time() + 1)
     path = tmp_path / "adapters.json"
     path.write_text(render(TABLE))
     os.utime(path, (LONG_AGO, LONG_AGO))
-    monkeypatch.setattr("tritonlora.routing.time.time", lambda: LONG_AGO + 0.001)
     file = TableFile(path, failures.append)
     changed = replace(TABLE, next_lora_task_id=TABLE.next_lora_task_id + 1)
     path.write_text(render(changed))
     os.utime(path, (LONG_AGO, LONG_AGO))
 
     assert changed == file.table()
-    assert file.table() is file.table()
-
-    monkeypatch.setattr("tritonlora.routing.time.time", lambda: LONG_AGO + 1)
-
-    assert file.table() is file.table()
 
 
 # Texts of streams

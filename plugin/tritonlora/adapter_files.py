@@ -20,7 +20,6 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +27,7 @@ import numpy.typing as npt
 from tritonlora import dlpack
 from tritonlora.errors import AdapterUnavailable
 from tritonlora.routing import Route
+from tritonlora.versions import Version, is_settled, version_of
 
 MOST_MAPPED = 32  # files, every other one of weights: in each process their page tables take 1/512 of their size
 
@@ -85,20 +85,22 @@ class AdapterFiles:
             lease = Lease(path)
             found = os.fstat(lease.descriptor)
             _check_size(path, found, nbytes)
-            version = _version_of(found)
-            if self._sha256_of(path, version) != sha256:
+            if self._sha256_of(path, found) != sha256:
                 raise AdapterUnavailable(
                     f"{path.name} was altered on the server: its SHA-256 is not the registered one"
                 )
-            return lease, self._content_of(path, version)
+            return lease, self._content_of(path, version_of(found))
 
-    def _sha256_of(self, path: Path, version: _Version) -> str:
+    def _sha256_of(self, path: Path, found: os.stat_result) -> str:
+        version = version_of(found)
         link = self._digests / "-".join(map(str, version))
         with contextlib.suppress(OSError):
             return str(link.readlink())
+        may_share = is_settled(found)
         digest = hashlib.sha256(self._content_of(path, version).data).hexdigest()
-        with contextlib.suppress(OSError):
-            link.symlink_to(digest)
+        if may_share:
+            with contextlib.suppress(OSError):
+                link.symlink_to(digest)
         return digest
 
 
@@ -149,16 +151,9 @@ class Lease:
             os.close(self.descriptor)
 
 
-_Version: TypeAlias = "tuple[int, int, int]"  # device, inode, time of the last change
-
-
-def _version_of(found: os.stat_result) -> _Version:
-    return (found.st_dev, found.st_ino, found.st_mtime_ns)
-
-
-def _content_of(path: Path, version: _Version) -> npt.NDArray[np.uint8]:
+def _content_of(path: Path, version: Version) -> npt.NDArray[np.uint8]:
     """A file's content, which stays mapped: to map a file anew takes as long as to copy it in memory."""
     content = dlpack.mapped(path)
-    if _version_of(path.stat()) != version:
+    if version_of(path.stat()) != version:
         raise OSError(errno.ESTALE, "it was replaced just now; ask again")
     return content

@@ -42,6 +42,7 @@ TABLE_MODULES = (
     "routing.py",
     "residency.py",
     "statistics.py",
+    "versions.py",
 )
 MODEL_MODULES = {
     ROUTER: (*TABLE_MODULES, "flavours.py", "forwarding.py", "worker.py"),

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,10 +22,9 @@ import numpy.typing as npt
 from tritonlora.adapters import NAME_PATTERN, AdapterEntry, AdapterTable, Problem, available
 from tritonlora.adapters_json import TableReader, unavailable
 from tritonlora.errors import AdapterTableError, AdapterUnavailable, InvalidRequest, UnknownAdapter, one_message
+from tritonlora.versions import is_settled, version_of
 
 MOST_REPORTED = 20  # malformed entries in one log entry
-# A file may change again without a later mtime: where kernels count time in ticks, for up to 10 ms.
-SETTLED_SECONDS = 0.05
 
 # Which adapter
 
@@ -155,10 +153,9 @@ class TableFile:
 
     def _stat(self) -> object:
         try:
-            found = os.stat(self._name)  # noqa: PTH116  for every request: Path is slow
+            return version_of(os.stat(self._name))  # noqa: PTH116  for every request: Path is slow
         except OSError:
             return "unreadable"
-        return (found.st_ino, found.st_mtime_ns, found.st_size)
 
     def _read(self) -> None:
         self._version = self._stat()  # before reading: a change in between is seen the next time
@@ -185,7 +182,7 @@ class TableFile:
 
     def _has_just_changed(self) -> bool:
         with contextlib.suppress(OSError):
-            return abs(time.time() - self._path.stat().st_mtime) < SETTLED_SECONDS
+            return not is_settled(self._path.stat())
         return True
 
     def _without_reused_ids(self, table: AdapterTable) -> AdapterTable:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from tritonlora.errors import InvalidAdapter
+from tritonlora.versions import version_of
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +58,7 @@ class StoredFile:
     def __init__(self, path: Path, found: os.stat_result) -> None:
         """`found`: what the file was when its header was read."""
         self._path = path
-        self._version = _version_of(found)
+        self._version = version_of(found)
         self._descriptor: int | None = None
 
     def tensor(self, dtype: torch.dtype, shape: tuple[int, ...], start: int) -> StoredTensor:
@@ -78,16 +79,12 @@ class StoredFile:
 
     def _open(self) -> int:
         descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
-        if _version_of(os.fstat(descriptor)) != self._version:
+        if version_of(os.fstat(descriptor)) != self._version:
             os.close(descriptor)
             raise InvalidAdapter(f"{str(self._path)!r} was changed after it had been looked at; try again")
         self._descriptor = descriptor
         weakref.finalize(self, os.close, descriptor)
         return descriptor
-
-
-def _version_of(found: os.stat_result) -> tuple[int, int, int, int]:
-    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 def in_memory(tensor: torch.Tensor) -> StoredTensor:

@@ -18,6 +18,7 @@ from tritonclient.utils import InferenceServerException
 from asking import ENSEMBLE, Question, Refusal, ways
 from repositories import let_all_be_warmed, synthetic_adapter, synthetic_repository
 from tritonlora import install, register, repository
+from tritonlora.bench.processes import processes_of
 from tritonlora.repository import Repository, read_table
 from tritonlora.server import Server
 
@@ -146,6 +147,22 @@ def test_an_adapter_that_the_engine_may_not_have_comes_with_its_weights(roomy: t
         resolve(server, [b"cold5", b"pirate"])
 
 
+def test_files_stay_mapped_until_the_table_changes(roomy: tuple[Repository, Server], tmp_path: Path) -> None:
+    """Of a file that was removed, a mapping would keep the space."""
+    opened, server = roomy
+    (pid,) = processes_of(server.pid)["lora_resolver"]
+    weights = opened.root / read_table(opened).entries["cold4"].lora_weights_file
+
+    def is_mapped() -> bool:
+        return str(weights) in Path(f"/proc/{pid}/maps").read_text()
+
+    resolve(server, [b"cold4"])
+    assert is_mapped()
+    register.add(opened, "another", synthetic_adapter(tmp_path / "another", 76))
+    resolve(server)
+    assert not is_mapped()
+
+
 def test_clients_do_not_choose_weights(roomy: tuple[Repository, Server]) -> None:
     """What Triton's generate extension knows no input for comes as a parameter."""
     body = {"text_input": PROMPT, "max_tokens": 4, "lora_name": "pirate", "lora_weights": 1.0}
@@ -182,4 +199,4 @@ def test_an_adapter_that_is_added_while_the_server_runs_is_served(
             server, "/v2/models/ensemble/generate", {"text_input": PROMPT, "max_tokens": 4, "lora_name": "broken"}
         )
         assert 400 == status
-        assert "LoRA adapter 'broken': adapter_model_10.bin is missing on the server" in answer["error"]
+        assert "LoRA adapter 'broken': adapter_model_11.bin is missing on the server" in answer["error"]
