@@ -11,6 +11,7 @@ import pickle
 import re
 import struct
 import warnings
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -327,9 +328,12 @@ def test_tensors_of_several_adapters_are_refused(tmp_path: Path) -> None:
         ("init_lora_weights", "corda"),
         ("init_lora_weights", "lora_ga"),
         ("init_lora_weights", "loftq"),
+        ("loftq_config", {"loftq_bits": 4}),  # LoftQ's own script takes the init out before it saves
         ("init_lora_weights", "an_init_of_tomorrow"),
         ("init_lora_weights", 5),
         ("a_field_of_tomorrow", 1),
+        ("a_field_of_tomorrow", 0),
+        ("a_field_of_tomorrow", "none"),
     ],
 )
 def test_fields_that_change_the_weights_are_refused_by_name(field: str, value: object) -> None:
@@ -414,6 +418,9 @@ def test_every_field_that_peft_writes_by_default_is_accepted() -> None:
         (config_bytes(r=True), "'r' is True"),
         (config_bytes(lora_alpha="4"), "'lora_alpha' is '4'"),
         (config_bytes(lora_alpha=float("nan")), "'lora_alpha' is nan"),
+        (config_bytes(lora_alpha=float("-inf")), "'lora_alpha' is -inf"),
+        (config_bytes(lora_alpha=10**400), "'lora_alpha' is 10000.*expected a number"),
+        (config_bytes(alpha_pattern={"q": 10**400}), r"alpha_pattern\['q'\] is 10000.*expected a number"),
         (config_bytes(rank_pattern={"q": -1}), r"rank_pattern\['q'\] is -1, expected a positive integer"),
         (config_bytes(alpha_pattern={"q": "1"}), r"alpha_pattern\['q'\] is '1', expected a number"),
         (config_bytes(target_modules=5), "'target_modules' is 5, expected names in a list, or one"),
@@ -429,6 +436,8 @@ def test_every_field_that_peft_writes_by_default_is_accepted() -> None:
         (config_bytes(rank_pattern={".*" * 5: 1}), "too many alternatives and repetitions"),
         (config_bytes(rank_pattern={"(m?o?d?e?l?)?" * 9: 1}), "too many alternatives and repetitions"),
         (config_bytes(alpha_pattern={"(.|.|.)" * 20: 1}), "too many alternatives and repetitions"),
+        (config_bytes(rank_pattern={"()" * 26 + "(.|[a-z_.0-9])" * 30 + "X": 1}), "too many alternatives and"),
+        (config_bytes(rank_pattern={"(a|b)" * 2000: 1}), "a repeated group, flags, or too long"),
         (config_bytes(alpha_pattern={"(?x:(a+) +)": 1}), "a repeated group, flags"),
         (config_bytes(use_rslora="false"), "'use_rslora' is 'false', expected true or false"),
         (b'{"r": 2, "r": 4, "lora_alpha": 4}', "'r' occurs more than once"),
@@ -549,6 +558,19 @@ def test_pickle_of_other_things_is_refused(content: object, message: str, tmp_pa
     torch.save(content, tmp_path / "adapter_model.bin")
 
     with pytest.raises(InvalidAdapter, match=message):
+        load_adapter(tmp_path)
+
+
+def test_compressed_pickle_is_refused(tmp_path: Path) -> None:
+    """torch.load reads it; mapped, its compressed bytes would be the weights."""
+    (tmp_path / "adapter_config.json").write_bytes(config_bytes())
+    plain, compressed = tmp_path / "plain.bin", tmp_path / "adapter_model.bin"
+    torch.save({"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 8)}, plain)
+    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(compressed, "w", zipfile.ZIP_DEFLATED) as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+
+    with pytest.raises(InvalidAdapter, match=r"adapter_model.bin' is a compressed archive.*as safetensors"):
         load_adapter(tmp_path)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,9 +42,16 @@ def load_pickle(path: Path) -> dict[str, StoredTensor]:
     try:
         with path.open("rb") as file:
             is_zip = file.read(2) == b"PK"  # the format before torch 1.6 is not, and cannot be mapped
+            # What torch.load maps it takes as it stands, whether it is compressed or not.
+            if is_zip and any(entry.compress_type != zipfile.ZIP_STORED for entry in zipfile.ZipFile(file).infolist()):
+                raise InvalidAdapter(
+                    f"{str(path)!r} is a compressed archive, as torch.save writes none; save the adapter as safetensors"
+                )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what it would say of a strange file is said below
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except InvalidAdapter:
+        raise
     except Exception as error:
         # A hostile pickle can raise anything; none of its code has run. What torch advises is to run it.
         asked = re.search(r"GLOBAL (\S+)", str(error))

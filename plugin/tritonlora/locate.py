@@ -54,15 +54,19 @@ def likely_families(
     for known in map(families_of, architectures):
         families = families & known or families
     families = families.intersection(*layers) or families
-    return families & _CONV1D or families if conv1d else families
+    return families & CONV1D or families if conv1d else families
 
 
+# What torch.compile, DDP, FSDP and activation checkpointing put before the names of what they wrap.
+_WRAPPER = re.compile(r"(^|\.)(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # The first number in a path is the layer's. No model has ten thousand layers.
 _LAYER_PATH = re.compile(r"(?P<stem>.+?)\.(?P<layer>0|[1-9][0-9]{0,3})\.(?P<tail>.+)")
 
 
 def why_not(path: str) -> str:
     """Why `locate(path)` finds nothing, with the remedy."""
+    if wrapper := _WRAPPER.search(path):
+        return f"saved through a wrapper ({wrapper[0].strip('.')}); unwrap the model before save_pretrained"
     reason = next(reason for pattern, reason in _WHY_NOT if re.search(pattern, path))
     return (
         f"{reason}; train without it (`target_modules` or `exclude_modules`), or merge the adapter into the base model"
@@ -78,5 +82,5 @@ def _by_name() -> dict[tuple[str, str], dict[str, Leaf]]:
     return leaves
 
 
-_CONV1D = frozenset(family.name for family in FAMILIES if family.conv1d)
+CONV1D = frozenset(family.name for family in FAMILIES if family.conv1d)
 _LEAVES: Mapping[tuple[str, str], Mapping[str, Leaf]] = _by_name()

@@ -106,7 +106,7 @@ _HARMLESS = frozenset(
         *("r", "lora_alpha", "use_rslora", "use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern"),
         *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"),
         *("inference_mode", "lora_dropout", "ensure_weight_tying", "megatron_core", "runtime_config"),
-        *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size"),
+        *("eva_config", "corda_config", "lora_ga_config", "qalora_group_size"),
     }
 )
 # What can be done with the other kinds. PEFT can approximate those of the second group by LoRA
@@ -141,6 +141,8 @@ _MERGE = "merge the adapter into the base model instead"
 _REFUSED: Mapping[str, str] = {
     "bias": "the engine has no place for trained biases; train with bias='none'",
     "lora_bias": "the engine has no place for a bias of lora_B; train with lora_bias=False",
+    "loftq_config": "LoftQ replaced the base weights by quantised ones; where the engine is built from those that were "
+    "saved with it, take this out of adapter_config.json, else train on a quantised base without LoftQ (QLoRA)",
     "layer_replication": f"the engine's layers are not those of the adapter; {_MERGE}",
     "target_parameters": f"LoRA on bare parameters (expert layers) cannot be sent; {_MERGE}",
     "trainable_token_indices": f"trained token embeddings cannot be sent; {_MERGE}",
@@ -161,7 +163,7 @@ def _refused_fields(raw: Mapping[str, Any]) -> list[str]:
     for key, value in raw.items():
         if key == "init_lora_weights":
             refused += _refused_init(value)
-        elif key in _HARMLESS or value in (None, False, "none") or value in ([], {}, ""):
+        elif key in _HARMLESS or _is_empty(value) or (key == "bias" and value == "none"):
             continue
         elif key in _REFUSED:
             refused.append(f"{key!r} is {_short(value)}: {_REFUSED[key]}")
@@ -171,6 +173,11 @@ def _refused_fields(raw: Mapping[str, Any]) -> list[str]:
                 f"mattered in training alone, take it out of adapter_config.json, else {_MERGE}"
             )
     return refused
+
+
+def _is_empty(value: object) -> bool:
+    """Whether a field says that there is nothing; 0 is a number, which may mean something."""
+    return value is None or value is False or value in ([], {}, "")
 
 
 def _remedy_for_type(peft_type: object) -> str:
@@ -218,7 +225,7 @@ def _broken_fields(raw: Mapping[str, Any]) -> list[str]:
             f"{name}[{key!r}] is {_short(v)}, expected {expected}" for key, v in pattern.items() if not is_value(v)
         ]
         problems += [f"{name} has {_short(key)}: {error}" for key in pattern if (error := _regex_error(key))]
-        if sum(map(_ways, pattern)) > _MAX_WAYS:
+        if sum(_ways(key) for key in pattern if len(key) <= _MAX_PATTERN) > _MAX_WAYS:
             problems.append(
                 f"{name} has too many alternatives and repetitions in its regular expressions; write the layers' names"
             )
@@ -249,19 +256,22 @@ def _compiled(key: str) -> re.Pattern[str]:
 # than 64 characters as a rule: a repetition takes some of them, an option is taken or not, and a group is one of its
 # alternatives. Repeated groups, with which the ways grow exponentially, are refused, and flags, which could hide them.
 _MAX_WAYS = 1_000_000
+_MAX_PATTERN = 1000  # characters
 _REPEATED_GROUP = re.compile(r"\)[*+{]")
 _FLAGS = re.compile(r"\(\?[a-zA-Z-]")
 
 
-def _ways(pattern: str) -> float:
-    repetitions = min(len(re.findall(r"[*+{]", pattern)), 20)
-    alternatives = math.prod(min(group.count("|"), 1000) + 1 for group in re.split(r"[()]", pattern)[:50])
-    options = min(pattern.count("?"), 50)
-    return float(64**repetitions / math.factorial(repetitions) * 2**options * alternatives)
+def _ways(pattern: str) -> int:
+    repetitions = len(re.findall(r"[*+{]", pattern))
+    options = pattern.count("?")
+    if repetitions > 20 or options > 50:
+        return _MAX_WAYS + 1
+    alternatives = math.prod(group.count("|") + 1 for group in re.split(r"[()]", pattern))
+    return int(64**repetitions * 2**options * alternatives // math.factorial(repetitions))
 
 
 def _regex_error(key: str) -> str:
-    if len(key) > 1000 or _REPEATED_GROUP.search(key) or _FLAGS.search(key):
+    if len(key) > _MAX_PATTERN or _REPEATED_GROUP.search(key) or _FLAGS.search(key):
         return "a repeated group, flags, or too long; write the layers' names"
     try:
         _compiled(key)
@@ -275,7 +285,7 @@ def _is_rank(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and abs(value) < 1e30  # type: ignore[arg-type]
+    return isinstance(value, (int, float)) and type(value) is not bool and abs(value) < 1e30  # so it is finite
 
 
 def _is_switch(value: object) -> bool:
