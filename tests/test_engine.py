@@ -195,6 +195,7 @@ def test_attention_output_of_an_engine_is_hidden_by_hidden() -> None:
         ("pretrained_config.hidden_size", "4096", r"'hidden_size' is '4096', expected a positive integer"),
         ("pretrained_config.mapping", [], r"pretrained_config.mapping is \[\], expected an object"),
         ("build_config.lora_config.lora_target_modules", ["attn_z"], r"unknown LoRA module 'attn_z'"),
+        ("build_config.lora_config.lora_target_modules", [["attn_q"], {}], r"(?s)module \['attn_q'\].*module {}"),
         ("build_config.lora_config.lora_target_modules", [], r"has the LoRA plugin but .*--lora_target_modules"),
         ("build_config.lora_config.max_lora_rank", 0, r"'max_lora_rank' is 0, expected a positive integer"),
         ("pretrained_config.moe", {"num_experts": "8"}, r"'num_experts' is '8', expected a positive integer"),

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import resource
 import tempfile
@@ -183,6 +184,27 @@ def test_dora_magnitudes_are_normalised_as_in_peft(model: str, tmp_path: Path) -
     for row, source in zip(layout.rows, layout.sources, strict=True):
         magnitude = found[row.layer, row.module.name]
         torch.testing.assert_close(magnitude, normalised_by_peft(saved, source.path), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("model", "targets"), [("llama", ["q_proj", "o_proj"]), ("gpt2", ["attn.c_proj"])])
+def test_dora_goes_by_the_kind_of_the_layer(model: str, targets: list[str], tmp_path: Path) -> None:
+    """PEFT does not look at fan_in_fan_out where the base is quantised; square weights fit either way round."""
+    model_class, config, _ = DORA[model]
+    saved = save_adapter(
+        tmp_path, model_class, config, dtype=torch.float32, use_dora=True, use_rslora=True, target_modules=targets
+    )
+    stated = json.loads((saved.adapter / "adapter_config.json").read_text())
+    wrong = stated | {"fan_in_fan_out": not stated["fan_in_fan_out"]}
+    profile, packed = load_profile(saved.base), []
+    for fields in (stated, wrong):
+        (saved.adapter / "adapter_config.json").write_text(json.dumps(fields))
+        adapter = load_adapter(saved.adapter)
+        layout = plan_layout(adapter, dtype="float32", profile=profile, base=saved.base)
+        packed.append(torch.zeros(layout.weights_shape))
+        pack(adapter, layout, packed[-1], base=saved.base)
+
+    assert 4 == layout.config_shape[1]
+    assert torch.equal(*packed)
 
 
 def test_fused_dora_magnitudes_are_divided_like_the_outputs(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ import torch
 
 from adapters import LINEAR, lora_pair, write_adapter
 from tritonlora import modules, pack, peft
-from tritonlora.engine import profile_from_hf
+from tritonlora.engine import profile_from_engine, profile_from_hf
+from tritonlora.errors import EngineMismatch
 from tritonlora.layout import plan_layout
 
 GEOMETRY = {
@@ -85,3 +86,35 @@ def test_every_rank_finds_its_share_of_a_and_b_in_the_row(tmp_path: Path) -> Non
 
             assert torch.equal(a.reshape(-1), share_of_a)
             assert torch.equal(b.reshape(-1), share_of_b)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_engine_that_repeats_key_value_heads_takes_no_lora_of_theirs(fused: bool, tmp_path: Path) -> None:
+    """Of two heads on four ranks it reads four: a row of two would be read past its end, into the padding."""
+    paths = {"qkv_proj": 32} if fused else {"q_proj": 16, "k_proj": 8, "v_proj": 8}
+    pairs = [lora_pair(f"model.layers.0.self_attn.{leaf}", in_features=16, out_features=n) for leaf, n in paths.items()]
+    adapter = peft.load_adapter(write_adapter(tmp_path, {key: value for pair in pairs for key, value in pair.items()}))
+    profiles = {
+        tp_size: profile_from_engine(
+            {
+                "pretrained_config": {
+                    "architecture": "Phi3ForCausalLM" if fused else "LlamaForCausalLM",
+                    "dtype": "bfloat16",
+                    **{key: value for key, value in GEOMETRY.items() if key.endswith(("size", "layers", "heads"))},
+                    "mapping": {"tp_size": tp_size},
+                },
+                "build_config": {
+                    "plugin_config": {"lora_plugin": "auto"},
+                    "lora_config": {"lora_target_modules": ["attn_q", "attn_k", "attn_v"], "max_lora_rank": 8},
+                },
+            },
+            "engine",
+        )
+        for tp_size in (2, 4)
+    }
+
+    assert 3 == len(plan_layout(adapter, dtype="bfloat16", profile=profiles[2]).rows)
+    assert 16 == profiles[4].modules["attn_k"].out_features
+    told = r" is 16 -> 8 in .* more ranks \(tp_size 4\) than key-value heads \(2\)"
+    with pytest.raises(EngineMismatch, match=rf"(?s)attn_k{told}.*attn_v{told}"):
+        plan_layout(adapter, dtype="bfloat16", profile=profiles[4])

@@ -23,8 +23,9 @@ from tritonlora.stored import StoredTensor
 _ROWS_AT_A_TIME = 1024
 
 
-def base_weights(adapter: Adapter, base: Path) -> dict[str, StoredTensor]:
-    """Path of each DoRA module -> the base model's weight in the checkpoint `base`: (out, in), or (in, out) of Conv1D.
+def base_weights(adapter: Adapter, conv1d: Collection[str], base: Path) -> dict[str, StoredTensor]:
+    """Path of each DoRA module -> the base model's weight in the checkpoint `base`: (out, in), or (in, out) where the
+    path is one of `conv1d`.
 
     Raises UnsupportedAdapter naming each weight that is not there, or not as the adapter needs it.
     """
@@ -44,7 +45,7 @@ def base_weights(adapter: Adapter, base: Path) -> dict[str, StoredTensor]:
             continue
         weight = tensors[names[0]]
         expected = (module.lora_B.shape[0], module.lora_A.shape[1])
-        expected = expected[::-1] if adapter.config.fan_in_fan_out else expected
+        expected = expected[::-1] if path in conv1d else expected
         if weight.shape != expected or not weight.dtype.is_floating_point:
             problems.append(f"{path!r}: {names[0]!r} is {weight.dtype} {weight.shape}, expected floats {expected}")
         found[path] = weight

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -205,15 +205,18 @@ def profile_from_engine(config: Mapping[str, Any], source: str) -> EngineProfile
     # trtllm-build writes null (or leaves the key out) where LoRA is off; the other two fields say nothing then.
     has_lora = bool(plugins.get("lora_plugin"))
     targets = _engine_targets(lora.get("lora_target_modules"), problems) if has_lora else []
+    tp_size = _size(mapping, ("tp_size",), problems, missing=1)
+    # Each rank has one key-value head at least, and createLoraModules multiplies what each has.
+    repeated = replace(sizes, kv_heads=max(sizes.kv_heads // max(tp_size, 1), 1) * tp_size)
     profile = EngineProfile(
         source=source,
         architecture=_engine_architecture(pretrained),
         dtype=str(dtype),
         num_layers=sizes.layers,
         # createLoraModules takes attn_dense to be hidden x hidden, whatever the heads are.
-        modules=_modules(targets, sizes, dense_in=sizes.hidden),
+        modules=_modules(targets, repeated, dense_in=sizes.hidden),
         max_lora_rank=_size(lora, ("max_lora_rank",), problems) if has_lora else 0,
-        tp_size=_size(mapping, ("tp_size",), problems, missing=1),
+        tp_size=tp_size,
         pp_size=_size(mapping, ("pp_size",), problems, missing=1),
         max_beam_width=_size(build, ("max_beam_width",), problems, missing=1),
         num_heads=sizes.heads,
@@ -275,11 +278,11 @@ def _engine_targets(names: object, problems: list[str]) -> list[str]:
             f"{names!r}; build it with --lora_target_modules"
         )
         return []
-    unknown = [name for name in names if name not in BY_NAME]
+    unknown = [name for name in names if not isinstance(name, str) or name not in BY_NAME]
     problems += [
         f"unknown LoRA module {name!r} in lora_target_modules; known: {', '.join(BY_NAME)}" for name in unknown
     ]
-    targets = {str(name) for name in names if name in BY_NAME}
+    targets = {name for name in names if name not in unknown}
     # `get_missing_qkv_modules` in TensorRT-LLM tensorrt_llm/lora_manager.py: one of them brings in the others.
     for trio in (("attn_q", "attn_k", "attn_v"), ("cross_attn_q", "cross_attn_k", "cross_attn_v")):
         if targets.intersection(trio):

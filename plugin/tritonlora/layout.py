@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from tritonlora.errors import AdapterError, EngineMismatch, UnsupportedAdapter, layers_text, one_message
 from tritonlora.families import Leaf
-from tritonlora.locate import likely_families
+from tritonlora.locate import CONV1D, likely_families
 from tritonlora.modules import BY_NAME, LoraModule
 
 if TYPE_CHECKING:
@@ -88,6 +88,7 @@ class Layout:
     width: int  # W: elements in a row
     dtype: str  # "bfloat16", "float16", "float32"
     sources: tuple[RowSource, ...] = ()  # one for each row
+    conv1d: frozenset[str] = frozenset()  # paths of modules whose weight the base model has as (in, out)
 
     @property
     def weights_shape(self) -> tuple[int, int]:
@@ -128,6 +129,7 @@ def plan_layout(
         (module.leaves for module in kinds.values()), architectures, conv1d=adapter.config.fan_in_fan_out
     )
     leaf_of = {kind: _leaf_of(module, families, profile) for kind, module in kinds.items()}
+    conv1d = {kind: _is_conv1d(module, families, adapter) for kind, module in kinds.items()}
     for module in adapter.modules.values():
         leaf = leaf_of[id(module.leaves)]
         if isinstance(leaf, str):
@@ -146,11 +148,14 @@ def plan_layout(
                 f"{first.path!r} and {second.path!r} are both {row.module.name} of layer {row.layer}"
             )
     problems.raise_any(adapter, profile)
-    if base is not None and any(row.dora for row, _ in planned):
+    rows, sources = tuple(row for row, _ in planned), tuple(source for _, source in planned)
+    transposed = frozenset(path for path, module in adapter.modules.items() if conv1d[id(module.leaves)])
+    layout = Layout(rows, width, dtype, sources, transposed)
+    if base is not None and layout.config_shape[1] == 4:
         from tritonlora.dora import base_weights  # it needs torch
 
-        base_weights(adapter, base)
-    return Layout(tuple(row for row, _ in planned), width, dtype, tuple(source for _, source in planned))
+        base_weights(adapter, layout.conv1d, base)
+    return layout
 
 
 @dataclass(slots=True)
@@ -190,6 +195,14 @@ def _leaf_of(module: AdapterModule, families: frozenset[str], profile: EnginePro
             "the base model (--base)"
         )
     return leaves[0]
+
+
+def _is_conv1d(module: AdapterModule, families: frozenset[str], adapter: Adapter) -> bool:
+    """Whether the base model's layer is a Conv1D. As PEFT does, go by the layer: where that is quantised, or not of the
+    kind that it says, `fan_in_fan_out` has no effect, and may be wrong.
+    """
+    kinds = {family in CONV1D for family in families.intersection(module.leaves)}
+    return kinds.pop() if len(kinds) == 1 else adapter.config.fan_in_fan_out
 
 
 def _rows_of(
@@ -259,7 +272,7 @@ def _check_row(row: Row, module: AdapterModule, out_features: int, profile: Engi
     elif (in_features, out_features) != (dims.in_features, dims.out_features):
         texts.append(
             f"{name} is {in_features} -> {out_features} in the adapter, but {dims.in_features} -> {dims.out_features} "
-            f"in the engine; {_likely_cause(name, in_features, profile)}"
+            f"in the engine; {_likely_cause(name, in_features, out_features, profile)}"
         )
     if row.adapter_size > profile.max_lora_rank:
         texts.append(
@@ -272,10 +285,18 @@ def _check_row(row: Row, module: AdapterModule, out_features: int, profile: Engi
         problems.by_layer.setdefault(text, []).append(row.layer)
 
 
-def _likely_cause(name: str, in_features: int, profile: EngineProfile) -> str:
+def _likely_cause(name: str, in_features: int, out_features: int, profile: EngineProfile) -> str:
     if name in ("attn_dense", "cross_attn_dense") and in_features == profile.num_heads * profile.head_size:
         return (
             "TensorRT-LLM takes this module to be hidden x hidden, which this model's is not; train without that layer "
             "(o_proj)"
         )
+    if name in _KEYS_AND_VALUES and out_features == profile.num_kv_heads * profile.head_size:
+        return (
+            f"it has more ranks (tp_size {profile.tp_size}) than key-value heads ({profile.num_kv_heads}) "
+            "and repeats these; build it for fewer ranks, or train without that layer"
+        )
     return "the adapter was most likely trained on another base model"
+
+
+_KEYS_AND_VALUES = ("attn_k", "attn_v", "cross_attn_k", "cross_attn_v")

@@ -209,10 +209,12 @@ class _Rows:
         if base is not None and layout.config_shape[1] == 4:
             from tritonlora.dora import base_weights
 
-            weights = base_weights(adapter, base)
+            weights = base_weights(adapter, layout.conv1d, base)
         # The rows of a fused layer share its magnitudes, for which all of the base model's weight is read. Between gate
         # and up is at most one row of another layer. Not a method: in a cycle, the files would stay open.
-        self._magnitude_of = functools.lru_cache(maxsize=2)(functools.partial(_normalised_magnitude, adapter, weights))
+        self._magnitude_of = functools.lru_cache(maxsize=2)(
+            functools.partial(_normalised_magnitude, adapter, layout, weights)
+        )
         self._scratch = bytearray()
         self._nonfinite: set[str] = set()
         self._too_large: set[str] = set()
@@ -284,13 +286,15 @@ class _Rows:
             (self._too_large if _all_finite(original.load()) else self._nonfinite).add(f"{what} of {path!r}")
 
 
-def _normalised_magnitude(adapter: Adapter, weights: Mapping[str, StoredTensor], path: str) -> torch.Tensor:
+def _normalised_magnitude(
+    adapter: Adapter, layout: Layout, weights: Mapping[str, StoredTensor], path: str
+) -> torch.Tensor:
     from tritonlora.dora import normalised_magnitude
 
     if path not in weights:
         raise UnsupportedAdapter("DoRA needs the base model's weights; give them with --base CHECKPOINT")
     weight = weights[path].load()
-    return normalised_magnitude(adapter.modules[path], weight.T if adapter.config.fan_in_fan_out else weight)
+    return normalised_magnitude(adapter.modules[path], weight.T if path in layout.conv1d else weight)
 
 
 def _multiply(tensor: torch.Tensor, scaling: float, out: torch.Tensor) -> None:
