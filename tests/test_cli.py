@@ -15,10 +15,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import typer
 
+from adapters import write_adapter
 from repositories import SYNTHETIC_GEOMETRY, set_cache_pages, synthetic_adapter, synthetic_repository
 from tritonlora import __version__, cli, install, register, repository
+from tritonlora.files import publish
 from tritonlora.server import free_ports
 from upstream_configs import upstream_repository
 
@@ -340,6 +343,61 @@ def test_convert_does_not_overwrite_the_adapter(capsys: pytest.CaptureFixture[st
     assert code == 1
     assert "is the adapter's own file; choose another output directory" in err
     assert (adapter / "adapter_model.bin").read_bytes() == b"mine"
+    # Nor where it is the adapter in a directory of its name, as PEFT saves what is not called "default".
+    code, _, err = run(capsys, "convert", tmp_path, adapter)
+    assert (1, True) == (code, "is the adapter's own file" in err)
+    assert (adapter / "adapter_model.bin").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_config.bin"])
+def test_convert_writes_both_files_or_none(
+    name: str, capsys: pytest.CaptureFixture[str], adapter: Path, tmp_path: Path
+) -> None:
+    """Where one cannot be written, the other is what it was."""
+    out = tmp_path / "out"
+    (out / name).mkdir(parents=True)
+    code, _, err = run(capsys, "convert", adapter, out)
+
+    assert (1, True) == (code, f"{name}' is a directory; choose another output directory" in err)
+    assert [out / name] == list(out.iterdir())
+
+
+def test_convert_that_is_stopped_leaves_no_files_of_two_adapters(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the first file has got its name, for good."""
+    other = synthetic_adapter(tmp_path / "other", 5)
+    out = tmp_path / "out"
+    cli.main(["convert", str(adapter), str(out)])
+
+    def publish_and_stop(temporary: Path, path: Path) -> None:
+        publish(temporary, path)
+        raise SystemExit
+
+    monkeypatch.setattr("tritonlora.convert.publish", publish_and_stop)
+    cli.main(["convert", str(other), str(out)])
+
+    assert ["adapter_model.bin"] == [path.name for path in out.iterdir()]
+
+
+def test_convert_that_fails_makes_no_directory(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Whatever it was that failed."""
+    names = [f"model.layers.0.self_attn.q_proj.lora_{matrix}.weight" for matrix in "AB"]
+    broken = write_adapter(tmp_path / "broken", {name: torch.full((2, 2), torch.nan) for name in names})
+    code, _, err = run(capsys, "convert", broken, tmp_path / "new" / "out")
+
+    assert (1, True) == (code, "NaN or infinite" in err)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_path_that_the_system_refuses_is_an_error_by_name(
+    capsys: pytest.CaptureFixture[str], adapter: Path, tmp_path: Path
+) -> None:
+    """Wherever that is noticed."""
+    for arguments in ((adapter, tmp_path / ("x" * 300)), (tmp_path / ("x" * 300), tmp_path / "out")):
+        code, _, err = run(capsys, "convert", *arguments)
+
+        assert (1, True, False) == (code, "File name too long" in err, "Traceback" in err)
 
 
 def test_serve_prints_the_command_that_it_would_run(capsys: pytest.CaptureFixture[str], repo: Path) -> None:

@@ -78,8 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0
     except TritonLoraError as error:
-        stderr.print("[bold red]error:[/] ", end="")
-        stderr.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        _print_error(str(error))
         return 1
     except _Interrupted:
         stderr.print("interrupted")
@@ -87,7 +86,15 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:  # a name that is too long, a directory that may not be read
+        _print_error(f"{error.strerror}: {error.filename!r}" if error.filename else str(error))
+        return 1
     return 0
+
+
+def _print_error(message: str) -> None:
+    stderr.print("[bold red]error:[/] ", end="")
+    stderr.print(message, markup=False, highlight=False, soft_wrap=True)
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> None:

@@ -8,6 +8,8 @@ and Triton's OpenAI frontend read.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from tritonlora import pack, peft
 from tritonlora.engine import load_profile
 from tritonlora.errors import EngineMismatch, RepositoryError, UnsupportedAdapter
 from tritonlora.files import publish, temporary_name
+from tritonlora.interrupts import held
 from tritonlora.layout import plan_layout
 
 NAMES = {
@@ -52,10 +55,13 @@ def convert(
     if file_format not in NAMES:
         raise UnsupportedAdapter(f"format {file_format!r} is not one of {', '.join(NAMES)}")
     weights_path, config_path = (out_directory / name for name in NAMES[file_format])
-    if weights_path.exists() and adapter_directory.is_dir() and out_directory.samefile(adapter_directory):
-        raise RepositoryError(f"{str(weights_path)!r} is the adapter's own file; choose another output directory")
     profile = load_profile(base, dtype=dtype) if base else None
     adapter = peft.load_adapter(adapter_directory)
+    for path in (weights_path, config_path):
+        if path.is_dir():
+            raise RepositoryError(f"{str(path)!r} is a directory; choose another output directory")
+    if weights_path.exists() and out_directory.samefile(adapter.directory):
+        raise RepositoryError(f"{str(weights_path)!r} is the adapter's own file; choose another output directory")
     if dtype is None:
         dtypes = {
             str(tensor.dtype).removeprefix("torch.")
@@ -74,14 +80,33 @@ def convert(
         weights_shape, config_shape = (1, *weights_shape), (1, *config_shape)
         weights_header, config_header = pack.npy_header(weights_shape, dtype), pack.npy_header(config_shape, "int32")
     try:
-        out_directory.mkdir(parents=True, exist_ok=True)
-        with temporary_name(weights_path) as weights, temporary_name(config_path) as rows:
+        with (
+            _directory(out_directory),
+            temporary_name(weights_path) as weights,
+            temporary_name(config_path) as rows,
+        ):
             pack.convert_file(
                 adapter, layout, weights, header=weights_header, base=base, allow_nonfinite=allow_nonfinite
             )
             rows.write_bytes(config_header + lora_config.tobytes())
-            publish(weights, weights_path)
-            publish(rows, config_path)
+            with held():  # whenever this ends, the two that are there belong together
+                config_path.unlink(missing_ok=True)
+                publish(weights, weights_path)
+                publish(rows, config_path)
     except OSError as error:
         raise RepositoryError(f"cannot write to {str(out_directory)!r}: {error.strerror or error}") from error
     return Converted(weights_path, config_path, dtype, weights_shape, config_shape)
+
+
+@contextlib.contextmanager
+def _directory(path: Path) -> Iterator[None]:
+    """Make `path`; what was made for it goes again when nothing comes of it."""
+    missing = [directory for directory in (path, *path.parents) if not directory.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            for directory in missing:
+                directory.rmdir()
+        raise
