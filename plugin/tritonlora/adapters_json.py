@@ -16,11 +16,13 @@ import json
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict
+from datetime import datetime
 from typing import Any
 
 from tritonlora.adapters import DTYPES, MAX_TASK_ID, NAME_PATTERN, NAME_RULE, AdapterEntry, AdapterTable, Problem
 from tritonlora.errors import AdapterTableError, one_message
 
+MAX_PAGES = 1 << 31  # TensorRT-LLM counts them in 32 bits
 # 2 added aliases. A table without any is written as 1, which the versions before can read.
 SCHEMA_VERSIONS = (1, 2)
 
@@ -199,8 +201,24 @@ def _is_shape(value: object) -> bool:
     return type(value) is list and list(map(type, value)) == [int, int] and min(value) > 0
 
 
+def _is_text(value: object) -> bool:
+    """A string that can leave this process: JSON can escape halves of characters."""
+    return isinstance(value, str) and (value.isascii() or not any("\ud800" <= one <= "\udfff" for one in value))
+
+
+def _is_digest(value: object) -> bool:
+    return isinstance(value, str) and len(value) == 64 and value.isascii()
+
+
+def _is_time(value: object) -> bool:
+    try:
+        return isinstance(value, str) and bool(datetime.fromisoformat(value))
+    except ValueError:
+        return False
+
+
 def _is_inside_repository(value: object) -> bool:
-    if not isinstance(value, str) or not value or "\\" in value or "\0" in value:
+    if not _is_text(value) or not isinstance(value, str) or not value or "\\" in value or "\0" in value:
         return False
     return not value.startswith("/") and (".." not in value or ".." not in value.split("/"))
 
@@ -213,20 +231,23 @@ _FIELD_CHECKS: dict[str, _Check] = {
     "dtype": (lambda value: value in DTYPES, f"one of {', '.join(DTYPES)}"),
     "lora_weights_shape": (_is_shape, "two positive integers"),
     "lora_config_shape": (lambda value: _is_shape(value) and value[1] in (3, 4), "[n, 3] or [n, 4]"),
-    "lora_weights_sha256": (lambda value: isinstance(value, str) and len(value) == 64, "64 hexadecimal digits"),
-    "lora_config_sha256": (lambda value: isinstance(value, str) and len(value) == 64, "64 hexadecimal digits"),
+    "lora_weights_sha256": (_is_digest, "64 hexadecimal digits"),
+    "lora_config_sha256": (_is_digest, "64 hexadecimal digits"),
     "adapter_sizes": (
         lambda value: type(value) is list and {*map(type, value)} <= {int} and min(value, default=1) > 0,
         "a list of positive integers",
     ),
     "modules": (
-        lambda value: type(value) is list and {*map(type, value)} <= {str},
+        lambda value: type(value) is list and all(map(_is_text, value)),
         "a list of module names",
     ),
-    "base_model_name_or_path": (lambda value: isinstance(value, str), "a string"),
+    "base_model_name_or_path": (_is_text, "a string"),
     "warm": (lambda value: isinstance(value, bool), "true or false"),
-    "added_at": (lambda value: isinstance(value, str), "a string"),
-    "pages": (lambda value: value is None or (type(value) is int and value > 0), "a positive integer or null"),
+    "added_at": (_is_time, "a time in ISO 8601"),
+    "pages": (
+        lambda value: value is None or (type(value) is int and 0 < value <= MAX_PAGES),
+        f"an integer from 1 to {MAX_PAGES}, or null",
+    ),
     "lora_path": (
         lambda value: value is None or _is_inside_repository(value),
         "a path relative to the model repository and inside it, or null",
