@@ -7,6 +7,7 @@ It takes part in what the router's instances share, and asks the engine nothing.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import sys
 import threading
@@ -38,10 +39,9 @@ class TritonPythonModel:
         }
         self._repository = Path(args["model_repository"]).parent
         router = parameters["router"]
-        path = self._repository / router / "adapters.json"
-        self._table = TableFile(path, pb_utils.Logger.log_error)
+        self._path = self._repository / router / "adapters.json"
+        self._table = TableFile(self._path, pb_utils.Logger.log_error)
         self._residency = open_residency(shared_directory(router), warmed(self._table.table()))
-        self._publisher = Publisher(TableFile(path, lambda _: None), self._residency.directory)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._publish, args=(float(parameters["refresh_seconds"]),), daemon=True)
         self._thread.start()
@@ -54,7 +54,6 @@ class TritonPythonModel:
         """Publish no more, and leave what the instances share."""
         self._stop.set()
         self._thread.join()
-        del self._publisher  # metrics that outlive this call crash the stub
         self._residency.close()
 
     def _answer(self, request: pb_utils.InferenceRequest) -> pb_utils.InferenceResponse:
@@ -69,11 +68,22 @@ class TritonPythonModel:
         return pb_utils.InferenceResponse([pb_utils.Tensor("adapters", np.array([json.dumps(found)], np.object_))])
 
     def _publish(self, refresh_seconds: float) -> None:
-        while not self._stop.wait(refresh_seconds):
-            try:
-                self._publisher.publish(self._residency.waiting())
-            except Exception as error:  # noqa: BLE001  the next time it may be well again
-                pb_utils.Logger.log_error("".join(traceback.format_exception(error)))
+        """Until there is no more to do; metrics that outlive `finalize` crash the stub."""
+        publisher: Publisher | None = None
+        with (self._residency.directory / "publisher").open("w") as lock:
+            while not self._stop.wait(refresh_seconds):
+                try:
+                    # While a model is reloaded there are two instances of it for a time, and the metrics of both would
+                    # be the same ones to Triton, which the older instance takes with it (seen with 2.51: a crash).
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if publisher is None:
+                        publisher = Publisher(TableFile(self._path, lambda _: None), self._residency.directory)
+                    publisher.publish(self._residency.waiting())
+                except BlockingIOError:
+                    continue
+                except Exception as error:  # noqa: BLE001  the next time it may be well again
+                    pb_utils.Logger.log_error("".join(traceback.format_exception(error)))
+            del publisher
 
 
 class Publisher:
