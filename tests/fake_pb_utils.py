@@ -201,6 +201,8 @@ class InferenceResponseSender:
         self._client = client
 
     def is_cancelled(self) -> bool:
+        if self._client.finished.is_set():
+            raise AssertionError("the real server crashes")
         return self._client.cancelled.is_set()
 
     def send(self, response: InferenceResponse | None = None, flags: int = 0) -> None:

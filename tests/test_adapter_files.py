@@ -98,6 +98,17 @@ def test_an_altered_file_makes_the_adapter_unavailable(
         files.map_tensors(REGISTERED)
 
 
+@pytest.mark.parametrize("file", [REGISTERED.entry.lora_weights_file, REGISTERED.entry.lora_config_file])
+def test_what_is_no_file_makes_the_adapter_unavailable(file: str, files: AdapterFiles, tmp_path: Path) -> None:
+    """To open a FIFO would be to wait for ever."""
+    _write_tensors(tmp_path)
+    (tmp_path / file).unlink()
+    os.mkfifo(tmp_path / file)
+
+    with pytest.raises(AdapterUnavailable, match="'pirate': adapter_.*_1.bin cannot be read on the server: not a file"):
+        files.map_tensors(REGISTERED)
+
+
 def test_nobody_writes_to_weights_while_they_are_sent(files: AdapterFiles, tmp_path: Path) -> None:
     """Cut off while they are copied they would be a bus error, which ends the process."""
     _write_tensors(tmp_path)

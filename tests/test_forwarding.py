@@ -12,6 +12,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -432,6 +433,18 @@ def test_what_cannot_be_resident_brings_its_weights_at_once(instance: Instance) 
 
         assert answers(route.entry.lora_task_id) == list(shared.forward(route, counted))
     assert [False, *[True] * 39] == asked
+
+
+def test_an_id_that_was_given_to_other_weights_is_unavailable(instance: Instance) -> None:
+    """For an instance, too, that has not seen the table that said so: the engine would answer with the others."""
+    engine, one, other = Engine(2), instance(), instance()
+    first = cold(7)
+    second = replace(first, entry=replace(first.entry, lora_weights_sha256="f" * 64))
+    assert answers(7) == list(one.forward(first, engine.sender(first)))
+    with pytest.raises(AdapterUnavailable, match="lora_task_id 7 was given to other weights"):
+        list(other.forward(second, engine.sender(second)))
+
+    assert answers(7) == list(other.forward(first, engine.sender(first)))
 
 
 def test_each_load_is_reported_with_its_reason(instance: Instance) -> None:

@@ -132,7 +132,7 @@ def test_the_line_is_served_in_the_order_of_arrival(tmp_path: Path) -> None:
         with pytest.raises(TimeoutError):
             second.wait(time.monotonic() + 0.01)
         first.wait(time.monotonic() + 10)
-        first.leave()
+        first.close()
         second.wait(time.monotonic() + 10)
 
 
@@ -161,6 +161,87 @@ def test_a_directory_that_somebody_removed_costs_beliefs_and_nothing_else(tmp_pa
 
         assert loads
         assert not mine.holds(1)
+
+
+def test_a_request_without_a_directory_to_line_up_in_waits_for_its_next_try(tmp_path: Path) -> None:
+    """And has an end to its patience."""
+    with closing(open_residency(tmp_path / "shared", {})) as mine, mine.place(9, 60) as place:
+        shutil.rmtree(tmp_path / "shared")
+        place.join()
+        place.wait(time.monotonic() + 10)
+        place._retry_at += 60
+        with pytest.raises(TimeoutError):
+            place.wait(time.monotonic() + 0.01)
+
+
+def test_what_a_request_held_that_was_left_behind_is_free(tmp_path: Path) -> None:
+    """Its place, the adapter that it was loading, and the one that it used."""
+    stuck = open_residency(tmp_path / "shared", {1: 1}, 1)
+    place = stuck.place(9, 1)
+    place.join()
+    claim = stuck.claim(2, 1)
+    claim.__enter__()
+    stuck.accepted(1, 1)
+    with closing(open_residency(tmp_path / "shared", {1: 1}, 1)) as other:
+        stuck.abandon()
+        with other.claim(2, 0.01) as loads:
+            other.accepted(2, 1)
+
+        assert loads
+        assert [] == other.waiting()
+        assert [False, True] == [other.holds(task_id) for task_id in (1, 2)]  # there was room for one
+
+        other.ended()
+        claim.__exit__(None, None, None)  # should it go on
+        place.close()
+        stuck.ended()
+
+    assert [] == list(tmp_path.iterdir())
+
+
+def test_an_id_stands_for_one_content_for_all_instances(tmp_path: Path) -> None:
+    """Also for one that has not asked for the first one; without a directory, for whatever it is said to."""
+    with ExitStack() as stack:
+        one, other = (stack.enter_context(closing(open_residency(tmp_path / "shared", {}))) for _ in range(2))
+
+        assert [True, True, False, True, False] == [
+            one.gives(5, "a"),
+            other.gives(5, "a"),
+            other.gives(5, "b"),
+            other.gives(6, "b"),
+            one.gives(6, "a"),
+        ]
+
+        shutil.rmtree(tmp_path / "shared")
+
+        assert one.gives(7, "a")
+
+
+def test_instances_that_forget_the_same_adapter_leave_no_descriptor_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor one with a lock, which would hold up the next request for the adapter."""
+    with closing(open_residency(tmp_path / "shared", {1: 1}, 1)) as mine:
+        unlink = os.unlink
+
+        def unlink_twice(path: str) -> None:
+            unlink(path)
+            unlink(path)
+
+        before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+        with monkeypatch.context() as another:
+            another.setattr(os, "unlink", unlink_twice)
+            mine.accepted(2, 1)
+        mine.ended()
+
+        assert before == len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+        assert not mine.holds(1)
+
+
+def test_adapters_of_many_pages_take_no_memory(tmp_path: Path) -> None:
+    """Where a file has as many bytes as its adapter has pages."""
+    with closing(open_residency(tmp_path / "shared", {1: 1 << 31})):
+        assert 0 == (tmp_path / "shared" / "held" / "1").stat().st_blocks
 
 
 def test_what_has_been_idle_for_longest_is_forgotten_first(tmp_path: Path) -> None:

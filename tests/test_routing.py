@@ -235,6 +235,18 @@ def test_there_must_be_a_good_table_to_begin_with(tmp_path: Path, failures: list
         TableFile(tmp_path / "adapters.json", failures.append)
 
 
+def test_a_table_that_is_no_file_leaves_the_last_good_one(tmp_path: Path, failures: list[str]) -> None:
+    """To open a FIFO would be to wait for ever."""
+    path = tmp_path / "adapters.json"
+    path.write_text(render(TABLE))
+    file = TableFile(path, failures.append)
+    path.unlink()
+    os.mkfifo(path)
+
+    assert file.table() == TABLE
+    assert "keeping the last good adapters.json: cannot read" in failures[0]
+
+
 # Streams
 
 

@@ -68,6 +68,17 @@ def test_all_adapters_are_read(tmp_path: Path) -> None:
     assert {name: {"OK": 1.0} for name in names} == nonzero(read_statistics(tmp_path))
 
 
+def test_counting_needs_no_more_room_than_there_was_at_the_start(tmp_path: Path) -> None:
+    """A page that cannot be had when it is written to ends the process."""
+    counts = Statistics(tmp_path / "statistics")
+    [path] = (tmp_path / "statistics").iterdir()
+    before = path.stat()
+    for number in range(statistics.ROWS):
+        counts.add(f"n{number}", "OK")
+
+    assert before.st_size <= 512 * before.st_blocks == 512 * path.stat().st_blocks
+
+
 def test_every_adapter_has_every_column(tmp_path: Path) -> None:
     """So that whoever reads them needs no defaults."""
     Statistics(tmp_path).add("a" * 128, "OK")

@@ -45,6 +45,15 @@ def test_a_task_that_takes_long_is_waited_for_unless_it_is_stuck(worker: Worker)
     assert looks >= 2
 
 
+def test_a_task_that_fails_is_done(worker: Worker) -> None:
+    """And so is the next one."""
+    done: list[int] = []
+
+    assert worker.do(lambda: done.append(1 // 0), lambda: False)
+    assert worker.do(lambda: done.append(1), lambda: False)
+    assert [1] == done
+
+
 def test_a_thread_that_was_left_behind_is_heard_by_nobody(worker: Worker) -> None:
     """The next task is done by another one, and not taken for done when the old one goes on after all."""
     may_go_on = threading.Event()

@@ -27,7 +27,7 @@ import numpy.typing as npt
 from tritonlora import dlpack
 from tritonlora.errors import AdapterUnavailable
 from tritonlora.routing import Route
-from tritonlora.versions import Version, is_settled, version_of
+from tritonlora.versions import Version, is_settled, open_file, version_of
 
 MOST_MAPPED = 32  # files, every other one of weights: in each process their page tables take 1/512 of their size
 
@@ -135,7 +135,7 @@ class Lease:
 
     def __init__(self, path: Path) -> None:
         """BlockingIOError when somebody has it open for writing now."""
-        self.descriptor = os.open(path, os.O_RDONLY)
+        self.descriptor = open_file(path)
         try:
             # Who waits is announced by a signal, by default one that ends the process; this one is ignored by default.
             fcntl.fcntl(self.descriptor, fcntl.F_SETSIG, signal.SIGURG)

@@ -18,6 +18,8 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from tritonlora.versions import open_file
+
 _CPU = 1  # kDLCPU
 _DTYPES = {"float16": (2, 16), "float32": (2, 32), "bfloat16": (4, 16)}  # (DLDataTypeCode, bits)
 
@@ -81,7 +83,7 @@ _new_capsule.argtypes = (ctypes.c_void_p, ctypes.c_char_p, _Deleter)
 
 def mapped(path: Path) -> npt.NDArray[np.uint8]:
     """The file's content: its pages in the page cache, private and read-only. A copy is made only by who reads it."""
-    with path.open("rb") as file:
+    with open(open_file(path), "rb") as file:  # noqa: PTH123  a descriptor
         flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_POPULATE", 0)  # one call instead of a fault for every page
         mapping = mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ)
     return np.frombuffer(mapping, np.uint8)

@@ -11,6 +11,7 @@ memory, and locks on files (`flock`), which the kernel takes from a process that
     loading/<lora_task_id>   locked by the instance that is sending the adapter's weights
     line/<arrival>-<pid>-<lora_task_id>
                              locked by a request that waits for room in the cache; the one that came first is tried next
+    given/<lora_task_id>     a symbolic link to what tells the adapter's content: the engine ignores another one
     ended                    touched whenever a request for an adapter has ended: there may be room now
 
 What is believed is learnt from the engine's answers only. The engine evicts the adapter whose last request ended
@@ -86,13 +87,14 @@ def open_residency(directory: Path, warmed: Mapping[int, int], cache_pages: int 
 def _make(directory: Path, warmed: Mapping[int, int]) -> None:
     """All of it at once, or nothing when another instance was faster."""
     fresh = Path(tempfile.mkdtemp(prefix=f".{PREFIX}", dir=directory.parent))
-    for name in ("held", "loading", "line"):
+    for name in ("held", "loading", "line", "given"):
         (fresh / name).mkdir()
     (fresh / "ended").touch()
     os.utime(fresh / "ended", (0, 0))
     for order, (task_id, pages) in enumerate(warmed.items(), 1):
         (fresh / "loading" / str(task_id)).touch()
-        (fresh / "held" / str(task_id)).write_bytes(bytes(pages))
+        (fresh / "held" / str(task_id)).touch()
+        os.truncate(fresh / "held" / str(task_id), pages)  # which takes no page of memory
         os.utime(fresh / "held" / str(task_id), ns=(order, order))
     try:
         fresh.rename(directory)
@@ -111,6 +113,19 @@ def _remove_unused(directory: Path) -> None:
             os.close(descriptor)
 
 
+def _forget_unused(path: str) -> bool:
+    """Forget a held adapter that no request uses; whether it was this process that did."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.unlink(path)  # noqa: PTH108
+        finally:
+            os.close(descriptor)
+        return True
+    return False
+
+
 class Residency:
     """One instance's view of the shared directory."""
 
@@ -119,17 +134,29 @@ class Residency:
         self._cache_pages = cache_pages
         self._used: int | None = None  # descriptor of the held adapter that a request of this instance uses
         self._used_since = 0  # the `belief` in it
+        self._claimed: IO[str] | None = None  # the adapter that a request of this instance loads
+        self._place: Place | None = None  # of a request of this instance
         self.directory = directory
         self._held = str(directory / "held")
         self._line = str(directory / "line")
         self._loading = str(directory / "loading")
         self._ended = str(directory / "ended")
+        self._given_links = str(directory / "given")
+        self._given: dict[int, str] = {}  # what is known of these: they do not change
         self._descriptor = descriptor
 
     def close(self) -> None:
         """Take part no more; the last one removes the directory."""
         os.close(self._descriptor)
         _remove_unused(self.directory)
+
+    def abandon(self) -> None:
+        """Take part no more, in the midst of a request that another thread is stuck in: nobody waits for that one."""
+        self.ended()
+        for held in (self._claimed, self._place):
+            if held is not None:
+                held.close()
+        os.close(self._descriptor)
 
     def holds(self, task_id: int) -> bool:
         """Whether a request for the adapter can go out without weights."""
@@ -145,7 +172,7 @@ class Residency:
         """The engine answered a request for the adapter, which takes that many pages, and holds it until `ended`."""
         with contextlib.suppress(OSError):
             self._used = os.open(f"{self._held}/{task_id}", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-            fcntl.flock(self._used, fcntl.LOCK_SH)
+            fcntl.flock(self._used, fcntl.LOCK_SH | fcntl.LOCK_NB)  # nobody holds another for longer than a moment
             found = os.fstat(self._used)
             self._used_since = found.st_atime_ns
             if not found.st_size:
@@ -163,12 +190,7 @@ class Residency:
         for _, pages, path in held:
             if surplus <= 0:
                 return
-            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                Path(path).unlink()
-                surplus -= pages
-            os.close(descriptor)
+            surplus -= pages * _forget_unused(path)
 
     def missed(self, task_id: int, belief: int) -> None:
         """The engine did not hold the adapter, against that `belief`; since then it may have been given it."""
@@ -199,12 +221,26 @@ class Residency:
         """
         with contextlib.ExitStack() as held:
             with contextlib.suppress(FileNotFoundError):
-                file = held.enter_context((self.directory / "loading" / str(task_id)).open("w"))
-                _lock(file, time.monotonic() + timeout, check)
+                self._claimed = held.enter_context((self.directory / "loading" / str(task_id)).open("w"))
+                _lock(self._claimed, time.monotonic() + timeout, check)
             mine = insist or not self.holds(task_id)
             if not mine:
                 held.close()
             yield mine
+
+    def gives(self, task_id: int, content: str) -> bool:
+        """Whether the id stands for this content since the instances began, for all of them; the first one to say so
+        counts. An instance that answered no request in between has not seen what a table said before this one.
+        """
+        if self._given.get(task_id) != content:
+            link = f"{self._given_links}/{task_id}"
+            with contextlib.suppress(OSError):
+                with contextlib.suppress(FileExistsError):
+                    os.symlink(content, link)  # noqa: PTH211
+                if os.readlink(link) != content:  # noqa: PTH115
+                    return False
+            self._given[task_id] = content
+        return True
 
     def was_held(self, task_id: int) -> bool:
         """Whether any instance has loaded the adapter before."""
@@ -212,7 +248,8 @@ class Residency:
 
     def place(self, task_id: int, retry_interval: float) -> Place:
         """A request's place in the line for room in the cache; it does not stand there until it joins."""
-        return Place(self, task_id, retry_interval)
+        self._place = Place(self, task_id, retry_interval)
+        return self._place
 
     def has_line_for(self, task_id: int) -> bool:
         """Whether a request for the adapter must join the line, and not overtake it."""
@@ -253,7 +290,8 @@ class Place:
         self._retry_interval = retry_interval
         self._arrived_at = time.monotonic_ns()
         self._ticket = ""
-        self._file: IO[str] | None = None
+        self._has_joined = False
+        self._file: IO[str] | None = None  # of the ticket; None, too, when the directory was lost
         self._tried_at = 0  # time.monotonic_ns
         self._pause = FIRST_RETRY_SECONDS
         self._retry_at = 0.0
@@ -262,12 +300,13 @@ class Place:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.leave()
+        self.close()
 
     def join(self) -> None:
         """Stand in line, as of the time when the request came."""
-        if self._file:
+        if self._has_joined:
             return
+        self._has_joined = True
         directory = self._residency.directory
         self._ticket = f"{self._arrived_at:020d}-{os.getpid()}-{self._task_id}"
         with contextlib.suppress(OSError):
@@ -280,7 +319,7 @@ class Place:
         """Return when the request may be tried: at once when it does not stand in line, else when it is the first and
         there may be room. TimeoutError at `deadline` (time.monotonic).
         """
-        while self._file:
+        while self._has_joined:
             check()
             if self._may_try():
                 break
@@ -298,8 +337,9 @@ class Place:
             return False
         return self._residency.last_end() > self._tried_at or time.monotonic() >= self._retry_at
 
-    def leave(self) -> None:
+    def close(self) -> None:
         """Stand in line no more."""
+        self._has_joined = False
         if self._file:
             with contextlib.suppress(OSError):
                 (self._residency.directory / "line" / self._ticket).unlink()

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from tritonlora.adapters import NAME_PATTERN, AdapterEntry, AdapterTable, Problem, available
 from tritonlora.adapters_json import TableReader, unavailable
 from tritonlora.errors import AdapterTableError, AdapterUnavailable, InvalidRequest, UnknownAdapter, one_message
-from tritonlora.versions import is_settled, version_of
+from tritonlora.versions import is_settled, open_file, version_of
 
 MOST_REPORTED = 20  # malformed entries in one log entry
 
@@ -136,7 +136,7 @@ class TableFile:
         self._on_failure = on_failure
         self._version: object = None
         self._reported: set[str] = set()
-        self._given: dict[int, tuple[str, str]] = {}  # lora_task_id -> digests of the files that it was given to
+        self._given: dict[int, str] = {}  # lora_task_id -> content that it was given to
         self._reader = TableReader()
         self._digest = b""  # of the text that the table was made of
         self._table = AdapterTable()
@@ -160,7 +160,8 @@ class TableFile:
     def _read(self) -> None:
         self._version = self._stat()  # before reading: a change in between is seen the next time
         try:
-            content = self._path.read_bytes()
+            with open(open_file(self._path), "rb") as file:  # noqa: PTH123  a descriptor
+                content = file.read()
             text = content.decode()
         except (OSError, UnicodeDecodeError) as error:
             raise AdapterTableError(f"cannot read {self._path}: {error}") from None
@@ -188,9 +189,9 @@ class TableFile:
     def _without_reused_ids(self, table: AdapterTable) -> AdapterTable:
         """Adapters whose lora_task_id was that of other files are unavailable: the engine may hold those under it."""
         reused = {
-            name: (Problem(f"lora_task_id {entry.lora_task_id} was given to other weights; {_NEW_ID}"),)
+            name: (Problem(reused_id(entry)),)
             for name, entry in table.entries.items()
-            if self._given.setdefault(entry.lora_task_id, digests := _digests(entry)) != digests
+            if self._given.setdefault(entry.lora_task_id, content := content_of(entry)) != content
         }
         if not reused:
             return table
@@ -198,11 +199,17 @@ class TableFile:
         return replace(table, entries=entries, unavailable={**table.unavailable, **reused})
 
 
-_NEW_ID = "the engine may hold them under it; give these a new id, with: tritonlora add"
+def reused_id(entry: AdapterEntry) -> str:
+    """That the adapter's id was another one's, with the remedy."""
+    return (
+        f"lora_task_id {entry.lora_task_id} was given to other weights; the engine may hold them under it; give these "
+        "a new id, with: tritonlora add"
+    )
 
 
-def _digests(entry: AdapterEntry) -> tuple[str, str]:
-    return (entry.lora_weights_sha256, entry.lora_config_sha256)
+def content_of(entry: AdapterEntry) -> str:
+    """What another content of the adapter's files does not share."""
+    return f"{entry.lora_weights_sha256}-{entry.lora_config_sha256}"
 
 
 class PreviousIds:

@@ -59,7 +59,8 @@ class Statistics:
         directory.mkdir(exist_ok=True)
         self._descriptor, path = tempfile.mkstemp(prefix=".", dir=directory)
         fcntl.flock(self._descriptor, fcntl.LOCK_SH)  # for as long as this instance lives
-        os.truncate(self._descriptor, ROWS * _ROW.itemsize)  # without a page, until it is written to
+        # With all of its pages: written to later, when there is no room, a page that is not there ends the process.
+        os.posix_fallocate(self._descriptor, 0, ROWS * _ROW.itemsize)
         self._rows: npt.NDArray[Any] = np.memmap(path, _ROW, "r+", shape=ROWS)
         # The same memory as plain numbers: to go by row and name of a column takes fifty times as long.
         self._numbers = self._rows.view(np.uint8).data.cast("d")

@@ -8,6 +8,7 @@ This file runs inside a plain Triton container: standard library only.
 from __future__ import annotations
 
 import threading
+import traceback
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
 
@@ -23,7 +24,7 @@ class Worker:
         self._begin()
 
     def do(self, task: Task, is_stuck: Callable[[], bool]) -> bool:
-        """Have `task` done, which raises nothing; False when it was left behind, since it `is_stuck`."""
+        """Have `task` done, which says itself what goes wrong; False when it was left behind, since it `is_stuck`."""
         self._tasks.put(task)
         while True:
             try:
@@ -50,6 +51,9 @@ class Worker:
 
 def _work(tasks: SimpleQueue[Task | None], done: SimpleQueue[None]) -> None:
     while (task := tasks.get()) is not None:
-        task()
+        try:
+            task()
+        except Exception:  # noqa: BLE001  the next task is another request
+            traceback.print_exc()
         del task  # with all that it holds, before the next one comes
         done.put(None)

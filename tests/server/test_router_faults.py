@@ -5,12 +5,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import http.client
+import itertools
 import json
+import operator
 import os
 import re
 import signal
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -35,9 +39,11 @@ Launch = Callable[..., Server]
 EXPLICIT = ("--model-control-mode=explicit", "--load-model=*")
 
 # An engine that does as it is told by request_output_len.
-TELL, SILENCE, RAISE, BREAK, BREAK_AND_END = 1, 2, 3, 4, 5
+TELL, SILENCE, RAISE, BREAK, BREAK_AND_END, PAUSE, NEVER = 1, 2, 3, 4, 5, 6, 7
 PUPPET = """
 import json
+import threading
+import time
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
@@ -48,15 +54,36 @@ def answer(text):
     return pb_utils.InferenceResponse([pb_utils.Tensor("output_ids", ids), pb_utils.Tensor("sequence_length", lengths)])
 
 
+PAUSED = []
+
+
+def pause(sender):
+    sender.send(answer("half"))
+    time.sleep(2)
+    for _ in range(3):
+        sender.send(answer("more"))
+        time.sleep(0.2)
+    sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+    PAUSED.append(sender)
+
+
 class TritonPythonModel:
     def execute(self, requests):
+        self.kept = []
         for request in requests:
             sender = request.get_response_sender()
             told = pb_utils.get_input_tensor_by_name(request, "request_output_len").as_numpy().item()
+            if told == 6:
+                threading.Thread(target=pause, args=[sender]).start()
+                continue
+            if told == 7:
+                self.kept.append(sender)
+                continue
             if told == 3:
                 raise ValueError("the engine is out of its mind")
             if told == 1:
                 seen = [request.request_id(), request.correlation_id(), request.timeout(), request.parameters()]
+                seen.append(len(PAUSED))
                 sender.send(answer(json.dumps(seen)))
             if told == 4:
                 sender.send(answer("half"))
@@ -74,9 +101,10 @@ class TritonPythonModel:
 @pytest.fixture(scope="module")
 def puppet(tmp_path_factory: pytest.TempPathFactory, launch: Launch) -> Server:
     """A server whose engine does as it is told; two instances of the router."""
-    opened = synthetic_repository(tmp_path_factory.mktemp("puppet") / "repo", cold=["pirate"], streams=2)
+    opened = synthetic_repository(tmp_path_factory.mktemp("puppet") / "repo", cold=["pirate", "haiku"], streams=2)
     router = opened.root / "lora_router" / "config.pbtxt"
-    write_text(router, set_parameter(read_text(router), "stall_timeout_seconds", "0.5"))
+    for parameter, seconds in (("stall_timeout_seconds", "0.5"), ("first_answer_timeout_seconds", "1")):
+        write_text(router, set_parameter(read_text(router), parameter, seconds))
     write_text(opened.root / "tensorrt_llm" / "1" / "model.py", PUPPET)
     return launch(opened.root)
 
@@ -112,7 +140,7 @@ def test_what_belongs_to_a_request_reaches_the_engine(puppet: Server) -> None:
     """Its id, correlation id, timeout and parameters."""
     options = {"request_id": "mine", "sequence_id": 7, "timeout": 9_000_000, "parameters": {"a": 1, "b": "c"}}
     result = next(tell(puppet, TELL, **options))
-    request_id, correlation_id, timeout, parameters = json.loads(ROUTER.text(result))
+    request_id, correlation_id, timeout, parameters, _ = json.loads(ROUTER.text(result))
 
     assert ("mine", 7, 9_000_000) == (request_id, correlation_id, timeout)
     assert {"a": 1, "b": "c"}.items() <= json.loads(parameters).items()
@@ -188,6 +216,46 @@ def test_an_engine_that_falls_silent_in_mid_stream_is_an_error(puppet: Server) -
     assert [1, 1, 1] == [len(list(tell(puppet, TELL))) for _ in range(3)]
 
 
+def test_an_engine_that_goes_on_after_its_pause_is_heard_by_nobody(puppet: Server) -> None:
+    """Who asks Triton about the client of a request that has been answered takes the server down."""
+    answers = tell(puppet, PAUSE)
+
+    assert b"half" == ROUTER.text(next(answers))
+    with pytest.raises(InferenceServerException, match=r"^the engine's model has sent nothing for"):
+        next(answers)
+    deadline = time.monotonic() + 30
+    while not json.loads(ROUTER.text(next(tell(puppet, TELL))))[-1]:  # the engine is still at it
+        assert time.monotonic() < deadline
+    assert [1, 1, 1] == [len(list(tell(puppet, TELL))) for _ in range(3)]
+
+
+def test_a_load_that_the_engine_never_answers_keeps_nobody_from_the_adapter(puppet: Server) -> None:
+    """The request is left behind with all that it had taken; the next one loads the adapter."""
+    question = Question([b"haiku"], tokens=[NEVER])
+    with pytest.raises(InferenceServerException, match=r"^the engine's model has sent nothing for"):
+        list(grpc_stream(puppet, "lora_router", ROUTER.tensors(question, False)))
+
+    question = Question([b"haiku"], tokens=[TELL])
+    for _ in range(3):
+        assert 1 == len(list(grpc_stream(puppet, "lora_router", ROUTER.tensors(question, False))))
+
+
+def test_parameters_that_triton_cannot_carry_to_the_engine_are_left_out(puppet: Server) -> None:
+    """Of a misspelt input, for instance: the engine, asked directly, does not mind it."""
+    connection = http.client.HTTPConnection(puppet.http_url, timeout=60)
+    body = {"input_ids": [1], "input_lengths": 1, "request_output_len": TELL, "lora_name": "pirate"}
+    with contextlib.closing(connection):
+        connection.request(
+            "POST",
+            "/v2/models/lora_router/generate",
+            json.dumps(body | {"temprature": 1.5, "huge": (1 << 64) - 1, "note": "x"}),
+        )
+        answer = json.loads(connection.getresponse().read())
+    seen = json.loads(bytes(answer["output_ids"]))
+
+    assert {"note": "x"} == {key: value for key, value in json.loads(seen[3]).items() if key != "huge"}
+
+
 def test_an_engine_whose_process_is_killed_is_an_error(tmp_path: Path, launch: Launch) -> None:
     """For the request that it was about to answer, for the one that it was answering, and for those that come."""
     opened = synthetic_repository(
@@ -259,6 +327,35 @@ def test_a_model_is_reloaded_under_load(server: Server, opened: Repository, mode
     assert [] == wrong
     assert {"answered"} <= set(outcomes) <= {"answered", "not there"}
     assert [expected(table, name) for name in names] == [ask(server, name) for name in names]
+
+
+def test_the_listing_is_reloaded_in_place(server: Server, opened: Repository) -> None:
+    """Its metrics are Triton's: those of the older instance must be gone before the newer one has any."""
+    config = opened.root / "lora_adapters" / "config.pbtxt"
+    names = list(read_table(opened).entries)
+    stop = threading.Event()
+
+    def keep_asking() -> None:
+        for name in itertools.cycle(names):
+            if stop.is_set():
+                return
+            ask(server, name)
+
+    with ThreadPoolExecutor(2) as pool:
+        asking = [pool.submit(keep_asking) for _ in range(2)]
+        try:
+            count = 0.0
+            for _ in range(10):
+                write_text(config, read_text(config) + "\n")
+                control(server, "load", "lora_adapters")
+                more = functools.partial(operator.lt, count)
+                count = await_sample(server, "lora_requests_total", more, lora_name="n1", outcome="OK")
+        finally:
+            stop.set()
+        for future in asking:
+            future.result(timeout=60)
+
+    assert expected(read_table(opened), "n1") == ask(server, "n1")
 
 
 NOT_THERE = re.compile(r"not ready|not found|no available versions|unloaded|unavailable", re.IGNORECASE)

@@ -21,6 +21,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import math
 import secrets
 import sys
 import threading
@@ -40,7 +41,7 @@ from tritonlora.adapter_files import AdapterFiles
 from tritonlora.errors import ClientLeft, EngineSilent, InvalidRequest, RequestError
 from tritonlora.flavours import flavour_of
 from tritonlora.forwarding import Forwarder, is_unavailable, public
-from tritonlora.residency import open_residency, shared_directory
+from tritonlora.residency import Residency, open_residency, shared_directory
 from tritonlora.routing import PreviousIds, Route, TableFile, WholeTexts, check_parameters, resolve_rows, warmed
 from tritonlora.statistics import BASE, DIRECTORY, OUTCOMES, Statistics
 from tritonlora.worker import Worker
@@ -71,20 +72,19 @@ class TritonPythonModel:
         self._routing_inputs = ("lora_name", self._flavour.task_id)
         self._engine_outputs = {output["name"] for output in config["output"]} - OWN_OUTPUTS
         self._decoupled = pb_utils.using_decoupled_model_transaction_policy(config)
-        table = TableFile(directory / "adapters.json", lambda _: None).table()  # what is wrong is said below, once
-        cache_pages = int(parameters.get("cache_pages", "0")) or None
-        self._residency = open_residency(shared_directory(args["model_name"]), warmed(table), cache_pages)
+        self._shared = shared_directory(args["model_name"])
+        self._cache_pages = int(parameters.get("cache_pages", "0")) or None
+        self._timeouts = {
+            "cache_full_timeout": float(parameters["cache_full_timeout_seconds"]),
+            "load_timeout": float(parameters["load_timeout_seconds"]),
+        }
+        self._table = TableFile(directory / "adapters.json", lambda _: None)  # what is wrong is said below, once
+        self._residency = self._take_part()
         self._statistics = Statistics(self._residency.directory / DIRECTORY)
         self._files = AdapterFiles(directory.parent, self._residency.directory)
         self._table = TableFile(directory / "adapters.json", self._table_failed)
         self._seen_table = self._table.table()
-        self._forwarder = Forwarder(
-            self._residency,
-            error_text,
-            on_load=self._loaded,
-            cache_full_timeout=float(parameters["cache_full_timeout_seconds"]),
-            load_timeout=float(parameters["load_timeout_seconds"]),
-        )
+        self._forwarder = self._new_forwarder()
         self._patience = (
             float(parameters.get("first_answer_timeout_seconds", "3600")),
             float(parameters.get("stall_timeout_seconds", "300")),
@@ -102,8 +102,8 @@ class TritonPythonModel:
             reply = Reply(request, inputs, self._decoupled, self._flavour.needed_outputs)
             serve = functools.partial(self._serve, request, inputs, reply)
             if not self._worker.do(serve, functools.partial(reply.is_silent, *self._patience)):
-                self._residency.ended()
                 reply.fail(EngineSilent(f"the engine's model has sent nothing for {reply.silence():.3g} s"))
+                self._leave_behind()
             self._count(reply.names, "running", -1)
             self._count(reply.names or [BASE], reply.outcome)
             reply.complete()
@@ -115,6 +115,19 @@ class TritonPythonModel:
         self._last_streams.clear()  # an iterator that outlives this call crashes the stub
         self._last_replies.clear()
         self._residency.close()
+
+    def _leave_behind(self) -> None:
+        """What the request holds that was left behind goes free; should it go on, it has what it shares to itself."""
+        behind = self._residency
+        self._residency = self._take_part()
+        self._forwarder = self._new_forwarder()
+        behind.abandon()
+
+    def _take_part(self) -> Residency:
+        return open_residency(self._shared, warmed(self._table.table()), self._cache_pages)
+
+    def _new_forwarder(self) -> Forwarder[pb_utils.InferenceResponse]:
+        return Forwarder(self._residency, error_text, on_load=self._loaded, **self._timeouts)
 
     def _serve(self, request: pb_utils.InferenceRequest, inputs: Inputs, reply: Reply) -> None:
         """Answer one request."""
@@ -165,12 +178,13 @@ class TritonPythonModel:
                 request_id=request.request_id() or own_id,
                 correlation_id=request.correlation_id(),
                 timeout=request.timeout(),
-                parameters=parameters or None,  # which saves Triton's stub from writing JSON
+                parameters=carried(parameters) or None,  # which saves Triton's stub from writing JSON
                 trace=request.trace(),
             )
-            send = functools.partial(self._send, forwarded, of_row, routes[row])
+            send = functools.partial(self._send, reply, forwarded, of_row, routes[row])
             for answer in self._forwarder.forward(routes[row], send, reply.has_left):
-                reply.heard()
+                if reply.is_complete:
+                    continue  # left behind; nothing more is said or sent
                 had_left = reply.left
                 if reply.has_left():
                     if not had_left:
@@ -180,7 +194,7 @@ class TritonPythonModel:
                     raise EngineError(error, routes[row])
                 if outputs := answer.output_tensors():  # the last one may be nothing but a flag
                     reply.send(outputs)
-            if reply.left:
+            if reply.left or reply.is_complete:
                 raise ClientLeft("the client has left")
             if not reply.answered:
                 raise RequestError("the engine's model sent no answer")
@@ -188,6 +202,7 @@ class TritonPythonModel:
 
     def _send(
         self,
+        reply: Reply,
         forwarded: Callable[..., pb_utils.InferenceRequest],
         tensors: list[pb_utils.Tensor],
         route: Route | None,
@@ -197,12 +212,14 @@ class TritonPythonModel:
         if route:
             inputs_of_route = self._flavour.request_inputs(self._files, route, attach)
             tensors = [*tensors, *(tensor_from(name, value) for name, value in inputs_of_route.items())]
-        if not self._decoupled:
-            yield forwarded(inputs=tensors).exec()
-            return
-        answers = self._stream(forwarded(inputs=tensors))
-        del tensors  # and with them the lease of the weights' file, which have been copied
-        yield from answers
+        request = forwarded(inputs=tensors)
+        reply.asked()
+        answers = self._stream(request) if self._decoupled else iter([request.exec()])
+        del request, tensors  # and with them the lease of the weights' file, which have been copied
+        for answer in answers:
+            reply.heard()
+            yield answer
+        reply.asks_no_more()
 
     def _stream(self, request: pb_utils.InferenceRequest) -> Iterator[pb_utils.InferenceResponse]:
         answers = request.exec(decoupled=True)
@@ -261,7 +278,7 @@ class Reply:
         """`needed_outputs`: those that the engine is asked for although the client may not want them."""
         self._sender = request.get_response_sender()
         self._sending = threading.Lock()  # between the worker, and who has left it behind
-        self._is_complete = False
+        self.is_complete = False  # for who is left behind: nobody hears it any more
         self._decoupled = decoupled
         self.wanted = frozenset(request.requested_output_names())
         self._has_unwanted = not self.wanted.issuperset(needed_outputs)
@@ -281,8 +298,17 @@ class Reply:
         return self.silence() > (between if self.has_begun else before)
 
     def silence(self) -> float:
-        """For how many seconds the engine has sent nothing."""
+        """For how many seconds the engine, having been asked, has sent nothing."""
         return time.monotonic() - self._heard_at
+
+    def asked(self) -> None:
+        """The engine is sent a request."""
+        self.has_begun = False
+        self._heard_at = time.monotonic()
+
+    def asks_no_more(self) -> None:
+        """The engine has answered to the end: what follows is not its silence."""
+        self._heard_at = math.inf
 
     def heard(self) -> None:
         """The engine has sent an answer."""
@@ -299,7 +325,8 @@ class Reply:
         now = time.monotonic()
         if not self.left and now >= self._next_look:
             self._next_look = now + LOOK_SECONDS
-            self.left = self._sender.is_cancelled()
+            with self._sending:  # asked of a request that is complete, Triton would crash
+                self.left = self.is_complete or self._sender.is_cancelled()
         return self.left
 
     def begin_row(self, row: int | None) -> None:
@@ -309,8 +336,8 @@ class Reply:
         self._previous_ids = PreviousIds()
         self._texts = WholeTexts()
         self.answered = False  # the row
-        self.has_begun = False  # the engine, to answer it
-        self._heard_at = time.monotonic()
+        self.has_begun = False  # the engine, to answer what it was asked last
+        self.asks_no_more()
 
     def send(self, tensors: list[pb_utils.Tensor], *, ends: bool = False) -> None:
         """Pass on one answer of the engine: the outputs that the client asked for."""
@@ -342,7 +369,7 @@ class Reply:
 
     def fail(self, error: Exception) -> None:
         """Answer with an error: its own words if it is one for clients, else a log entry and INTERNAL."""
-        message = str(error)
+        message = str(error).encode(errors="replace").decode()  # Triton takes no lone surrogates
         code = "INTERNAL"
         if isinstance(error, (RequestError, EngineError)):
             code = error.code
@@ -357,14 +384,14 @@ class Reply:
     def complete(self) -> None:
         """Send the final flag. Nothing that is left to say is heard any more."""
         with self._sending:
-            self._is_complete = True
+            self.is_complete = True
             if self._decoupled:
                 self._sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     def _respond(self, response: pb_utils.InferenceResponse) -> None:
         self.answered = True
         with self._sending:
-            if self._is_complete:
+            if self.is_complete:
                 return
             if self._decoupled:
                 self._sender.send(response)
@@ -400,6 +427,26 @@ def parameters_of(request: pb_utils.InferenceRequest) -> dict[str, Any]:
     text = request.parameters()
     parameters: dict[str, Any] = {} if text in {"", "{}"} else json.loads(text)
     return parameters
+
+
+def carried(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Those that a BLS request can have: Triton 2.51 has no floating-point numbers, and 64 bits for whole ones."""
+    return {key: value for key, value in parameters.items() if _is_carried(value)}
+
+
+def _is_carried(value: object) -> bool:
+    if isinstance(value, float):
+        return _takes_floats()
+    return not isinstance(value, int) or -(1 << 63) <= value < 1 << 63
+
+
+@functools.cache
+def _takes_floats() -> bool:
+    try:
+        pb_utils.InferenceRequest(model_name="", inputs=[], requested_output_names=[], parameters={"float": 0.5})  # type: ignore[dict-item]
+    except Exception:  # noqa: BLE001  which one differs between versions
+        return False
+    return True
 
 
 def tensor_from(name: str, value: Any) -> pb_utils.Tensor:
