@@ -159,6 +159,16 @@ def test_a_request_that_waits_for_room_is_not_sent_when_its_client_has_left(rout
     assert [] == router._residency.waiting()
 
 
+def test_a_request_whose_error_cannot_be_told_is_an_error(router: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the next one is answered as ever."""
+    with monkeypatch.context() as broken:
+        broken.setattr(router.execute.__globals__["Reply"], "fail", lambda *_: 1 // 0)
+
+        assert [TritonError.INTERNAL] == ask(router, Client(), "nobody", lambda request: Answers(Client(), TOKENS + 1))
+
+    assert [TritonError.NOT_FOUND] == ask(router, Client(), "nobody", lambda request: Answers(Client(), TOKENS + 1))
+
+
 def test_files_stay_mapped_until_the_table_changes(router: Any, opened: Repository, tmp_path: Path) -> None:
     """Of a file that was removed, a mapping would keep the space."""
     weights = opened.root / read_table(opened).entries["pirate"].lora_weights_file

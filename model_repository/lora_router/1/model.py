@@ -49,6 +49,7 @@ from tritonlora.worker import Worker
 Inputs: TypeAlias = "Mapping[str, pb_utils.Tensor]"  # of a request, by name
 
 TOKENS = ("output_ids", "sequence_length")
+FAILED = "the router failed on this request; the server's log says why"
 OWN_OUTPUTS = {"previous_ids", "all_outputs", "text_diff"}
 # Between two looks the server must have left what it shares with this process for the last one (python_backend
 # src/python_be.cc, ProcessIsRequestCancelled), which the next look, or letting go of the request, frees.
@@ -101,13 +102,15 @@ class TritonPythonModel:
             inputs = {tensor.name(): tensor for tensor in request.inputs()}
             reply = Reply(request, inputs, self._decoupled, self._flavour.needed_outputs)
             serve = functools.partial(self._serve, request, inputs, reply)
-            if not self._worker.do(serve, functools.partial(reply.is_silent, *self._patience)):
+            is_done = self._worker.do(serve, functools.partial(reply.is_silent, *self._patience))
+            if not is_done:
                 reply.fail(EngineSilent(f"the engine's model has sent nothing for {reply.silence():.3g} s"))
-                self._leave_behind()
             self._count(reply.names, "running", -1)
             self._count(reply.names or [BASE], reply.outcome)
             reply.complete()
             self._last_replies.append(reply)
+            if not is_done:
+                self._leave_behind()
 
     def finalize(self) -> None:
         """Leave what the instances share."""
@@ -375,7 +378,7 @@ class Reply:
             code = error.code
         else:
             pb_utils.Logger.log_error("".join(traceback.format_exception(error)))
-            message = "the router failed on this request; the server's log says why"
+            message = FAILED
         self._respond(
             pb_utils.InferenceResponse(error=pb_utils.TritonError(message, getattr(pb_utils.TritonError, code)))
         )
@@ -383,13 +386,14 @@ class Reply:
 
     def complete(self) -> None:
         """Send the final flag. Nothing that is left to say is heard any more."""
+        if not self.answered:  # whatever went wrong, nobody takes it for an answer or waits for one
+            self._respond(pb_utils.InferenceResponse(error=pb_utils.TritonError(FAILED)))
         with self._sending:
             self.is_complete = True
             if self._decoupled:
                 self._sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     def _respond(self, response: pb_utils.InferenceResponse) -> None:
-        self.answered = True
         with self._sending:
             if self.is_complete:
                 return
@@ -397,6 +401,7 @@ class Reply:
                 self._sender.send(response)
             else:
                 self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+            self.answered = True
 
 
 def engine_error(answer: pb_utils.InferenceResponse) -> pb_utils.TritonError | None:
