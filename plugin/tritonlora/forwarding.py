@@ -28,7 +28,7 @@ from typing import Generic, TypeVar
 
 from tritonlora.errors import AdapterUnavailable, ClientLeft
 from tritonlora.residency import Check, Place, Residency
-from tritonlora.routing import Route, content_of, reused_id
+from tritonlora.routing import Route, content_of, reused
 
 Answer = TypeVar("Answer")
 
@@ -160,7 +160,7 @@ class Forwarder(Generic[Answer]):
         """All the answers, once the first one says nothing against the state of the engine's cache."""
         task_id, pages = route.entry.lora_task_id, route.entry.pages or 1
         if not self._residency.gives(task_id, content_of(route.entry)):
-            raise AdapterUnavailable(f"LoRA adapter {route.lora_name!r}: {reused_id(route.entry)}")
+            raise reused(route)
         deadline = time.monotonic() + self._cache_full_timeout
         belief = self._residency.belief(task_id)
         attach = not belief

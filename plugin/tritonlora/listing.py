@@ -14,27 +14,28 @@ This file runs inside a plain Triton container: standard library and numpy only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tritonlora.adapter_files import check_files
-from tritonlora.adapters import AdapterEntry, AdapterTable
+from tritonlora.adapters import AdapterTable
 from tritonlora.errors import AdapterUnavailable
-from tritonlora.routing import Route, malformed
+from tritonlora.residency import Residency
+from tritonlora.routing import Route, content_of, malformed, reused
 
 
 def describe(
-    table: AdapterTable, repository: Path, holds: Callable[[int], bool], only: str | None = None
+    table: AdapterTable, repository: Path, residency: Residency, only: str | None = None
 ) -> dict[str, dict[str, Any]]:
-    """What is known of each adapter, or of one of them, by lora_name. `holds` says what the engine is held to hold.
+    """What is known of each adapter, or of one of them, by lora_name. `residency` is what the router believes.
 
     Of an entry that is malformed, and of an alias of nothing, that is the state and the reason.
     """
     names = table.entries if only is None else (only,)
     aliases = table.aliases_by_name()
     found = {
-        name: {**_describe(repository, Route(name, table.entries[name]), holds), "aliases": aliases.get(name, [])}
+        name: {**_describe(repository, Route(name, table.entries[name]), residency), "aliases": aliases.get(name, [])}
         for name in names
     }
     if only is None:
@@ -43,7 +44,7 @@ def describe(
     return found
 
 
-def _describe(repository: Path, route: Route, holds: Callable[[int], bool]) -> dict[str, Any]:
+def _describe(repository: Path, route: Route, residency: Residency) -> dict[str, Any]:
     entry = route.entry
     about = {
         "lora_task_id": entry.lora_task_id,
@@ -55,14 +56,17 @@ def _describe(repository: Path, route: Route, holds: Callable[[int], bool]) -> d
         "base_model_name_or_path": entry.base_model_name_or_path,
         "added_at": entry.added_at,
     }
-    return {**_state(repository, route, entry, holds), **about}
+    return {**_state(repository, route, residency), **about}
 
 
-def _state(repository: Path, route: Route, entry: AdapterEntry, holds: Callable[[int], bool]) -> Mapping[str, str]:
+def _state(repository: Path, route: Route, residency: Residency) -> Mapping[str, str]:
+    entry = route.entry
     try:
         check_files(repository, route)
+        if not residency.may_give(entry.lora_task_id, content_of(entry)):
+            raise reused(route)
     except AdapterUnavailable as error:
         return {"state": "unavailable", "reason": str(error)}
-    if holds(entry.lora_task_id):
+    if residency.holds(entry.lora_task_id):
         return {"state": "warm" if entry.warm else "loaded"}
     return {"state": "cold"}

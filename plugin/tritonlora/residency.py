@@ -233,13 +233,17 @@ class Residency:
         counts. An instance that answered no request in between has not seen what a table said before this one.
         """
         if self._given.get(task_id) != content:
-            link = f"{self._given_links}/{task_id}"
             with contextlib.suppress(OSError):
-                with contextlib.suppress(FileExistsError):
-                    os.symlink(content, link)  # noqa: PTH211
-                if os.readlink(link) != content:  # noqa: PTH115
-                    return False
+                os.symlink(content, f"{self._given_links}/{task_id}")  # noqa: PTH211
+            if not self.may_give(task_id, content):
+                return False
             self._given[task_id] = content
+        return True
+
+    def may_give(self, task_id: int, content: str) -> bool:
+        """Whether no instance has said that the id stands for another content."""
+        with contextlib.suppress(OSError):
+            return os.readlink(f"{self._given_links}/{task_id}") == content  # noqa: PTH115
         return True
 
     def was_held(self, task_id: int) -> bool:

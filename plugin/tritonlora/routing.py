@@ -189,7 +189,7 @@ class TableFile:
     def _without_reused_ids(self, table: AdapterTable) -> AdapterTable:
         """Adapters whose lora_task_id was that of other files are unavailable: the engine may hold those under it."""
         reused = {
-            name: (Problem(reused_id(entry)),)
+            name: (Problem(_reused_id(entry)),)
             for name, entry in table.entries.items()
             if self._given.setdefault(entry.lora_task_id, content := content_of(entry)) != content
         }
@@ -199,8 +199,12 @@ class TableFile:
         return replace(table, entries=entries, unavailable={**table.unavailable, **reused})
 
 
-def reused_id(entry: AdapterEntry) -> str:
-    """That the adapter's id was another one's, with the remedy."""
+def reused(route: Route) -> AdapterUnavailable:
+    """Why an adapter cannot be served whose id was another one's."""
+    return AdapterUnavailable(f"LoRA adapter {route.lora_name!r}: {_reused_id(route.entry)}")
+
+
+def _reused_id(entry: AdapterEntry) -> str:
     return (
         f"lora_task_id {entry.lora_task_id} was given to other weights; the engine may hold them under it; give these "
         "a new id, with: tritonlora add"

@@ -64,7 +64,7 @@ class TritonPythonModel:
         except RequestError as error:
             code = getattr(pb_utils.TritonError, error.code)
             return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), code))
-        found = describe(table, self._repository, self._residency.holds, only=route.lora_name if route else None)
+        found = describe(table, self._repository, self._residency, only=route.lora_name if route else None)
         return pb_utils.InferenceResponse([pb_utils.Tensor("adapters", np.array([json.dumps(found)], np.object_))])
 
     def _publish(self, refresh_seconds: float) -> None:
