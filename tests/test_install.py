@@ -299,15 +299,15 @@ def test_the_ensemble_loads_while_the_type_of_the_weights_changes(
     mixed: list[Path] = []
     write = undo.write
 
-    def watch(root: Path, path: Path, content: bytes) -> None:
-        write(root, path, content)
+    def watch(root: Path, contents: dict[Path, bytes]) -> None:
+        write(root, contents)
         ensemble, resolver, engine = (
             parse_config((root / model / "config.pbtxt").read_text())
             for model in ("ensemble", "lora_resolver", "tensorrt_llm")
         )
         weights = (resolver.output("lora_weights"), engine.input("lora_weights"))
         types = {spec.data_type for spec in weights if spec}
-        mixed.extend([path] if ensemble.leads_to("lora_resolver") and len(types) > 1 else [])
+        mixed.extend(contents if ensemble.leads_to("lora_resolver") and len(types) > 1 else [])
 
     monkeypatch.setattr("tritonlora.undo.write", watch)
     adapter = synthetic_adapter(tmp_path / "adapter")

@@ -519,6 +519,39 @@ def test_an_interrupted_directory_keeps_what_was_finished(opened: Repository, tm
     assert [] == errors(opened)
 
 
+def test_one_that_is_refused_before_it_is_converted_takes_nobody_s_id(
+    opened: Repository, adapters: Callable[[int], Path]
+) -> None:
+    """Nor are its weights written, which would be another's under the same id."""
+    register.add(opened, "pirate", adapters(9))
+    register.alias(opened, "aa", "pirate")
+    results = register.add_all(opened, {"aa": adapters(0), "bb": adapters(1)})
+
+    assert [("aa", True), ("bb", False)] == [(one.name, isinstance(one, register.Refused)) for one in results]
+    assert {"pirate", "bb"} == read_table(opened).entries.keys()
+    assert [] == errors(opened)
+
+
+def test_a_disk_that_is_full_half_way_is_no_lost_adapter(
+    opened: Repository, adapters: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The message says what could not be written, not that nothing was; and the same command completes it."""
+
+    def no_space(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "warmup/input_ids")
+
+    with monkeypatch.context() as full:
+        full.setattr("tritonlora.undo.write_bytes", no_space)
+        with pytest.raises(RepositoryError) as caught:
+            register.add(opened, "pirate", adapters(0))
+
+    assert "cannot write to warmup/input_ids: No space left on device; put that right and run the command again" == str(
+        caught.value
+    )
+    register.add(opened, "pirate", adapters(0))
+    assert [] == errors(opened)
+
+
 def test_a_disk_that_is_full_for_real_is_one_message(opened: Repository, adapters: Callable[[int], Path]) -> None:
     """The kernel refuses the write in the middle of the weights (a limit on the size of files)."""
     before = snapshot(opened.root)

@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -69,6 +71,72 @@ def test_everything_that_tritonlora_has_done_is_undone(root: Path) -> None:
     for name in ("pirate", "bard"):
         register.remove(opened, name)
     assert before["tensorrt_llm/config.pbtxt"] != files(root)["tensorrt_llm/config.pbtxt"]
+    undo.undo(root)
+
+    assert before == files(root)
+
+
+def test_files_that_say_already_what_tritonlora_would_write_stay(root: Path) -> None:
+    """The engine's config as it is wanted, and a file of a warmup sample of the user's own."""
+    config = root / "tensorrt_llm" / "config.pbtxt"
+    warmup = root / "tensorrt_llm" / "warmup"
+    before_init = files(root)
+    install.init(root)
+    opened = added(root, "pirate")
+    config_with_bf16 = read_text(config).partition("# tritonlora: model_warmup")[0]
+    input_lengths = (warmup / "input_lengths").read_bytes()
+    register.remove(opened, "pirate")
+    undo.undo(root)
+    assert before_init == files(root)
+
+    config.write_text(config_with_bf16)
+    warmup.mkdir()
+    (warmup / "input_lengths").write_bytes(input_lengths)
+    before = files(root)
+    install.init(root)
+    opened = repository.open_repository(root)
+    for options in (register.Options(dtype="bfloat16", warm=False), register.Options(dtype="bfloat16")):
+        register.add(opened, "pirate", synthetic_adapter(root.parent / "again"), options)
+        register.remove(opened, "pirate")
+    undo.undo(root)
+
+    assert before == files(root)
+
+
+def test_a_config_that_is_a_link_stays_one(root: Path) -> None:
+    """What it leads to is edited, and put back."""
+    config, elsewhere = root / "ensemble" / "config.pbtxt", root.parent / "elsewhere.pbtxt"
+    config.rename(elsewhere)
+    config.symlink_to(elsewhere)
+    before = elsewhere.read_bytes()
+    install.init(root)
+    assert before != elsewhere.read_bytes()
+    undo.undo(root)
+
+    assert elsewhere == config.readlink()
+    assert before == elsewhere.read_bytes()
+
+
+def test_an_adapter_that_is_added_while_init_is_at_work_is_undone(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In each moment: `add` waits, or comes first. Neither takes what the other has put on record."""
+    before = files(root)
+    install.init(root)
+    adapter = synthetic_adapter(root.parent / "adapter")
+    opened = repository.open_repository(root)
+    adding = threading.Thread(target=register.add, args=(opened, "pirate", adapter, register.Options(dtype="bfloat16")))
+    record = undo.record
+
+    def add_meanwhile(*arguments: Any) -> None:
+        if not adding.ident:
+            adding.start()
+            adding.join(0.5)  # it waits, if it can
+        record(*arguments)
+
+    monkeypatch.setattr("tritonlora.undo.record", add_meanwhile)
+    install.init(root, topology="resolve")
+    adding.join()
+    assert ["pirate"] == list(repository.read_table(opened).entries)
+    register.remove(opened, "pirate")
     undo.undo(root)
 
     assert before == files(root)

@@ -52,7 +52,8 @@ def writing(directory: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RepositoryError(f"cannot write to {directory}: {error}; nothing was changed") from error
+        path, reason = error.filename or directory, error.strerror or error
+        raise RepositoryError(f"cannot write to {path}: {reason}; put that right and run the command again") from error
 
 
 @contextlib.contextmanager
@@ -89,7 +90,8 @@ def publish(temporary: Path, path: Path) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a whole file; one that has this content already is not touched."""
+    """Write a whole file, that which `path` leads to; one that has this content already is not touched."""
+    path = path.resolve()
     with contextlib.suppress(FileNotFoundError):
         if path.read_bytes() == content:
             return

@@ -63,10 +63,10 @@ def write_table(repository: Repository, before: AdapterTable, table: AdapterTabl
 def write_config(repository: Repository, table: AdapterTable) -> None:
     """Bring the warmup files and config.pbtxt in step with `table`."""
     text = rendered_config(repository, table)
-    for name, content in warmup.files(parse_config(text), table, repository.served_root).items():
-        undo.write(repository.root, repository.warmup_directory / name, content)
+    files = warmup.files(parse_config(text), table, repository.served_root)
+    undo.write(repository.root, {repository.warmup_directory / name: content for name, content in files.items()})
     with _resolver_in_step(repository, text):
-        undo.write(repository.root, repository.config_path, text.encode())
+        undo.write(repository.root, {repository.config_path: text.encode()})
 
 
 @contextlib.contextmanager
@@ -84,14 +84,12 @@ def _resolver_in_step(repository: Repository, text: str) -> Iterator[None]:
         return
     configs = sorted(repository.root.glob("*/config.pbtxt"))
     resolving = {one: read_text(one) for one in configs if read_config(one).leads_to(RESOLVER)}
-    for one, before in resolving.items():
-        forward = ensembles.rewire_to_forward(before, target=repository.target)
-        undo.write(repository.root, one, forward.encode())
+    forward = {one: ensembles.rewire_to_forward(before, target=repository.target) for one, before in resolving.items()}
+    undo.write(repository.root, {one: text.encode() for one, text in forward.items()})
     yield
     resolver = declare_output(read_text(path), "lora_weights", str(weights.data_type))
-    undo.write(repository.root, path, resolver.encode())
-    for one, before in resolving.items():
-        undo.write(repository.root, one, before.encode())
+    undo.write(repository.root, {path: resolver.encode()})
+    undo.write(repository.root, {one: text.encode() for one, text in resolving.items()})
 
 
 def sweep(repository: Repository, table: AdapterTable, *, at_once: bool = False) -> None:

@@ -206,16 +206,18 @@ def init(
     changes = plan_init(root, target, served_at=served_at, topology=topology)
     if dry_run or not changes:
         return changes
-    for model in (ROUTER, LISTING, RESOLVER, ENSEMBLE):
-        is_new = any(change.after is not None and change.path.is_relative_to(root / model) for change in changes)
-        if is_new and not (root / model).exists():
-            _put(model, root, _choose_target(root, target), changes)
+    if not (root / ROUTER).exists():  # which has the lock
+        _put(ROUTER, root, _choose_target(root, target), changes)
     with locked(root / ROUTER):
         planned = plan_init(root, target, served_at=served_at, topology=topology)
+        for model in (LISTING, RESOLVER, ENSEMBLE):
+            is_new = any(change.after is not None and change.path.is_relative_to(root / model) for change in planned)
+            if is_new and not (root / model).exists():
+                _put(model, root, _choose_target(root, target), planned)
         for change in sorted(planned, key=lambda change: change.before is not None):
             if change.after is not None:
                 change.path.parent.mkdir(parents=True, exist_ok=True)
-                undo.write(root, change.path, change.after.encode())
+                undo.write(root, {change.path: change.after.encode()})
         if any(change.after is None for change in planned):
             undo.take_out(root, [RESOLVER])
     return changes
@@ -236,7 +238,11 @@ def _put(model: str, root: Path, target: str, changes: Sequence[FileChange]) -> 
             undo.begin(directory, contents)
         else:
             undo.record(root, model, contents)
-        directory.rename(root / model)
+        try:
+            directory.rename(root / model)
+        except OSError:  # another `init` may have been faster
+            if not (root / model).exists():
+                raise
 
 
 def notes(root: Path) -> list[str]:

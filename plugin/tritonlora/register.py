@@ -97,7 +97,8 @@ def add(
 ) -> Added:
     """Convert a PEFT adapter and register it under `name`; the same content again changes nothing.
 
-    Other content under a known name replaces it under a new lora_task_id. On any error the repository is as it was.
+    Other content under a known name replaces it under a new lora_task_id. When it is refused, the repository is as it
+    was; when it cannot be written to the end, the same again completes it.
     """
     with locked(repository.table_path.parent):
         table = read_table(repository)
@@ -134,11 +135,14 @@ def add_all(
         planned = []
         for name, directory in adapters.items():
             try:
-                planned.append(_plan(repository, table, name, directory, options))
-                table = with_adapter(table, name, planned[-1].entry)  # so that each gets an id of its own
-                generated.rendered_config(repository, table)
+                one = _plan(repository, table, name, directory, options)
+                with_it = with_adapter(table, name, one.entry)
+                generated.rendered_config(repository, with_it)
             except TritonLoraError as error:
                 note(Refused(name, str(error)))
+            else:
+                planned.append(one)
+                table = with_it  # so that each gets an id of its own
         table = before
         pool = ThreadPoolExecutor(CONVERSIONS_AT_A_TIME)
         try:
@@ -304,7 +308,7 @@ def set_parameters(repository: Repository, parameters: Mapping[str, str]) -> Non
         text = read_text(repository.config_path)
         for key, value in parameters.items():
             text = wiring.set_parameter(text, key, value)
-        undo.write(repository.root, repository.config_path, text.encode())
+        undo.write(repository.root, {repository.config_path: text.encode()})
 
 
 def apply_plan(
@@ -323,10 +327,14 @@ def apply_plan(
         sized = {name: replace(entry, pages=pages[name]) for name, entry in table.entries.items()}
         if sized != table.entries:
             write_text(repository.table_path, render(replace(table, entries=sized)))
-        for path in (repository.root / model / "config.pbtxt" for model in (ROUTER, RESOLVER)):
-            if path.is_file():
-                text = wiring.set_parameter(read_text(path), "cache_pages", str(planned.tightest.host_pages))
-                undo.write(repository.root, path, text.encode())
+        cache_pages = str(planned.tightest.host_pages)
+        configs = [repository.root / model / "config.pbtxt" for model in (ROUTER, RESOLVER)]
+        texts = {
+            path: wiring.set_parameter(read_text(path), "cache_pages", cache_pages).encode()
+            for path in configs
+            if path.is_file()
+        }
+        undo.write(repository.root, texts)
     return changed
 
 

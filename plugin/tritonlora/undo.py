@@ -59,22 +59,36 @@ def record(root: Path, model: str, contents: Mapping[Path, bytes]) -> None:
         write_text(root / WRITTEN, _render(_read_digests(root) | names))
 
 
-def write(root: Path, path: Path, content: bytes) -> None:
-    """Write a whole file of the repository at `root` so that `undo` can put back what was there."""
-    name = path.relative_to(root).as_posix()
-    if (root / WRITTEN).is_file() and name not in _NOT_RECORDED:
-        before = path.read_bytes() if path.is_file() else None
+def write(root: Path, contents: Mapping[Path, bytes]) -> None:
+    """Write whole files of the repository at `root` so that `undo` can put back what was there.
+
+    A file that has its content already is left alone, and no record made of it: it may be the user's own.
+    """
+    new = {path: content for path, content in contents.items() if _content_of(path) != content}
+    if (root / WRITTEN).is_file():
         digests = _read_digests(root)
-        if name not in digests and before is not None and before != content:
+        recorded = {name: list(known) for name, known in digests.items()}
+        for path, content in new.items():
+            name = path.relative_to(root).as_posix()
+            if name not in _NOT_RECORDED:
+                _record(root, name, _content_of(path), content, digests)
+        if digests != recorded:
+            write_text(root / WRITTEN, _render(digests))
+    for path, content in new.items():
+        write_bytes(path, content)
+
+
+def _record(root: Path, name: str, before: bytes | None, content: bytes, digests: Digests) -> None:
+    """Put a file that is about to change on record, in `digests`, and keep its original."""
+    known = digests.get(name)
+    if known is None:
+        digests[name] = [_digest(content)]
+        if before is not None:
             (root / ORIGINALS / name).parent.mkdir(parents=True, exist_ok=True)
             write_bytes(root / ORIGINALS / name, before)
-        # What somebody edited in between stays on record as edited.
-        if name not in digests or before is None or _is_known(root, name, before, digests[name]):
-            known = digests.get(name, [])
-            if known[-1:] != [_digest(content)]:
-                digests[name] = [*known, _digest(content)][-2:]
-                write_text(root / WRITTEN, _render(digests))
-    write_bytes(path, content)
+    # What somebody edited in between stays on record as edited.
+    elif known[-1] != _digest(content) and (before is None or _is_known(root, name, before, known)):
+        digests[name] = [*known, _digest(content)][-2:]
 
 
 def plan_undo(root: Path) -> list[FileChange]:
@@ -96,7 +110,7 @@ def plan_undo(root: Path) -> list[FileChange]:
     changes = []
     for name, written in digests.items():
         path, original = root / name, _original(root, name)
-        before = path.read_bytes() if path.is_file() else None
+        before = _content_of(path)
         if before is None and original is not None:
             problems.append(f"{name}: it is gone; its original is {ORIGINALS / name}")
         elif before is not None and not _is_known(root, name, before, written):
@@ -162,7 +176,10 @@ def _read_digests(root: Path) -> Digests:
 
 
 def _original(root: Path, name: str) -> bytes | None:
-    path = root / ORIGINALS / name
+    return _content_of(root / ORIGINALS / name)
+
+
+def _content_of(path: Path) -> bytes | None:
     return path.read_bytes() if path.is_file() else None
 
 
