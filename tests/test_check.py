@@ -380,6 +380,18 @@ def test_what_is_generated_can_be_put_right(opened: Repository, name: str) -> No
     assert [] == found(opened, deep=True)
 
 
+def test_a_check_that_cannot_be_done_does_not_stop_the_others(opened: Repository) -> None:
+    """The end of the block of warmup samples was deleted, and an adapter's weights are gone: both are said, once."""
+    text = read_text(opened.config_path)
+    opened.config_path.write_text("".join(line for line in text.splitlines(True) if "# tritonlora: end" not in line))
+    (opened.root / read_table(opened).entries["cold"].lora_weights_file).unlink()
+    problems = [one.problem for one in check.check(opened) if one.severity == "error"]
+
+    assert 2 == len(problems)
+    assert any("model_warmup" in problem for problem in problems)
+    assert any(problem.endswith("is missing") for problem in problems)
+
+
 @pytest.mark.parametrize(
     "name",
     [

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from table import entry
-from tritonlora.adapters import AdapterTable, with_adapter, without_adapter
+from tritonlora.adapters import AdapterTable, with_adapter, with_warm, without_adapter
 from tritonlora.estimate import SETTLE_SECONDS, ResidencyEstimate, started_at, warmed_at_start
 
 LONGEST, RESEND = 60.0, 10.0
@@ -71,7 +71,7 @@ def test_the_engine_has_every_adapter_that_goes_by_its_id_alone(
     for task_id in range(1, warm + 1):
         engine.ask(task_id, pages[task_id - 1], 0, 0, weights=True)
     estimate = ResidencyEstimate(
-        table_of(*pages), range(1, warm + 1), room, resend_seconds=RESEND, longest_request_seconds=LONGEST
+        table_of(*pages), range(1, warm + 1), [], room, resend_seconds=RESEND, longest_request_seconds=LONGEST
     )
     now = 0.0
     for pause, task_id, takes in requests:
@@ -83,7 +83,7 @@ def test_the_engine_has_every_adapter_that_goes_by_its_id_alone(
 
 def test_an_adapter_comes_with_its_weights_until_they_have_arrived_and_now_and_then() -> None:
     """So that a request that the engine refused does no harm for long."""
-    estimate = ResidencyEstimate(table_of(1, 1), [], 2, resend_seconds=RESEND)
+    estimate = ResidencyEstimate(table_of(1, 1), [], [], 2, resend_seconds=RESEND)
     times = (0.0, SETTLE_SECONDS / 2, SETTLE_SECONDS, RESEND - 0.1, RESEND, RESEND + 0.1)
 
     assert [True, True, False, False, True, False] == [ask(estimate, 1, now) for now in times]
@@ -91,7 +91,7 @@ def test_an_adapter_comes_with_its_weights_until_they_have_arrived_and_now_and_t
 
 def test_weights_that_could_not_be_sent_are_not_believed_to_be_there() -> None:
     """Their file was missing, say: `sent` was not called."""
-    estimate = ResidencyEstimate(table_of(1), [], 1)
+    estimate = ResidencyEstimate(table_of(1), [], [], 1)
 
     assert [True, True, True] == [estimate.must_send(1, now) for now in (0.0, 1.0, 2.0)]
 
@@ -99,7 +99,7 @@ def test_weights_that_could_not_be_sent_are_not_believed_to_be_there() -> None:
 def test_where_all_fit_those_of_the_start_never_come_with_weights() -> None:
     """As long as what has replaced others fits beside them."""
     table = table_of(1, 1)
-    estimate = ResidencyEstimate(table, [1, 2], 3)
+    estimate = ResidencyEstimate(table, [1, 2], [], 3)
     assert not ask(estimate, 1, 0)
     estimate.see(with_adapter(table, "n2", entry(3, pages=1)))
     assert not ask(estimate, 1, 0)
@@ -111,9 +111,28 @@ def test_where_all_fit_those_of_the_start_never_come_with_weights() -> None:
 def test_adapters_that_came_and_went_unseen_may_have_evicted_others() -> None:
     """Between two requests."""
     table = table_of(1)
-    estimate = ResidencyEstimate(table, [1], 9)
+    estimate = ResidencyEstimate(table, [1], [], 9)
     more = with_adapter(table, "n2", entry(2, pages=1))
     estimate.see(without_adapter(more, "n2"))
+
+    assert ask(estimate, 1, 0)
+
+
+def test_a_resolver_that_is_loaded_later_knows_that_there_were_others() -> None:
+    """Which its table says nothing of but their ids; those that the engine has never had are no matter."""
+    table = with_adapter(with_adapter(table_of(1, 1), "n2", entry(3, pages=1)), "n2", entry(4, pages=1))
+    assert (2, 3) == tuple(table.retired_lora_task_ids)
+
+    assert ask(ResidencyEstimate(table, [1], [], 9), 1, 0)
+    assert ask(ResidencyEstimate(table, [1], [2], 9), 1, 0)
+    assert not ask(ResidencyEstimate(table, [1], [2, 3], 9), 1, 0)
+
+
+def test_an_adapter_that_is_warm_no_more_is_not_there_after_the_engine_is_loaded_again() -> None:
+    """Of which the resolver is told nothing."""
+    table = table_of(1)
+    estimate = ResidencyEstimate(table, [1], [], 9)
+    estimate.see(with_warm(table, "n1", False))
 
     assert ask(estimate, 1, 0)
 
@@ -125,14 +144,14 @@ def test_where_it_is_not_known_that_all_fit_being_warmed_means_nothing(
     pages: tuple[int | None, ...], cache_pages: int
 ) -> None:
     """The cache's size, or an adapter's."""
-    estimate = ResidencyEstimate(table_of(*pages), [1, 2], cache_pages)
+    estimate = ResidencyEstimate(table_of(*pages), [1, 2], [], cache_pages)
 
     assert ask(estimate, 1, 0)
 
 
 def test_one_of_several_resolvers_does_not_know_what_others_have_sent() -> None:
     """Only that where all fit, all stay."""
-    estimate = ResidencyEstimate(table_of(1, 1), [1], 9, sees_all=False)
+    estimate = ResidencyEstimate(table_of(1, 1), [1], [], 9, sees_all=False)
 
     assert [False, False] == [ask(estimate, 1, now) for now in (0.0, 1.0)]
     assert [True, True] == [ask(estimate, 2, now) for now in (0.0, 1.0)]

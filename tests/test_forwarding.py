@@ -369,6 +369,20 @@ def test_a_client_that_leaves_leaves_the_line(instance: Instance) -> None:
     assert ["1:1", "1:2"] == list(running)
 
 
+def test_who_has_left_is_sent_for_no_more(instance: Instance) -> None:
+    """The engine said meanwhile that it wants the weights."""
+    sent: list[bool] = []
+
+    def miss(attach: bool) -> Iterator[str]:
+        sent.append(attach)
+        yield f"!{MISS}"
+
+    with pytest.raises(ClientLeft, match="the client has left"):
+        list(instance().forward(PIRATE, miss, lambda: True))
+
+    assert [False] == sent
+
+
 @contextlib.contextmanager
 def a_load_that_takes_long(one: Forwarder[str]) -> Iterator[Callable[[bool], Iterator[str]]]:
     """One instance loads adapter 5 meanwhile; the function that it sends with."""

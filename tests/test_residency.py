@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -81,7 +82,7 @@ def _stay(directory: Path, connection: Connection) -> None:
 def test_an_instance_that_is_killed_holds_up_nobody(tmp_path: Path) -> None:
     """Its claim and its place in the line end with it, and a later server removes what it left."""
     ours, theirs = SPAWN.Pipe()
-    shared = tmp_path / f"{residency.PREFIX}shared"
+    shared = tmp_path / f"{residency.PREFIX}1-2-lora_router"
     process = SPAWN.Process(target=_stay, args=(shared, theirs))
     process.start()
     assert ours.recv() == "ready"
@@ -102,8 +103,8 @@ def test_an_instance_that_is_killed_holds_up_nobody(tmp_path: Path) -> None:
 
     os.close(mine._descriptor)  # as if killed, too
 
-    with closing(open_residency(tmp_path / f"{residency.PREFIX}other", {})):
-        assert [f"{residency.PREFIX}other"] == [path.name for path in tmp_path.iterdir()]
+    with closing(open_residency(tmp_path / f"{residency.PREFIX}1-3-lora_router", {})):
+        assert [f"{residency.PREFIX}1-3-lora_router"] == [path.name for path in tmp_path.iterdir()]
 
 
 def test_a_request_joins_a_line_unless_its_adapter_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,6 +277,52 @@ def test_those_in_line_are_told_apart(tmp_path: Path) -> None:
         first.join()
 
         assert [7, 5] == mine.waiting()
+
+
+def test_what_was_retired_before_is_known_to_who_comes_later(tmp_path: Path) -> None:
+    """Also to instances that are loaded again; not where the directory was lost."""
+    with (
+        closing(open_residency(tmp_path / "shared", {}, retired=[2, 5])) as one,
+        closing(open_residency(tmp_path / "shared", {}, retired=[2, 5, 7])) as other,
+    ):
+        assert [{2, 5}] * 2 == [one.retired_before(), other.retired_before()]
+
+        shutil.rmtree(tmp_path / "shared")
+
+        assert set() == one.retired_before()
+
+
+@pytest.mark.parametrize("name", ["tritonlora-demo-x7_1kq", "tritonlora-models", "tritonlora-1-2-mine"])
+def test_directories_of_others_stay(tmp_path: Path, name: str) -> None:
+    """Whose names begin like ours, or whose content is not ours."""
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "adapter_model.safetensors").touch()
+    open_residency(tmp_path / "tritonlora-1-1-lora_router", {}).close()
+
+    assert [f"{name}/adapter_model.safetensors"] == [
+        path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()
+    ]
+
+
+def test_a_request_that_ends_twice_at_once_closes_one_descriptor_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second time, the number may be another file's."""
+    with closing(open_residency(tmp_path / "shared", {})) as mine:
+        mine.accepted(1, 1)
+        utime, close, closed = os.utime, os.close, []
+
+        def and_again(*arguments: Any, **times: Any) -> None:
+            monkeypatch.setattr(os, "utime", utime)
+            mine.ended()
+            utime(*arguments, **times)
+
+        monkeypatch.setattr(os, "utime", and_again)
+        monkeypatch.setattr(os, "close", lambda descriptor: closed.append(descriptor) or close(descriptor))
+        mine.ended()
+        monkeypatch.setattr(os, "close", close)
+
+    assert 1 == len(closed)
 
 
 def test_servers_in_containers_do_not_share_by_accident() -> None:

@@ -18,7 +18,7 @@ from repositories import synthetic_adapter, synthetic_repository
 from test_fake_pb_utils import load_model
 from tritonlora import register
 from tritonlora.repository import Repository, read_table
-from tritonlora.statistics import DIRECTORY, read_statistics
+from tritonlora.statistics import BASE, DIRECTORY, read_statistics
 
 OUTPUTS = ("output_ids", "sequence_length")
 TOKENS = 6
@@ -166,7 +166,33 @@ def test_a_request_whose_error_cannot_be_told_is_an_error(router: Any, monkeypat
 
         assert [TritonError.INTERNAL] == ask(router, Client(), "nobody", lambda request: Answers(Client(), TOKENS + 1))
 
+    counts = read_statistics(router._residency.directory / DIRECTORY)[BASE]
+    assert (0, 1) == (counts["OK"], counts["INTERNAL"])
     assert [TritonError.NOT_FOUND] == ask(router, Client(), "nobody", lambda request: Answers(Client(), TOKENS + 1))
+
+
+class Failing(Answers):
+    """The third answer is an error, and there are more."""
+
+    def __init__(self, client: Client) -> None:
+        super().__init__(client, TOKENS + 1)
+        self.told: list[bool] = []  # whether the client had been told, when what follows was asked for
+
+    def __next__(self) -> InferenceResponse:
+        self.told.append(any(one.has_error() for one in self.client.responses))
+        answer = super().__next__()
+        return InferenceResponse(error=TritonError("out of pages")) if self.read == 3 else answer
+
+
+@pytest.mark.parametrize("name", [None, "pirate"])
+def test_a_stream_with_an_error_is_read_to_its_end(router: Any, name: str | None) -> None:
+    """Else Triton hangs. The client need not wait for that."""
+    client = Client()
+    answers = Failing(client)
+
+    assert [1, 2, TritonError.INTERNAL] == ask(router, client, name, lambda request: answers)
+    assert (TOKENS, True) == (answers.read, answers.ended)
+    assert [False] * 3 + [True] * 4 == answers.told
 
 
 def test_files_stay_mapped_until_the_table_changes(router: Any, opened: Repository, tmp_path: Path) -> None:

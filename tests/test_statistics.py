@@ -48,6 +48,23 @@ def test_an_instance_that_has_ended_still_counts_but_runs_nothing(tmp_path: Path
     assert {"pirate": {"OK": 2.0, "running": 1.0}} == nonzero(read_statistics(tmp_path))
 
 
+def test_the_next_instance_goes_on_with_the_file_of_one_that_has_ended(tmp_path: Path) -> None:
+    """Memory does not grow with every time that the router is loaded; an instance that lives has its file to itself."""
+    one, other = Statistics(tmp_path), Statistics(tmp_path)
+    one.add("pirate", "running")
+    one.add("pirate", "OK")
+    other.add("haiku", "OK")
+    os.close(one._descriptor)
+    again = Statistics(tmp_path)
+    again.add("haiku", "OK")
+    again.add("pirate", "OK")
+    assert 2 == len(list(tmp_path.iterdir()))
+
+    assert {"pirate": {"OK": 2.0}, "haiku": {"OK": 2.0}} == nonzero(read_statistics(tmp_path))
+    again.add("pirate", "running")
+    assert {"OK": 2.0, "running": 1.0} == nonzero(read_statistics(tmp_path))["pirate"]
+
+
 def test_the_number_of_names_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What has no room is counted together."""
     monkeypatch.setattr(statistics, "ROWS", 4)

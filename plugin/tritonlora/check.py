@@ -58,8 +58,11 @@ def check(repository: Repository, *, deep: bool = False, ports: Ports | None = N
         plan = None  # _files or _rows says why
     subject = Subject(repository, table, text, config, flavour, profile, plan, deep, ports)
     for one in CHECKS:
-        findings += one(subject)
-    return sorted(findings, key=lambda finding: finding.severity)
+        try:
+            findings += one(subject)
+        except TritonLoraError as error:
+            findings.append(_error(f"{repository.target}/config.pbtxt", str(error), REPAIR))
+    return sorted(dict.fromkeys(findings), key=lambda finding: finding.severity)
 
 
 # The engine's model
@@ -181,13 +184,9 @@ def _warmup_block(subject: Subject) -> Iterator[Finding]:
     """The generated model_warmup block is that of the table, and its files are there."""
     where = f"{subject.repository.target}/config.pbtxt"
     names = {entry.lora_task_id: name for name, entry in subject.table.entries.items() if entry.warm}
-    try:
-        found = {sample.task_id: sample for sample in warmup.read_block(subject.config_text)}
-        loaded = {name: entry for name, entry in subject.table.entries.items() if entry.lora_task_id in found}
-        files = warmup.files(subject.config, AdapterTable(loaded), subject.repository.served_root) if found else {}
-    except ConfigError as error:
-        yield _error(where, str(error), REPAIR)
-        return
+    found = {sample.task_id: sample for sample in warmup.read_block(subject.config_text)}
+    loaded = {name: entry for name, entry in subject.table.entries.items() if entry.lora_task_id in found}
+    files = warmup.files(subject.config, AdapterTable(loaded), subject.repository.served_root) if found else {}
     try:
         block = warmup.render_block(subject.config, warmup.samples(subject.config, subject.table))
         expected = {sample.task_id: sample for sample in warmup.read_block(warmup.replace_block("", block))}

@@ -45,17 +45,19 @@ class ResidencyEstimate:
         self,
         table: AdapterTable,
         warmed: Collection[int],
+        retired: Collection[int],
         cache_pages: int,
         *,
         sees_all: bool = True,
         resend_seconds: float = 10,
         longest_request_seconds: float = 60,
     ) -> None:
-        """`warmed` are the lora_task_ids that the engine was started with; `cache_pages` is the size of its cache, 0
-        when it is not known. An instance that does not see all requests knows nothing of what was asked for lately.
+        """`warmed` are the lora_task_ids that the engine was started with, `retired` those that were retired before;
+        `cache_pages` is the size of its cache, 0 when it is not known. An instance that does not see all requests knows
+        nothing of what was asked for lately.
         """
         self._warmed = frozenset(warmed)
-        self._retired = frozenset(table.retired_lora_task_ids)  # which this engine has never had
+        self._retired = frozenset(retired)  # which this engine has never had
         self._cache_pages = cache_pages
         self._room = cache_pages if sees_all else 0  # for what was asked for lately
         self._resend_seconds = resend_seconds
@@ -68,6 +70,8 @@ class ResidencyEstimate:
 
     def see(self, table: AdapterTable) -> None:
         """These are the adapters now. What they have replaced stays in the cache until it is evicted."""
+        # When the engine's model is loaded again, it is started with those that are warm now.
+        self._warmed &= {entry.lora_task_id for entry in table.entries.values() if entry.warm}
         for entry in table.entries.values():
             if entry.lora_task_id not in self._asked:  # whose pages are counted
                 self._pages[entry.lora_task_id] = entry.pages or self._cache_pages + 1

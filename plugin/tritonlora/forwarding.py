@@ -203,6 +203,7 @@ class Forwarder(Generic[Answer]):
             else:
                 return answers
             deque(answers, maxlen=0)
+            check()  # who has left is sent for no more
 
     def _noted_behind(self, answers: Iterator[Answer], task_id: int, pages: int) -> Iterator[Answer]:
         """`answers` of an engine that holds the adapter, as was believed: the first one need not wait for the note."""

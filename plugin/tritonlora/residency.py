@@ -12,6 +12,7 @@ memory, and locks on files (`flock`), which the kernel takes from a process that
     line/<arrival>-<pid>-<lora_task_id>
                              locked by a request that waits for room in the cache; the one that came first is tried next
     given/<lora_task_id>     a symbolic link to what tells the adapter's content: the engine ignores another one
+    retired                  the lora_task_ids that were retired before the engine was started, one a line
     ended                    touched whenever a request for an adapter has ended: there may be room now
 
 What is believed is learnt from the engine's answers only. The engine evicts the adapter whose last request ended
@@ -30,14 +31,16 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
 PREFIX = "tritonlora-"
+_OURS = re.compile(PREFIX + r"\d+-\d+-.+")  # as `shared_directory` names them: others may begin in the same way
 # How long requests for adapters that are held overtake a line, which makes the most of what is loaded, before they join
 # it, so that those in it are not kept waiting for ever.
 OVERTAKING_SECONDS = 1.0
@@ -57,24 +60,26 @@ def shared_directory(router: str) -> Path:
     Each instance is a child process of tritonserver. Containers may share /dev/shm and have process ids of their own.
     """
     memory = Path("/dev/shm")  # noqa: S108  names in it are unique, and symbolic links are not followed
-    parent = memory if memory.is_dir() else Path(tempfile.gettempdir())
-    return parent / f"{PREFIX}{Path('/proc/self/ns/pid').stat().st_ino}-{os.getppid()}-{router}"
+    return memory / f"{PREFIX}{Path('/proc/self/ns/pid').stat().st_ino}-{os.getppid()}-{router}"
 
 
-def open_residency(directory: Path, warmed: Mapping[int, int], cache_pages: int | None = None) -> Residency:
+def open_residency(
+    directory: Path, warmed: Mapping[int, int], cache_pages: int | None = None, *, retired: Iterable[int] = ()
+) -> Residency:
     """Take part in what is shared in `directory`; the first one makes it, with `warmed` as held.
 
     `warmed` has the pages of the adapters that the engine was started with, by lora_task_id, in the order in which they
-    were loaded; `cache_pages` is the size of the engine's cache, None when it is not known.
+    were loaded; `cache_pages` is the size of the engine's cache, None when it is not known. `retired` are the
+    lora_task_ids that are in use no more.
 
     Directories that servers have left behind, which were killed, are removed.
     """
     for other in directory.parent.glob(f"{PREFIX}*"):
-        if other != directory:
+        if other != directory and _OURS.fullmatch(other.name) and (other / "ended").exists():
             _remove_unused(other)
     while True:
         if not directory.exists():
-            _make(directory, warmed)
+            _make(directory, warmed, retired)
         with contextlib.suppress(FileNotFoundError):
             descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             fcntl.flock(descriptor, fcntl.LOCK_SH)
@@ -84,11 +89,12 @@ def open_residency(directory: Path, warmed: Mapping[int, int], cache_pages: int 
             os.close(descriptor)  # it was removed in between
 
 
-def _make(directory: Path, warmed: Mapping[int, int]) -> None:
+def _make(directory: Path, warmed: Mapping[int, int], retired: Iterable[int]) -> None:
     """All of it at once, or nothing when another instance was faster."""
     fresh = Path(tempfile.mkdtemp(prefix=f".{PREFIX}", dir=directory.parent))
     for name in ("held", "loading", "line", "given"):
         (fresh / name).mkdir()
+    (fresh / "retired").write_text("\n".join(map(str, retired)))
     (fresh / "ended").touch()
     os.utime(fresh / "ended", (0, 0))
     for order, (task_id, pages) in enumerate(warmed.items(), 1):
@@ -103,7 +109,7 @@ def _make(directory: Path, warmed: Mapping[int, int]) -> None:
 
 
 def _remove_unused(directory: Path) -> None:
-    """Remove it when no process uses it and it is ours."""
+    """Remove it when no process uses it."""
     with contextlib.suppress(OSError):
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
@@ -201,10 +207,10 @@ class Residency:
     def ended(self) -> None:
         """This instance's request for an adapter ended, so that the engine may evict that adapter now."""
         now = time.monotonic_ns()
-        if self._used is not None:
-            os.utime(self._used, ns=(self._used_since, now))
-            os.close(self._used)
-            self._used = None
+        used, self._used = self._used, None  # first of all: who was left behind may come here at the same time
+        if used is not None:
+            os.utime(used, ns=(self._used_since, now))
+            os.close(used)
         with contextlib.suppress(OSError):
             os.utime(self._ended, ns=(now, now))
 
@@ -245,6 +251,12 @@ class Residency:
         with contextlib.suppress(OSError):
             return os.readlink(f"{self._given_links}/{task_id}") == content  # noqa: PTH115
         return True
+
+    def retired_before(self) -> frozenset[int]:
+        """The lora_task_ids that were retired before the instances began, none when that is not known."""
+        with contextlib.suppress(OSError):
+            return frozenset(map(int, (self.directory / "retired").read_text().split()))
+        return frozenset()
 
     def was_held(self, task_id: int) -> bool:
         """Whether any instance has loaded the adapter before."""

@@ -4,7 +4,7 @@
 
 Each instance counts in a file of its own, which is mapped: counting is adding to a number in memory, and costs no
 request anything. `lora_adapters` adds the files up. Those of instances that have ended stay, so that no counter ever
-falls; what an ended instance had running does not count.
+falls, and the next instances go on with them; what an ended instance had running does not count.
 
 This file runs inside a plain Triton container: standard library and numpy only.
 """
@@ -55,18 +55,15 @@ class Statistics:
     """The counts of one instance."""
 
     def __init__(self, directory: Path) -> None:
-        """Count in a new file in `directory`."""
+        """Count in a file in `directory`: that of an instance that has ended, or a new one."""
         directory.mkdir(exist_ok=True)
-        self._descriptor, path = tempfile.mkstemp(prefix=".", dir=directory)
-        fcntl.flock(self._descriptor, fcntl.LOCK_SH)  # for as long as this instance lives
-        # With all of its pages: written to later, when there is no room, a page that is not there ends the process.
-        os.posix_fallocate(self._descriptor, 0, ROWS * _ROW.itemsize)
+        self._descriptor, path = _own_file(directory)
         self._rows: npt.NDArray[Any] = np.memmap(path, _ROW, "r+", shape=ROWS)
+        self._rows["running"] = 0
+        self._rows[1]["name"] = OTHERS.encode()
         # The same memory as plain numbers: to go by row and name of a column takes fifty times as long.
         self._numbers = self._rows.view(np.uint8).data.cast("d")
-        self._index = {BASE: 0, OTHERS: 1}
-        self._rows[1]["name"] = OTHERS.encode()
-        Path(path).rename(directory / Path(path).name.removeprefix("."))  # complete before others see it
+        self._index = {name.decode(): row for row, name in enumerate(self._rows["name"]) if name or not row}
 
     def add(self, lora_name: str, column: str, amount: float = 1.0) -> None:
         """Count for an adapter."""
@@ -84,13 +81,28 @@ class Statistics:
         return row
 
 
+def _own_file(directory: Path) -> tuple[int, Path]:
+    """A file of which nobody else has the lock, and its descriptor, which has it for as long as this process lives."""
+    for path in sorted(directory.glob("[!.]*")):
+        descriptor = os.open(path, os.O_RDWR)
+        if _is_free(descriptor, fcntl.LOCK_EX):
+            return descriptor, path
+        os.close(descriptor)
+    descriptor, fresh = tempfile.mkstemp(prefix=".", dir=directory)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    # With all of its pages: written to later, when there is no room, a page that is not there ends the process.
+    os.posix_fallocate(descriptor, 0, ROWS * _ROW.itemsize)
+    path = directory / Path(fresh).name.removeprefix(".")
+    return descriptor, Path(fresh).rename(path)  # complete before others see it
+
+
 def read_statistics(directory: Path) -> Counts:
     """The sum over all instances, by lora_name and column; only of adapters for which something was counted."""
     counts: Counts = defaultdict(lambda: dict.fromkeys(COLUMNS, 0.0))
     for path in sorted(directory.glob("[!.]*")):
         with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
             rows = _used_rows(file)
-            alive = _is_locked(file.fileno())
+            alive = not _is_free(file.fileno(), fcntl.LOCK_SH)
             for row in rows[[0, *np.flatnonzero(rows["name"])]]:
                 of_adapter = counts[row["name"].decode()]
                 for column in COLUMNS:
@@ -108,9 +120,9 @@ def _used_rows(file: BinaryIO) -> npt.NDArray[Any]:
     return np.concatenate(chunks)
 
 
-def _is_locked(descriptor: int) -> bool:
+def _is_free(descriptor: int, lock: int) -> bool:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, lock | fcntl.LOCK_NB)
     except BlockingIOError:
-        return True
-    return False
+        return False
+    return True

@@ -41,7 +41,8 @@ class TritonPythonModel:
         router = parameters["router"]
         self._path = self._repository / router / "adapters.json"
         self._table = TableFile(self._path, pb_utils.Logger.log_error)
-        self._residency = open_residency(shared_directory(router), warmed(self._table.table()))
+        table = self._table.table()
+        self._residency = open_residency(shared_directory(router), warmed(table), retired=table.retired_lora_task_ids)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._publish, args=(float(parameters["refresh_seconds"]),), daemon=True)
         self._thread.start()

@@ -41,7 +41,9 @@ class TritonPythonModel:
         self._batching = config["max_batch_size"] > 0
         path = repository / parameters["router"] / "adapters.json"
         table = TableFile(path, lambda _: None).table()  # what is wrong is said below, once
-        self._residency = open_residency(shared_directory(parameters["router"]), warmed(table))
+        self._residency = open_residency(
+            shared_directory(parameters["router"]), warmed(table), retired=table.retired_lora_task_ids
+        )
         self._statistics = Statistics(self._residency.directory / DIRECTORY)
         self._files = AdapterFiles(repository, self._residency.directory)
         self._table = TableFile(path, self._table_failed)
@@ -49,6 +51,7 @@ class TritonPythonModel:
         self._estimate = ResidencyEstimate(
             self._seen_table,
             warmed_at_start(self._seen_table, started_at(os.getppid())),
+            self._residency.retired_before(),
             int(parameters["cache_pages"]),
             sees_all=sum(group["count"] for group in config["instance_group"]) == 1,
             resend_seconds=float(parameters["resend_seconds"]),

@@ -127,7 +127,8 @@ class TritonPythonModel:
         behind.abandon()
 
     def _take_part(self) -> Residency:
-        return open_residency(self._shared, warmed(self._table.table()), self._cache_pages)
+        table = self._table.table()
+        return open_residency(self._shared, warmed(table), self._cache_pages, retired=table.retired_lora_task_ids)
 
     def _new_forwarder(self) -> Forwarder[pb_utils.InferenceResponse]:
         return Forwarder(self._residency, error_text, on_load=self._loaded, **self._timeouts)
@@ -185,23 +186,30 @@ class TritonPythonModel:
                 trace=request.trace(),
             )
             send = functools.partial(self._send, reply, forwarded, of_row, routes[row])
-            for answer in self._forwarder.forward(routes[row], send, reply.has_left):
-                if reply.is_complete:
-                    continue  # left behind; nothing more is said or sent
-                had_left = reply.left
-                if reply.has_left():
-                    if not had_left:
-                        self._cancel(forwarded if own_id else None, of_row)
-                    continue
-                if error := engine_error(answer):
-                    raise EngineError(error, routes[row])
-                if outputs := answer.output_tensors():  # the last one may be nothing but a flag
-                    reply.send(outputs)
+            answers = self._forwarder.forward(routes[row], send, reply.has_left)
+            try:
+                for answer in answers:
+                    if reply.is_complete:
+                        continue  # left behind; nothing more is said or sent
+                    had_left = reply.left
+                    if reply.has_left():
+                        if not had_left:
+                            self._cancel(forwarded if own_id else None, of_row)
+                        continue
+                    if error := engine_error(answer):
+                        raise EngineError(error, routes[row])
+                    if outputs := answer.output_tensors():  # the last one may be nothing but a flag
+                        reply.send(outputs)
+            except Exception as error:  # noqa: BLE001  nor is a stream left when something is wrong
+                reply.fail(error)
+                deque(answers, maxlen=0)
+                return
             if reply.left or reply.is_complete:
                 raise ClientLeft("the client has left")
             if not reply.answered:
                 raise RequestError("the engine's model sent no answer")
             reply.end_row()
+        reply.outcome = "OK"
 
     def _send(
         self,
@@ -291,7 +299,8 @@ class Reply:
         self._detokenised = self.is_stream and "previous_ids" in named
         self._differences = "text_diff" in named
         self.names: list[str] = []  # of its rows' adapters
-        self.outcome = "OK"
+        self._has_failed = False
+        self.outcome = "INTERNAL"  # until something better is known
         self.left = False  # the client, as far as has been looked
         self._next_look = time.monotonic() + LOOK_SECONDS
         self.begin_row(None)
@@ -371,7 +380,10 @@ class Reply:
             self.send(tensors, ends=True)
 
     def fail(self, error: Exception) -> None:
-        """Answer with an error: its own words if it is one for clients, else a log entry and INTERNAL."""
+        """Answer with an error: its own words if it is one for clients, else a log entry and INTERNAL. Once."""
+        if self._has_failed:
+            return
+        self._has_failed = True
         message = str(error).encode(errors="replace").decode()  # Triton takes no lone surrogates
         code = "INTERNAL"
         if isinstance(error, (RequestError, EngineError)):
