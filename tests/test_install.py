@@ -7,6 +7,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,11 @@ import pytest
 from repositories import llm_api_repository, synthetic_adapter
 from tritonlora import install, register, repository, undo, wiring
 from tritonlora.errors import RepositoryError
+from tritonlora.files import TEMPORARY_SUFFIX
 from tritonlora.install import MODEL_MODULES, shipped_models
 from tritonlora.pbtxt import parse_config
 from tritonlora.register import Options
-from tritonlora.repository import read_text
+from tritonlora.repository import half_written, read_text
 from upstream_configs import protobuf, upstream_repository
 
 VERSIONS = ("v0.10.0", "v0.15.0", "v0.18.0")
@@ -205,12 +207,53 @@ def test_stopped_while_it_makes_the_router_nothing_is_changed(tmp_path: Path, mo
     before = contents(root)
 
     def stop(*_: object) -> None:
-        assert before.keys() == {name for name in contents(root) if not name.startswith("tensorrt_llm/.")}
+        assert before.keys() == {name for name in contents(root) if "/.lora_router" not in name}
         raise KeyboardInterrupt
 
     monkeypatch.setattr("tritonlora.undo.begin", stop)
     with pytest.raises(KeyboardInterrupt):
         install.init(root)
+
+    assert before == contents(root)
+
+
+def test_an_engine_on_another_file_system(tmp_path: Path) -> None:
+    """Mounted into the repository, or a link that leads there: what is made is moved from elsewhere."""
+    root = upstream_repository(tmp_path / "repo", "v0.18.0")
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as elsewhere:
+        shutil.move(root / "tensorrt_llm", elsewhere)
+        (root / "tensorrt_llm").symlink_to(Path(elsewhere, "tensorrt_llm"))
+        before = contents(root)
+        for topology in ("resolve", "forward"):
+            install.init(root, topology=topology)
+        undo.undo(root)
+
+        assert before == contents(root)
+
+        for model in ("ensemble", "postprocessing", "preprocessing", "tensorrt_llm_bls"):
+            shutil.rmtree(root / model)
+        with pytest.raises(RepositoryError, match="every model of .* is on another file system than the repository"):
+            install.init(root)
+
+
+def test_what_a_killed_command_left_goes_with_the_next_one(tmp_path: Path) -> None:
+    """Half-made models and half-written files, wherever they are."""
+    root = upstream_repository(tmp_path / "repo", "v0.18.0")
+    before = contents(root)
+
+    def litter() -> None:
+        for name in ("ensemble/.lora_router.a1", "tensorrt_llm/warmup/.adapter_1.a1", "preprocessing/.config.pbtxt.a1"):
+            path = root / f"{name}{TEMPORARY_SUFFIX}"
+            path.mkdir(parents=True)
+            (path / "half").touch()
+
+    litter()
+    install.init(root)
+    assert [] == half_written(root)
+    litter()
+    (root / "lora_adapters" / f".config.pbtxt.a1{TEMPORARY_SUFFIX}").touch()
+    undo.undo(root)
+    (root / "tensorrt_llm" / "warmup").rmdir()
 
     assert before == contents(root)
 

@@ -161,6 +161,16 @@ def test_warm_can_be_switched_without_a_new_id(opened: Repository, adapters: Cal
     assert 0 == len(protobuf(read_text(opened.config_path)).model_warmup)
 
 
+def test_a_dry_run_needs_no_lock(opened: Repository, adapters: Callable[[int], Path]) -> None:
+    """Whoever may only read can ask, and nobody waits for the answer."""
+    with files.locked(opened.table_path.parent):
+        register.add(opened, "pirate", adapters(0), dry_run=True)
+    (opened.table_path.parent / ".lock").unlink()
+    register.add(opened, "pirate", adapters(0), dry_run=True)
+
+    assert not (opened.table_path.parent / ".lock").exists()
+
+
 def test_a_dry_run_writes_nothing(opened: Repository, adapters: Callable[[int], Path]) -> None:
     """But says what it would do."""
     before = snapshot(opened.root)
@@ -548,6 +558,7 @@ def test_a_disk_that_is_full_half_way_is_no_lost_adapter(
     assert "cannot write to warmup/input_ids: No space left on device; put that right and run the command again" == str(
         caught.value
     )
+    assert {} == read_table(opened).entries  # nor is it served
     register.add(opened, "pirate", adapters(0))
     assert [] == errors(opened)
 

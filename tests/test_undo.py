@@ -15,6 +15,7 @@ from tritonlora import install, register, repository, undo
 from tritonlora.adapters import AdapterTable
 from tritonlora.adapters_json import render
 from tritonlora.errors import RepositoryError
+from tritonlora.pbtxt import parse_config
 from tritonlora.repository import Repository, read_text
 from upstream_configs import upstream_repository
 
@@ -140,6 +141,33 @@ def test_an_adapter_that_is_added_while_init_is_at_work_is_undone(root: Path, mo
     undo.undo(root)
 
     assert before == files(root)
+
+
+@pytest.mark.parametrize("topology", ["forward", "resolve"])
+def test_the_ensemble_loads_all_the_while(root: Path, monkeypatch: pytest.MonkeyPatch, topology: str) -> None:
+    """Triton loads none that leads from one type to another: the engine has float16 again before it leads there."""
+    install.init(root, topology=topology)
+    register.remove(added(root, "pirate"), "pirate")
+    seen = []
+    write_bytes = undo.write_bytes
+
+    def look(path: Path, content: bytes) -> None:
+        write_bytes(path, content)
+        configs = {
+            model: parse_config(read_text(root / model / "config.pbtxt"))
+            for model in ("ensemble", "lora_resolver", "tensorrt_llm")
+            if (root / model).exists()
+        }
+        ensemble, engine = configs["ensemble"], configs["tensorrt_llm"].input("lora_weights")
+        given = configs["lora_resolver"].output("lora_weights") if ensemble.leads_to("lora_resolver") else None
+        given = ensemble.input("lora_weights") if ensemble.leads_to("tensorrt_llm") and given is None else given
+        seen.append({str(spec.data_type) for spec in (given, engine) if spec})
+
+    monkeypatch.setattr("tritonlora.undo.write_bytes", look)
+    undo.undo(root)
+
+    assert {"TYPE_FP16"} in seen
+    assert all(len(types) == 1 for types in seen)
 
 
 def test_a_dry_run_shows_what_undo_does(root: Path) -> None:

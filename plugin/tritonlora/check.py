@@ -274,7 +274,7 @@ def _router(subject: Subject) -> Iterator[Finding]:
 
 def _leftovers(subject: Subject) -> Iterator[Finding]:
     """Files that a command left when it was stopped, or that a replaced adapter has left."""
-    for path in half_written(subject.repository):
+    for path in half_written(subject.repository.root):
         yield _warning(subject.repository.relative(path), "a command that was stopped left it half-written", REPAIR)
     retired = set(subject.table.retired_lora_task_ids)
     mine = set(warmup.foreign_files(subject.config_text))

@@ -14,7 +14,7 @@ import logging
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import filelock
@@ -77,6 +77,20 @@ def temporary_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def place_for_models(root: Path, but: Collection[str] = ()) -> Path:
+    """A model's directory, none of `but`, in which other models can be made and from which they can be moved.
+
+    Beside the models, one in the making would be taken for a model itself. One may lie on another file system.
+    """
+    models = sorted(path.parent for path in root.glob("*/config.pbtxt") if path.parent.name not in but)
+    found = next((model for model in models if model.stat().st_dev == root.stat().st_dev), None)
+    if found is None:
+        raise RepositoryError(
+            f"every model of {str(root)!r} is on another file system than the repository itself; put one of them there"
+        )
+    return found
+
+
 def publish(temporary: Path, path: Path) -> None:
     """Give a finished file its name, so that it is there whole or not at all, also after a power cut."""
     with temporary.open("rb+") as file:
@@ -89,6 +103,14 @@ def publish(temporary: Path, path: Path) -> None:
         os.close(directory)
 
 
+def delete(path: Path) -> None:
+    """Delete a file, a link or a whole directory; it may be gone already."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a whole file, that which `path` leads to; one that has this content already is not touched."""
     path = path.resolve()
@@ -98,7 +120,10 @@ def write_bytes(path: Path, content: bytes) -> None:
     with temporary_name(path) as temporary:
         temporary.write_bytes(content)
         if path.exists():
-            temporary.chmod(path.stat().st_mode & 0o7777)
+            before = path.stat()
+            temporary.chmod(before.st_mode & 0o7777)
+            with contextlib.suppress(PermissionError):  # of a file that is somebody else's
+                os.chown(temporary, before.st_uid, before.st_gid)
         publish(temporary, path)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import time
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -20,7 +19,7 @@ from tritonlora.adapters import AdapterTable
 from tritonlora.adapters_json import render
 from tritonlora.declarations import declare_output
 from tritonlora.errors import ConfigError, RepositoryError
-from tritonlora.files import write_text
+from tritonlora.files import delete, write_text
 from tritonlora.flavours import flavour_of_config
 from tritonlora.pbtxt import parse_config
 from tritonlora.repository import RESOLVER, Repository, half_written, read_config, read_text
@@ -56,6 +55,7 @@ def write_table(repository: Repository, before: AdapterTable, table: AdapterTabl
     """Write `table` in the place of `before`, and bring the rest in step with it."""
     for path in _files_of(repository, {*table.retired_lora_task_ids} - {*before.retired_lora_task_ids}):
         os.utime(path)  # they stay from now on for as long as they must
+    _write_warmup_files(repository, table, rendered_config(repository, table))  # before anybody can ask for an adapter
     write_text(repository.table_path, render(table))
     write_config(repository, table)
 
@@ -63,10 +63,14 @@ def write_table(repository: Repository, before: AdapterTable, table: AdapterTabl
 def write_config(repository: Repository, table: AdapterTable) -> None:
     """Bring the warmup files and config.pbtxt in step with `table`."""
     text = rendered_config(repository, table)
-    files = warmup.files(parse_config(text), table, repository.served_root)
-    undo.write(repository.root, {repository.warmup_directory / name: content for name, content in files.items()})
+    _write_warmup_files(repository, table, text)
     with _resolver_in_step(repository, text):
         undo.write(repository.root, {repository.config_path: text.encode()})
+
+
+def _write_warmup_files(repository: Repository, table: AdapterTable, text: str) -> None:
+    files = warmup.files(parse_config(text), table, repository.served_root)
+    undo.write(repository.root, {repository.warmup_directory / name: content for name, content in files.items()})
 
 
 @contextlib.contextmanager
@@ -99,11 +103,8 @@ def sweep(repository: Repository, table: AdapterTable, *, at_once: bool = False)
     """
     oldest = time.time() - (0 if at_once else FILES_STAY_SECONDS)
     retired = [path for path in _files_of(repository, table.retired_lora_task_ids) if path.stat().st_mtime <= oldest]
-    for path in [*half_written(repository), *retired]:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+    for path in [*half_written(repository.root), *retired]:
+        delete(path)
 
 
 def _files_of(repository: Repository, task_ids: Collection[int]) -> list[Path]:

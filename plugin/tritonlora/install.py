@@ -15,7 +15,7 @@ from tritonlora import ensembles, undo, wiring
 from tritonlora.adapters import AdapterTable
 from tritonlora.adapters_json import render
 from tritonlora.errors import ConfigError, RepositoryError
-from tritonlora.files import locked, temporary_directory, write_text, writing
+from tritonlora.files import delete, locked, place_for_models, temporary_directory, write_text, writing
 from tritonlora.flavours import flavour_of_config
 from tritonlora.pbtxt import ModelConfig, has_template, parse_config
 from tritonlora.repository import (
@@ -24,6 +24,7 @@ from tritonlora.repository import (
     REPOSITORY_PATH,
     RESOLVER,
     ROUTER,
+    half_written,
     read_config,
     read_text,
     served_config,
@@ -207,13 +208,15 @@ def init(
     if dry_run or not changes:
         return changes
     if not (root / ROUTER).exists():  # which has the lock
-        _put(ROUTER, root, _choose_target(root, target), changes)
+        _put(ROUTER, root, changes)
     with locked(root / ROUTER):
+        for path in half_written(root):
+            delete(path)
         planned = plan_init(root, target, served_at=served_at, topology=topology)
         for model in (LISTING, RESOLVER, ENSEMBLE):
             is_new = any(change.after is not None and change.path.is_relative_to(root / model) for change in planned)
             if is_new and not (root / model).exists():
-                _put(model, root, _choose_target(root, target), planned)
+                _put(model, root, planned)
         for change in sorted(planned, key=lambda change: change.before is not None):
             if change.after is not None:
                 change.path.parent.mkdir(parents=True, exist_ok=True)
@@ -223,14 +226,14 @@ def init(
     return changes
 
 
-def _put(model: str, root: Path, target: str, changes: Sequence[FileChange]) -> None:
-    """Make a model's directory beside the engine's files, where it is no model yet, and move it into its place."""
+def _put(model: str, root: Path, changes: Sequence[FileChange]) -> None:
+    """Make a model's directory inside another one's, where it is no model yet, and move it into its place."""
     contents = {
         change.path.relative_to(root / model): (change.after or "").encode()
         for change in changes
         if change.path.is_relative_to(root / model)
     }
-    with writing(root), temporary_directory(root / target / model) as directory:
+    with writing(root), temporary_directory(place_for_models(root) / model) as directory:
         for name, content in contents.items():
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
             (directory / name).write_bytes(content)

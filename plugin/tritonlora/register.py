@@ -11,6 +11,7 @@ puts them right.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import itertools
 from collections.abc import Callable, Iterable, Mapping
@@ -100,7 +101,7 @@ def add(
     Other content under a known name replaces it under a new lora_task_id. When it is refused, the repository is as it
     was; when it cannot be written to the end, the same again completes it.
     """
-    with locked(repository.table_path.parent):
+    with contextlib.nullcontext() if dry_run else locked(repository.table_path.parent):
         table = read_table(repository)
         planned = _plan(repository, table, name, adapter_directory, options, task_id=task_id)
         # Everything that can be refused is refused before a byte is written.

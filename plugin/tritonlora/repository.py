@@ -22,6 +22,7 @@ from tritonlora.plan import CachePlan, Entry, plan_cache
 ROUTER = "lora_router"
 RESOLVER = "lora_resolver"
 LISTING = "lora_adapters"
+WARMUP = "warmup"
 DEFAULT_TARGET = "tensorrt_llm"
 REPOSITORY_PATH = "repository_path"  # parameter of the router: where the server sees the repository
 
@@ -52,7 +53,7 @@ class Repository:
     @property
     def warmup_directory(self) -> Path:
         """Where Triton looks for the files of warmup samples."""
-        return self.target_directory / "warmup"
+        return self.target_directory / WARMUP
 
     def relative(self, path: Path) -> str:
         """`path` as adapters.json has it."""
@@ -118,10 +119,10 @@ def engine_profile(repository: Repository, config: ModelConfig) -> EngineProfile
     return flavour_of_config(config).profile(config, repository.target_directory)
 
 
-def half_written(repository: Repository) -> list[Path]:
-    """What commands that were stopped have left: files and directories in the making."""
-    places = [*repository.root.glob("*"), repository.warmup_directory]
-    return sorted(path for place in places for path in place.glob(f".*{TEMPORARY_SUFFIX}"))
+def half_written(root: Path) -> list[Path]:
+    """What commands that were stopped have left in a model repository: files and directories in the making."""
+    places = (f"*/.*{TEMPORARY_SUFFIX}", f"*/{WARMUP}/.*{TEMPORARY_SUFFIX}")
+    return sorted(path for place in places for path in root.glob(place))
 
 
 def plan_of(

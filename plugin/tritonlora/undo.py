@@ -15,9 +15,28 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from tritonlora import ensembles
 from tritonlora.errors import RepositoryError, one_message
-from tritonlora.files import locked, temporary_directory, write_bytes, write_text
-from tritonlora.repository import LISTING, RESOLVER, ROUTER, Repository, read_table
+from tritonlora.files import (
+    TEMPORARY_SUFFIX,
+    delete,
+    locked,
+    place_for_models,
+    temporary_directory,
+    write_bytes,
+    write_text,
+)
+from tritonlora.pbtxt import parse_config
+from tritonlora.repository import (
+    LISTING,
+    RESOLVER,
+    ROUTER,
+    Repository,
+    half_written,
+    open_repository,
+    read_table,
+    read_text,
+)
 
 ORIGINALS = Path(ROUTER, "1", "originals")
 WRITTEN = ORIGINALS / "written.json"
@@ -128,30 +147,49 @@ def plan_undo(root: Path) -> list[FileChange]:
 def undo(root: Path, *, dry_run: bool = False) -> list[FileChange]:
     """Put every file back, and take the router out; what was, or would be, done.
 
-    The ensembles come first and each model goes in one step, so that the repository loads whenever this stops.
+    The engine's config comes before the ensembles, which meanwhile lead to the router, that takes all types; and each
+    model goes in one step: so the repository loads whenever this stops.
     """
     changes = plan_undo(root)
     if dry_run:
         return changes
     with locked(root / ROUTER):
+        _lead_past_resolver(root)
         changes = plan_undo(root)
         models = [*_models_that_go(root, {change.path for change in changes if change.after is None}), *OURS]
-        for change in sorted(changes, key=lambda change: change.after is None):
+        for change in sorted(changes, key=_step):
             original = _original(root, change.path.relative_to(root).as_posix())
             if original is not None:
                 write_bytes(change.path, original)
             elif not any(change.path.is_relative_to(root / model) for model in models):
                 change.path.unlink()
                 _remove_if_empty(change.path.parent)
+        for path in half_written(root):
+            delete(path)
         take_out(root, models)
     return changes
 
 
+def _lead_past_resolver(root: Path) -> None:
+    """Lead the ensembles that lead to the resolver to the router: Triton loads none from one type to another."""
+    texts = {path: read_text(path) for path in sorted(root.glob("*/config.pbtxt"))}
+    resolving = {path: text for path, text in texts.items() if parse_config(text).leads_to(RESOLVER)}
+    if resolving:
+        target = open_repository(root).target
+        forward = {path: ensembles.rewire_to_forward(text, target=target) for path, text in resolving.items()}
+        write(root, {path: text.encode() for path, text in forward.items()})
+
+
+def _step(change: FileChange) -> int:
+    """When it is done: what an ensemble leads to first, what nothing leads to any more last."""
+    if change.after is None:
+        return 2
+    return int(change.path.name == "config.pbtxt" and bool(parse_config(change.after).steps))
+
+
 def take_out(root: Path, models: Collection[str]) -> None:
     """Take these models out of the repository, each in one step."""
-    # Inside a model's directory: beside the models it would be taken for one.
-    other = next(path.parent for path in root.glob("*/config.pbtxt") if path.parent.name not in models)
-    with temporary_directory(other / ROUTER) as doomed:
+    with temporary_directory(place_for_models(root, models) / ROUTER) as doomed:
         for model in models:
             if (root / model).exists():
                 (root / model).rename(doomed / model)
@@ -193,7 +231,10 @@ def files_of(root: Path, model: str) -> list[Path]:
     return sorted(
         path
         for path in (root / model).rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts and not path.is_relative_to(root / ORIGINALS)
+        if path.is_file()
+        and not path.is_relative_to(root / ORIGINALS)
+        and "__pycache__" not in path.parts
+        and not any(part.endswith(TEMPORARY_SUFFIX) for part in path.parts)
     )
 
 
