@@ -22,7 +22,7 @@ WITHOUT_TORCH = (
     *CORE, "cli.py", "terminal.py", "repository.py", "register.py", "install.py", "undo.py", "check.py",
     "findings.py", "surroundings.py", "server.py", "serving.py", "client.py",
 )  # fmt: skip
-WRITES = {"write_text", "write_bytes", "unlink", "rename", "replace_file", "mkdir", "rmtree", "touch", "symlink_to"}
+WRITES = {"write_text", "write_bytes", "unlink", "rename", "mkdir", "rmtree", "touch", "symlink_to"}
 
 
 def imports(tree: ast.AST, *, top_level: bool = False) -> set[str]:

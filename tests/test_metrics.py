@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from tritonlora import metrics
-from tritonlora.statistics import BASE, COLUMNS, Counts
+from tritonlora.statistics import BASE, COLUMNS, OTHERS, Counts
 
 
 def row(**counted: float) -> dict[str, float]:
@@ -52,8 +52,16 @@ def test_a_counter_never_falls_and_what_is_counted_no_more_does_not_run() -> Non
 
 
 def test_the_gateway_is_told_what_runs_and_what_waits() -> None:
-    """In the words of its protocol; the base model is no adapter, and what waits does not run."""
-    counts = {BASE: row(running=1), "pirate": row(running=2), "haiku": row(running=1), "bard": row(OK=1)}
+    """In the words of its protocol. The base model is no adapter, nor are all those that there was no room for, and
+    what waits does not run.
+    """
+    counts = {
+        BASE: row(running=1),
+        OTHERS: row(running=3),
+        "pirate": row(running=2),
+        "haiku": row(running=1),
+        "bard": row(OK=1),
+    }
 
     assert {
         "max_lora": "4",

@@ -310,7 +310,12 @@ def test_a_request_that_ends_twice_at_once_closes_one_descriptor_once(
     """The second time, the number may be another file's."""
     with closing(open_residency(tmp_path / "shared", {})) as mine:
         mine.accepted(1, 1)
-        utime, close, closed = os.utime, os.close, []
+        utime, close = os.utime, os.close
+        closed: list[int] = []
+
+        def note(descriptor: int) -> None:
+            closed.append(descriptor)
+            close(descriptor)
 
         def and_again(*arguments: Any, **times: Any) -> None:
             monkeypatch.setattr(os, "utime", utime)
@@ -318,7 +323,7 @@ def test_a_request_that_ends_twice_at_once_closes_one_descriptor_once(
             utime(*arguments, **times)
 
         monkeypatch.setattr(os, "utime", and_again)
-        monkeypatch.setattr(os, "close", lambda descriptor: closed.append(descriptor) or close(descriptor))
+        monkeypatch.setattr(os, "close", note)
         mine.ended()
         monkeypatch.setattr(os, "close", close)
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from repositories import synthetic_adapter, synthetic_repository
+from tritonlora import files as written
 from tritonlora import install, register, repository, undo
 from tritonlora.adapters import AdapterTable
 from tritonlora.adapters_json import render
@@ -149,10 +150,9 @@ def test_the_ensemble_loads_all_the_while(root: Path, monkeypatch: pytest.Monkey
     install.init(root, topology=topology)
     register.remove(added(root, "pirate"), "pirate")
     seen = []
-    write_bytes = undo.write_bytes
 
     def look(path: Path, content: bytes) -> None:
-        write_bytes(path, content)
+        written.write_bytes(path, content)
         configs = {
             model: parse_config(read_text(root / model / "config.pbtxt"))
             for model in ("ensemble", "lora_resolver", "tensorrt_llm")

@@ -61,27 +61,16 @@ def test_router_config_declares_what_the_target_declares(version: str, decoupled
 
 def test_router_config_carries_its_parameters() -> None:
     """Target, limits and the CPU-only inputs are parameters that the router's model.py reads."""
-    router = protobuf(
-        router_config(
-            parse_config(TARGET),
-            name="my_router",
-            target_name="engine",
-            max_streams=3,
-            cache_full_timeout_seconds=1.5,
-            load_timeout_seconds=2,
-            first_answer_timeout_seconds=4,
-            stall_timeout_seconds=3,
-        )
-    )
+    router = protobuf(router_config(parse_config(TARGET), name="my_router", target_name="engine", max_streams=3))
 
     assert "my_router" == router.name
     assert [3] == [group.count for group in router.instance_group]
     assert {
         "target": "engine",
-        "cache_full_timeout_seconds": "1.5",
-        "load_timeout_seconds": "2",
-        "first_answer_timeout_seconds": "4",
-        "stall_timeout_seconds": "3",
+        "cache_full_timeout_seconds": "30",
+        "load_timeout_seconds": "120",
+        "first_answer_timeout_seconds": "3600",
+        "stall_timeout_seconds": "300",
         "cache_pages": "0",
         "FORCE_CPU_ONLY_INPUT_TENSORS": "yes",
     } == {key: value.string_value for key, value in router.parameters.items()}

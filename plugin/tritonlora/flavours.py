@@ -7,8 +7,8 @@ client (here: the router) sends with a request, and which the engine's cache may
 of TensorRT-LLM's main branch (triton_backend/all_models/llmapi): an adapter is a PEFT directory that the server reads,
 and reads again by itself, so that every request names it. A target's declared inputs say which of them it is.
 
-This file runs inside a plain Triton container: standard library only. What is imported inside of functions is for
-preparing a repository, which the router never does.
+This file runs inside a plain Triton container: standard library and numpy only. What else is imported inside of
+functions is for preparing a repository, which the router never does.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from tritonlora.errors import AdapterError, EngineMismatch, RepositoryError
 
@@ -117,8 +119,6 @@ def flavour_of_config(config: ModelConfig) -> Flavour:
 
 
 def _tensor_request(files: AdapterFiles, route: Route, with_weights: bool) -> dict[str, object]:
-    import numpy as np
-
     inputs: dict[str, object] = {"lora_task_id": np.array([[route.entry.lora_task_id]], np.uint64)}
     if with_weights:
         inputs["lora_weights"], inputs["lora_config"] = files.map_tensors(route)
@@ -197,8 +197,6 @@ def _engine_profile(config: ModelConfig, directory: Path) -> EngineProfile | Non
 
 def _path_request(files: AdapterFiles, route: Route, _with_weights: bool) -> dict[str, object]:
     """The same for every request: the engine looks into the directory when it does not hold the adapter."""
-    import numpy as np
-
     path = files.repository / (route.entry.lora_path or "")
     return {
         "lora_id": np.array([route.entry.lora_task_id], np.uint64),

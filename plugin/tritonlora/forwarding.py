@@ -12,7 +12,7 @@ answers of every request are taken, also those that nobody wants: Triton hangs o
 a request waits for room, or for another one that loads its adapter, its client may leave, and then it is not sent.
 After the first answer of a stream nothing is ever sent again: that would repeat text.
 
-This file runs inside a plain Triton container: standard library only.
+This file runs inside a plain Triton container: standard library and numpy only.
 """
 
 from __future__ import annotations

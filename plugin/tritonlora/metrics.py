@@ -8,7 +8,7 @@ Values in, values out: `samples` says what every metric is now, and whoever know
 adapter is (docs/proposals/003-model-server-protocol): which adapters run and wait are its labels, and its value is the
 time of the last change, by which the newest of several series is known.
 
-This file runs inside a plain Triton container: standard library only.
+This file runs inside a plain Triton container: standard library and numpy only.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from tritonlora.statistics import LOADS, OUTCOMES, Counts
+from tritonlora.statistics import BASE, LOADS, OTHERS, OUTCOMES, Counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,8 @@ def increments(published: Mapping[Key, float], counts: Counts) -> Iterator[Sampl
 def info_labels(counts: Counts, waiting: Sequence[str], max_lora: int) -> dict[str, str]:
     """The labels of INFO. Adapters that wait for room do not run, though their requests are under way."""
     stopped = set(waiting)
-    running = [name for name, of_adapter in counts.items() if name and of_adapter["running"] and name not in stopped]
+    others = {BASE, OTHERS, *stopped}
+    running = [name for name, of_adapter in counts.items() if of_adapter["running"] and name not in others]
     return {
         "max_lora": str(max_lora),
         "running_lora_adapters": ",".join(sorted(running)),

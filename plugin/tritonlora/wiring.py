@@ -85,10 +85,6 @@ def router_config(
     target_name: str = "tensorrt_llm",
     previous_ids: bool = False,
     max_streams: int = 16,
-    cache_full_timeout_seconds: float = 30,
-    load_timeout_seconds: float = 120,
-    first_answer_timeout_seconds: float = 3600,
-    stall_timeout_seconds: float = 300,
 ) -> str:
     """The complete config.pbtxt of the Python-backend router in front of `target`.
 
@@ -117,10 +113,10 @@ def router_config(
         own.append(TensorSpec("all_outputs", "TYPE_BOOL", (1,)))
     parameters = {
         "target": target_name,
-        "cache_full_timeout_seconds": str(cache_full_timeout_seconds),
-        "load_timeout_seconds": str(load_timeout_seconds),
-        "first_answer_timeout_seconds": str(first_answer_timeout_seconds),
-        "stall_timeout_seconds": str(stall_timeout_seconds),
+        "cache_full_timeout_seconds": "30",
+        "load_timeout_seconds": "120",
+        "first_answer_timeout_seconds": "3600",
+        "stall_timeout_seconds": "300",
         "cache_pages": "0",  # of the engine's LoRA cache, set by `tritonlora plan --apply`; 0: not known
         "FORCE_CPU_ONLY_INPUT_TENSORS": "yes",
     }
@@ -143,8 +139,6 @@ def resolver_config(
     target_name: str = "tensorrt_llm",
     router: str = "lora_router",
     instances: int = 1,
-    resend_seconds: float = 10,
-    longest_request_seconds: float = 60,
 ) -> str:
     """The complete config.pbtxt of the Python-backend resolver for `target`, which reads the table of `router`.
 
@@ -164,8 +158,8 @@ def resolver_config(
     ]
     parameters = {
         "router": router,
-        "resend_seconds": str(resend_seconds),
-        "longest_request_seconds": str(longest_request_seconds),
+        "resend_seconds": "10",
+        "longest_request_seconds": "60",
         "cache_pages": "0",  # of the engine's LoRA cache, set by `tritonlora plan --apply`; 0: not known
     }
     return _RESOLVER.format(
