@@ -16,7 +16,7 @@ SOURCES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text()) for
 CORE = (
     "modules.py", "families.py", "locate.py", "engine.py", "cache.py", "plan.py", "traffic.py", "textformat.py",
     "model_config.py", "pbtxt.py", "wiring.py", "warmup.py", "adapters.py", "adapters_json.py", "routing.py",
-    "layout.py", "text.py", "tokenizer.py",
+    "layout.py", "stream.py", "text.py", "tokenizer.py",
 )  # fmt: skip
 WITHOUT_TORCH = (
     *CORE, "cli.py", "terminal.py", "repository.py", "register.py", "install.py", "undo.py", "check.py",

@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from time import time
 
-import numpy as np
 import pytest
 
 from table import TABLE, entry
@@ -18,10 +17,8 @@ from tritonlora.adapters import AdapterTable, Problem, with_adapter, with_alias
 from tritonlora.adapters_json import render
 from tritonlora.errors import AdapterTableError, AdapterUnavailable, InvalidRequest, RequestError, UnknownAdapter
 from tritonlora.routing import (
-    PreviousIds,
     Route,
     TableFile,
-    WholeTexts,
     check_parameters,
     resolve,
     resolve_rows,
@@ -247,21 +244,6 @@ def test_a_table_that_is_no_file_leaves_the_last_good_one(tmp_path: Path, failur
     assert "keeping the last good adapters.json: cannot read" in failures[0]
 
 
-# Streams
-
-
-def test_previous_ids_are_the_last_tokens_of_the_stream() -> None:
-    """In order, and bounded."""
-    previous_ids = PreviousIds()
-    previous_ids.add(np.array([1, 2], np.int32))
-    previous_ids.add(np.array([], np.int32))
-    two = previous_ids.ids()
-    previous_ids.add(np.arange(100, dtype=np.int32))
-
-    assert [[1, 2]] == two.tolist()
-    assert [list(range(100 - PreviousIds.COUNT, 100))] == previous_ids.ids().tolist()
-
-
 def test_the_stat_of_an_unchanged_table_is_all_that_a_request_costs(tmp_path: Path, failures: list[str]) -> None:
     """The same object comes back as long as the file is the same."""
     path = tmp_path / "adapters.json"
@@ -307,24 +289,6 @@ def test_a_table_with_the_times_of_the_one_before_is_seen(
     os.utime(path, (LONG_AGO, LONG_AGO))
 
     assert changed == file.table()
-
-
-# Texts of streams
-
-
-def test_what_is_new_in_whole_texts_joins_to_the_last_one() -> None:
-    """For each output by itself."""
-    texts = WholeTexts()
-    answers = [[b"a"], [b"ab", b"x"], [b"ab", b"xyz"], [b"abc", b"xyz"]]
-
-    assert [[b"a"], [b"b", b"x"], [b"", b"yz"], [b"c", b""]] == [texts.new(one) for one in answers]
-
-
-def test_a_text_that_got_shorter_has_nothing_new() -> None:
-    """A stop word is cut off again; and what follows is not repeated."""
-    texts = WholeTexts()
-
-    assert [[b"one tw"], [b""], [b"o"]] == [texts.new([one]) for one in (b"one tw", b"one ", b"one two")]
 
 
 @pytest.mark.parametrize("name", ["lora_name", "LoRA-Name", "loraName", "lora_weights", "lora_path"])

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tritonlora.worker import Worker
+from tritonlora.worker import Silence, Worker
 
 
 @pytest.fixture
@@ -75,3 +75,25 @@ def test_a_thread_that_was_left_behind_is_heard_by_nobody(worker: Worker) -> Non
 def assert_set(event: threading.Event) -> None:
     """Wait for it."""
     assert event.wait(timeout=30)
+
+
+def test_a_silence_is_too_long_sooner_before_the_first_answer_than_between_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the other way round; and there is none where nobody is waited for."""
+    now = 0.0
+    monkeypatch.setattr("tritonlora.worker.time.monotonic", lambda: now)
+    silence = Silence(before=2, between=5)
+    seen = []
+    for note in (lambda: None, silence.asked, silence.heard, silence.heard, silence.ended, silence.asked):
+        note()
+        for pause in (1.5, 3.0, 3.0):
+            now += pause
+            seen.append(silence.is_too_long())
+
+    assert [
+        *(False, False, False),
+        *(False, True, True),
+        *(False, False, True),
+        *(False, False, True),
+        *(False, False, False),
+        *(False, True, True),
+    ] == seen

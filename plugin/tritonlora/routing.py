@@ -4,7 +4,7 @@
 
 The base model never answers for an adapter: what is not resolved to an adapter is an error. Nothing here knows Triton.
 
-This file runs inside a plain Triton container: standard library and numpy only.
+This file runs inside a plain Triton container: standard library only.
 """
 
 from __future__ import annotations
@@ -15,9 +15,6 @@ import os
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import numpy as np
-import numpy.typing as npt
 
 from tritonlora.adapters import NAME_PATTERN, AdapterEntry, AdapterTable, Problem, available
 from tritonlora.adapters_json import TableReader, unavailable
@@ -214,37 +211,3 @@ def _reused_id(entry: AdapterEntry) -> str:
 def content_of(entry: AdapterEntry) -> str:
     """What another content of the adapter's files does not share."""
     return f"{entry.lora_weights_sha256}-{entry.lora_config_sha256}"
-
-
-class PreviousIds:
-    """The last tokens of a stream: what a stateless detokeniser must know to continue a text."""
-
-    # A character is at most a handful of tokens, and decoders look back over one word at most.
-    COUNT = 32
-
-    _NONE: npt.NDArray[np.int32] = np.zeros((1, 0), np.int32)
-
-    def __init__(self) -> None:
-        self._ids = self._NONE
-
-    def ids(self) -> npt.NDArray[np.int32]:
-        """The tokens sent before now, the oldest first: (1, n) int32."""
-        return self._ids
-
-    def add(self, ids: npt.NDArray[np.int32]) -> None:
-        """These, (n,) int32, have been sent. What `ids` gave before stays as it is."""
-        self._ids = np.concatenate((self._ids, ids[None]), axis=1)[:, -self.COUNT :]
-
-
-class WholeTexts:
-    """What is new in each answer of a stream whose answers have the whole text so far, one text for each output."""
-
-    def __init__(self) -> None:
-        self._sent: dict[int, int] = {}  # output -> bytes of it that have been sent
-
-    def new(self, texts: Sequence[bytes]) -> list[bytes]:
-        """The ends of `texts` that were not in the answers before. A text that got shorter has nothing new."""
-        new = [text[self._sent.get(number, 0) :] for number, text in enumerate(texts)]
-        for number, text in enumerate(new):
-            self._sent[number] = self._sent.get(number, 0) + len(text)
-        return new

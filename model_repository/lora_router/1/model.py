@@ -21,7 +21,6 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-import math
 import secrets
 import sys
 import threading
@@ -42,9 +41,10 @@ from tritonlora.errors import ClientLeft, EngineSilent, InvalidRequest, RequestE
 from tritonlora.flavours import flavour_of
 from tritonlora.forwarding import Forwarder, is_unavailable, public
 from tritonlora.residency import Residency, open_residency, shared_directory
-from tritonlora.routing import PreviousIds, Route, TableFile, WholeTexts, check_parameters, resolve_rows, warmed
+from tritonlora.routing import Route, TableFile, check_parameters, resolve_rows, warmed
 from tritonlora.statistics import BASE, DIRECTORY, OUTCOMES, Statistics
-from tritonlora.worker import Worker
+from tritonlora.stream import PreviousIds, WholeTexts
+from tritonlora.worker import Silence, Worker
 
 Inputs: TypeAlias = "Mapping[str, pb_utils.Tensor]"  # of a request, by name
 
@@ -101,10 +101,11 @@ class TritonPythonModel:
         for request in requests:
             inputs = {tensor.name(): tensor for tensor in request.inputs()}
             reply = Reply(request, inputs, self._decoupled, self._flavour.needed_outputs)
-            serve = functools.partial(self._serve, request, inputs, reply)
-            is_done = self._worker.do(serve, functools.partial(reply.is_silent, *self._patience))
+            silence = Silence(*self._patience)
+            serve = functools.partial(self._serve, request, inputs, reply, silence)
+            is_done = self._worker.do(serve, silence.is_too_long)
             if not is_done:
-                reply.fail(EngineSilent(f"the engine's model has sent nothing for {reply.silence():.3g} s"))
+                reply.fail(EngineSilent(f"the engine's model has sent nothing for {silence.seconds():.3g} s"))
             self._count(reply.names, "running", -1)
             self._count(reply.names or [BASE], reply.outcome)
             reply.complete()
@@ -133,14 +134,14 @@ class TritonPythonModel:
     def _new_forwarder(self) -> Forwarder[pb_utils.InferenceResponse]:
         return Forwarder(self._residency, error_text, on_load=self._loaded, **self._timeouts)
 
-    def _serve(self, request: pb_utils.InferenceRequest, inputs: Inputs, reply: Reply) -> None:
+    def _serve(self, request: pb_utils.InferenceRequest, inputs: Inputs, reply: Reply, silence: Silence) -> None:
         """Answer one request."""
         try:
             parameters = parameters_of(request)
             routes = self._routes(inputs, parameters)
             reply.names = [route.lora_name if route else BASE for route in routes]
             self._count(reply.names, "running")
-            self._answer(request, inputs, reply, routes, parameters)
+            self._answer(request, inputs, reply, silence, routes, parameters)
         except Exception as error:  # noqa: BLE001  whatever it is, this request must be answered
             reply.fail(error)
 
@@ -161,6 +162,7 @@ class TritonPythonModel:
         request: pb_utils.InferenceRequest,
         inputs: Inputs,
         reply: Reply,
+        silence: Silence,
         routes: list[Route | None],
         parameters: dict[str, Any],
     ) -> None:
@@ -185,7 +187,7 @@ class TritonPythonModel:
                 parameters=carried(parameters) or None,  # which saves Triton's stub from writing JSON
                 trace=request.trace(),
             )
-            send = functools.partial(self._send, reply, forwarded, of_row, routes[row])
+            send = functools.partial(self._send, silence, forwarded, of_row, routes[row])
             answers = self._forwarder.forward(routes[row], send, reply.has_left)
             try:
                 for answer in answers:
@@ -213,7 +215,7 @@ class TritonPythonModel:
 
     def _send(
         self,
-        reply: Reply,
+        silence: Silence,
         forwarded: Callable[..., pb_utils.InferenceRequest],
         tensors: list[pb_utils.Tensor],
         route: Route | None,
@@ -224,13 +226,13 @@ class TritonPythonModel:
             inputs_of_route = self._flavour.request_inputs(self._files, route, attach)
             tensors = [*tensors, *(tensor_from(name, value) for name, value in inputs_of_route.items())]
         request = forwarded(inputs=tensors)
-        reply.asked()
+        silence.asked()
         answers = self._stream(request) if self._decoupled else iter([request.exec()])
         del request, tensors  # and with them the lease of the weights' file, which have been copied
         for answer in answers:
-            reply.heard()
+            silence.heard()
             yield answer
-        reply.asks_no_more()
+        silence.ended()
 
     def _stream(self, request: pb_utils.InferenceRequest) -> Iterator[pb_utils.InferenceResponse]:
         answers = request.exec(decoupled=True)
@@ -305,29 +307,6 @@ class Reply:
         self._next_look = time.monotonic() + LOOK_SECONDS
         self.begin_row(None)
 
-    def is_silent(self, before: float, between: float) -> bool:
-        """Whether the engine has sent nothing for so many seconds, before its first answer or between two."""
-        return self.silence() > (between if self.has_begun else before)
-
-    def silence(self) -> float:
-        """For how many seconds the engine, having been asked, has sent nothing."""
-        return time.monotonic() - self._heard_at
-
-    def asked(self) -> None:
-        """The engine is sent a request."""
-        self.has_begun = False
-        self._heard_at = time.monotonic()
-
-    def asks_no_more(self) -> None:
-        """The engine has answered to the end: what follows is not its silence."""
-        self._heard_at = math.inf
-
-    def heard(self) -> None:
-        """The engine has sent an answer."""
-        # In this order: who looks in between must not take the wait for the first answer for one after it.
-        self._heard_at = time.monotonic()
-        self.has_begun = True
-
     def has_left(self) -> bool:
         """Whether the client has gone away, or its time is up; looked at now and then, as asking takes 0.2 ms.
 
@@ -348,8 +327,6 @@ class Reply:
         self._previous_ids = PreviousIds()
         self._texts = WholeTexts()
         self.answered = False  # the row
-        self.has_begun = False  # the engine, to answer what it was asked last
-        self.asks_no_more()
 
     def send(self, tensors: list[pb_utils.Tensor], *, ends: bool = False) -> None:
         """Pass on one answer of the engine: the outputs that the client asked for."""
