@@ -20,6 +20,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from adapters import LINEAR, LLAMA_CONFIG, Saved, lora_pair, save_adapter, save_llama_adapter, write_adapter
 from tritonlora.engine import EngineProfile, load_profile
@@ -244,6 +245,21 @@ def test_dora_with_another_base_model_is_refused(tmp_path: Path) -> None:
         match=r"is not the unquantised base.*give that one: .*layers\.0.*\(16, 16\), expected.*the same in layer 1",
     ):
         plan_layout(adapter, dtype="bfloat16", base=other.base)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8])
+def test_dora_with_a_quantised_base_model_is_refused(dtype: torch.dtype, tmp_path: Path) -> None:
+    """A weight that needs a scale next to it has other norms; float8 is refused although torch calls it floats."""
+    saved = save_llama_adapter(tmp_path, use_dora=True, target_modules=["q_proj"])
+    adapter = load_adapter(saved.adapter)
+    file = saved.base / "model.safetensors"
+    weights = {name: tensor.to(dtype) if "q_proj" in name else tensor for name, tensor in load_file(file).items()}
+    save_file(weights, file)
+
+    with pytest.raises(
+        UnsupportedAdapter, match=rf"is not the unquantised base.*q_proj\.weight' is {dtype} .*the same in layer 1"
+    ):
+        plan_layout(adapter, dtype="bfloat16", base=saved.base)
 
 
 def test_file_holds_what_pack_fills(tmp_path: Path) -> None:
