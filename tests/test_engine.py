@@ -53,7 +53,7 @@ def test_a_llama_has_lora_for_its_seven_linear_layers() -> None:
         "mlp_4h_to_h": (14336, 4096),
         "mlp_gate": (4096, 14336),
     } == {name: (dims.in_features, dims.out_features) for name, dims in profile.modules.items()}
-    assert ("bfloat16", 32, 64, 1) == (profile.dtype, profile.num_layers, profile.max_lora_rank, profile.tp_size)
+    assert ("bfloat16", 32, None, 1) == (profile.dtype, profile.num_layers, profile.max_lora_rank, profile.tp_size)
 
 
 def test_target_modules_and_dtype_can_be_given() -> None:
@@ -215,7 +215,7 @@ def test_load_profile_tells_an_engine_from_a_model(tmp_path: Path) -> None:
     (tmp_path / "hf" / "config.json").write_text(json.dumps(LLAMA_8B))
     (tmp_path / "engine" / "decoder" / "config.json").write_text(json.dumps(ENGINE))
 
-    assert 64 == load_profile(tmp_path / "hf" / "config.json").max_lora_rank
+    assert load_profile(tmp_path / "hf" / "config.json").max_lora_rank is None
     assert "float16" == load_profile(tmp_path / "hf", dtype="float16").dtype
     assert "bfloat16" == load_profile(tmp_path / "engine", dtype="float16").dtype
     assert 32 == load_profile(tmp_path / "engine").max_lora_rank

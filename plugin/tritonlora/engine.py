@@ -31,13 +31,18 @@ class EngineProfile:
     dtype: str  # "bfloat16", "float16" or "float32": what lora_weights must be
     num_layers: int
     modules: Mapping[str, ModuleDims]  # module name -> full dims, only those the engine has LoRA for; empty: no LoRA
-    max_lora_rank: int
+    max_lora_rank: int | None  # None: not known, for it is the engine's and not the model's
     tp_size: int = 1
     pp_size: int = 1
     max_beam_width: int = 1
     num_heads: int = 0  # 0 where it is not known; fused attention layers cannot be taken apart then
     num_kv_heads: int = 0
     head_size: int = 0
+
+    @property
+    def rank_limit(self) -> int:
+        """`max_lora_rank`; where it is not known, the most that lora_config can say."""
+        return (1 << 31) - 1 if self.max_lora_rank is None else self.max_lora_rank
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +130,7 @@ def profile_from_hf(
     config: Mapping[str, Any],
     source: str,
     *,
-    max_lora_rank: int = 64,
+    max_lora_rank: int | None = None,
     target_modules: Iterable[str] | None = None,
     dtype: str | None = None,
 ) -> EngineProfile:

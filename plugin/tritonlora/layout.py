@@ -274,7 +274,7 @@ def _check_row(row: Row, module: AdapterModule, out_features: int, profile: Engi
             f"{name} is {in_features} -> {out_features} in the adapter, but {dims.in_features} -> {dims.out_features} "
             f"in the engine; {_likely_cause(name, in_features, out_features, profile)}"
         )
-    if row.adapter_size > profile.max_lora_rank:
+    if row.adapter_size > profile.rank_limit:
         texts.append(
             f"{name} has rank {row.adapter_size}, the engine's max_lora_rank is {profile.max_lora_rank}; build the "
             "engine with a larger one"
