@@ -28,6 +28,7 @@ from tritonlora.errors import AdapterError, EngineMismatch, InvalidAdapter, Unsu
 from tritonlora.modules import BY_ID, BY_NAME, ModuleDims
 from tritonlora.pack import (
     Layout,
+    check_values,
     convert_file,
     lora_config,
     npy_header,
@@ -358,6 +359,47 @@ def test_float16_overflow_names_the_module(matrix: str, value: float, tmp_path: 
         UnsupportedAdapter, match=f"lora_{matrix} of '{Q}' has values too large for float16; convert to bf"
     ):
         packed(adapter, "float16")
+
+
+def test_allowed_nonfinite_values_do_not_hide_an_overflow(tmp_path: Path) -> None:
+    """--allow-nonfinite passes on what was NaN or infinite already, and nothing that only becomes so."""
+    tensors = {**lora_pair(Q, dtype=torch.float32), **lora_pair(V, dtype=torch.float32)}
+    tensors[f"{Q}.lora_B.weight"][0] = torch.tensor([float("nan"), 40000.0])
+    tensors[f"{V}.lora_A.weight"][0, 0] = float("inf")
+    adapter = load_adapter(write_adapter(tmp_path / "adapter", tensors))
+    layout = plan_layout(adapter, dtype="float16")
+
+    with pytest.raises(UnsupportedAdapter, match=rf"': lora_B of '{Q}' has values too large for float16[^\n]*$"):
+        convert_file(adapter, layout, tmp_path / "out", allow_nonfinite=True)
+    with pytest.raises(InvalidAdapter, match=rf"(?s)lora_A of '{V}' has NaN.*lora_B of '{Q}' has NaN.* too large"):
+        convert_file(adapter, layout, tmp_path / "out")
+
+
+def test_a_part_of_a_fused_layer_is_blamed_for_its_own_values(tmp_path: Path) -> None:
+    """A NaN in the outputs that become one row does not excuse what overflows in those of another."""
+    pair = lora_pair("model.layers.0.mlp.gate_up_proj", out_features=64, dtype=torch.float32)
+    lora_b = pair["model.layers.0.mlp.gate_up_proj.lora_B.weight"]
+    lora_b[0, 0], lora_b[63, 1] = float("nan"), 40000.0
+    adapter = load_adapter(write_adapter(tmp_path / "adapter", pair))
+
+    with pytest.raises(UnsupportedAdapter, match="lora_B of .* too large for float16"):
+        check_values(adapter, plan_layout(adapter, dtype="float16"), allow_nonfinite=True)
+
+
+def test_dora_of_nonfinite_weights_is_not_called_too_large(tmp_path: Path) -> None:
+    """The norm of a row with a NaN is one, and so is the magnitude over it."""
+    saved = save_llama_adapter(tmp_path, use_dora=True, target_modules=["q_proj"])
+    file = saved.adapter / "adapter_model.safetensors"
+    weights = load_file(file)
+    weights[f"base_model.model.{Q}.lora_B.weight"][0, 0] = float("nan")
+    save_file(weights, file)
+    adapter = load_adapter(saved.adapter)
+    layout = plan_layout(adapter, dtype="bfloat16", base=saved.base)
+
+    with pytest.raises(InvalidAdapter, match=r"lora_B of .* NaN .*\n.*normalised lora_magnitude_vector of .* NaN") as e:
+        convert_file(adapter, layout, tmp_path / "out", base=saved.base)
+    assert "too large" not in str(e.value)
+    convert_file(adapter, layout, tmp_path / "out", base=saved.base, allow_nonfinite=True)
 
 
 def test_large_sums_of_finite_values_are_not_taken_for_infinite(tmp_path: Path) -> None:
