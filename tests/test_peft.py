@@ -292,6 +292,19 @@ def test_alpha_of_patterns_that_peft_sorted_is_not_guessed(tmp_path: Path) -> No
         load_adapter(saved.adapter)
 
 
+def test_a_rank_shows_the_order_of_all_patterns(tmp_path: Path) -> None:
+    """Saving sorts both kinds, so that the alpha of a module whose own rank shows nothing is not known either."""
+    ranks = {"v_proj": 5, r"layers\.0\.self_attn\.v_proj": 1}
+    alphas = {"o_proj": 1, r"layers\.\d\.self_attn\.o_proj": 6}
+    plain = save_llama_adapter(tmp_path / "plain", alpha_pattern=alphas, r=2)
+    saved = save_llama_adapter(tmp_path / "saved", alpha_pattern=alphas, r=2, rank_pattern=ranks)
+
+    # Where no rank shows it, PEFT takes the first in the file, too.
+    assert 3.0 == load_adapter(plain.adapter).modules["model.layers.0.self_attn.o_proj"].scaling
+    with pytest.raises(InvalidAdapter, match=r"o_proj': several patterns of alpha_.*the same in layer 1"):
+        load_adapter(saved.adapter)
+
+
 def test_config_and_tensors_that_disagree_about_dora_are_refused(tmp_path: Path) -> None:
     """A magnitude that is missing is named, with what was expected."""
     with pytest.raises(InvalidAdapter, match=r"use_dora = true, but lora_magnitude_vector is missing; give two"):
