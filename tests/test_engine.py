@@ -104,8 +104,11 @@ def test_architecture_is_known_by_the_model_type_of_the_text_model(config: dict[
 
 
 def test_unknown_architecture_is_refused() -> None:
-    """An architecture that is not in the table is named."""
-    with pytest.raises(EngineMismatch, match="unknown architecture 'NewForCausalLM'.*without the base model"):
+    """An architecture that is not in the table is named, and DoRA is not sent round between --base and none."""
+    message = (
+        "unknown architecture 'NewForCausalLM'.*without the base model, unless it is a DoRA.*; merge any other into"
+    )
+    with pytest.raises(EngineMismatch, match=message):
         profile_from_hf({**LLAMA_8B, "architectures": ["NewForCausalLM"]}, "x")
 
 

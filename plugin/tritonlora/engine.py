@@ -150,7 +150,8 @@ def profile_from_hf(
         raise UnknownArchitecture(
             f"{source!r}: unknown architecture {name!r}, and unknown model_type {model_type!r}; expected one of the "
             f"{len(ARCHITECTURES)} that the README lists, as {', '.join(list(ARCHITECTURES)[:3])}; where all layers of "
-            "an adapter have names of those, it converts without the base model"
+            "an adapter have names of those, it converts without the base model, unless it is a DoRA adapter; merge "
+            "any other into the base model"
         )
     problems: list[str] = []
     sizes = _hf_sizes(text, architecture, problems)
