@@ -452,6 +452,8 @@ def test_every_field_that_peft_writes_by_default_is_accepted() -> None:
         (config_bytes(rank_pattern={"()" * 26 + "(.|[a-z_.0-9])" * 30 + "X": 1}), "too many alternatives and"),
         (config_bytes(rank_pattern={"(a|b)" * 2000: 1}), "a repeated group, flags, or too long"),
         (config_bytes(alpha_pattern={"(?x:(a+) +)": 1}), "a repeated group, flags"),
+        (b'{"r": ' + b"9" * 5000 + b"}", "'r' is inf, expected a positive integer$"),
+        (b'{"lora_alpha": -' + b"9" * 5000 + b"}", "'lora_alpha' is -inf, expected a number$"),
         (config_bytes(use_rslora="false"), "'use_rslora' is 'false', expected true or false"),
         (b'{"r": 2, "r": 4, "lora_alpha": 4}', "'r' occurs more than once"),
         (config_bytes(r=0, use_dora=1.5, lora_alpha=None), r"(?s)'r' is 0.*'lora_alpha' is None.*'use_dora' is 1\.5"),
