@@ -427,7 +427,10 @@ def test_threads_of_torch_are_as_before(tmp_path: Path) -> None:
         ({"dtype": "float16"}, "dtype is 'bfloat16', but the engine takes only its own, 'float16'"),
         ({"max_lora_rank": 1}, r"attn_q has rank 2, the engine's max_lora_rank is 1; build the engine .* \(layer 0\)"),
         ({"num_layers": 0}, "attn_q is in a layer the engine does not have: it has 0"),
-        ({"modules": {}}, "attn_q is not a LoRA target module of the engine, which has: none"),
+        (
+            {"modules": {}},
+            "attn_q is not among the LoRA target modules, which are: none; give the config.json of an engine that",
+        ),
         (
             {"modules": {"attn_q": ModuleDims(BY_NAME["attn_q"], 64, 32)}},
             "32 -> 32 in the adapter, but 64 -> 32",

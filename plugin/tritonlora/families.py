@@ -33,11 +33,12 @@ class Family:
     leaves: Mapping[str, Leaf]  # what stands after it
     sizes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # config.json keys where they are unusual
     conv1d: bool = False  # the layers are transformers' Conv1D, of which PEFT notes `fan_in_fan_out`
+    rare: frozenset[str] = frozenset()  # modules that few of its models have, and an engine where it says so
 
     @property
     def modules(self) -> frozenset[str]:
-        """Every LoRA module of the family, fused layers taken apart."""
-        return frozenset(module for leaf in self.leaves.values() for module in leaf.modules)
+        """Every LoRA module that all models of the family have, fused layers taken apart."""
+        return frozenset(module for leaf in self.leaves.values() for module in leaf.modules) - self.rare
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +94,13 @@ _TRANSFORMER_H = ("transformer.h", "h")
 _DECODER_LAYERS = ("model.decoder.layers", "decoder.layers")
 
 LLAMA = Family("Llama", _MODEL_LAYERS, _SEPARATE_ATTENTION | _GATED_MLP)
-# The expert layers are not here: their LoRA cannot be sent in a row per module.
-MIXTURE = Family("Mixture of experts", _MODEL_LAYERS, _SEPARATE_ATTENTION)
+# The expert layers are not here: their LoRA cannot be sent in a row per module. Some have layers without experts.
+MIXTURE = Family(
+    "Mixture of experts",
+    _MODEL_LAYERS,
+    _SEPARATE_ATTENTION | _GATED_MLP,
+    rare=frozenset({"mlp_h_to_4h", "mlp_gate", "mlp_4h_to_h"}),
+)
 # Built like Llama, but for an MLP that has no gate: up_proj goes through the activation.
 NEMOTRON = Family("Nemotron", _MODEL_LAYERS, _SEPARATE_ATTENTION | _UNGATED_MLP)
 GLM = Family(

@@ -268,7 +268,10 @@ def _check_row(row: Row, module: AdapterModule, out_features: int, profile: Engi
     dims = profile.modules.get(name)
     if dims is None:
         enabled = ", ".join(profile.modules) or "none"
-        texts.append(f"{name} is not a LoRA target module of the engine, which has: {enabled}")
+        texts.append(
+            f"{name} is not among the LoRA target modules, which are: {enabled}; give the config.json of an engine "
+            "that is built with it, or train without that layer"
+        )
     elif (in_features, out_features) != (dims.in_features, dims.out_features):
         texts.append(
             f"{name} is {in_features} -> {out_features} in the adapter, but {dims.in_features} -> {dims.out_features} "
