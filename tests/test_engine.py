@@ -84,6 +84,15 @@ def test_defaults_of_missing_keys_are_those_of_transformers(name: str) -> None:
     assert {key: config[key] for key in ARCHITECTURES[name].defaults} == dict(ARCHITECTURES[name].defaults)
 
 
+@pytest.mark.parametrize(("name", "gated"), [("T5", False), ("MT5", True), ("UMT5", True), ("LongT5", False)])
+def test_t5s_that_do_not_say_it_have_the_layers_of_their_class(name: str, gated: bool) -> None:
+    """A gate in the MLP, and heads of 64 whatever the hidden size."""
+    sizes = {"d_model": 128, "num_layers": 1, "num_heads": 4, "d_ff": 96, "dtype": "float16"}
+    profile = profile_from_hf({**sizes, "architectures": [f"{name}ForConditionalGeneration"]}, "t5")
+
+    assert (gated, 256) == ("mlp_gate" in profile.modules, profile.modules["attn_q"].out_features)
+
+
 def test_every_missing_size_is_named_at_once() -> None:
     """Nothing is made up for a config.json that lacks sizes, and one error says which."""
     with pytest.raises(EngineMismatch, match=r"(?s)'hidden_size'.*'num_attention_heads'.*dtype is None"):

@@ -304,7 +304,8 @@ def _experts(pretrained: Mapping[str, Any], problems: list[str]) -> int:
 
 
 def _hf_modules(config: Mapping[str, Any], architecture: Architecture) -> frozenset[str]:
-    if architecture.family is T5 and not str(config.get("feed_forward_proj", "relu")).startswith("gated"):
+    known = {"feed_forward_proj": "relu", **architecture.defaults, **config}
+    if architecture.family is T5 and not str(known["feed_forward_proj"]).startswith("gated"):
         return architecture.family.modules - {"mlp_gate"}
     return architecture.family.modules
 
