@@ -93,6 +93,16 @@ def test_t5s_that_do_not_say_it_have_the_layers_of_their_class(name: str, gated:
     assert (gated, 256) == ("mlp_gate" in profile.modules, profile.modules["attn_q"].out_features)
 
 
+def test_cohere2_divides_its_hidden_size_among_the_heads() -> None:
+    """The class's head_dim of 128 is that of its other sizes."""
+    sizes: dict[str, Any] = {"hidden_size": 1024, "num_hidden_layers": 1, "num_attention_heads": 16}
+    sizes["intermediate_size"] = 64
+    config = transformers.Cohere2Config(**sizes)
+    profile = profile_from_hf({**sizes, "architectures": ["Cohere2ForCausalLM"]}, "cohere2", dtype="float16")
+
+    assert config.head_dim == profile.head_size
+
+
 def test_every_missing_size_is_named_at_once() -> None:
     """Nothing is made up for a config.json that lacks sizes, and one error says which."""
     with pytest.raises(EngineMismatch, match=r"(?s)'hidden_size'.*'num_attention_heads'.*dtype is None"):

@@ -250,7 +250,7 @@ _TABLE = (
     Architecture("olmo2", "Olmo2ForCausalLM", LLAMA),
     Architecture("olmo3", "Olmo3ForCausalLM", LLAMA),
     Architecture("cohere", "CohereForCausalLM", LLAMA),
-    Architecture("cohere2", "Cohere2ForCausalLM", LLAMA, {"head_dim": 128}),
+    Architecture("cohere2", "Cohere2ForCausalLM", LLAMA),
     Architecture("stablelm", "StableLmForCausalLM", LLAMA, {"num_key_value_heads": 32}),
     Architecture("smollm3", "SmolLM3ForCausalLM", LLAMA, {"num_key_value_heads": 4}),
     Architecture("helium", "HeliumForCausalLM", LLAMA, {"num_key_value_heads": 20, "head_dim": 128}),
