@@ -361,6 +361,30 @@ def test_float16_overflow_names_the_module(matrix: str, value: float, tmp_path: 
         packed(adapter, "float16")
 
 
+@pytest.mark.parametrize("matrix", ["A", "B"])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_a_matrix_that_vanishes_in_float16_is_refused(stored: torch.dtype, matrix: str, tmp_path: Path) -> None:
+    """The layer would have no effect, in silence; in bfloat16 it has, and one that was zero before is sound."""
+    tensors = lora_pair(Q, dtype=stored)
+    tensors[f"{Q}.lora_{matrix}.weight"] *= 1e-9
+    tiny = load_adapter(write_adapter(tmp_path / "tiny", tensors))
+    tensors[f"{Q}.lora_{matrix}.weight"] *= 0
+    zero = load_adapter(write_adapter(tmp_path / "zero", tensors))
+
+    with pytest.raises(UnsupportedAdapter, match=f": lora_{matrix} of '{Q}' vanishes in float16; convert to bfloat16$"):
+        packed(tiny, "float16")
+    assert packed(tiny, "bfloat16")[1].count_nonzero() > packed(zero, "float16")[1].count_nonzero()
+
+
+def test_a_scaling_that_makes_lora_b_vanish_is_refused(tmp_path: Path) -> None:
+    """Where the adapter's values are float16 themselves; a scaling of zero is the adapter's own."""
+    tensors = lora_pair(Q, dtype=torch.float16)
+
+    with pytest.raises(UnsupportedAdapter, match=f"lora_B of '{Q}' vanishes in float16"):
+        packed(load_adapter(write_adapter(tmp_path / "tiny", tensors, lora_alpha=1e-9)), "float16")
+    assert packed(load_adapter(write_adapter(tmp_path / "zero", tensors, lora_alpha=0)), "float16")[1].any()
+
+
 def test_allowed_nonfinite_values_do_not_hide_an_overflow(tmp_path: Path) -> None:
     """--allow-nonfinite passes on what was NaN or infinite already, and nothing that only becomes so."""
     tensors = {**lora_pair(Q, dtype=torch.float32), **lora_pair(V, dtype=torch.float32)}

@@ -20,7 +20,7 @@ import contextlib
 import functools
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
@@ -67,7 +67,8 @@ def pack(
     """Fill `out` (shape `layout.weights_shape`, `layout.dtype`, contiguous, all zero), which may be a mapped file.
 
     `base` is the base model's checkpoint, for DoRA. Raises InvalidAdapter naming each tensor with NaN or infinite
-    values (unless `allow_nonfinite`), and UnsupportedAdapter naming each that is too large for `layout.dtype`.
+    values (unless `allow_nonfinite`), and UnsupportedAdapter naming each that is too large for `layout.dtype`, or
+    vanishes in it.
     """
 
     rows = _Rows(adapter, layout, base)
@@ -215,6 +216,7 @@ class _Rows:
         self._scratch = bytearray()
         self._nonfinite: set[str] = set()
         self._too_large: set[str] = set()
+        self._vanished: set[str] = set()
 
     def fill(self, index: int, place: _Place) -> memoryview:
         """Put the row's values at the start of `place`, and give their bytes."""
@@ -236,6 +238,9 @@ class _Rows:
             end += outputs
             row_magnitude, taken = place.part(b_end, end), torch.cat([magnitude[start:stop] for start, stop in ranges])
             row_magnitude.values.copy_(taken)
+        if self._layout.dtype == "float16":  # what is less than 3e-8 is zero in it
+            self._look_for("lora_A", module.path, row_a.values, lambda: _taken(lora_a, [(0, module.r)]))
+            self._look_for("lora_B", module.path, row_b.values, lambda: _taken(lora_b, ranges).float() * module.scaling)
         row = place.part(0, end)
         if not _all_finite(row.values):
             self._remember("lora_A", module.path, _taken(lora_a, [(0, module.r)]), row_a.values)
@@ -245,12 +250,13 @@ class _Rows:
         return row.memory
 
     def raise_unfit(self, *, allow_nonfinite: bool) -> None:
-        """One error with every tensor so far that is not finite (unless that is allowed), or does not stay so."""
+        """One error with every tensor so far that is not finite (unless allowed), does not stay so, or vanishes."""
         nonfinite = frozenset() if allow_nonfinite else self._nonfinite
         problems = [f"{tensor} has NaN or infinite values (--allow-nonfinite converts them)" for tensor in nonfinite]
         problems += [
             f"{tensor} has values too large for {self._layout.dtype}; convert to bfloat16" for tensor in self._too_large
         ]
+        problems += [f"{tensor} vanishes in {self._layout.dtype}; convert to bfloat16" for tensor in self._vanished]
         if problems:
             kind: type[AdapterError] = InvalidAdapter if nonfinite else UnsupportedAdapter
             heading = f"cannot convert the weights in {str(self._adapter.directory)!r}"
@@ -283,6 +289,12 @@ class _Rows:
             self._nonfinite.add(f"{what} of {path!r}")
         if (was & ~stays).any():
             self._too_large.add(f"{what} of {path!r}")
+
+    def _look_for(self, what: str, path: str, converted: torch.Tensor, original: Callable[[], torch.Tensor]) -> None:
+        """Remember `converted` where nothing of `original`, which is not all zero, is left in it."""
+        # The sum is what is fast.
+        if not converted.sum() and not converted.any() and original().any():
+            self._vanished.add(f"{what} of {path!r}")
 
 
 def _taken(stored: StoredTensor, ranges: Sequence[tuple[int, int]]) -> torch.Tensor:
