@@ -334,19 +334,18 @@ def test_convert_writes_both_files(capsys: pytest.CaptureFixture[str], adapter: 
     assert (1, 4, 3) == np.load(tmp_path / "npy" / "model.lora_config.npy").shape
 
 
-def test_convert_does_not_overwrite_the_adapter(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_convert_does_not_overwrite_an_adapter(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """PEFT's file may have the very name."""
-    adapter = synthetic_adapter(tmp_path / "adapter")
+    adapter, other = synthetic_adapter(tmp_path / "adapter"), synthetic_adapter(tmp_path / "elsewhere" / "other", 5)
     (adapter / "adapter_model.bin").write_bytes(b"mine")
-    code, _, err = run(capsys, "convert", adapter, adapter)
+    # Its own, another's, and its own in a directory of its name, as PEFT saves what is not called "default".
+    for source in (adapter, other, tmp_path):
+        code, _, err = run(capsys, "convert", source, adapter)
 
-    assert code == 1
-    assert "is the adapter's own file; choose another output directory" in err
-    assert (adapter / "adapter_model.bin").read_bytes() == b"mine"
-    # Nor where it is the adapter in a directory of its name, as PEFT saves what is not called "default".
-    code, _, err = run(capsys, "convert", tmp_path, adapter)
-    assert (1, True) == (code, "is the adapter's own file" in err)
-    assert (adapter / "adapter_model.bin").read_bytes() == b"mine"
+        assert (1, True) == (code, f"{str(adapter)!r} holds a PEFT adapter (adapter_config.json), whose own w" in err)
+        assert "; choose another output directory" in err
+        assert (adapter / "adapter_model.bin").read_bytes() == b"mine"
+    assert 0 == run(capsys, "convert", other, adapter, "--format", "npy", "--dtype", "float16")[0]
 
 
 @pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_config.bin"])

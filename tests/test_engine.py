@@ -53,7 +53,7 @@ def test_a_llama_has_lora_for_its_seven_linear_layers() -> None:
         "mlp_4h_to_h": (14336, 4096),
         "mlp_gate": (4096, 14336),
     } == {name: (dims.in_features, dims.out_features) for name, dims in profile.modules.items()}
-    assert ("bfloat16", 32, 64, 1) == (profile.dtype, profile.num_layers, profile.max_lora_rank, profile.tp_size)
+    assert ("bfloat16", 32, None, 1) == (profile.dtype, profile.num_layers, profile.max_lora_rank, profile.tp_size)
 
 
 def test_target_modules_and_dtype_can_be_given() -> None:
@@ -84,6 +84,25 @@ def test_defaults_of_missing_keys_are_those_of_transformers(name: str) -> None:
     assert {key: config[key] for key in ARCHITECTURES[name].defaults} == dict(ARCHITECTURES[name].defaults)
 
 
+@pytest.mark.parametrize(("name", "gated"), [("T5", False), ("MT5", True), ("UMT5", True), ("LongT5", False)])
+def test_t5s_that_do_not_say_it_have_the_layers_of_their_class(name: str, gated: bool) -> None:
+    """A gate in the MLP, and heads of 64 whatever the hidden size."""
+    sizes = {"d_model": 128, "num_layers": 1, "num_heads": 4, "d_ff": 96, "dtype": "float16"}
+    profile = profile_from_hf({**sizes, "architectures": [f"{name}ForConditionalGeneration"]}, "t5")
+
+    assert (gated, 256) == ("mlp_gate" in profile.modules, profile.modules["attn_q"].out_features)
+
+
+def test_cohere2_divides_its_hidden_size_among_the_heads() -> None:
+    """The class's head_dim of 128 is that of its other sizes."""
+    sizes: dict[str, Any] = {"hidden_size": 1024, "num_hidden_layers": 1, "num_attention_heads": 16}
+    sizes["intermediate_size"] = 64
+    config = transformers.Cohere2Config(**sizes)
+    profile = profile_from_hf({**sizes, "architectures": ["Cohere2ForCausalLM"]}, "cohere2", dtype="float16")
+
+    assert config.head_dim == profile.head_size
+
+
 def test_every_missing_size_is_named_at_once() -> None:
     """Nothing is made up for a config.json that lacks sizes, and one error says which."""
     with pytest.raises(EngineMismatch, match=r"(?s)'hidden_size'.*'num_attention_heads'.*dtype is None"):
@@ -104,8 +123,11 @@ def test_architecture_is_known_by_the_model_type_of_the_text_model(config: dict[
 
 
 def test_unknown_architecture_is_refused() -> None:
-    """An architecture that is not in the table is named."""
-    with pytest.raises(EngineMismatch, match="unknown architecture 'NewForCausalLM'.*without the base model"):
+    """An architecture that is not in the table is named, and DoRA is not sent round between --base and none."""
+    message = (
+        "unknown architecture 'NewForCausalLM'.*without the base model, unless it is a DoRA.*; merge any other into"
+    )
+    with pytest.raises(EngineMismatch, match=message):
         profile_from_hf({**LLAMA_8B, "architectures": ["NewForCausalLM"]}, "x")
 
 
@@ -215,7 +237,7 @@ def test_load_profile_tells_an_engine_from_a_model(tmp_path: Path) -> None:
     (tmp_path / "hf" / "config.json").write_text(json.dumps(LLAMA_8B))
     (tmp_path / "engine" / "decoder" / "config.json").write_text(json.dumps(ENGINE))
 
-    assert 64 == load_profile(tmp_path / "hf" / "config.json").max_lora_rank
+    assert load_profile(tmp_path / "hf" / "config.json").max_lora_rank is None
     assert "float16" == load_profile(tmp_path / "hf", dtype="float16").dtype
     assert "bfloat16" == load_profile(tmp_path / "engine", dtype="float16").dtype
     assert 32 == load_profile(tmp_path / "engine").max_lora_rank

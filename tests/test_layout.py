@@ -38,6 +38,22 @@ def test_layer_that_the_engines_model_has_not_is_refused(tmp_path: Path) -> None
         plan_layout(adapter, dtype="bfloat16", profile=PROFILE)
 
 
+def test_layers_without_experts_are_those_of_an_engine_that_has_lora_for_them(tmp_path: Path) -> None:
+    """The first layers of GLM-4.5 have a plain MLP; what its config.json says decides nothing about the engine."""
+    pairs = lora_pair("model.layers.0.self_attn.q_proj") | lora_pair("model.layers.0.mlp.up_proj")
+    adapter = load_adapter(write_adapter(tmp_path, pairs))
+    profile = replace(PROFILE, architecture="Glm4MoeForCausalLM")
+    rows = plan_layout(adapter, dtype="bfloat16", profile=profile).rows
+
+    assert ["attn_q", "mlp_gate"] == [row.module.name for row in rows]
+    with pytest.raises(EngineMismatch, match=r": mlp_gate is not among the LoRA .*: attn_q, attn_k, .* without that l"):
+        plan_layout(
+            adapter,
+            dtype="bfloat16",
+            profile=replace(profile, modules={name: profile.modules[name] for name in QKV}),
+        )
+
+
 @pytest.mark.parametrize(
     ("architecture", "module"),
     [("LlamaForCausalLM", "mlp_gate"), ("QWenForCausalLM", "mlp_gate"), ("NemotronForCausalLM", "mlp_h_to_4h")],

@@ -20,6 +20,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from adapters import LINEAR, LLAMA_CONFIG, Saved, lora_pair, save_adapter, save_llama_adapter, write_adapter
 from tritonlora.engine import EngineProfile, load_profile
@@ -27,6 +28,7 @@ from tritonlora.errors import AdapterError, EngineMismatch, InvalidAdapter, Unsu
 from tritonlora.modules import BY_ID, BY_NAME, ModuleDims
 from tritonlora.pack import (
     Layout,
+    check_values,
     convert_file,
     lora_config,
     npy_header,
@@ -246,6 +248,21 @@ def test_dora_with_another_base_model_is_refused(tmp_path: Path) -> None:
         plan_layout(adapter, dtype="bfloat16", base=other.base)
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8])
+def test_dora_with_a_quantised_base_model_is_refused(dtype: torch.dtype, tmp_path: Path) -> None:
+    """A weight that needs a scale next to it has other norms; float8 is refused although torch calls it floats."""
+    saved = save_llama_adapter(tmp_path, use_dora=True, target_modules=["q_proj"])
+    adapter = load_adapter(saved.adapter)
+    file = saved.base / "model.safetensors"
+    weights = {name: tensor.to(dtype) if "q_proj" in name else tensor for name, tensor in load_file(file).items()}
+    save_file(weights, file)
+
+    with pytest.raises(
+        UnsupportedAdapter, match=rf"is not the unquantised base.*q_proj\.weight' is {dtype} .*the same in layer 1"
+    ):
+        plan_layout(adapter, dtype="bfloat16", base=saved.base)
+
+
 def test_file_holds_what_pack_fills(tmp_path: Path) -> None:
     """The converted file is lora_weights in memory, byte for byte; an old longer file is replaced."""
     adapter = load_adapter(save_llama_adapter(tmp_path).adapter)
@@ -344,6 +361,71 @@ def test_float16_overflow_names_the_module(matrix: str, value: float, tmp_path: 
         packed(adapter, "float16")
 
 
+@pytest.mark.parametrize("matrix", ["A", "B"])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_a_matrix_that_vanishes_in_float16_is_refused(stored: torch.dtype, matrix: str, tmp_path: Path) -> None:
+    """The layer would have no effect, in silence; in bfloat16 it has, and one that was zero before is sound."""
+    tensors = lora_pair(Q, dtype=stored)
+    tensors[f"{Q}.lora_{matrix}.weight"] *= 1e-9
+    tiny = load_adapter(write_adapter(tmp_path / "tiny", tensors))
+    tensors[f"{Q}.lora_{matrix}.weight"] *= 0
+    zero = load_adapter(write_adapter(tmp_path / "zero", tensors))
+
+    with pytest.raises(UnsupportedAdapter, match=f": lora_{matrix} of '{Q}' vanishes in float16; convert to bfloat16$"):
+        packed(tiny, "float16")
+    assert packed(tiny, "bfloat16")[1].count_nonzero() > packed(zero, "float16")[1].count_nonzero()
+
+
+def test_a_scaling_that_makes_lora_b_vanish_is_refused(tmp_path: Path) -> None:
+    """Where the adapter's values are float16 themselves; a scaling of zero is the adapter's own."""
+    tensors = lora_pair(Q, dtype=torch.float16)
+
+    with pytest.raises(UnsupportedAdapter, match=f"lora_B of '{Q}' vanishes in float16"):
+        packed(load_adapter(write_adapter(tmp_path / "tiny", tensors, lora_alpha=1e-9)), "float16")
+    assert packed(load_adapter(write_adapter(tmp_path / "zero", tensors, lora_alpha=0)), "float16")[1].any()
+
+
+def test_allowed_nonfinite_values_do_not_hide_an_overflow(tmp_path: Path) -> None:
+    """--allow-nonfinite passes on what was NaN or infinite already, and nothing that only becomes so."""
+    tensors = {**lora_pair(Q, dtype=torch.float32), **lora_pair(V, dtype=torch.float32)}
+    tensors[f"{Q}.lora_B.weight"][0] = torch.tensor([float("nan"), 40000.0])
+    tensors[f"{V}.lora_A.weight"][0, 0] = float("inf")
+    adapter = load_adapter(write_adapter(tmp_path / "adapter", tensors))
+    layout = plan_layout(adapter, dtype="float16")
+
+    with pytest.raises(UnsupportedAdapter, match=rf"': lora_B of '{Q}' has values too large for float16[^\n]*$"):
+        convert_file(adapter, layout, tmp_path / "out", allow_nonfinite=True)
+    with pytest.raises(InvalidAdapter, match=rf"(?s)lora_A of '{V}' has NaN.*lora_B of '{Q}' has NaN.* too large"):
+        convert_file(adapter, layout, tmp_path / "out")
+
+
+def test_a_part_of_a_fused_layer_is_blamed_for_its_own_values(tmp_path: Path) -> None:
+    """A NaN in the outputs that become one row does not excuse what overflows in those of another."""
+    pair = lora_pair("model.layers.0.mlp.gate_up_proj", out_features=64, dtype=torch.float32)
+    lora_b = pair["model.layers.0.mlp.gate_up_proj.lora_B.weight"]
+    lora_b[0, 0], lora_b[63, 1] = float("nan"), 40000.0
+    adapter = load_adapter(write_adapter(tmp_path / "adapter", pair))
+
+    with pytest.raises(UnsupportedAdapter, match="lora_B of .* too large for float16"):
+        check_values(adapter, plan_layout(adapter, dtype="float16"), allow_nonfinite=True)
+
+
+def test_dora_of_nonfinite_weights_is_not_called_too_large(tmp_path: Path) -> None:
+    """The norm of a row with a NaN is one, and so is the magnitude over it."""
+    saved = save_llama_adapter(tmp_path, use_dora=True, target_modules=["q_proj"])
+    file = saved.adapter / "adapter_model.safetensors"
+    weights = load_file(file)
+    weights[f"base_model.model.{Q}.lora_B.weight"][0, 0] = float("nan")
+    save_file(weights, file)
+    adapter = load_adapter(saved.adapter)
+    layout = plan_layout(adapter, dtype="bfloat16", base=saved.base)
+
+    with pytest.raises(InvalidAdapter, match=r"lora_B of .* NaN .*\n.*normalised lora_magnitude_vector of .* NaN") as e:
+        convert_file(adapter, layout, tmp_path / "out", base=saved.base)
+    assert "too large" not in str(e.value)
+    convert_file(adapter, layout, tmp_path / "out", base=saved.base, allow_nonfinite=True)
+
+
 def test_large_sums_of_finite_values_are_not_taken_for_infinite(tmp_path: Path) -> None:
     """The quick check of a whole tensor never refuses a sound one."""
     tensors = {name: torch.full_like(tensor, 30000.0) for name, tensor in lora_pair(Q, dtype=torch.float16).items()}
@@ -369,7 +451,10 @@ def test_threads_of_torch_are_as_before(tmp_path: Path) -> None:
         ({"dtype": "float16"}, "dtype is 'bfloat16', but the engine takes only its own, 'float16'"),
         ({"max_lora_rank": 1}, r"attn_q has rank 2, the engine's max_lora_rank is 1; build the engine .* \(layer 0\)"),
         ({"num_layers": 0}, "attn_q is in a layer the engine does not have: it has 0"),
-        ({"modules": {}}, "attn_q is not a LoRA target module of the engine, which has: none"),
+        (
+            {"modules": {}},
+            "attn_q is not among the LoRA target modules, which are: none; give the config.json of an engine that",
+        ),
         (
             {"modules": {"attn_q": ModuleDims(BY_NAME["attn_q"], 64, 32)}},
             "32 -> 32 in the adapter, but 64 -> 32",

@@ -292,6 +292,19 @@ def test_alpha_of_patterns_that_peft_sorted_is_not_guessed(tmp_path: Path) -> No
         load_adapter(saved.adapter)
 
 
+def test_a_rank_shows_the_order_of_all_patterns(tmp_path: Path) -> None:
+    """Saving sorts both kinds, so that the alpha of a module whose own rank shows nothing is not known either."""
+    ranks = {"v_proj": 5, r"layers\.0\.self_attn\.v_proj": 1}
+    alphas = {"o_proj": 1, r"layers\.\d\.self_attn\.o_proj": 6}
+    plain = save_llama_adapter(tmp_path / "plain", alpha_pattern=alphas, r=2)
+    saved = save_llama_adapter(tmp_path / "saved", alpha_pattern=alphas, r=2, rank_pattern=ranks)
+
+    # Where no rank shows it, PEFT takes the first in the file, too.
+    assert 3.0 == load_adapter(plain.adapter).modules["model.layers.0.self_attn.o_proj"].scaling
+    with pytest.raises(InvalidAdapter, match=r"o_proj': several patterns of alpha_.*the same in layer 1"):
+        load_adapter(saved.adapter)
+
+
 def test_config_and_tensors_that_disagree_about_dora_are_refused(tmp_path: Path) -> None:
     """A magnitude that is missing is named, with what was expected."""
     with pytest.raises(InvalidAdapter, match=r"use_dora = true, but lora_magnitude_vector is missing; give two"):
@@ -439,6 +452,8 @@ def test_every_field_that_peft_writes_by_default_is_accepted() -> None:
         (config_bytes(rank_pattern={"()" * 26 + "(.|[a-z_.0-9])" * 30 + "X": 1}), "too many alternatives and"),
         (config_bytes(rank_pattern={"(a|b)" * 2000: 1}), "a repeated group, flags, or too long"),
         (config_bytes(alpha_pattern={"(?x:(a+) +)": 1}), "a repeated group, flags"),
+        (b'{"r": ' + b"9" * 5000 + b"}", "'r' is inf, expected a positive integer$"),
+        (b'{"lora_alpha": -' + b"9" * 5000 + b"}", "'lora_alpha' is -inf, expected a number$"),
         (config_bytes(use_rslora="false"), "'use_rslora' is 'false', expected true or false"),
         (b'{"r": 2, "r": 4, "lora_alpha": 4}', "'r' occurs more than once"),
         (config_bytes(r=0, use_dora=1.5, lora_alpha=None), r"(?s)'r' is 0.*'lora_alpha' is None.*'use_dora' is 1\.5"),

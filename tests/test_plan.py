@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 from hypothesis import example, given, settings
@@ -22,7 +22,12 @@ MIB = 2**20
 
 
 def profile_of(
-    dims: dict[str, tuple[int, int]], *, num_layers: int, tp_size: int = 1, pp_size: int = 1, max_lora_rank: int = 64
+    dims: dict[str, tuple[int, int]],
+    *,
+    num_layers: int,
+    tp_size: int = 1,
+    pp_size: int = 1,
+    max_lora_rank: int | None = 64,
 ) -> EngineProfile:
     modules = {name: ModuleDims(BY_NAME[name], *in_out) for name, in_out in dims.items()}
     return EngineProfile(
@@ -193,6 +198,16 @@ def test_rows_that_are_not_the_engines_are_all_named() -> None:
     ] == str(refused.value).splitlines()
 
 
+@pytest.mark.parametrize(("rank", "assumed"), [(8, 64), (128, 128)])
+def test_without_an_engine_the_rank_it_takes_is_assumed(rank: int, assumed: int) -> None:
+    """A base model has no max_lora_rank: it is trtllm-build's default, or the larger rank of an adapter."""
+    entries, parameters = [llama_adapter("a", rank)], {"lora_cache_max_adapter_size": "256"}
+    unknown, engine = replace(LLAMA_2_7B, max_lora_rank=None), replace(LLAMA_2_7B, max_lora_rank=assumed)
+
+    assert plan_cache(entries, engine, parameters) == plan_cache(entries, unknown, parameters)
+    assert what_if([], engine, {}, rank=rank, count=1) == what_if([], unknown, {}, rank=rank, count=1)
+
+
 def test_the_busiest_adapters_stay_warm() -> None:
     """30 of one page for 26: one page stays free for a cold one, so 25 are warm, and the rest carry weights."""
     entries = [llama_adapter(f"a{number:02}", 8) for number in range(30)]
@@ -241,7 +256,7 @@ def all_stay(entries: list[Entry], profile: EngineProfile, parameters: CachePara
         geometry = page_geometry(
             profile.modules,
             layers=layers,
-            max_lora_rank=profile.max_lora_rank,
+            max_lora_rank=profile.rank_limit,
             parameters=parameters,
             tp_size=profile.tp_size,
         )
@@ -293,7 +308,7 @@ def upstreams_pages(
 
     one_dim = {name: sum(local(name)) for name in SMALL}
     width = min(one_dim.values())
-    opt, largest = min(optimal, profile.max_lora_rank), min(64, profile.max_lora_rank)
+    opt, largest = min(optimal, profile.rank_limit), min(64, profile.rank_limit)
     per_layer = sum(opt * math.ceil(one / width) for one in one_dim.values())
     slots_per_page = max(per_layer * len(layers), math.ceil(largest * max(one_dim.values()) / width))
     page = used = 0

@@ -276,6 +276,16 @@ def test_an_adapter_of_a_rank_that_the_engine_has_not_is_refused(opened: Reposit
     assert not opened.warmup_directory.exists()
 
 
+def test_a_base_model_takes_adapters_of_any_rank(opened: Repository, tmp_path: Path) -> None:
+    """max_lora_rank is the engine's, and there is none."""
+    shutil.copytree(opened.target_directory / "1", tmp_path / "base")
+    register.set_parameters(opened, {"gpt_model_path": "/nowhere"})
+    adapter = synthetic_adapter(tmp_path / "big", r=128)
+    added = register.add(opened, "big", adapter, Options(dtype="float32", base=tmp_path / "base"))
+
+    assert ((128,), True) == (added.entry.adapter_sizes, added.entry.pages is not None)
+
+
 def test_the_base_model_says_which_architecture_an_engine_is(tmp_path: Path) -> None:
     """Where the engine's own name for it is not known: a Nemotron's up_proj has no gate."""
     config = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 96}

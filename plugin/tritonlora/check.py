@@ -162,7 +162,7 @@ def _row_problems(entry: AdapterEntry, rows: Rows, subject: Subject) -> Iterator
                 yield f"its rows are too short for {module.name} ({dims.in_features} to {dims.out_features})"
             if not 0 <= layer < profile.num_layers:
                 yield f"it has layer {layer}, and the engine has {profile.num_layers}"
-            if size > profile.max_lora_rank:
+            if size > profile.rank_limit:
                 yield f"it has rank {size}, and the engine's max_lora_rank is {profile.max_lora_rank}"
 
 

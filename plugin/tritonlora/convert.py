@@ -60,8 +60,11 @@ def convert(
     for path in (weights_path, config_path):
         if path.is_dir():
             raise RepositoryError(f"{str(path)!r} is a directory; choose another output directory")
-    if weights_path.exists() and out_directory.samefile(adapter.directory):
-        raise RepositoryError(f"{str(weights_path)!r} is the adapter's own file; choose another output directory")
+    if file_format == "bin" and (out_directory / "adapter_config.json").exists():
+        raise RepositoryError(
+            f"{str(out_directory)!r} holds a PEFT adapter (adapter_config.json), whose own weights may be called "
+            f"{weights_path.name}; choose another output directory"
+        )
     if dtype is None:
         dtypes = {
             str(tensor.dtype).removeprefix("torch.")

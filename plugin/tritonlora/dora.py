@@ -21,6 +21,8 @@ from tritonlora.peft import Adapter, AdapterModule
 from tritonlora.stored import StoredTensor
 
 _ROWS_AT_A_TIME = 1024
+# What quantised checkpoints store are not weights without their scales; float8 counts as floating-point in torch, too.
+_UNQUANTISED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def base_weights(adapter: Adapter, conv1d: Collection[str], base: Path) -> dict[str, StoredTensor]:
@@ -46,7 +48,7 @@ def base_weights(adapter: Adapter, conv1d: Collection[str], base: Path) -> dict[
         weight = tensors[names[0]]
         expected = (module.lora_B.shape[0], module.lora_A.shape[1])
         expected = expected[::-1] if path in conv1d else expected
-        if weight.shape != expected or not weight.dtype.is_floating_point:
+        if weight.shape != expected or weight.dtype not in _UNQUANTISED:
             problems.append(f"{path!r}: {names[0]!r} is {weight.dtype} {weight.shape}, expected floats {expected}")
         found[path] = weight
     if problems:

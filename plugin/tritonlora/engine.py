@@ -31,13 +31,18 @@ class EngineProfile:
     dtype: str  # "bfloat16", "float16" or "float32": what lora_weights must be
     num_layers: int
     modules: Mapping[str, ModuleDims]  # module name -> full dims, only those the engine has LoRA for; empty: no LoRA
-    max_lora_rank: int
+    max_lora_rank: int | None  # None: not known, for it is the engine's and not the model's
     tp_size: int = 1
     pp_size: int = 1
     max_beam_width: int = 1
     num_heads: int = 0  # 0 where it is not known; fused attention layers cannot be taken apart then
     num_kv_heads: int = 0
     head_size: int = 0
+
+    @property
+    def rank_limit(self) -> int:
+        """`max_lora_rank`; where it is not known, the most that lora_config can say."""
+        return (1 << 31) - 1 if self.max_lora_rank is None else self.max_lora_rank
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +130,7 @@ def profile_from_hf(
     config: Mapping[str, Any],
     source: str,
     *,
-    max_lora_rank: int = 64,
+    max_lora_rank: int | None = None,
     target_modules: Iterable[str] | None = None,
     dtype: str | None = None,
 ) -> EngineProfile:
@@ -145,7 +150,8 @@ def profile_from_hf(
         raise UnknownArchitecture(
             f"{source!r}: unknown architecture {name!r}, and unknown model_type {model_type!r}; expected one of the "
             f"{len(ARCHITECTURES)} that the README lists, as {', '.join(list(ARCHITECTURES)[:3])}; where all layers of "
-            "an adapter have names of those, it converts without the base model"
+            "an adapter have names of those, it converts without the base model, unless it is a DoRA adapter; merge "
+            "any other into the base model"
         )
     problems: list[str] = []
     sizes = _hf_sizes(text, architecture, problems)
@@ -298,7 +304,8 @@ def _experts(pretrained: Mapping[str, Any], problems: list[str]) -> int:
 
 
 def _hf_modules(config: Mapping[str, Any], architecture: Architecture) -> frozenset[str]:
-    if architecture.family is T5 and not str(config.get("feed_forward_proj", "relu")).startswith("gated"):
+    known = {"feed_forward_proj": "relu", **architecture.defaults, **config}
+    if architecture.family is T5 and not str(known["feed_forward_proj"]).startswith("gated"):
         return architecture.family.modules - {"mlp_gate"}
     return architecture.family.modules
 

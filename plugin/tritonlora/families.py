@@ -33,11 +33,12 @@ class Family:
     leaves: Mapping[str, Leaf]  # what stands after it
     sizes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # config.json keys where they are unusual
     conv1d: bool = False  # the layers are transformers' Conv1D, of which PEFT notes `fan_in_fan_out`
+    rare: frozenset[str] = frozenset()  # modules that few of its models have, and an engine where it says so
 
     @property
     def modules(self) -> frozenset[str]:
-        """Every LoRA module of the family, fused layers taken apart."""
-        return frozenset(module for leaf in self.leaves.values() for module in leaf.modules)
+        """Every LoRA module that all models of the family have, fused layers taken apart."""
+        return frozenset(module for leaf in self.leaves.values() for module in leaf.modules) - self.rare
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ class Architecture:
     model_type: str  # in config.json, or in its `text_config`
     name: str  # in config.json's `architectures`
     family: Family
-    defaults: Mapping[str, int] = field(default_factory=dict)  # what a missing key of config.json means
+    defaults: Mapping[str, int | str] = field(default_factory=dict)  # what a missing key of config.json means
 
 
 def _leaves(prefix: str, **names: str) -> dict[str, Leaf]:
@@ -93,8 +94,13 @@ _TRANSFORMER_H = ("transformer.h", "h")
 _DECODER_LAYERS = ("model.decoder.layers", "decoder.layers")
 
 LLAMA = Family("Llama", _MODEL_LAYERS, _SEPARATE_ATTENTION | _GATED_MLP)
-# The expert layers are not here: their LoRA cannot be sent in a row per module.
-MIXTURE = Family("Mixture of experts", _MODEL_LAYERS, _SEPARATE_ATTENTION)
+# The expert layers are not here: their LoRA cannot be sent in a row per module. Some have layers without experts.
+MIXTURE = Family(
+    "Mixture of experts",
+    _MODEL_LAYERS,
+    _SEPARATE_ATTENTION | _GATED_MLP,
+    rare=frozenset({"mlp_h_to_4h", "mlp_gate", "mlp_4h_to_h"}),
+)
 # Built like Llama, but for an MLP that has no gate: up_proj goes through the activation.
 NEMOTRON = Family("Nemotron", _MODEL_LAYERS, _SEPARATE_ATTENTION | _UNGATED_MLP)
 GLM = Family(
@@ -220,6 +226,7 @@ T5 = Family(
 )
 
 _GEMMA2 = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256}
+_MT5: Mapping[str, int | str] = {"d_kv": 64, "feed_forward_proj": "gated-gelu"}
 _TABLE = (
     Architecture("llama", "LlamaForCausalLM", LLAMA),
     Architecture("mistral", "MistralForCausalLM", LLAMA, {"num_key_value_heads": 8}),
@@ -243,12 +250,12 @@ _TABLE = (
     Architecture("olmo2", "Olmo2ForCausalLM", LLAMA),
     Architecture("olmo3", "Olmo3ForCausalLM", LLAMA),
     Architecture("cohere", "CohereForCausalLM", LLAMA),
-    Architecture("cohere2", "Cohere2ForCausalLM", LLAMA, {"head_dim": 128}),
-    Architecture("stablelm", "StableLmForCausalLM", LLAMA),
+    Architecture("cohere2", "Cohere2ForCausalLM", LLAMA),
+    Architecture("stablelm", "StableLmForCausalLM", LLAMA, {"num_key_value_heads": 32}),
     Architecture("smollm3", "SmolLM3ForCausalLM", LLAMA, {"num_key_value_heads": 4}),
-    Architecture("helium", "HeliumForCausalLM", LLAMA, {"head_dim": 128}),
+    Architecture("helium", "HeliumForCausalLM", LLAMA, {"num_key_value_heads": 20, "head_dim": 128}),
     Architecture("ernie4_5", "Ernie4_5ForCausalLM", LLAMA, {"num_key_value_heads": 2, "head_dim": 128}),
-    Architecture("exaone4", "Exaone4ForCausalLM", LLAMA),
+    Architecture("exaone4", "Exaone4ForCausalLM", LLAMA, {"num_key_value_heads": 32}),
     Architecture("seed_oss", "SeedOssForCausalLM", LLAMA, {"num_key_value_heads": 8, "head_dim": 128}),
     Architecture("hyperclovax", "HyperCLOVAXForCausalLM", LLAMA),
     Architecture("cwm", "CwmForCausalLM", LLAMA, {"num_key_value_heads": 8, "head_dim": 128}),
@@ -311,10 +318,10 @@ _TABLE = (
     Architecture("minimax_m2", "MiniMaxM2ForCausalLM", MIXTURE, {"num_key_value_heads": 8, "head_dim": 128}),
     Architecture("gpt_oss", "GptOssForCausalLM", MIXTURE, {"num_key_value_heads": 8, "head_dim": 64}),
     Architecture("llama4_text", "Llama4ForCausalLM", MIXTURE, {"num_key_value_heads": 8, "head_dim": 128}),
-    Architecture("t5", "T5ForConditionalGeneration", T5),
-    Architecture("mt5", "MT5ForConditionalGeneration", T5),
-    Architecture("umt5", "UMT5ForConditionalGeneration", T5),
-    Architecture("longt5", "LongT5ForConditionalGeneration", T5),
+    Architecture("t5", "T5ForConditionalGeneration", T5, {"d_kv": 64}),
+    Architecture("mt5", "MT5ForConditionalGeneration", T5, _MT5),
+    Architecture("umt5", "UMT5ForConditionalGeneration", T5, _MT5),
+    Architecture("longt5", "LongT5ForConditionalGeneration", T5, {"d_kv": 64}),
     Architecture("bart", "BartForConditionalGeneration", BART),
     Architecture("mbart", "MBartForConditionalGeneration", BART),
     Architecture("pegasus", "PegasusForConditionalGeneration", BART),

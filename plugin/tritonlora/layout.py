@@ -268,13 +268,16 @@ def _check_row(row: Row, module: AdapterModule, out_features: int, profile: Engi
     dims = profile.modules.get(name)
     if dims is None:
         enabled = ", ".join(profile.modules) or "none"
-        texts.append(f"{name} is not a LoRA target module of the engine, which has: {enabled}")
+        texts.append(
+            f"{name} is not among the LoRA target modules, which are: {enabled}; give the config.json of an engine "
+            "that is built with it, or train without that layer"
+        )
     elif (in_features, out_features) != (dims.in_features, dims.out_features):
         texts.append(
             f"{name} is {in_features} -> {out_features} in the adapter, but {dims.in_features} -> {dims.out_features} "
             f"in the engine; {_likely_cause(name, in_features, out_features, profile)}"
         )
-    if row.adapter_size > profile.max_lora_rank:
+    if row.adapter_size > profile.rank_limit:
         texts.append(
             f"{name} has rank {row.adapter_size}, the engine's max_lora_rank is {profile.max_lora_rank}; build the "
             "engine with a larger one"

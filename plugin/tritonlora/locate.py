@@ -67,6 +67,8 @@ def why_not(path: str) -> str:
     """Why `locate(path)` finds nothing, with the remedy."""
     if wrapper := _WRAPPER.search(path):
         return f"saved through a wrapper ({wrapper[0].strip('.')}); unwrap the model before save_pretrained"
+    if path.startswith("base_model.model."):  # what stands there once is not a part of `path`
+        return "saved through PEFT twice (base_model.model.); call get_peft_model once, on the model itself"
     reason = next(reason for pattern, reason in _WHY_NOT if re.search(pattern, path))
     return (
         f"{reason}; train without it (`target_modules` or `exclude_modules`), or merge the adapter into the base model"

@@ -20,7 +20,7 @@ import contextlib
 import functools
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
@@ -67,15 +67,15 @@ def pack(
     """Fill `out` (shape `layout.weights_shape`, `layout.dtype`, contiguous, all zero), which may be a mapped file.
 
     `base` is the base model's checkpoint, for DoRA. Raises InvalidAdapter naming each tensor with NaN or infinite
-    values (unless `allow_nonfinite`), and UnsupportedAdapter naming each that is too large for `layout.dtype`.
+    values (unless `allow_nonfinite`), and UnsupportedAdapter naming each that is too large for `layout.dtype`, or
+    vanishes in it.
     """
 
     rows = _Rows(adapter, layout, base)
     with _threads(layout):
         for index in range(len(layout.rows)):
             rows.fill(index, _Place(out[index]))
-    if not allow_nonfinite:
-        rows.raise_nonfinite()
+    rows.raise_unfit(allow_nonfinite=allow_nonfinite)
 
 
 def convert_file(
@@ -100,8 +100,7 @@ def convert_file(
             _write_rows(rows, layout, file.fileno(), len(header))
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
-    if not allow_nonfinite:
-        rows.raise_nonfinite()
+    rows.raise_unfit(allow_nonfinite=allow_nonfinite)
 
 
 def check_values(adapter: Adapter, layout: Layout, *, allow_nonfinite: bool = False) -> None:
@@ -112,8 +111,7 @@ def check_values(adapter: Adapter, layout: Layout, *, allow_nonfinite: bool = Fa
     with _threads(layout):
         for index in range(len(layout.rows)):
             rows.fill(index, place)
-    if not allow_nonfinite:
-        rows.raise_nonfinite()
+    rows.raise_unfit(allow_nonfinite=allow_nonfinite)
 
 
 def npy_header(shape: Sequence[int], dtype: str) -> bytes:
@@ -218,6 +216,7 @@ class _Rows:
         self._scratch = bytearray()
         self._nonfinite: set[str] = set()
         self._too_large: set[str] = set()
+        self._vanished: set[str] = set()
 
     def fill(self, index: int, place: _Place) -> memoryview:
         """Put the row's values at the start of `place`, and give their bytes."""
@@ -237,26 +236,29 @@ class _Rows:
         if module.magnitude is not None:
             magnitude = self._magnitude_of(module.path)
             end += outputs
-            row_magnitude = place.part(b_end, end)
-            row_magnitude.values.copy_(torch.cat([magnitude[start:stop] for start, stop in ranges]))
+            row_magnitude, taken = place.part(b_end, end), torch.cat([magnitude[start:stop] for start, stop in ranges])
+            row_magnitude.values.copy_(taken)
+        if self._layout.dtype == "float16":  # what is less than 3e-8 is zero in it
+            self._look_for("lora_A", module.path, row_a.values, lambda: _taken(lora_a, [(0, module.r)]))
+            self._look_for("lora_B", module.path, row_b.values, lambda: _taken(lora_b, ranges).float() * module.scaling)
         row = place.part(0, end)
         if not _all_finite(row.values):
-            self._remember("lora_A", module.path, lora_a, row_a.values)
-            self._remember("lora_B", module.path, lora_b, row_b.values)
+            self._remember("lora_A", module.path, _taken(lora_a, [(0, module.r)]), row_a.values)
+            self._remember("lora_B", module.path, _taken(lora_b, ranges), row_b.values)
             if module.magnitude is not None:
-                self._remember("lora_magnitude_vector", module.path, module.magnitude, row_magnitude.values)
+                self._remember("normalised lora_magnitude_vector", module.path, taken, row_magnitude.values)
         return row.memory
 
-    def raise_nonfinite(self) -> None:
-        """One error with every tensor so far that is not finite, or does not stay so."""
-        problems = [
-            f"{tensor} has NaN or infinite values (--allow-nonfinite converts them)" for tensor in self._nonfinite
-        ]
+    def raise_unfit(self, *, allow_nonfinite: bool) -> None:
+        """One error with every tensor so far that is not finite (unless allowed), does not stay so, or vanishes."""
+        nonfinite = frozenset() if allow_nonfinite else self._nonfinite
+        problems = [f"{tensor} has NaN or infinite values (--allow-nonfinite converts them)" for tensor in nonfinite]
         problems += [
             f"{tensor} has values too large for {self._layout.dtype}; convert to bfloat16" for tensor in self._too_large
         ]
+        problems += [f"{tensor} vanishes in {self._layout.dtype}; convert to bfloat16" for tensor in self._vanished]
         if problems:
-            kind: type[AdapterError] = InvalidAdapter if self._nonfinite else UnsupportedAdapter
+            kind: type[AdapterError] = InvalidAdapter if nonfinite else UnsupportedAdapter
             heading = f"cannot convert the weights in {str(self._adapter.directory)!r}"
             raise kind(one_message(heading, merge_layers(sorted(problems))))
 
@@ -281,9 +283,26 @@ class _Rows:
             memory = memory[nbytes:]
         return values
 
-    def _remember(self, what: str, path: str, original: StoredTensor, converted: torch.Tensor) -> None:
-        if not _all_finite(converted):
-            (self._too_large if _all_finite(original.load()) else self._nonfinite).add(f"{what} of {path!r}")
+    def _remember(self, what: str, path: str, original: torch.Tensor, converted: torch.Tensor) -> None:
+        was, stays = original.isfinite(), converted.isfinite()
+        if not was.all():
+            self._nonfinite.add(f"{what} of {path!r}")
+        if (was & ~stays).any():
+            self._too_large.add(f"{what} of {path!r}")
+
+    def _look_for(self, what: str, path: str, converted: torch.Tensor, original: Callable[[], torch.Tensor]) -> None:
+        """Remember `converted` where nothing of `original`, which is not all zero, is left in it."""
+        # The sum is what is fast.
+        if not converted.sum() and not converted.any() and original().any():
+            self._vanished.add(f"{what} of {path!r}")
+
+
+def _taken(stored: StoredTensor, ranges: Sequence[tuple[int, int]]) -> torch.Tensor:
+    """The rows `ranges` of a matrix, flat, as they are stored."""
+    import torch
+
+    rows = stored.load()
+    return torch.cat([rows[start:stop] for start, stop in ranges]).view(-1)
 
 
 def _normalised_magnitude(

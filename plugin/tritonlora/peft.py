@@ -137,6 +137,8 @@ def _modules(
                 scaling=config.scaling_of(path, rank),
                 magnitude=group.tensors.get("magnitude"),
             )
+    if config is not None:
+        problems.invalid += _order_problems(modules, config)
     if not groups and not problems:
         problems.invalid.append("there is no LoRA tensor in it; save the adapter again")
     return modules
@@ -212,13 +214,21 @@ def _rank_problems(path: str, shape_a: tuple[int, ...], config: AdapterConfig) -
             f"{path!r}: lora_A is {shape_a}, but adapter_config.json says r = {stated}; give two files that were saved "
             "together"
         ]
-    # The order of the patterns is not that of the training then.
-    if rank != ranks[0] and len(set(config.alphas_of(path))) > 1:
-        return [
-            f"{path!r}: several patterns of alpha_pattern match, and PEFT's save_pretrained sorts them, so that "
-            "nothing tells which counted in training; write patterns of which only one matches"
-        ]
     return []
+
+
+def _order_problems(modules: Mapping[str, AdapterModule], config: AdapterConfig) -> list[str]:
+    """A rank that is not the first that its patterns say shows that their order, in all of the file, is not that of the
+    training. PEFT itself cannot load such an adapter.
+    """
+    if all(module.r == config.ranks_of(path)[0] for path, module in modules.items()):
+        return []
+    return [
+        f"{path!r}: several patterns of alpha_pattern match, and PEFT's save_pretrained sorts them, so that nothing "
+        "tells which counted in training; write patterns of which only one matches"
+        for path in modules
+        if len(set(config.alphas_of(path))) > 1
+    ]
 
 
 def _adapter_directory(path: Path) -> Path:

@@ -12,6 +12,7 @@ import functools
 import json
 import math
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -67,7 +68,7 @@ def parse_config(text: bytes) -> AdapterConfig:
         return found
 
     try:
-        raw = json.loads(text.decode(), object_pairs_hook=as_dict)
+        raw = json.loads(text.decode(), object_pairs_hook=as_dict, parse_int=_integer)
     except (ValueError, RecursionError) as error:
         raise InvalidAdapter(f"adapter_config.json is not JSON; save the adapter again: {error}") from error
     if not isinstance(raw, dict):
@@ -230,6 +231,11 @@ def _broken_fields(raw: Mapping[str, Any]) -> list[str]:
                 f"{name} has too many alternatives and repetitions in its regular expressions; write the layers' names"
             )
     return problems
+
+
+def _integer(digits: str) -> int | float:
+    """Infinity, which every field refuses, for what is too long for Python to read as an integer."""
+    return int(digits) if len(digits) <= sys.int_info.str_digits_check_threshold else float(digits)
 
 
 def _base_model_class(auto_mapping: object) -> str:

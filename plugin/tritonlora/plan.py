@@ -28,6 +28,7 @@ from tritonlora.modules import BY_ID
 Rows = tuple[tuple[int, ...], ...]  # lora_config, row by row
 
 _USUAL_RANKS = (8, 16, 32, 64)
+_DEFAULT_MAX_LORA_RANK = 64
 _SHM_GROWTH = 2 * 1024**2  # a stub's region grows in steps and holds the request's other tensors too
 
 
@@ -131,6 +132,9 @@ def plan_cache(entries: Sequence[Entry], profile: EngineProfile, parameters: Map
     EngineMismatch: the engine has no LoRA at all, or rows name modules, layers or sizes that it does not take.
     """
     _check(entries, profile)
+    if profile.max_lora_rank is None:  # trtllm-build's default, unless an adapter is for an engine that takes more
+        most = max((row[2] for entry in entries for row in entry.rows), default=0)
+        profile = replace(profile, max_lora_rank=max(_DEFAULT_MAX_LORA_RANK, most))
     in_effect, remarks = parse_parameters(parameters)
     geometries = _geometries(profile, in_effect)
     pages = [_pages_by_rows(entries, geometry) for geometry in geometries]
@@ -176,8 +180,8 @@ def what_if(
 
     EngineMismatch as for `plan_cache`, and when the engine does not take that rank.
     """
-    if profile.modules and not 0 < rank <= profile.max_lora_rank:
-        raise EngineMismatch(f"{profile.source}: the engine takes ranks 1 to {profile.max_lora_rank}, not {rank}")
+    if profile.modules and not 0 < rank <= profile.rank_limit:
+        raise EngineMismatch(f"{profile.source}: the engine takes ranks 1 to {profile.rank_limit}, not {rank}")
     rows = _full_rows(profile, rank)
     width = max((rank * (dims.in_features + dims.out_features) for dims in profile.modules.values()), default=0)
     weights_nbytes = len(rows) * width * ELEMENT_SIZES[profile.dtype]
@@ -223,12 +227,12 @@ def _check(entries: Sequence[Entry], profile: EngineProfile) -> None:
     for entry in entries:
         modules = {row[0] for row in entry.rows} - enabled
         layers = {row[1] for row in entry.rows if not 0 <= row[1] < profile.num_layers}
-        sizes = {row[2] for row in entry.rows if not 0 < row[2] <= profile.max_lora_rank}
+        sizes = {row[2] for row in entry.rows if not 0 < row[2] <= profile.rank_limit}
         problems += [
             f"{entry.name!r}: module {_module_name(id_)} is not enabled in the engine" for id_ in sorted(modules)
         ]
         problems += [f"{entry.name!r}: layer {layer} of {profile.num_layers} layers" for layer in sorted(layers)]
-        problems += [f"{entry.name!r}: rank {r}, the engine takes 1 to {profile.max_lora_rank}" for r in sorted(sizes)]
+        problems += [f"{entry.name!r}: rank {r}, the engine takes 1 to {profile.rank_limit}" for r in sorted(sizes)]
     if problems:
         raise EngineMismatch(one_message(f"adapters that are not for the engine of {profile.source}", problems))
 
@@ -242,7 +246,7 @@ def _geometries(profile: EngineProfile, parameters: CacheParameters) -> list[Pag
         page_geometry(
             profile.modules,
             layers=layers,
-            max_lora_rank=profile.max_lora_rank,
+            max_lora_rank=profile.rank_limit,
             parameters=parameters,
             element_size=ELEMENT_SIZES[profile.dtype],
             tp_size=profile.tp_size,
@@ -266,7 +270,7 @@ def _room(
 ) -> dict[int, int]:
     sizes = {row[2] for entry in entries for row in entry.rows}.union(_USUAL_RANKS)
     room = {}
-    for size in sorted(size for size in sizes if size <= profile.max_lora_rank):
+    for size in sorted(size for size in sizes if size <= profile.rank_limit):
         rows = _full_rows(profile, size)
         free = [
             rank.free_pages // geometry.pages(rows) if rank.refusal is None else 0
@@ -290,7 +294,7 @@ def _cheapest(entries: Sequence[Entry], profile: EngineProfile, in_effect: Cache
             candidates.add(max(1, -(-slots // geometry.slots_per_page)))
 
     options = []
-    for optimal in {min(size, profile.max_lora_rank) for size in candidates}:
+    for optimal in {min(size, profile.rank_limit) for size in candidates}:
         option = replace(in_effect, optimal_adapter_size=optimal, max_adapter_size=largest)
         options.append(replace(option, host_memory_bytes=_needed(entries, profile, option)))
     best = min(options, key=lambda option: (option.host_memory_bytes, -option.optimal_adapter_size))

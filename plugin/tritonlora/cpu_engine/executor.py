@@ -240,12 +240,12 @@ class Executor(Generic[AdapterT, StateT]):
 
 def _geometry(profile: EngineProfile, parameters: CacheParameters) -> PageGeometry | None:
     """None for an engine without LoRA: it takes LoRA inputs and ignores them (upstream's NoOpPeftCacheManager)."""
-    if not profile.modules or profile.max_lora_rank <= 0:
+    if not profile.modules or profile.rank_limit <= 0:
         return None
     geometry = page_geometry(
         profile.modules,
         layers=layer_ranges(profile.num_layers, profile.pp_size)[0],
-        max_lora_rank=profile.max_lora_rank,
+        max_lora_rank=profile.rank_limit,
         parameters=parameters,
         element_size=ELEMENT_SIZES[profile.dtype],
         tp_size=profile.tp_size,

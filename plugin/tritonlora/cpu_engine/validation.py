@@ -78,8 +78,8 @@ def _check_row(row: list[int], width: int, profile: EngineProfile) -> None:
     elements = adapter_size * (dims.in_features + dims.out_features) + magnitude
     _expect(elements <= width, f"lora_weights has to few values for {name}")
     _expect(
-        adapter_size <= profile.max_lora_rank,
-        f"Invalid low_rank ({adapter_size}). low_rank must be smaller than mMaxLowRank ({profile.max_lora_rank})",
+        adapter_size <= profile.rank_limit,
+        f"Invalid low_rank ({adapter_size}). low_rank must be smaller than mMaxLowRank ({profile.rank_limit})",
     )
 
 
