@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import json
+import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ import peft
 import torch
 import transformers
 from safetensors.torch import save_file
+
+from tritonlora.pack import Layout, convert_file
+from tritonlora.peft import Adapter
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -110,6 +114,15 @@ def write_adapter(
         directory / "adapter_model.safetensors",
     )
     return directory
+
+
+def lora_weights(adapter: Adapter, layout: Layout, *, base: Path | None = None) -> torch.Tensor:
+    """What `convert_file` writes: (n, W) of `layout.dtype`."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "lora_weights"
+        convert_file(adapter, layout, path, base=base)
+        content = bytearray(path.read_bytes())
+    return torch.frombuffer(content, dtype=getattr(torch, layout.dtype)).view(layout.weights_shape)
 
 
 def lora_pair(

@@ -13,7 +13,7 @@ import torch
 import transformers
 
 import peft_oracle
-from adapters import LLAMA_CONFIG, Saved, save_adapter, save_llama_adapter
+from adapters import LLAMA_CONFIG, Saved, lora_weights, save_adapter, save_llama_adapter
 from engine_client import Received, ask, config_directory, tensors_of
 from peft_oracle import EOS, load_peft
 from tritonlora.cpu_engine.engine import CpuEngine, load_engine
@@ -21,7 +21,7 @@ from tritonlora.cpu_engine.request import GenerationRequest, Sampling
 from tritonlora.cpu_engine.sampling import choose_token
 from tritonlora.engine import load_profile
 from tritonlora.errors import EngineMismatch
-from tritonlora.pack import lora_config, pack, plan_layout
+from tritonlora.pack import lora_config, plan_layout
 from tritonlora.peft import load_adapter
 
 PROMPTS = ([5, 17, 3, 42], [9, 9, 1], [60, 2, 33, 21, 8, 30])
@@ -55,9 +55,10 @@ def wire(saved: Saved) -> dict[str, torch.Tensor]:
     """The adapter's two tensors as they are sent, in the base model's dtype."""
     adapter, profile = load_adapter(saved.adapter), load_profile(saved.base)
     layout = plan_layout(adapter, dtype=profile.dtype, profile=profile, base=saved.base)
-    weights = torch.zeros(layout.weights_shape, dtype=getattr(torch, profile.dtype))
-    pack(adapter, layout, weights, base=saved.base)
-    return {"lora_weights": weights[None], "lora_config": lora_config(layout)[None]}
+    return {
+        "lora_weights": lora_weights(adapter, layout, base=saved.base)[None],
+        "lora_config": lora_config(layout)[None],
+    }
 
 
 def oracle(saved: Saved) -> Any:

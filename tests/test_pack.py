@@ -22,7 +22,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from adapters import LINEAR, LLAMA_CONFIG, Saved, lora_pair, save_adapter, save_llama_adapter, write_adapter
+from adapters import (
+    LINEAR,
+    LLAMA_CONFIG,
+    Saved,
+    lora_pair,
+    lora_weights,
+    save_adapter,
+    save_llama_adapter,
+    write_adapter,
+)
 from tritonlora.engine import EngineProfile, load_profile
 from tritonlora.errors import AdapterError, EngineMismatch, InvalidAdapter, UnsupportedAdapter
 from tritonlora.modules import BY_ID, BY_NAME, ModuleDims
@@ -32,7 +41,6 @@ from tritonlora.pack import (
     convert_file,
     lora_config,
     npy_header,
-    pack,
     plan_layout,
     unpack,
     unpack_magnitudes,
@@ -62,9 +70,7 @@ PROFILE = EngineProfile(
 
 def packed(adapter: Adapter, dtype: str) -> tuple[Layout, torch.Tensor]:
     layout = plan_layout(adapter, dtype=dtype)
-    out = torch.zeros(layout.weights_shape, dtype=getattr(torch, dtype))
-    pack(adapter, layout, out)
-    return layout, out
+    return layout, lora_weights(adapter, layout)
 
 
 def normalised_by_peft(saved: Saved, path: str) -> torch.Tensor:
@@ -176,8 +182,7 @@ def test_dora_magnitudes_are_normalised_as_in_peft(model: str, tmp_path: Path) -
     adapter = load_adapter(saved.adapter)
     profile = load_profile(saved.base)
     layout = plan_layout(adapter, dtype="float32", profile=profile, base=saved.base)
-    out = torch.zeros(layout.weights_shape)
-    pack(adapter, layout, out, base=saved.base)
+    out = lora_weights(adapter, layout, base=saved.base)
     found = unpack_magnitudes(out, lora_config(layout), {dims.module.id: dims for dims in profile.modules.values()})
 
     assert 4 == layout.config_shape[1]
@@ -202,8 +207,7 @@ def test_dora_goes_by_the_kind_of_the_layer(model: str, targets: list[str], tmp_
         (saved.adapter / "adapter_config.json").write_text(json.dumps(fields))
         adapter = load_adapter(saved.adapter)
         layout = plan_layout(adapter, dtype="float32", profile=profile, base=saved.base)
-        packed.append(torch.zeros(layout.weights_shape))
-        pack(adapter, layout, packed[-1], base=saved.base)
+        packed.append(lora_weights(adapter, layout, base=saved.base))
 
     assert 4 == layout.config_shape[1]
     assert torch.equal(*packed)
@@ -217,8 +221,7 @@ def test_fused_dora_magnitudes_are_divided_like_the_outputs(tmp_path: Path) -> N
     )
     adapter, profile = load_adapter(saved.adapter), load_profile(saved.base)
     layout = plan_layout(adapter, dtype="float32", profile=profile, base=saved.base)
-    out = torch.zeros(layout.weights_shape)
-    pack(adapter, layout, out, base=saved.base)
+    out = lora_weights(adapter, layout, base=saved.base)
     found = unpack_magnitudes(out, lora_config(layout), {dims.module.id: dims for dims in profile.modules.values()})
     parts = torch.cat([found[0, name] for name in ("attn_q", "attn_k", "attn_v")])
 
@@ -263,8 +266,8 @@ def test_dora_with_a_quantised_base_model_is_refused(dtype: torch.dtype, tmp_pat
         plan_layout(adapter, dtype="bfloat16", base=saved.base)
 
 
-def test_file_holds_what_pack_fills(tmp_path: Path) -> None:
-    """The converted file is lora_weights in memory, byte for byte; an old longer file is replaced."""
+def test_nothing_of_an_older_file_is_left(tmp_path: Path) -> None:
+    """Neither in the padding, which is never written, nor behind the rows."""
     adapter = load_adapter(save_llama_adapter(tmp_path).adapter)
     layout, out = packed(adapter, "bfloat16")
     (tmp_path / "out").write_bytes(b"x" * (layout.weights_nbytes + 7))
@@ -338,13 +341,13 @@ def test_nonfinite_weights_are_refused_by_name_unless_allowed(value: float, tmp_
     tensors[f"{V}.lora_A.weight"][0, 5] = -value
     adapter = load_adapter(write_adapter(tmp_path, tensors))
     layout = plan_layout(adapter, dtype="bfloat16")
-    out = torch.zeros(layout.weights_shape, dtype=torch.bfloat16)
 
     with pytest.raises(
         InvalidAdapter, match=rf"(?s)lora_A of '{V}' has NaN .*--allow-nonfinite.*\n.*lora_B of '{Q}' has NaN"
     ):
-        pack(adapter, layout, out)
-    pack(adapter, layout, out, allow_nonfinite=True)
+        convert_file(adapter, layout, tmp_path / "out")
+    convert_file(adapter, layout, tmp_path / "out", allow_nonfinite=True)
+    out = torch.from_file(str(tmp_path / "out"), size=layout.weights_nbytes // 2, dtype=torch.bfloat16)
     assert 2 == int((~out.isfinite()).sum())
 
 

@@ -17,11 +17,11 @@ import pytest
 import torch
 import transformers as hf
 
-from adapters import LINEAR, LLAMA_CONFIG, save_adapter
+from adapters import LINEAR, LLAMA_CONFIG, lora_weights, save_adapter
 from tritonlora.engine import EngineProfile, load_profile
 from tritonlora.errors import UnsupportedAdapter
 from tritonlora.modules import BY_NAME, ModuleDims
-from tritonlora.pack import lora_config, pack, plan_layout, unpack
+from tritonlora.pack import lora_config, plan_layout, unpack
 from tritonlora.peft import load_adapter
 
 Split = Callable[[torch.Tensor], dict[str, torch.Tensor]]  # the delta of one layer -> by module
@@ -400,8 +400,7 @@ def converted(
     """(layer, module) -> A and B of the packed rows."""
     loaded = load_adapter(adapter)
     layout = plan_layout(loaded, dtype=dtype, profile=replace(profile, dtype=dtype))
-    weights = torch.zeros(layout.weights_shape, dtype=getattr(torch, dtype))
-    pack(loaded, layout, weights)
+    weights = lora_weights(loaded, layout)
     return unpack(weights, lora_config(layout), {dims.module.id: dims for dims in profile.modules.values()})
 
 

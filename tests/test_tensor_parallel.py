@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from adapters import LINEAR, lora_pair, write_adapter
-from tritonlora import modules, pack, peft
+from adapters import LINEAR, lora_pair, lora_weights, write_adapter
+from tritonlora import modules, peft
 from tritonlora.engine import profile_from_engine, profile_from_hf
 from tritonlora.errors import EngineMismatch
 from tritonlora.layout import plan_layout
@@ -62,8 +62,7 @@ def test_every_rank_finds_its_share_of_a_and_b_in_the_row(tmp_path: Path) -> Non
     adapter = peft.load_adapter(write_adapter(tmp_path, tensors))  # alpha / r is 2
     profile = profile_from_hf(GEOMETRY, "a small Llama")
     layout = plan_layout(adapter, dtype="float32", profile=profile)
-    rows = torch.zeros(layout.weights_shape)
-    pack.pack(adapter, layout, rows)
+    rows = lora_weights(adapter, layout)
     by_leaf = {path.rsplit(".", 1)[1]: module for path, module in adapter.modules.items()}
     leaves = {"attn_q": "q_proj", "attn_k": "k_proj", "attn_v": "v_proj", "attn_dense": "o_proj"}
     leaves |= {"mlp_h_to_4h": "gate_proj", "mlp_gate": "up_proj", "mlp_4h_to_h": "down_proj"}

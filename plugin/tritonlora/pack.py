@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""Adapter -> lora_weights and lora_config, in memory or in a file, and back.
+"""Adapter -> lora_weights in a file, and lora_config, and back.
 
     row[0          : r*in      ] = A, row-major, (r, in)          as PEFT stores it
     row[r*in       : r*(in+out)] = scaling * B, row-major, (out, r)
@@ -43,7 +43,6 @@ __all__ = [
     "convert_file",
     "lora_config",
     "npy_header",
-    "pack",
     "plan_layout",
     "unpack",
     "unpack_magnitudes",
@@ -61,23 +60,6 @@ def lora_config(layout: Layout) -> torch.Tensor:
     return torch.tensor(rows, dtype=torch.int32).view(layout.config_shape)
 
 
-def pack(
-    adapter: Adapter, layout: Layout, out: torch.Tensor, *, base: Path | None = None, allow_nonfinite: bool = False
-) -> None:
-    """Fill `out` (shape `layout.weights_shape`, `layout.dtype`, contiguous, all zero), which may be a mapped file.
-
-    `base` is the base model's checkpoint, for DoRA. Raises InvalidAdapter naming each tensor with NaN or infinite
-    values (unless `allow_nonfinite`), and UnsupportedAdapter naming each that is too large for `layout.dtype`, or
-    vanishes in it.
-    """
-
-    rows = _Rows(adapter, layout, base)
-    with _threads(layout):
-        for index in range(len(layout.rows)):
-            rows.fill(index, _Place(out[index]))
-    rows.raise_unfit(allow_nonfinite=allow_nonfinite)
-
-
 def convert_file(
     adapter: Adapter,
     layout: Layout,
@@ -89,7 +71,9 @@ def convert_file(
 ) -> None:
     """Write `header` and then lora_weights, raw and little-endian, to the file `path`, which is created or emptied.
 
-    The file is written in place: give a temporary name, and rename it when this returns. Raises as `pack` does, and
+    The file is written in place: give a temporary name, and rename it when this returns. `base` is the base model's
+    checkpoint, for DoRA. Raises InvalidAdapter naming each tensor with NaN or infinite values (unless
+    `allow_nonfinite`), UnsupportedAdapter naming each that is too large for `layout.dtype`, or vanishes in it, and
     OSError with the file's name (a full disk).
     """
     rows = _Rows(adapter, layout, base)

@@ -18,11 +18,11 @@ import torch
 import tritonclient.grpc as grpc
 from google.protobuf import text_format
 
-from adapters import save_llama_adapter
+from adapters import lora_weights, save_llama_adapter
 from engine_client import config_directory
 from peft_oracle import EOS, generate, load_peft
 from tritonlora.engine import load_profile
-from tritonlora.pack import lora_config, pack, plan_layout
+from tritonlora.pack import lora_config, plan_layout
 from tritonlora.peft import load_adapter
 from tritonlora.server import Server
 from upstream_configs import VERSIONS, fill, protobuf, upstream
@@ -50,8 +50,7 @@ def write_warmed_model(repository: Path, directory: Path) -> None:
     profile = load_profile(saved.base)
     adapter = load_adapter(saved.adapter)
     layout = plan_layout(adapter, dtype="bfloat16", profile=profile)
-    weights = torch.zeros(layout.weights_shape, dtype=torch.bfloat16)
-    pack(adapter, layout, weights)
+    weights = lora_weights(adapter, layout)
 
     config = protobuf((SHIPPED / "config.pbtxt").read_text())
     sample = config.model_warmup.add(name="lora_3", batch_size=1)
