@@ -24,7 +24,8 @@ from tritonlora.errors import AdapterTableError
 MAX_TASK_ID = 2**31 - 1
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 NAME_RULE = "letters, digits, '.', '_' and '-', at most 128, the first a letter or a digit"
-DTYPES = ("bfloat16", "float16", "float32")
+ITEMSIZES = {"bfloat16": 2, "float16": 2, "float32": 4}  # of lora_weights: dtype -> bytes of an element
+DTYPES = tuple(ITEMSIZES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ class AdapterEntry:
     def lora_weights_nbytes(self) -> int:
         """Bytes of lora_weights."""
         n, width = self.lora_weights_shape
-        return n * width * (4 if self.dtype == "float32" else 2)
+        return n * width * ITEMSIZES[self.dtype]
 
     @property
     def lora_config_nbytes(self) -> int:

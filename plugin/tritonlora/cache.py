@@ -24,8 +24,6 @@ from typing import Generic, TypeVar
 from tritonlora.errors import TritonLoraError
 from tritonlora.modules import ModuleDims
 
-ELEMENT_SIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
-
 LoraConfigRow = Sequence[int]  # (module_id, layer, adapter_size), or with a fourth value: 1 where the row has DoRA
 
 Value = TypeVar("Value")

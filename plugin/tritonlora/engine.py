@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tritonlora.adapters import DTYPES
 from tritonlora.errors import EngineMismatch, UnknownArchitecture, one_message
 from tritonlora.families import ARCHITECTURES, BY_MODEL_TYPE, T5, Architecture
 from tritonlora.modules import BY_NAME, ModuleDims
 
-DTYPES = ("bfloat16", "float16", "float32")
 _MAX_CONFIG_BYTES = 16 << 20
 
 

@@ -16,6 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tritonlora.adapters import DTYPES, ITEMSIZES
 from tritonlora.errors import AdapterError, EngineMismatch, UnsupportedAdapter, layers_text, one_message
 from tritonlora.families import Leaf
 from tritonlora.locate import CONV1D, likely_families
@@ -24,8 +25,6 @@ from tritonlora.modules import BY_NAME, LoraModule
 if TYPE_CHECKING:
     from tritonlora.engine import EngineProfile
     from tritonlora.peft import Adapter, AdapterModule
-
-ITEMSIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +114,8 @@ def plan_layout(
     reason why the adapter cannot be converted.
     """
     problems = _Problems()
-    if dtype not in ITEMSIZES:
-        problems.engine.append(f"dtype is {dtype!r}, expected one of {', '.join(ITEMSIZES)}")
+    if dtype not in DTYPES:
+        problems.engine.append(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
     if profile is not None and profile.dtype != dtype:
         problems.engine.append(f"dtype is {dtype!r}, but the engine takes only its own, {profile.dtype!r}")
     if base is None and any(module.magnitude is not None for module in adapter.modules.values()):

@@ -26,8 +26,9 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
+from tritonlora.adapters import ITEMSIZES
 from tritonlora.errors import AdapterError, InvalidAdapter, UnsupportedAdapter, merge_layers, one_message
-from tritonlora.layout import ITEMSIZES, Layout, Row, plan_layout
+from tritonlora.layout import Layout, Row, plan_layout
 from tritonlora.modules import ModuleDims
 from tritonlora.stored import StoredTensor, bytes_of
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
+from tritonlora.adapters import ITEMSIZES
 from tritonlora.cache import (
-    ELEMENT_SIZES,
     PARAMETER_NAMES,
     CacheParameters,
     PageGeometry,
@@ -184,7 +184,7 @@ def what_if(
         raise EngineMismatch(f"{profile.source}: the engine takes ranks 1 to {profile.rank_limit}, not {rank}")
     rows = _full_rows(profile, rank)
     width = max((rank * (dims.in_features + dims.out_features) for dims in profile.modules.values()), default=0)
-    weights_nbytes = len(rows) * width * ELEMENT_SIZES[profile.dtype]
+    weights_nbytes = len(rows) * width * ITEMSIZES[profile.dtype]
     more = [Entry(f"what-if-{number}", rows, weights_nbytes) for number in range(1, count + 1)]
     return plan_cache([*entries, *more], profile, parameters)
 
@@ -248,7 +248,7 @@ def _geometries(profile: EngineProfile, parameters: CacheParameters) -> list[Pag
             layers=layers,
             max_lora_rank=profile.rank_limit,
             parameters=parameters,
-            element_size=ELEMENT_SIZES[profile.dtype],
+            element_size=ITEMSIZES[profile.dtype],
             tp_size=profile.tp_size,
         )
         for layers in layer_ranges(profile.num_layers, profile.pp_size)

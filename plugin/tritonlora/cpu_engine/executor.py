@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Generic, Protocol, TypeVar
 
+from tritonlora.adapters import ITEMSIZES
 from tritonlora.cache import (
-    ELEMENT_SIZES,
     CacheParameters,
     LoraCache,
     LoraCacheError,
@@ -247,7 +247,7 @@ def _geometry(profile: EngineProfile, parameters: CacheParameters) -> PageGeomet
         layers=layer_ranges(profile.num_layers, profile.pp_size)[0],
         max_lora_rank=profile.rank_limit,
         parameters=parameters,
-        element_size=ELEMENT_SIZES[profile.dtype],
+        element_size=ITEMSIZES[profile.dtype],
         tp_size=profile.tp_size,
     )
     if refusal := geometry.too_small():
