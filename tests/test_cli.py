@@ -412,6 +412,29 @@ def test_serve_prints_the_command_that_it_would_run(capsys: pytest.CaptureFixtur
     assert out.endswith(" --log-verbose=1\n")
 
 
+@pytest.mark.parametrize(
+    ("words", "remedies"),
+    [
+        (["--http-port=9000"], ["'--http-port': give --http-port before the --"]),
+        (["--grpc-port", "9"], ["'--grpc-port': give --grpc-port before the --"]),
+        (["--metrics-address=::"], ["'--metrics-address': give --address before the --"]),
+        (
+            ["--allow-http=false", "--http-address=::"],
+            ["'--allow-http': leave it out", "'--http-address': give --addr"],
+        ),
+    ],
+)
+def test_serve_refuses_to_tell_tritonserver_what_it_must_know_itself(
+    capsys: pytest.CaptureFixture[str], repo: Path, words: list[str], remedies: list[str]
+) -> None:
+    """It would wait at its own port forever."""
+    code, out, err = run(capsys, "serve", "--repo", repo, "--print-command", "--", "--log-verbose=1", *words)
+
+    assert (1, "") == (code, out)
+    assert [True] * len(remedies) == [remedy in err for remedy in remedies]
+    assert "log-verbose" not in err
+
+
 def test_generate_without_a_server_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     """Exit code 1, with the address."""
     code, _, err = run(capsys, "generate", "hello", "--url", "127.0.0.1:9")

@@ -481,6 +481,7 @@ def serve(
     from tritonlora import repository, server, serving
     from tritonlora.flavours import flavour_of_config
 
+    server.check_extra(context.args)
     opened = repository.open_repository(repo)
     config = repository.served_config(opened.config_path)
     flavour = flavour_of_config(config)

@@ -35,7 +35,7 @@ from types import TracebackType
 
 import platformdirs
 
-from tritonlora.errors import ServerError
+from tritonlora.errors import ServerError, one_message
 from tritonlora.interrupts import held
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  Triton's Python backend keeps its regions here
@@ -45,6 +45,13 @@ LOG_LINES_SHOWN = 50
 READY_POLL_SECONDS = 0.05
 EXIT_TIMEOUT_SECONDS = 30  # tritonserver's own default: what is being answered may be answered to its end
 
+ENDPOINTS = ("http", "grpc", "metrics")
+_OUR_OPTIONS = {
+    **{f"--{kind}-port": f"give --{kind}-port before the --" for kind in ENDPOINTS},
+    **{f"--{kind}-address": "give --address before the --" for kind in ENDPOINTS},
+    "--allow-http": "leave it out, as tritonlora asks over HTTP whether the server is ready",
+}
+"""What tritonlora tells tritonserver itself, as it must know it -> what to do instead of telling it, too."""
 
 # core, src/model_lifecycle.cc: "loading: lora_router:1", "successfully loaded 'lora_router'"
 _LOADING = re.compile(r"\bloading: (?P<begun>[^:\s\"]+):\d+|successfully loaded '(?P<done>[^']+)'")
@@ -149,6 +156,14 @@ def ports_in_use(ports: Ports, address: str | None = None) -> list[int]:
     return taken
 
 
+def check_extra(extra: Sequence[str]) -> None:
+    """ServerError when the user's own arguments for tritonserver would move it to where nobody looks for it."""
+    names = [word.partition("=")[0] for word in extra]
+    problems = [f"{name!r}: {_OUR_OPTIONS[name]}" for name in names if name in _OUR_OPTIONS]
+    if problems:
+        raise ServerError(one_message("not for tritonserver alone", problems))
+
+
 @dataclass(frozen=True, slots=True)
 class World:
     """The processes of one engine: a tritonserver for each, of which the first loads all models and answers."""
@@ -175,7 +190,7 @@ def server_command(
     `complete_configs`, and starts one server for each process of an engine that has several, by mpirun.
     """
     world = world or World()
-    address_arguments = [f"--{kind}-address={address}" for kind in ("http", "grpc", "metrics")] if address else []
+    address_arguments = [f"--{kind}-address={address}" for kind in ENDPOINTS] if address else []
 
     def one(rank: int) -> list[str]:
         prefix = shm_prefix if world.size == 1 else f"{shm_prefix or 'prefix'}{rank}_"
