@@ -435,6 +435,24 @@ def test_serve_refuses_to_tell_tritonserver_what_it_must_know_itself(
     assert "log-verbose" not in err
 
 
+@pytest.mark.parametrize("address", ["192.0.2.1", "2001:db8::1", "no such host", "a..b"])
+def test_serve_says_where_it_cannot_listen(capsys: pytest.CaptureFixture[str], repo: Path, address: str) -> None:
+    """An address of nobody, or a name of none: that is no port in use."""
+    code, out, err = run(capsys, "serve", "--repo", repo, "--address", address)
+
+    assert (1, "") == (code, out)
+    assert f"error: cannot listen at {address}" in err.replace("[", "").replace("]", "")
+    assert "give --address an address of this machine" in err
+
+
+def test_serve_looks_a_name_up(capsys: pytest.CaptureFixture[str], repo: Path) -> None:
+    """As tritonserver does not: it would listen nowhere."""
+    _, out, _ = run(capsys, "serve", "--repo", repo, "--address", "localhost", "--print-command")
+
+    assert "-address=localhost" not in out
+    assert "--grpc-address=127.0.0.1" in out or "--grpc-address='[::1]'" in out
+
+
 def test_generate_without_a_server_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     """Exit code 1, with the address."""
     code, _, err = run(capsys, "generate", "hello", "--url", "127.0.0.1:9")

@@ -70,16 +70,25 @@ def test_the_number_of_processes_is_the_engine_s(tmp_path: Path) -> None:
     assert World(1, "tensorrt_llm") == world()
 
 
-def test_ports_that_somebody_listens_on_are_found() -> None:
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
+def test_ports_that_somebody_listens_on_are_found(family: socket.AddressFamily) -> None:
     """By number, and no others."""
-    with socket.socket() as taken, socket.socket() as free:
+    address = "::1" if family is socket.AF_INET6 else "127.0.0.1"
+    with socket.socket(family) as taken, socket.socket(family) as free:
         for one in (taken, free):
-            one.bind(("127.0.0.1", 0))
+            one.bind((address, 0))
         taken.listen()
         ports = Ports(taken.getsockname()[1], free.getsockname()[1], taken.getsockname()[1])
         free.close()
 
-        assert [ports.http, ports.metrics] == ports_in_use(ports, "127.0.0.1")
+        assert [ports.http, ports.metrics] == ports_in_use(ports, address)
+
+
+def test_an_ipv6_address_is_spelt_as_each_endpoint_takes_it() -> None:
+    """libevhtp, which answers HTTP and metrics, and gRPC."""
+    command = server_command(Tritonserver(Path("tritonserver")), Path("/repo"), Ports(), address="::1")
+
+    assert {"--http-address=ipv6:::1", "--grpc-address=[::1]", "--metrics-address=ipv6:::1"} <= set(command)
 
 
 FAILURES = {

@@ -482,6 +482,7 @@ def serve(
     from tritonlora.flavours import flavour_of_config
 
     server.check_extra(context.args)
+    address = server.numeric_address(address) if address else None
     opened = repository.open_repository(repo)
     config = repository.served_config(opened.config_path)
     flavour = flavour_of_config(config)
@@ -502,10 +503,7 @@ def serve(
         )
         sys.stdout.write(" ".join([*words, *map(shlex.quote, command)]) + "\n")
         return
-    if taken := server.ports_in_use(ports, address):
-        raise ServerError(
-            f"in use already: port {', '.join(map(str, taken))}; choose others with --http-port and so on"
-        )
+    server.check_ports(ports, address)
     warm = sorted(name for name, entry in table.entries.items() if entry.warm)
     with server.Server(
         repo,

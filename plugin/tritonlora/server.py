@@ -13,6 +13,7 @@ and no shared-memory region behind.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import http.client
 import importlib.metadata
@@ -46,6 +47,7 @@ READY_POLL_SECONDS = 0.05
 EXIT_TIMEOUT_SECONDS = 30  # tritonserver's own default: what is being answered may be answered to its end
 
 ENDPOINTS = ("http", "grpc", "metrics")
+_IPV6_SPELT = {"http": "ipv6:{}", "grpc": "[{}]", "metrics": "ipv6:{}"}  # by libevhtp and by gRPC
 _OUR_OPTIONS = {
     **{f"--{kind}-port": f"give --{kind}-port before the --" for kind in ENDPOINTS},
     **{f"--{kind}-address": "give --address before the --" for kind in ENDPOINTS},
@@ -143,17 +145,55 @@ def free_ports() -> Ports:
         return Ports(*(one.getsockname()[1] for one in sockets))
 
 
-def ports_in_use(ports: Ports, address: str | None = None) -> list[int]:
-    """Those of the ports on which nobody else can listen now, at `address` (None: any interface)."""
-    taken = []
+def numeric_address(address: str) -> str:
+    """The address that a name stands for: tritonserver looks none up. ServerError when there is none."""
+    try:
+        found = socket.getaddrinfo(address, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as error:
+        raise _cannot_listen(address, error) from None
+    return str(found[0][4][0])
+
+
+def check_ports(ports: Ports, address: str | None = None) -> None:
+    """ServerError when no server can listen on these ports at `address`, in numbers (None: any interface)."""
+    if taken := ports_in_use(ports, address):
+        raise ServerError(
+            f"in use already: port {', '.join(map(str, taken))}; choose others with --http-port and so on"
+        )
     for port in (ports.http, ports.grpc, ports.metrics):
-        with socket.socket() as one:
-            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a connection that has just ended is no obstacle
-            try:
-                one.bind((address or "", port))
-            except OSError:
-                taken.append(port)
-    return taken
+        if error := _bind_error(port, address):
+            raise _cannot_listen(_host_and_port(address or "0.0.0.0", port), error)  # noqa: S104  as tritonserver does
+
+
+def ports_in_use(ports: Ports, address: str | None = None) -> list[int]:
+    """Those of the ports on which somebody else listens now, at `address`, in numbers (None: any interface)."""
+    errors = [(port, _bind_error(port, address)) for port in (ports.http, ports.grpc, ports.metrics)]
+    return [port for port, error in errors if error and error.errno == errno.EADDRINUSE]
+
+
+def _bind_error(port: int, address: str | None) -> OSError | None:
+    try:
+        with socket.socket(socket.AF_INET6 if _is_ipv6(address) else socket.AF_INET) as one:
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that has just ended is no obstacle
+            one.bind((address or "", port))
+    except OSError as error:
+        return error
+    return None
+
+
+def _cannot_listen(where: str, error: OSError | UnicodeError) -> ServerError:
+    reason = error.strerror if isinstance(error, OSError) else error
+    return ServerError(
+        f"cannot listen at {where}: {reason}; give --address an address of this machine, and ports that you may use"
+    )
+
+
+def _is_ipv6(address: str | None) -> bool:
+    return address is not None and ":" in address
+
+
+def _host_and_port(address: str, port: int) -> str:
+    return f"[{address}]:{port}" if _is_ipv6(address) else f"{address}:{port}"
 
 
 def check_extra(extra: Sequence[str]) -> None:
@@ -190,7 +230,8 @@ def server_command(
     `complete_configs`, and starts one server for each process of an engine that has several, by mpirun.
     """
     world = world or World()
-    address_arguments = [f"--{kind}-address={address}" for kind in ENDPOINTS] if address else []
+    spelt = _IPV6_SPELT if _is_ipv6(address) else dict.fromkeys(ENDPOINTS, "{}")
+    address_arguments = [f"--{kind}-address={spelt[kind].format(address)}" for kind in ENDPOINTS] if address else []
 
     def one(rank: int) -> list[str]:
         prefix = shm_prefix if world.size == 1 else f"{shm_prefix or 'prefix'}{rank}_"
@@ -306,17 +347,17 @@ class Server:
     @property
     def http_url(self) -> str:
         """HOST:PORT of the HTTP endpoint."""
-        return f"{self._address}:{self.ports.http}"
+        return _host_and_port(self._address, self.ports.http)
 
     @property
     def grpc_url(self) -> str:
         """HOST:PORT of the gRPC endpoint."""
-        return f"{self._address}:{self.ports.grpc}"
+        return _host_and_port(self._address, self.ports.grpc)
 
     @property
     def metrics_url(self) -> str:
         """HOST:PORT of the metrics endpoint."""
-        return f"{self._address}:{self.ports.metrics}"
+        return _host_and_port(self._address, self.ports.metrics)
 
     def log(self) -> list[str]:
         """The last lines of the server's log."""
