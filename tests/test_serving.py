@@ -5,7 +5,9 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -89,6 +91,38 @@ def test_an_ipv6_address_is_spelt_as_each_endpoint_takes_it() -> None:
     command = server_command(Tritonserver(Path("tritonserver")), Path("/repo"), Ports(), address="::1")
 
     assert {"--http-address=ipv6:::1", "--grpc-address=[::1]", "--metrics-address=ipv6:::1"} <= set(command)
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """`stand_in(script)`: what is run in the place of tritonserver."""
+
+    def put(script: str) -> None:
+        executable = tmp_path / "bin" / "tritonserver"
+        executable.parent.mkdir()
+        executable.write_text(f"#!/bin/sh\n{script}\n")
+        executable.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{executable.parent}:{os.environ['PATH']}")
+
+    return put
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(), OSError("no space left"), SystemExit(1)], ids=repr)
+def test_who_listens_to_the_log_does_not_stop_the_server(
+    stand_in: Callable[[str], None], tmp_path: Path, error: BaseException
+) -> None:
+    """It would die of SIGPIPE where nobody reads what it says."""
+    stand_in("for line in a b c; do echo $line; sleep 0.1; done")
+    heard = []
+
+    def listen(line: str) -> None:
+        heard.append(line)
+        raise error
+
+    with Server(tmp_path, on_log=listen) as server:
+        assert 0 == server.wait()
+
+    assert ["a", "b", "c"] == heard == server.log()
 
 
 FAILURES = {

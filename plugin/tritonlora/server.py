@@ -370,7 +370,10 @@ class Server:
             for line in lines:
                 self._log.append(line.rstrip("\n"))
                 if self._on_log:
-                    self._on_log(line.rstrip("\n"))
+                    # Whoever listens may have gone (rich answers a broken pipe with SystemExit). A server whose log
+                    # nobody reads is killed by SIGPIPE.
+                    with contextlib.suppress(Exception, SystemExit):
+                        self._on_log(line.rstrip("\n"))
 
     def models(self) -> dict[str, bool]:
         """The models that the server has begun to load, by the log so far -> whether they are ready."""
