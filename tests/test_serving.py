@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -123,6 +124,19 @@ def test_who_listens_to_the_log_does_not_stop_the_server(
         assert 0 == server.wait()
 
     assert ["a", "b", "c"] == heard == server.log()
+
+
+def test_a_server_that_was_stopped_is_not_killed_again(
+    stand_in: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once it has been reaped, its id may be that of another process group."""
+    stand_in("exec sleep 60")
+    killed: list[tuple[int, int]] = []
+    monkeypatch.setattr("os.killpg", lambda *arguments: killed.append(arguments))
+    with Server(tmp_path) as server:
+        server.stop()
+
+    assert [(server.pid, signal.SIGKILL)] == killed
 
 
 FAILURES = {

@@ -308,6 +308,7 @@ class Server:
         self._log: deque[str] = deque(maxlen=LOG_LINES_KEPT)
         self._on_log = on_log
         self._explain = explain
+        self._stopped = False
 
     def __enter__(self) -> Server:
         """Launch; `wait_until_ready` is for the caller to call."""
@@ -425,6 +426,8 @@ class Server:
 
     def stop(self) -> None:
         """End the server: in order, then by force. Safe to call twice."""
+        if self._stopped:  # its process group's id may be somebody else's by now
+            return
         try:
             if self._process.poll() is None:
                 self._process.send_signal(signal.SIGTERM)
@@ -438,3 +441,4 @@ class Server:
             self._log_reader.join(timeout=5)
             for region in SHARED_MEMORY.glob(f"{self._shm_prefix}*"):
                 region.unlink(missing_ok=True)
+            self._stopped = True
