@@ -253,6 +253,9 @@ def test_plan_says_which_adapters_to_keep_warm(capsys: pytest.CaptureFixture[str
     assert 1.0 == choice["resend_share"]
     weights.write_text("nobody: 3")
     assert (1, "") == run(capsys, "plan", "--repo", repo, "--weights", weights)[:2]
+    weights.write_bytes(b"\xff\x00")
+    code, _, err = run(capsys, "plan", "--repo", repo, "--weights", weights)
+    assert (1, True) == (code, f"error: '{weights}' is not text: " in err)
 
 
 def test_plan_can_be_made_from_the_base_model(capsys: pytest.CaptureFixture[str], repo: Path, tmp_path: Path) -> None:

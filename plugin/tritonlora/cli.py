@@ -14,7 +14,7 @@ import shlex
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 from rich.progress import Progress
@@ -379,7 +379,7 @@ def plan(
     else:
         rank, count = _rank_and_count(what_if)
         found = planning.what_if(entries, profile, config.parameters, rank=rank, count=count)
-    traffic = None if weights is None else parse_traffic(weights.read(), table.entries)
+    traffic = None if weights is None else parse_traffic(_text(weights), table.entries)
     choice = None if traffic is None else planning.choose_warm(found, traffic)
     applied = None
     if apply:
@@ -390,6 +390,13 @@ def plan(
     for remark in found.remarks:
         print_note(remark)
     print_plan(found, table.entries, choice, applied)
+
+
+def _text(file: TextIO) -> str:
+    try:
+        return file.read()
+    except UnicodeDecodeError as error:
+        raise TritonLoraError(f"{file.name!r} is not text: {error}; give lines `name: weight`") from None
 
 
 def _rank_and_count(text: str) -> tuple[int, int]:
