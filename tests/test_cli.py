@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -479,6 +480,39 @@ def test_the_module_can_be_run(repo: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
 
     assert (1, "") == (done.returncode, done.stdout)
+
+
+STRICT = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+
+
+def test_a_name_that_is_no_text_is_written_with_escapes(adapter: Path, tmp_path: Path) -> None:
+    """Also where stdout takes nothing but UTF-8: by then the files are there."""
+    command = [sys.executable, "-m", "tritonlora", "convert", str(adapter), f"{tmp_path}/\udcff"]
+    done = subprocess.run(command, capture_output=True, check=False, env=STRICT)
+
+    assert (0, b"") == (done.returncode, done.stderr)
+    assert rb"/\udcff/adapter_model.bin: bfloat16" in done.stdout
+
+
+def test_a_prompt_that_is_no_text_is_refused() -> None:
+    """Where it comes from standard input."""
+    command = [sys.executable, "-m", "tritonlora", "generate", "-"]
+    done = subprocess.run(command, input=b"\xff", capture_output=True, check=False, env=STRICT)
+
+    assert (1, True) == (done.returncode, done.stderr.startswith(b"error: '<stdin>' is not text: "))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [("list >&-", (0, "")), ("generate --url 127.0.0.1:9 - <&-", (1, "error: no answer from 127.0.0.1:9"))],
+)
+def test_a_stream_that_is_closed_is_dev_null(repo: Path, arguments: str, expected: tuple[int, str]) -> None:
+    """Python has none in its place."""
+    environment = {**os.environ, "TRITONLORA_REPO": str(repo)}
+    command = f"exec {sys.executable} -m tritonlora {arguments}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False, env=environment)
+
+    assert expected == (done.returncode, done.stderr.partition(": [")[0])
 
 
 def test_list_does_not_import_torch(repo: Path) -> None:

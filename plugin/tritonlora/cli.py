@@ -9,6 +9,7 @@ Modules that import torch are imported inside the commands that need them.
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
 import shlex
 import sys
@@ -72,6 +73,7 @@ class _Interrupted(BaseException):
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; its exit code."""
+    _prepare_streams()
     try:
         with interrupts.handled(_interrupt):
             app(arguments)
@@ -90,6 +92,16 @@ def main(arguments: list[str] | None = None) -> int:
         _print_error(f"{error.strerror}: {error.filename!r}" if error.filename else str(error))
         return 1
     return 0
+
+
+def _prepare_streams() -> None:
+    """A stream that was closed is /dev/null, and a name that is no text is written with escapes."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115  until the end
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _print_error(message: str) -> None:
@@ -396,7 +408,7 @@ def _text(file: TextIO) -> str:
     try:
         return file.read()
     except UnicodeDecodeError as error:
-        raise TritonLoraError(f"{file.name!r} is not text: {error}; give lines `name: weight`") from None
+        raise TritonLoraError(f"{file.name!r} is not text: {error}") from None
 
 
 def _rank_and_count(text: str) -> tuple[int, int]:
@@ -550,7 +562,7 @@ def generate(
     """Ask a running server, streaming the answer to the terminal."""
     from tritonlora import client
 
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _text(sys.stdin) if prompt == "-" else prompt
     pieces = client.generate(text, lora_name=lora_name, max_tokens=max_tokens, url=url, model=model)
     if as_json:
         print_json({"lora_name": lora_name, "text_output": "".join(pieces)})
