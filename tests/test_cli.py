@@ -23,6 +23,7 @@ from adapters import write_adapter
 from repositories import SYNTHETIC_GEOMETRY, set_cache_pages, synthetic_adapter, synthetic_repository
 from tritonlora import __version__, cli, install, register, repository
 from tritonlora.files import publish
+from tritonlora.interrupts import ENDING
 from tritonlora.server import free_ports
 from upstream_configs import upstream_repository
 
@@ -546,6 +547,44 @@ def test_an_interrupted_add_leaves_everything_as_it_was(repo: Path, tmp_path: Pa
 
     assert (130, "interrupted") == (process.returncode, err.splitlines()[-1])
     assert before == sorted(repo.rglob("*"))
+
+
+@pytest.mark.parametrize("number", ENDING)
+def test_ctrl_c_while_the_command_line_is_imported_is_no_traceback(tmp_path: Path, number: signal.Signals) -> None:
+    """The first tenth of a second."""
+    (tmp_path / "typer.py").write_text(f"import signal; signal.raise_signal({int(number)})")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    command = [sys.executable, "-m", "tritonlora", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+    assert (130, "", "") == (done.returncode, done.stdout, done.stderr)
+
+
+@pytest.mark.parametrize("when", ["atexit.register(signal.raise_signal, signal.SIGINT)", "last = Last()"])
+def test_ctrl_c_when_all_is_done_is_no_traceback(when: str) -> None:
+    """Nor a second one, which comes when the first has been dealt with; nor when Python has let go of its handlers."""
+    code = f"""
+import atexit, signal, sys
+from tritonlora import __main__, cli
+
+class Last:
+    def __del__(self, raise_signal=signal.raise_signal, number=signal.SIGINT):
+        raise_signal(number)
+
+cli.app = lambda _: signal.raise_signal(signal.SIGINT)
+{when}
+sys.exit(__main__.main())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+    assert (130, "interrupted\n") == (done.returncode, done.stderr)
+
+
+def test_the_command_is_the_module() -> None:
+    """`tritonlora` is `python -m tritonlora`, which is what the tests run."""
+    project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+
+    assert '\ntritonlora = "tritonlora.__main__:main"\n' in project
 
 
 def test_the_geometry_of_the_tests_is_the_shipped_one() -> None:
