@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from adapters import write_adapter
 from repositories import SYNTHETIC_GEOMETRY, set_cache_pages, synthetic_adapter, synthetic_repository
 from tritonlora import __version__, cli, install, register, repository
 from tritonlora.files import publish
+from tritonlora.interrupts import ENDING
 from tritonlora.server import free_ports
 from upstream_configs import upstream_repository
 
@@ -253,6 +255,9 @@ def test_plan_says_which_adapters_to_keep_warm(capsys: pytest.CaptureFixture[str
     assert 1.0 == choice["resend_share"]
     weights.write_text("nobody: 3")
     assert (1, "") == run(capsys, "plan", "--repo", repo, "--weights", weights)[:2]
+    weights.write_bytes(b"\xff\x00")
+    code, _, err = run(capsys, "plan", "--repo", repo, "--weights", weights)
+    assert (1, True) == (code, f"error: '{weights}' is not text: " in err)
 
 
 def test_plan_can_be_made_from_the_base_model(capsys: pytest.CaptureFixture[str], repo: Path, tmp_path: Path) -> None:
@@ -411,6 +416,47 @@ def test_serve_prints_the_command_that_it_would_run(capsys: pytest.CaptureFixtur
     assert out.endswith(" --log-verbose=1\n")
 
 
+@pytest.mark.parametrize(
+    ("words", "remedies"),
+    [
+        (["--http-port=9000"], ["'--http-port': give --http-port before the --"]),
+        (["--grpc-port", "9"], ["'--grpc-port': give --grpc-port before the --"]),
+        (["--metrics-address=::"], ["'--metrics-address': give --address before the --"]),
+        (
+            ["--allow-http=false", "--http-address=::"],
+            ["'--allow-http': leave it out", "'--http-address': give --addr"],
+        ),
+    ],
+)
+def test_serve_refuses_to_tell_tritonserver_what_it_must_know_itself(
+    capsys: pytest.CaptureFixture[str], repo: Path, words: list[str], remedies: list[str]
+) -> None:
+    """It would wait at its own port forever."""
+    code, out, err = run(capsys, "serve", "--repo", repo, "--print-command", "--", "--log-verbose=1", *words)
+
+    assert (1, "") == (code, out)
+    assert [True] * len(remedies) == [remedy in err for remedy in remedies]
+    assert "log-verbose" not in err
+
+
+@pytest.mark.parametrize("address", ["192.0.2.1", "2001:db8::1", "no such host", "a..b"])
+def test_serve_says_where_it_cannot_listen(capsys: pytest.CaptureFixture[str], repo: Path, address: str) -> None:
+    """An address of nobody, or a name of none: that is no port in use."""
+    code, out, err = run(capsys, "serve", "--repo", repo, "--address", address)
+
+    assert (1, "") == (code, out)
+    assert f"error: cannot listen at {address}" in err.replace("[", "").replace("]", "")
+    assert "give --address an address of this machine" in err
+
+
+def test_serve_looks_a_name_up(capsys: pytest.CaptureFixture[str], repo: Path) -> None:
+    """As tritonserver does not: it would listen nowhere."""
+    _, out, _ = run(capsys, "serve", "--repo", repo, "--address", "localhost", "--print-command")
+
+    assert "-address=localhost" not in out
+    assert "--grpc-address=127.0.0.1" in out or "--grpc-address='[::1]'" in out
+
+
 def test_generate_without_a_server_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     """Exit code 1, with the address."""
     code, _, err = run(capsys, "generate", "hello", "--url", "127.0.0.1:9")
@@ -434,6 +480,39 @@ def test_the_module_can_be_run(repo: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
 
     assert (1, "") == (done.returncode, done.stdout)
+
+
+STRICT = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+
+
+def test_a_name_that_is_no_text_is_written_with_escapes(adapter: Path, tmp_path: Path) -> None:
+    """Also where stdout takes nothing but UTF-8: by then the files are there."""
+    command = [sys.executable, "-m", "tritonlora", "convert", str(adapter), f"{tmp_path}/\udcff"]
+    done = subprocess.run(command, capture_output=True, check=False, env=STRICT)
+
+    assert (0, b"") == (done.returncode, done.stderr)
+    assert rb"/\udcff/adapter_model.bin: bfloat16" in done.stdout
+
+
+def test_a_prompt_that_is_no_text_is_refused() -> None:
+    """Where it comes from standard input."""
+    command = [sys.executable, "-m", "tritonlora", "generate", "-"]
+    done = subprocess.run(command, input=b"\xff", capture_output=True, check=False, env=STRICT)
+
+    assert (1, True) == (done.returncode, done.stderr.startswith(b"error: '<stdin>' is not text: "))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [("list >&-", (0, "")), ("generate --url 127.0.0.1:9 - <&-", (1, "error: no answer from 127.0.0.1:9"))],
+)
+def test_a_stream_that_is_closed_is_dev_null(repo: Path, arguments: str, expected: tuple[int, str]) -> None:
+    """Python has none in its place."""
+    environment = {**os.environ, "TRITONLORA_REPO": str(repo)}
+    command = f"exec {sys.executable} -m tritonlora {arguments}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False, env=environment)
+
+    assert expected == (done.returncode, done.stderr.partition(": [")[0])
 
 
 def test_list_does_not_import_torch(repo: Path) -> None:
@@ -467,6 +546,44 @@ def test_an_interrupted_add_leaves_everything_as_it_was(repo: Path, tmp_path: Pa
 
     assert (130, "interrupted") == (process.returncode, err.splitlines()[-1])
     assert before == sorted(repo.rglob("*"))
+
+
+@pytest.mark.parametrize("number", ENDING)
+def test_ctrl_c_while_the_command_line_is_imported_is_no_traceback(tmp_path: Path, number: signal.Signals) -> None:
+    """The first tenth of a second."""
+    (tmp_path / "typer.py").write_text(f"import signal; signal.raise_signal({int(number)})")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    command = [sys.executable, "-m", "tritonlora", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+    assert (130, "", "") == (done.returncode, done.stdout, done.stderr)
+
+
+@pytest.mark.parametrize("when", ["atexit.register(signal.raise_signal, signal.SIGINT)", "last = Last()"])
+def test_ctrl_c_when_all_is_done_is_no_traceback(when: str) -> None:
+    """Nor a second one, which comes when the first has been dealt with; nor when Python has let go of its handlers."""
+    code = f"""
+import atexit, signal, sys
+from tritonlora import __main__, cli
+
+class Last:
+    def __del__(self, raise_signal=signal.raise_signal, number=signal.SIGINT):
+        raise_signal(number)
+
+cli.app = lambda _: signal.raise_signal(signal.SIGINT)
+{when}
+sys.exit(__main__.main())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+    assert (130, "interrupted\n") == (done.returncode, done.stderr)
+
+
+def test_the_command_is_the_module() -> None:
+    """`tritonlora` is `python -m tritonlora`, which is what the tests run."""
+    project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+
+    assert '\ntritonlora = "tritonlora.__main__:main"\n' in project
 
 
 def test_the_geometry_of_the_tests_is_the_shipped_one() -> None:

@@ -5,7 +5,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -70,16 +73,70 @@ def test_the_number_of_processes_is_the_engine_s(tmp_path: Path) -> None:
     assert World(1, "tensorrt_llm") == world()
 
 
-def test_ports_that_somebody_listens_on_are_found() -> None:
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
+def test_ports_that_somebody_listens_on_are_found(family: socket.AddressFamily) -> None:
     """By number, and no others."""
-    with socket.socket() as taken, socket.socket() as free:
+    address = "::1" if family is socket.AF_INET6 else "127.0.0.1"
+    with socket.socket(family) as taken, socket.socket(family) as free:
         for one in (taken, free):
-            one.bind(("127.0.0.1", 0))
+            one.bind((address, 0))
         taken.listen()
         ports = Ports(taken.getsockname()[1], free.getsockname()[1], taken.getsockname()[1])
         free.close()
 
-        assert [ports.http, ports.metrics] == ports_in_use(ports, "127.0.0.1")
+        assert [ports.http, ports.metrics] == ports_in_use(ports, address)
+
+
+def test_an_ipv6_address_is_spelt_as_each_endpoint_takes_it() -> None:
+    """libevhtp, which answers HTTP and metrics, and gRPC."""
+    command = server_command(Tritonserver(Path("tritonserver")), Path("/repo"), Ports(), address="::1")
+
+    assert {"--http-address=ipv6:::1", "--grpc-address=[::1]", "--metrics-address=ipv6:::1"} <= set(command)
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """`stand_in(script)`: what is run in the place of tritonserver."""
+
+    def put(script: str) -> None:
+        executable = tmp_path / "bin" / "tritonserver"
+        executable.parent.mkdir()
+        executable.write_text(f"#!/bin/sh\n{script}\n")
+        executable.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{executable.parent}:{os.environ['PATH']}")
+
+    return put
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(), OSError("no space left"), SystemExit(1)], ids=repr)
+def test_who_listens_to_the_log_does_not_stop_the_server(
+    stand_in: Callable[[str], None], tmp_path: Path, error: BaseException
+) -> None:
+    """It would die of SIGPIPE where nobody reads what it says."""
+    stand_in("for line in a b c; do echo $line; sleep 0.1; done")
+    heard = []
+
+    def listen(line: str) -> None:
+        heard.append(line)
+        raise error
+
+    with Server(tmp_path, on_log=listen) as server:
+        assert 0 == server.wait()
+
+    assert ["a", "b", "c"] == heard == server.log()
+
+
+def test_a_server_that_was_stopped_is_not_killed_again(
+    stand_in: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once it has been reaped, its id may be that of another process group."""
+    stand_in("exec sleep 60")
+    killed: list[tuple[int, int]] = []
+    monkeypatch.setattr("os.killpg", lambda *arguments: killed.append(arguments))
+    with Server(tmp_path) as server:
+        server.stop()
+
+    assert [(server.pid, signal.SIGKILL)] == killed
 
 
 FAILURES = {

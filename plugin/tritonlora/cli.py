@@ -9,12 +9,13 @@ Modules that import torch are imported inside the commands that need them.
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
 import shlex
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 from rich.progress import Progress
@@ -72,6 +73,7 @@ class _Interrupted(BaseException):
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; its exit code."""
+    _prepare_streams()
     try:
         with interrupts.handled(_interrupt):
             app(arguments)
@@ -90,6 +92,16 @@ def main(arguments: list[str] | None = None) -> int:
         _print_error(f"{error.strerror}: {error.filename!r}" if error.filename else str(error))
         return 1
     return 0
+
+
+def _prepare_streams() -> None:
+    """A stream that was closed is /dev/null, and a name that is no text is written with escapes."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115  until the end
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _print_error(message: str) -> None:
@@ -379,7 +391,7 @@ def plan(
     else:
         rank, count = _rank_and_count(what_if)
         found = planning.what_if(entries, profile, config.parameters, rank=rank, count=count)
-    traffic = None if weights is None else parse_traffic(weights.read(), table.entries)
+    traffic = None if weights is None else parse_traffic(_text(weights), table.entries)
     choice = None if traffic is None else planning.choose_warm(found, traffic)
     applied = None
     if apply:
@@ -390,6 +402,13 @@ def plan(
     for remark in found.remarks:
         print_note(remark)
     print_plan(found, table.entries, choice, applied)
+
+
+def _text(file: TextIO) -> str:
+    try:
+        return file.read()
+    except UnicodeDecodeError as error:
+        raise TritonLoraError(f"{file.name!r} is not text: {error}") from None
 
 
 def _rank_and_count(text: str) -> tuple[int, int]:
@@ -481,6 +500,8 @@ def serve(
     from tritonlora import repository, server, serving
     from tritonlora.flavours import flavour_of_config
 
+    server.check_extra(context.args)
+    address = server.numeric_address(address) if address else None
     opened = repository.open_repository(repo)
     config = repository.served_config(opened.config_path)
     flavour = flavour_of_config(config)
@@ -501,10 +522,7 @@ def serve(
         )
         sys.stdout.write(" ".join([*words, *map(shlex.quote, command)]) + "\n")
         return
-    if taken := server.ports_in_use(ports, address):
-        raise ServerError(
-            f"in use already: port {', '.join(map(str, taken))}; choose others with --http-port and so on"
-        )
+    server.check_ports(ports, address)
     warm = sorted(name for name, entry in table.entries.items() if entry.warm)
     with server.Server(
         repo,
@@ -544,7 +562,7 @@ def generate(
     """Ask a running server, streaming the answer to the terminal."""
     from tritonlora import client
 
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _text(sys.stdin) if prompt == "-" else prompt
     pieces = client.generate(text, lora_name=lora_name, max_tokens=max_tokens, url=url, model=model)
     if as_json:
         print_json({"lora_name": lora_name, "text_output": "".join(pieces)})

@@ -22,6 +22,10 @@ DEFAULT_MODEL = "ensemble"
 TIMEOUT_SECONDS = 600.0
 LISTING_TIMEOUT_SECONDS = 30.0
 _CANNOT_STREAM = "Streaming is only supported"  # of both flavours' error texts; it comes before any text
+_CONNECTIONS: dict[str, tuple[type[http.client.HTTPConnection], int]] = {
+    "http": (http.client.HTTPConnection, 8000),
+    "https": (http.client.HTTPSConnection, 443),
+}
 
 # Triton core, src/model_repository_manager and src/model_lifecycle.cc
 _NO_MODEL = re.compile(r"unknown model|is not found|is not ready|no available versions")
@@ -54,7 +58,7 @@ def generate(
         try:
             for event in _answers(url, model, body, timeout):
                 text = event.get("text_output", "")
-                yield "".join(text) if isinstance(text, list) else str(text)
+                yield "".join(map(str, text)) if isinstance(text, list) else str(text)
             return
         except ServerError as error:
             if not stream or _CANNOT_STREAM not in str(error):
@@ -70,7 +74,7 @@ def adapters(url: str = DEFAULT_URL, *, timeout: float = LISTING_TIMEOUT_SECONDS
     """What a server says of its adapters, by lora_name: `listing.describe`. ServerError when it cannot say it."""
     try:
         texts = [event["adapters"] for event in _answers(url, LISTING, b"{}", timeout)]
-        found: dict[str, dict[str, Any]] = json.loads(*texts)
+        found: dict[str, dict[str, Any]] = _json_object(*texts)
     except ServerError as error:
         if _NO_MODEL.search(str(error)):
             raise ServerError(
@@ -103,25 +107,34 @@ def _events(url: str, path: str, body: bytes, timeout: float) -> Iterator[dict[s
             raise ServerError(_error_text(response))
         for line in response:
             if line.startswith(b"data:"):
-                yield json.loads(line[len(b"data:") :])
+                yield _json_object(line[len(b"data:") :])
     except (OSError, http.client.HTTPException) as error:
         raise ServerError(f"no answer from {url}: {error or type(error).__name__}; is the server running?") from None
-    except json.JSONDecodeError as error:
-        raise ServerError(f"{url} answered something that is not JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ServerError(
+            f"{url} answered something other than a JSON object: {error}; is it a Triton server?"
+        ) from None
     finally:
         connection.close()
 
 
 def _connection(url: str, timeout: float) -> http.client.HTTPConnection:
-    parts = urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
     try:
-        port = parts.port or (443 if parts.scheme == "https" else 8000)
-    except ValueError:
-        raise ServerError(f"{url!r} is not HOST:PORT") from None
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ServerError(f"{url!r} is not HOST:PORT")
-    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-    return kind(parts.hostname, port, timeout=timeout)
+        parts = urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
+        kind, default_port = _CONNECTIONS[parts.scheme]
+        host = (parts.hostname or "").encode("idna").decode()
+        if host:
+            return kind(host, parts.port or default_port, timeout=timeout)
+    except (KeyError, ValueError, http.client.InvalidURL):
+        pass
+    raise ServerError(f"{url!r} is not HOST:PORT")
+
+
+def _json_object(text: str | bytes) -> dict[str, Any]:
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError(f"{found!r:.100} is none")  # noqa: TRY004  as json.loads does
+    return found
 
 
 def _error_text(response: http.client.HTTPResponse) -> str:

@@ -7,24 +7,31 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 
+Handler = Callable[[int, FrameType | None], None]
 ENDING: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """The signals that ask for the end."""
 
 
-@contextlib.contextmanager
-def handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """`handler` for each of these within the block, unless it is ignored (nohup, a job in the background)."""
+def handle(handler: Handler) -> Mapping[int, signal._HANDLER]:
+    """`handler` for each of these, unless it is ignored (nohup, a job in the background); the handlers before."""
     before = {number: signal.getsignal(number) for number in ENDING}
     ours = {number: found for number, found in before.items() if found not in (signal.SIG_IGN, None)}
     for number in ours:
         signal.signal(number, handler)
+    return ours
+
+
+@contextlib.contextmanager
+def handled(handler: Handler) -> Iterator[None]:
+    """The same within the block."""
+    before = handle(handler)
     try:
         yield
     finally:
-        for number, found in ours.items():
+        for number, found in before.items():
             signal.signal(number, found)
 
 

@@ -13,6 +13,7 @@ and no shared-memory region behind.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import http.client
 import importlib.metadata
@@ -35,7 +36,7 @@ from types import TracebackType
 
 import platformdirs
 
-from tritonlora.errors import ServerError
+from tritonlora.errors import ServerError, one_message
 from tritonlora.interrupts import held
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  Triton's Python backend keeps its regions here
@@ -45,6 +46,14 @@ LOG_LINES_SHOWN = 50
 READY_POLL_SECONDS = 0.05
 EXIT_TIMEOUT_SECONDS = 30  # tritonserver's own default: what is being answered may be answered to its end
 
+ENDPOINTS = ("http", "grpc", "metrics")
+_IPV6_SPELT = {"http": "ipv6:{}", "grpc": "[{}]", "metrics": "ipv6:{}"}  # by libevhtp and by gRPC
+_OUR_OPTIONS = {
+    **{f"--{kind}-port": f"give --{kind}-port before the --" for kind in ENDPOINTS},
+    **{f"--{kind}-address": "give --address before the --" for kind in ENDPOINTS},
+    "--allow-http": "leave it out, as tritonlora asks over HTTP whether the server is ready",
+}
+"""What tritonlora tells tritonserver itself, as it must know it -> what to do instead of telling it, too."""
 
 # core, src/model_lifecycle.cc: "loading: lora_router:1", "successfully loaded 'lora_router'"
 _LOADING = re.compile(r"\bloading: (?P<begun>[^:\s\"]+):\d+|successfully loaded '(?P<done>[^']+)'")
@@ -136,17 +145,63 @@ def free_ports() -> Ports:
         return Ports(*(one.getsockname()[1] for one in sockets))
 
 
-def ports_in_use(ports: Ports, address: str | None = None) -> list[int]:
-    """Those of the ports on which nobody else can listen now, at `address` (None: any interface)."""
-    taken = []
+def numeric_address(address: str) -> str:
+    """The address that a name stands for: tritonserver looks none up. ServerError when there is none."""
+    try:
+        found = socket.getaddrinfo(address, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as error:
+        raise _cannot_listen(address, error) from None
+    return str(found[0][4][0])
+
+
+def check_ports(ports: Ports, address: str | None = None) -> None:
+    """ServerError when no server can listen on these ports at `address`, in numbers (None: any interface)."""
+    if taken := ports_in_use(ports, address):
+        raise ServerError(
+            f"in use already: port {', '.join(map(str, taken))}; choose others with --http-port and so on"
+        )
     for port in (ports.http, ports.grpc, ports.metrics):
-        with socket.socket() as one:
-            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a connection that has just ended is no obstacle
-            try:
-                one.bind((address or "", port))
-            except OSError:
-                taken.append(port)
-    return taken
+        if error := _bind_error(port, address):
+            raise _cannot_listen(_host_and_port(address or "0.0.0.0", port), error)  # noqa: S104  as tritonserver does
+
+
+def ports_in_use(ports: Ports, address: str | None = None) -> list[int]:
+    """Those of the ports on which somebody else listens now, at `address`, in numbers (None: any interface)."""
+    errors = [(port, _bind_error(port, address)) for port in (ports.http, ports.grpc, ports.metrics)]
+    return [port for port, error in errors if error and error.errno == errno.EADDRINUSE]
+
+
+def _bind_error(port: int, address: str | None) -> OSError | None:
+    try:
+        with socket.socket(socket.AF_INET6 if _is_ipv6(address) else socket.AF_INET) as one:
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that has just ended is no obstacle
+            one.bind((address or "", port))
+    except OSError as error:
+        return error
+    return None
+
+
+def _cannot_listen(where: str, error: OSError | UnicodeError) -> ServerError:
+    reason = error.strerror if isinstance(error, OSError) else error
+    return ServerError(
+        f"cannot listen at {where}: {reason}; give --address an address of this machine, and ports that you may use"
+    )
+
+
+def _is_ipv6(address: str | None) -> bool:
+    return address is not None and ":" in address
+
+
+def _host_and_port(address: str, port: int) -> str:
+    return f"[{address}]:{port}" if _is_ipv6(address) else f"{address}:{port}"
+
+
+def check_extra(extra: Sequence[str]) -> None:
+    """ServerError when the user's own arguments for tritonserver would move it to where nobody looks for it."""
+    names = [word.partition("=")[0] for word in extra]
+    problems = [f"{name!r}: {_OUR_OPTIONS[name]}" for name in names if name in _OUR_OPTIONS]
+    if problems:
+        raise ServerError(one_message("not for tritonserver alone", problems))
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +230,8 @@ def server_command(
     `complete_configs`, and starts one server for each process of an engine that has several, by mpirun.
     """
     world = world or World()
-    address_arguments = [f"--{kind}-address={address}" for kind in ("http", "grpc", "metrics")] if address else []
+    spelt = _IPV6_SPELT if _is_ipv6(address) else dict.fromkeys(ENDPOINTS, "{}")
+    address_arguments = [f"--{kind}-address={spelt[kind].format(address)}" for kind in ENDPOINTS] if address else []
 
     def one(rank: int) -> list[str]:
         prefix = shm_prefix if world.size == 1 else f"{shm_prefix or 'prefix'}{rank}_"
@@ -252,6 +308,7 @@ class Server:
         self._log: deque[str] = deque(maxlen=LOG_LINES_KEPT)
         self._on_log = on_log
         self._explain = explain
+        self._stopped = False
 
     def __enter__(self) -> Server:
         """Launch; `wait_until_ready` is for the caller to call."""
@@ -291,17 +348,17 @@ class Server:
     @property
     def http_url(self) -> str:
         """HOST:PORT of the HTTP endpoint."""
-        return f"{self._address}:{self.ports.http}"
+        return _host_and_port(self._address, self.ports.http)
 
     @property
     def grpc_url(self) -> str:
         """HOST:PORT of the gRPC endpoint."""
-        return f"{self._address}:{self.ports.grpc}"
+        return _host_and_port(self._address, self.ports.grpc)
 
     @property
     def metrics_url(self) -> str:
         """HOST:PORT of the metrics endpoint."""
-        return f"{self._address}:{self.ports.metrics}"
+        return _host_and_port(self._address, self.ports.metrics)
 
     def log(self) -> list[str]:
         """The last lines of the server's log."""
@@ -314,7 +371,10 @@ class Server:
             for line in lines:
                 self._log.append(line.rstrip("\n"))
                 if self._on_log:
-                    self._on_log(line.rstrip("\n"))
+                    # Whoever listens may have gone (rich answers a broken pipe with SystemExit). A server whose log
+                    # nobody reads is killed by SIGPIPE.
+                    with contextlib.suppress(Exception, SystemExit):
+                        self._on_log(line.rstrip("\n"))
 
     def models(self) -> dict[str, bool]:
         """The models that the server has begun to load, by the log so far -> whether they are ready."""
@@ -366,6 +426,8 @@ class Server:
 
     def stop(self) -> None:
         """End the server: in order, then by force. Safe to call twice."""
+        if self._stopped:  # its process group's id may be somebody else's by now
+            return
         try:
             if self._process.poll() is None:
                 self._process.send_signal(signal.SIGTERM)
@@ -379,3 +441,4 @@ class Server:
             self._log_reader.join(timeout=5)
             for region in SHARED_MEMORY.glob(f"{self._shm_prefix}*"):
                 region.unlink(missing_ok=True)
+            self._stopped = True

@@ -80,6 +80,17 @@ def test_a_ready_server_answers_on_its_ports_and_leaves_nothing_behind(tmp_path:
     server.stop()  # a second time is harmless
 
 
+def test_a_server_listens_at_an_ipv6_address(tmp_path: Path) -> None:
+    """All its endpoints."""
+    with Server(_model(tmp_path, "echo", ECHO), address="::1") as server:
+        server.wait_until_ready(60)
+        urls = (server.http_url, server.grpc_url, server.metrics_url)
+        for port in (server.ports.http, server.ports.grpc, server.ports.metrics):
+            socket.create_connection(("::1", port), timeout=10).close()
+
+    assert [True] * 3 == [url.startswith("[::1]:") for url in urls]
+
+
 def test_a_model_that_fails_to_load_is_named_with_the_end_of_the_log(tmp_path: Path) -> None:
     """The user sees why, and no process stays."""
     with Server(_model(tmp_path, "broken", BROKEN)) as server:
