@@ -99,6 +99,8 @@ def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) 
         ("list", "--repo"),
         ("list", "--repo", "a", "--url", "b"),
         ("bench", "convert", "--ranks", "x"),
+        ("list", "--repo", ""),
+        ("init", ""),
     ],
 )
 def test_wrong_words_are_usage(
@@ -110,6 +112,29 @@ def test_wrong_words_are_usage(
 
     assert (2, "") == (code, out)
     assert err
+
+
+@pytest.mark.parametrize("command", ["convert", "route"])
+@pytest.mark.parametrize("plot", ["nowhere/x.png", "x.pdf", "directory.png", "closed/x.png"])
+def test_a_plot_that_cannot_be_drawn_is_usage(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: str, plot: str
+) -> None:
+    """Before anything is measured."""
+    monkeypatch.setattr(f"tritonlora.bench.{command}.run", lambda *_, **__: pytest.fail("it was measured"))
+    monkeypatch.setattr("os.access", lambda path, _: path.is_dir() and path.name != "closed")
+    for name in ("directory.png", "closed"):
+        (tmp_path / name).mkdir()
+    code, _, err = run(capsys, "bench", command, "--plot", tmp_path / plot)
+
+    assert (2, True) == (code, "--plot" in err)
+
+
+def test_a_plot_needs_what_draws_it(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """matplotlib is an extra."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    code, _, err = run(capsys, "bench", "convert", "--plot", "x.png")
+
+    assert (2, True) == (code, "tritonlora[bench]" in err)
 
 
 def test_a_refusal_is_one_message_on_stderr(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import torch
 from engine_client import Received, ask, ask_batch, config_directory, tensors_of
 from tritonlora.cache import LoraCacheError
 from tritonlora.cpu_engine.engine import CpuEngine, load_engine
+from tritonlora.cpu_engine.executor import Executor
 from tritonlora.cpu_engine.request import LoraInputs
 from tritonlora.cpu_engine.settings import parse_settings
 from tritonlora.cpu_engine.validation import check_lora_config, check_lora_tensors
@@ -497,6 +498,20 @@ def test_stop_ends_the_request_with_the_same_id(open_engine: Open) -> None:
     assert [] == stop.tokens()
 
 
+def test_stop_finds_a_request_that_is_being_taken(open_engine: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While its adapter is loaded it waits no more, and is not active yet."""
+    begin = Executor._begin
+
+    def stop_meanwhile(executor: Executor[Any, Any], submitted: Any) -> Any:
+        executor.stop("mine")
+        return begin(executor, submitted)
+
+    monkeypatch.setattr(Executor, "_begin", stop_meanwhile)
+    engine = open_engine(**PACE)
+
+    assert ask(engine, tensors_of(HELLO, FOREVER, streaming=True), label="mine").failure() is None
+
+
 def test_closing_answers_everything_that_is_open(open_engine: Open) -> None:
     """Active and waiting requests get an error."""
     engine = open_engine(**PACE, max_num_requests="1")
@@ -572,3 +587,6 @@ def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
     """With the file that was looked for."""
     with pytest.raises(EngineMismatch, match=r"gpt_model_path: cannot read .*nowhere/config\.json"):
         load_engine({"gpt_model_path": "nowhere", "synthetic": "true"}, tmp_path, decoupled=True)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(EngineMismatch, match=r"gpt_model_path: .*config\.json' is not a JSON object"):
+        load_engine({"gpt_model_path": ".", "synthetic": "true"}, tmp_path, decoupled=True)

@@ -53,7 +53,16 @@ app = typer.Typer(
 
 REPO_VARIABLE = "TRITONLORA_REPO"
 REPO_HELP = "The model repository."
-Repo = Annotated[Path, typer.Option("--repo", envvar=REPO_VARIABLE, metavar="REPO", help=REPO_HELP)]
+
+
+def _some_path(text: str) -> Path:
+    """An empty one, as of a shell variable that is not set, would be the current directory."""
+    if not text:
+        raise typer.BadParameter("it is empty; give a directory")
+    return Path(text)
+
+
+Repo = Annotated[Path, typer.Option("--repo", envvar=REPO_VARIABLE, metavar="REPO", help=REPO_HELP, parser=_some_path)]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="bfloat16, float16 or float32; by default the engine's.")]
 AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Take NaN and infinite weights as they are.")]
@@ -143,7 +152,9 @@ def demo(
 
 @app.command()
 def init(
-    repo: Annotated[Path, typer.Argument(help="An existing model repository.", envvar=REPO_VARIABLE)],
+    repo: Annotated[
+        Path, typer.Argument(help="An existing model repository.", envvar=REPO_VARIABLE, parser=_some_path)
+    ],
     target: Annotated[
         str | None, typer.Option("--target", help="The engine's model; by default tensorrt_llm.", show_default=False)
     ] = None,
@@ -292,7 +303,10 @@ def alias(
 @app.command("list")
 def list_adapters(
     context: typer.Context,
-    repo: Annotated[Path | None, typer.Option("--repo", envvar=REPO_VARIABLE, metavar="REPO", help=REPO_HELP)] = None,
+    repo: Annotated[
+        Path | None,
+        typer.Option("--repo", envvar=REPO_VARIABLE, metavar="REPO", help=REPO_HELP, parser=_some_path),
+    ] = None,
     url: Annotated[
         str | None, typer.Option("--url", metavar="HOST:PORT", help="Ask a running server instead: its HTTP endpoint.")
     ] = None,
@@ -456,7 +470,10 @@ def check(
 def convert(
     adapter_dir: Annotated[Path, typer.Argument(help="The PEFT adapter's directory.")],
     out_dir: Annotated[Path, typer.Argument(help="Where the two files go; made if need be.")],
-    dtype: Dtype = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", help="bfloat16, float16 or float32; by default that of --base, else the adapter's."),
+    ] = None,
     base: Base = None,
     file_format: Annotated[str, typer.Option("--format", help="bin (raw) or npy.")] = "bin",
     allow_nonfinite: AllowNonfinite = False,

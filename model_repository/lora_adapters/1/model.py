@@ -58,14 +58,16 @@ class TritonPythonModel:
         self._residency.close()
 
     def _answer(self, request: pb_utils.InferenceRequest) -> pb_utils.InferenceResponse:
-        asked = pb_utils.get_input_tensor_by_name(request, "lora_name")
-        table = self._table.table()
         try:
+            asked = pb_utils.get_input_tensor_by_name(request, "lora_name")
+            table = self._table.table()
             route = resolve(table, asked.as_numpy().reshape(-1)[0], None) if asked else None
+            found = describe(table, self._repository, self._residency, only=route.lora_name if route else None)
         except RequestError as error:
-            code = getattr(pb_utils.TritonError, error.code)
-            return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), code))
-        found = describe(table, self._repository, self._residency, only=route.lora_name if route else None)
+            return failure(str(error), error.code)
+        except Exception:  # noqa: BLE001  whatever it is, the others are answered
+            pb_utils.Logger.log_error(traceback.format_exc())
+            return failure("the listing failed on this request; the server's log says why", "INTERNAL")
         return pb_utils.InferenceResponse([pb_utils.Tensor("adapters", np.array([json.dumps(found)], np.object_))])
 
     def _publish(self, refresh_seconds: float) -> None:
@@ -85,6 +87,11 @@ class TritonPythonModel:
                 except Exception as error:  # noqa: BLE001  the next time it may be well again
                     pb_utils.Logger.log_error("".join(traceback.format_exception(error)))
             del publisher
+
+
+def failure(message: str, code: str) -> pb_utils.InferenceResponse:
+    """An error as the answer."""
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, getattr(pb_utils.TritonError, code)))
 
 
 class Publisher:

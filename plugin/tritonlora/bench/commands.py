@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +13,22 @@ from typing import Annotated
 import typer
 
 from tritonlora.terminal import AsJson, print_json, print_table, stderr
+
+
+def _drawable(plot: Path | None) -> Path | None:
+    """Before anything is measured, which takes minutes."""
+    if plot is None:
+        return None
+    if plot.suffix.lower() != ".png":
+        raise typer.BadParameter(f"{str(plot)!r} is no PNG file; give FILE.png")
+    if plot.is_dir() or not os.access(plot if plot.exists() else plot.parent, os.W_OK):
+        raise typer.BadParameter(f"{str(plot)!r} cannot be written; give a file in a directory that is there")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise typer.BadParameter("there is no matplotlib to draw with; run: pip install 'tritonlora[bench]'")
+    return plot
+
+
+Plot = Annotated[Path | None, typer.Option("--plot", help="Draw the result into this PNG file.", callback=_drawable)]
 
 bench = typer.Typer(help="Benchmarks: ratios taken in one run on one machine.", no_args_is_help=True)
 
@@ -21,7 +39,7 @@ def bench_convert(
     rounds: Annotated[
         int, typer.Option("--rounds", min=1, help="How often each way is timed; the shortest time counts.")
     ] = 15,
-    plot: Annotated[Path | None, typer.Option("--plot", help="Draw the result into this PNG file.")] = None,
+    plot: Plot = None,
     as_json: AsJson = False,
 ) -> None:
     """Time conversion (reading, checks, writing) of a Llama 8B adapter.
@@ -55,7 +73,7 @@ def bench_route(
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="Of each stream, in tokens.")] = 128,
     rank: Annotated[int, typer.Option("--rank", min=1, help="Of the adapter in recovery; 32 takes 264 MB.")] = 32,
     requests: Annotated[int, typer.Option("--requests", min=1, help="In memory.")] = 100_000,
-    plot: Annotated[Path | None, typer.Option("--plot", help="Draw the result into this PNG file.")] = None,
+    plot: Plot = None,
     as_json: AsJson = False,
 ) -> None:
     """The router against asking the engine's model directly, on a real server with the synthetic engine."""

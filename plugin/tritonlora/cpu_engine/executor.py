@@ -167,13 +167,15 @@ class Executor(Generic[AdapterT, StateT]):
 
     def _take(self) -> None:
         while self._queue and len(self._active) < self._max_num_requests:
-            submitted = self._queue.popleft()
+            submitted = self._queue[0]  # where `stop` finds it until it is active
             try:
                 self._active.append(self._begin(submitted))
             except TaskNotCachedError as error:
                 self._fail(submitted, str(error))
             except Exception as error:  # noqa: BLE001  what is wrong with one request must not end the others
                 self._fail(submitted, f"Encountered an error when fetching new request: {error}")
+            with self._changed:
+                self._queue.popleft()
 
     def _begin(self, submitted: _Submitted) -> _Active[StateT]:
         request, lora = submitted.request, submitted.request.lora

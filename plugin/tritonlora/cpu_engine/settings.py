@@ -4,14 +4,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tritonlora.cpu_engine.flavour import FLAVOURS
-from tritonlora.engine import EngineProfile, profile_from_hf
+from tritonlora.engine import EngineProfile, profile_from_hf, read_config_json
 from tritonlora.errors import EngineMismatch, one_message
 
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
@@ -96,11 +95,10 @@ _CONVERT: dict[str, tuple[Callable[[str], Any], str]] = {
 
 def read_profile(settings: Settings) -> EngineProfile:
     """What the engine accepts; EngineMismatch when its config.json cannot be read."""
-    file = settings.gpt_model_path / "config.json"
     try:
-        config = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise EngineMismatch(f"gpt_model_path: cannot read {str(file)!r}: {error}") from error
+        config = read_config_json(settings.gpt_model_path / "config.json")
+    except EngineMismatch as error:
+        raise EngineMismatch(f"gpt_model_path: {error}") from error
     targets = settings.lora_target_modules
     return profile_from_hf(
         config,
