@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
 import os
 import shutil
@@ -18,7 +19,7 @@ from typing import Any
 import pytest
 
 from tritonlora import residency
-from tritonlora.residency import open_residency, shared_directory
+from tritonlora.residency import Residency, open_residency, shared_directory
 
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -67,6 +68,26 @@ def test_many_instances_start_and_end_at_once(tmp_path: Path) -> None:
         results = list(pool.map(come_and_go, range(200)))
 
     assert [True] * 200 == results
+    assert [] == list(tmp_path.iterdir())
+
+
+def test_who_comes_too_late_to_remove_it_removes_nobody_else_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another one has removed the directory between two of its steps, and a third one made it anew."""
+    shared = tmp_path / "shared"
+    last, flock = open_residency(shared, {}), fcntl.flock
+    newer: list[Residency] = []
+
+    def meanwhile(descriptor: int, operation: int) -> None:
+        if operation == fcntl.LOCK_EX | fcntl.LOCK_NB and not newer:
+            shutil.rmtree(shared)
+            newer.append(open_residency(shared, {1: 1}))
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", meanwhile)
+    last.close()
+
+    assert newer[0].holds(1)
+    newer[0].close()
     assert [] == list(tmp_path.iterdir())
 
 

@@ -114,7 +114,8 @@ def _remove_unused(directory: Path) -> None:
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(directory)
+            if os.path.samestat(os.fstat(descriptor), directory.stat()):  # else others have removed it, and made anew
+                shutil.rmtree(directory)
         finally:
             os.close(descriptor)
 
