@@ -66,6 +66,8 @@ class CausalLM:
         self._hook_layers(profile)
         self.max_sequence_length: int = getattr(self._model.config, "max_position_embeddings", None) or 1 << 30
         takes = inspect.signature(self._model.forward).parameters
+        # What transformers calls the KV cache, as an argument and as an output; past_key_values before 5.24.
+        self._kv_cache = "cache" if "cache" in takes else "past_key_values"
         # Only the last position is needed, and the output embedding is a large part of a small model.
         self._options = {"use_cache": True, **({"logits_to_keep": 1} if "logits_to_keep" in takes else {})}
 
@@ -93,11 +95,10 @@ class CausalLM:
         """One forward pass; the first of a request reads its prompt."""
         self._adapter = state.adapter
         with torch.inference_mode():
-            output = self._model(
-                input_ids=torch.tensor([state.unread]), past_key_values=state.kv_cache, **self._options
-            )
+            kv_cache = {self._kv_cache: state.kv_cache}
+            output = self._model(input_ids=torch.tensor([state.unread]), **kv_cache, **self._options)
             token = choose_token(output.logits[0, -1], state.request, state.answer, state.generator)
-        state.kv_cache = output.past_key_values
+        state.kv_cache = output[self._kv_cache]
         state.unread = [token]
         state.answer.append(token)
         return token

@@ -9,6 +9,7 @@ recently used one leaving. A byte is a token, and sampling is greedy.
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import threading
@@ -105,13 +106,15 @@ class Llm:
     def tokens(self, prompt: list[int], count: int, lora: tuple[int, str] | None) -> Iterator[int]:
         """The greedy answer. Requests take turns token by token."""
         unread, kv_cache = prompt, None
+        takes = inspect.signature(self._base.forward).parameters
+        name = "cache" if "cache" in takes else "past_key_values"  # before transformers 5.24
         for _ in range(count):
             with self._lock, torch.inference_mode():
                 self._use(lora)
                 output = (self._model or self._base)(
-                    input_ids=torch.tensor([unread]), past_key_values=kv_cache, use_cache=True
+                    input_ids=torch.tensor([unread]), use_cache=True, **{name: kv_cache}
                 )
-            kv_cache, unread = output.past_key_values, [int(output.logits[0, -1].argmax())]
+            kv_cache, unread = output[name], [int(output.logits[0, -1].argmax())]
             yield unread[0]
 
     def _use(self, lora: tuple[int, str] | None) -> None:
