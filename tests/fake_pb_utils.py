@@ -112,9 +112,9 @@ _TORCH_DTYPES = frozenset(
 
 
 class Tensor:
-    """A named tensor on the CPU. It shares the memory of what it is made from."""
+    """A named tensor on the CPU. It shares the memory of what it is made from, until it is sent."""
 
-    __slots__ = ("_data", "_name")
+    __slots__ = ("_data", "_name", "_sent")
 
     def __init__(self, name: str, array: npt.NDArray[Any], /) -> None:
         _require(isinstance(name, str) and isinstance(array, np.ndarray), "__init__")
@@ -122,6 +122,7 @@ class Tensor:
             raise TritonModelException("NumPy dtype is not supported.")
         self._name = name
         self._data: npt.NDArray[Any] | torch.Tensor = array if array.flags.c_contiguous else array.copy()
+        self._sent: torch.Tensor | None = None
 
     @staticmethod
     def from_dlpack(name: str, tensor: object, /) -> Tensor:
@@ -137,7 +138,7 @@ class Tensor:
         if data.dtype not in _TORCH_DTYPES:
             raise TritonModelException("Dtype is invalid.")
         made = Tensor.__new__(Tensor)
-        made._name, made._data = name, data
+        made._name, made._data, made._sent = name, data, None
         return made
 
     def __dlpack__(self, stream: object = None) -> object:
@@ -165,11 +166,18 @@ class Tensor:
         return list(self._data.shape)
 
     def to_dlpack(self) -> object:
+        if self._sent is not None:
+            return self._sent.__dlpack__()
         if isinstance(self._data, torch.Tensor):
             return self._data.__dlpack__()
         if self._data.dtype == np.object_:
             raise TritonModelException("DLPack does not have support for string tensors.")
         return torch.from_numpy(self._data).__dlpack__()
+
+    def _send(self) -> None:
+        """Copy it to memory that is shared with the server, unless it lies there already."""
+        if self._sent is None and self._data.dtype != np.object_:
+            self._sent = torch.utils.dlpack.from_dlpack(self.to_dlpack()).clone()
 
 
 class InferenceResponse:
@@ -269,6 +277,8 @@ class InferenceRequest:
         self._parameters = json.dumps(parameters or {})
 
     def exec(self, decoupled: bool = False) -> InferenceResponse | Iterator[InferenceResponse]:
+        for tensor in self._inputs:
+            tensor._send()
         responses = _answer(self)
         return responses if decoupled else next(responses)
 

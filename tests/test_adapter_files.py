@@ -47,8 +47,9 @@ def _write_tensors(root: Path, weights: bytes = WEIGHTS, config: bytes = CONFIG)
 def test_tensors_are_mapped_as_they_are_on_disk(files: AdapterFiles, tmp_path: Path) -> None:
     """bfloat16 from little-endian bytes, with a leading batch dim."""
     _write_tensors(tmp_path)
-    capsule, lora_config = files.map_tensors(REGISTERED)
-    lora_weights = torch.utils.dlpack.from_dlpack(capsule)
+    weights, lora_config = files.map_tensors(REGISTERED)
+    lora_weights = torch.utils.dlpack.from_dlpack(weights.capsule())
+    del weights
 
     assert (torch.bfloat16, (1, 6, 56)) == (lora_weights.dtype, tuple(lora_weights.shape))
     assert torch.equal(torch.ones(1, 6, 56, dtype=torch.bfloat16), lora_weights)
@@ -58,7 +59,7 @@ def test_tensors_are_mapped_as_they_are_on_disk(files: AdapterFiles, tmp_path: P
 def test_a_file_stays_mapped_until_it_is_let_go(files: AdapterFiles, tmp_path: Path) -> None:
     """Mapping it for every load would double what a load costs; of a file that was removed it would keep the space."""
     _write_tensors(tmp_path)
-    first, second = (torch.utils.dlpack.from_dlpack(files.map_tensors(REGISTERED)[0]) for _ in range(2))
+    first, second = (torch.utils.dlpack.from_dlpack(files.map_tensors(REGISTERED)[0].capsule()) for _ in range(2))
 
     assert first.data_ptr() == second.data_ptr()
 
@@ -113,7 +114,7 @@ def test_nobody_writes_to_weights_while_they_are_sent(files: AdapterFiles, tmp_p
     """Cut off while they are copied they would be a bus error, which ends the process."""
     _write_tensors(tmp_path)
     path = tmp_path / REGISTERED.entry.lora_weights_file
-    lora_weights = torch.utils.dlpack.from_dlpack(files.map_tensors(REGISTERED)[0])
+    lora_weights = torch.utils.dlpack.from_dlpack(files.map_tensors(REGISTERED)[0].capsule())
     writer = threading.Thread(target=path.write_bytes, args=(b"",))
     writer.start()
     writer.join(0.2)

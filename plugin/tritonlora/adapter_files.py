@@ -20,6 +20,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -49,6 +50,22 @@ def check_files(repository: Path, route: Route) -> None:
                 _check_size(path, found, nbytes)
 
 
+class Weights(NamedTuple):
+    """lora_weights where they are stored: nothing is copied before they are sent. Nobody can write to the file while
+    this lives.
+    """
+
+    content: npt.NDArray[np.uint8]  # the mapped file
+    dtype: str
+    shape: tuple[int, ...]  # (1, n, W)
+    sha256: str  # of the content
+    lease: Lease
+
+    def capsule(self) -> object:
+        """The tensor as a DLPack capsule, which keeps this."""
+        return dlpack.capsule_of(self.content, self.dtype, self.shape, self)
+
+
 class AdapterFiles:
     """The files of a repository's adapters, which stay mapped from one request to the next."""
 
@@ -63,20 +80,19 @@ class AdapterFiles:
         """The space of a file that was removed is free when nobody maps it any more."""
         self._content_of.cache_clear()
 
-    def map_tensors(self, route: Route) -> tuple[object, npt.NDArray[np.int32]]:
-        """(lora_weights (1, n, W), lora_config (1, n, 3 or 4) int32) of an adapter, the weights as a DLPack capsule.
+    def map_tensors(self, route: Route) -> tuple[Weights, npt.NDArray[np.int32]]:
+        """lora_weights and lora_config (1, n, 3 or 4) int32 of an adapter.
 
-        The weights are the pages of the file: nothing is copied before they are sent. AdapterUnavailable when a file is
-        not the registered one, by its size or by its SHA-256: it would be served as other weights, or as a bus error.
-        For the same reason nobody can write to it while the capsule lives.
+        AdapterUnavailable when a file is not the registered one, by its size or by its SHA-256: it would be served as
+        other weights, or as a bus error.
         """
         entry = route.entry
-        lease, weights = self._registered(
+        lease, content = self._registered(
             route, entry.lora_weights_file, entry.lora_weights_nbytes, entry.lora_weights_sha256
         )
         _, config = self._registered(route, entry.lora_config_file, entry.lora_config_nbytes, entry.lora_config_sha256)
-        lora_weights = dlpack.capsule_of(weights, entry.dtype, (1, *entry.lora_weights_shape), lease)
-        return lora_weights, np.array(config.view("<i4")).reshape(1, *entry.lora_config_shape)
+        weights = Weights(content, entry.dtype, (1, *entry.lora_weights_shape), entry.lora_weights_sha256, lease)
+        return weights, np.array(config.view("<i4")).reshape(1, *entry.lora_config_shape)
 
     def _registered(self, route: Route, file: str, nbytes: int, sha256: str) -> tuple[Lease, npt.NDArray[np.uint8]]:
         """The content of a file of the adapter, which stays as it is while the lease lives."""

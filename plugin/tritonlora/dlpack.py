@@ -105,3 +105,14 @@ def capsule_of(content: npt.NDArray[np.uint8], dtype: str, shape: tuple[int, ...
     _alive[address] = (managed, dims, content, lease)
     capsule: object = _new_capsule(address, _NAME, _destroy)
     return capsule
+
+
+def data_in(capsule: object) -> int:
+    """Where the elements of the tensor in a capsule ("dltensor") begin. ValueError where it is no such capsule."""
+    tensor: _Tensor = _ManagedTensor.from_address(_address_in(id(capsule), _NAME)).dl_tensor
+    return int(tensor.data) + int(tensor.byte_offset)
+
+
+def memory_at(address: int, nbytes: int) -> npt.NDArray[np.uint8]:
+    """Somebody else's memory, to be read and written while they keep it."""
+    return np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address))

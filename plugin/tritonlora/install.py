@@ -46,7 +46,7 @@ TABLE_MODULES = (
     "versions.py",
 )
 MODEL_MODULES = {
-    ROUTER: (*TABLE_MODULES, "flavours.py", "forwarding.py", "stream.py", "worker.py"),
+    ROUTER: (*TABLE_MODULES, "flavours.py", "forwarding.py", "kept_weights.py", "stream.py", "worker.py"),
     RESOLVER: (*TABLE_MODULES, "flavours.py", "estimate.py"),
     LISTING: (*TABLE_MODULES, "metrics.py", "listing.py"),
     "preprocessing": TEXT_MODULES,

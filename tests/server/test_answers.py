@@ -19,6 +19,8 @@ from tritonlora.server import Server
 
 ADAPTERS: dict[str, dict[str, Any]] = {
     "attention": {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]},
+    # Of the same shape: its weights are sent from the memory in which those before were.
+    "twin": {"r": 8, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
     "all": {"r": 4, "lora_alpha": 8, "target_modules": list(LINEAR)},
     "rslora": {"r": 16, "lora_alpha": 16, "use_rslora": True, "target_modules": ["o_proj", "up_proj", "gate_proj"]},
     "patterns": {
@@ -44,14 +46,14 @@ class Served:
 def served(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, launch: Callable[..., Server]
 ) -> Served:
-    """A small random Llama with four random adapters, and an engine cache that holds two of them."""
+    """A small random Llama with random adapters, and an engine cache that holds some of them."""
     directory = tmp_path_factory.mktemp("answers")
     answers = save_llama(directory, ADAPTERS, layers=3, dtype=getattr(torch, request.param))
 
     engine = {"gpt_model_path": str(directory / "base"), "synthetic": "false"}
     install.create_repository(directory / "repo", {"tensorrt_llm": engine})
     opened = repository.open_repository(directory / "repo")
-    set_streams(opened, 4)
+    set_streams(opened, 1)  # so that one process sends all of them
     for name in ADAPTERS:
         register.add(opened, name, directory / name)
     set_cache_pages(opened, 4)  # "rslora" takes two pages
@@ -80,7 +82,7 @@ def test_an_answer_is_peft_s_own_token_for_token(served: Served, lora_name: str 
 
 
 def test_answers_stay_right_when_adapters_are_evicted(served: Served) -> None:
-    """Five pages of adapters take turns in a cache of four."""
+    """Six pages of adapters take turns in a cache of four."""
     asked = [(name, prompt) for _ in range(3) for name in (*ADAPTERS, None) for prompt in PROMPTS]
 
     assert [served.answers[one] for one in asked] == [_ask(served, *one) for one in asked]

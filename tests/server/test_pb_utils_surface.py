@@ -41,13 +41,26 @@ output [ { name: "result" data_type: TYPE_STRING dims: [ 1 ] } ]
 instance_group [ { count: 1 kind: KIND_CPU } ]
 """
 
-# Evaluates to the repr of a value, or to the type and the first line of an error.
-OUTCOME = """
+# `outcome` evaluates to the repr of a value, or to the type and the first line of an error; `sent` tells whether a
+# tensor's memory moves when it is sent for the first time, or again, and what was in it before and is in the end, when
+# it was written to in between.
+FUNCTIONS = """
 def outcome(expression, names):
     try:
         return repr(eval(expression, names))
     except Exception as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+
+def sent(tensor):
+    def send():
+        pb_utils.InferenceRequest(model_name="nope", inputs=[tensor], requested_output_names=["o"]).exec()
+        return torch.from_dlpack(tensor.to_dlpack())
+    before = torch.from_dlpack(tensor.to_dlpack())
+    first = send()
+    first[0, 1] = 3.5
+    second = send()
+    moved = [before.data_ptr() != first.data_ptr(), first.data_ptr() != second.data_ptr()]
+    return moved, before.tolist(), second.tolist()
 """
 
 MODEL = (
@@ -58,7 +71,7 @@ import torch
 import c_python_backend_utils
 import triton_python_backend_utils as pb_utils
 """
-    + OUTCOME
+    + FUNCTIONS
     + """
 def describe(value):
     if not inspect.isclass(value):
@@ -80,7 +93,8 @@ class TritonPythonModel:
                 surfaces = [{name: describe(getattr(module, name)) for name in dir(module)} for module in modules]
                 result = json.dumps(surfaces)
             else:
-                names = {"pb_utils": pb_utils, "np": np, "torch": torch, "request": request, "bf16": bf16}
+                names = {"pb_utils": pb_utils, "np": np, "torch": torch, "request": request, "bf16": bf16,
+                         "sent": sent}
                 result = outcome(expression, names)
             tensor = pb_utils.Tensor("result", np.array([result.encode()], np.object_))
             responses.append(pb_utils.InferenceResponse([tensor]))
@@ -352,6 +366,8 @@ EXPRESSIONS = [
     "bls().exec().error().message()",
     "[response.error().message() for response in bls().exec(decoupled=True)]",
     "bls().exec(False, 5)",
+    "sent(pb_utils.Tensor('a', np.zeros((1, 4), np.float16)))",
+    "sent(pb_utils.Tensor.from_dlpack('a', torch.zeros(1, 4, dtype=torch.bfloat16)))",
     "setattr(bls(), 'foo', 1)",
     "request.parameters(), request.request_id(), request.timeout(), request.flags()",
     "request.is_cancelled()",
@@ -377,13 +393,13 @@ EXPRESSIONS = [
 @pytest.mark.parametrize("expression", EXPRESSIONS)
 def test_fake_does_what_the_real_module_does(expression: str, ask: Ask) -> None:
     """The same value, or the same error with the same text."""
-    names: dict[str, Any] = {}
-    exec(OUTCOME, names)  # noqa: S102  the function that the real model runs
+    names: dict[str, Any] = {"pb_utils": fake_pb_utils.module(), "torch": torch}
+    exec(FUNCTIONS, names)  # noqa: S102  those that the real model has
     tensor = fake_pb_utils.Tensor.from_dlpack("bf16", torch.zeros(2, dtype=torch.bfloat16))
     request = fake_pb_utils.Client().send(
         fake_pb_utils.InferenceRequest(model_name="surface", inputs=[tensor], requested_output_names=["result"])
     )
-    scope = {"pb_utils": fake_pb_utils.module(), "np": np, "torch": torch, "request": request, "bf16": tensor}
+    scope = {**names, "np": np, "request": request, "bf16": tensor}
 
     pretended = names["outcome"](expression.replace("bls(", BLS), scope)
 

@@ -111,7 +111,7 @@ class TritonPythonModel:
                 )
             lora_weights, lora_config = self._files.map_tensors(routes[0])
             self._estimate.sent(routes[0].entry.lora_task_id, now)
-            tensors.append(pb_utils.Tensor.from_dlpack("lora_weights", lora_weights))
+            tensors.append(pb_utils.Tensor.from_dlpack("lora_weights", lora_weights.capsule()))
             tensors.append(pb_utils.Tensor("lora_config", lora_config))
         return tensors
 

@@ -36,10 +36,11 @@ import triton_python_backend_utils as pb_utils
 
 sys.path.insert(0, str(Path(__file__).parent))  # the copy beside this file, whatever else is installed
 
-from tritonlora.adapter_files import AdapterFiles
+from tritonlora.adapter_files import AdapterFiles, Weights
 from tritonlora.errors import ClientLeft, EngineSilent, InvalidRequest, RequestError
 from tritonlora.flavours import flavour_of
 from tritonlora.forwarding import Forwarder, is_unavailable, public
+from tritonlora.kept_weights import KeptWeights
 from tritonlora.residency import Residency, open_residency, shared_directory
 from tritonlora.routing import Route, TableFile, check_parameters, resolve_rows, warmed
 from tritonlora.statistics import BASE, DIRECTORY, OUTCOMES, Statistics
@@ -83,6 +84,7 @@ class TritonPythonModel:
         self._residency = self._take_part()
         self._statistics = Statistics(self._residency.directory / DIRECTORY)
         self._files = AdapterFiles(directory.parent, self._residency.directory)
+        self._kept = new_kept_weights()
         self._table = TableFile(directory / "adapters.json", self._table_failed)
         self._seen_table = self._table.table()
         self._forwarder = self._new_forwarder()
@@ -118,10 +120,12 @@ class TritonPythonModel:
         self._worker.end()
         self._last_streams.clear()  # an iterator that outlives this call crashes the stub
         self._last_replies.clear()
+        self._let_go_of_files()
         self._residency.close()
 
     def _leave_behind(self) -> None:
         """What the request holds that was left behind goes free; should it go on, it has what it shares to itself."""
+        self._kept = new_kept_weights()
         behind = self._residency
         self._residency = self._take_part()
         self._forwarder = self._new_forwarder()
@@ -151,11 +155,15 @@ class TritonPythonModel:
         table = self._table.table()
         if table is not self._seen_table:
             self._seen_table = table
-            self._files.unmap()
+            self._let_go_of_files()
             self._statistics.add(BASE, "table_reloads")
         lora_names, lora_task_ids = (values_of(inputs, name) for name in self._routing_inputs)
         rows = next(iter(inputs.values())).shape()[0] if self._batching else 1
         return resolve_rows(table, lora_names, lora_task_ids, rows)
+
+    def _let_go_of_files(self) -> None:
+        self._kept.forget()
+        self._files.unmap()
 
     def _answer(
         self,
@@ -222,13 +230,14 @@ class TritonPythonModel:
         attach: bool,
     ) -> Iterator[pb_utils.InferenceResponse]:
         """Send the request, which `forwarded` makes of its inputs, to the engine's model, and give its answers."""
-        if route:
-            inputs_of_route = self._flavour.request_inputs(self._files, route, attach)
-            tensors = [*tensors, *(tensor_from(name, value) for name, value in inputs_of_route.items())]
+        kept = self._kept  # this request's, also if it is left behind
+        inputs_of_route = self._flavour.request_inputs(self._files, route, attach) if route else {}
+        tensors = [*tensors, *(tensor_from(name, value, kept) for name, value in inputs_of_route.items())]
         request = forwarded(inputs=tensors)
         silence.asked()
         answers = self._stream(request) if self._decoupled else iter([request.exec()])
-        del request, tensors  # and with them the lease of the weights' file, which have been copied
+        kept.sent()
+        del request, tensors, inputs_of_route  # and with them the lease of the weights' file, which have been copied
         for answer in answers:
             silence.heard()
             yield answer
@@ -443,9 +452,14 @@ def _takes_floats() -> bool:
     return True
 
 
-def tensor_from(name: str, value: Any) -> pb_utils.Tensor:
-    """A tensor of a numpy array, or of a DLPack capsule: numpy has no bfloat16."""
-    return pb_utils.Tensor(name, value) if isinstance(value, np.ndarray) else pb_utils.Tensor.from_dlpack(name, value)
+def new_kept_weights() -> KeptWeights[pb_utils.Tensor]:
+    """Those of a process that has sent none."""
+    return KeptWeights(functools.partial(pb_utils.Tensor.from_dlpack, "lora_weights"))
+
+
+def tensor_from(name: str, value: object, kept: KeptWeights[pb_utils.Tensor]) -> pb_utils.Tensor:
+    """A tensor of a numpy array, or of weights: numpy has no bfloat16."""
+    return kept.tensor(value) if isinstance(value, Weights) else pb_utils.Tensor(name, np.asarray(value))
 
 
 def tensor_of(tensors: list[pb_utils.Tensor], name: str) -> pb_utils.Tensor:

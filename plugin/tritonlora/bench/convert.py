@@ -113,13 +113,18 @@ def draw(results: Sequence[Measured], path: Path) -> None:
 
 
 def make_adapter(
-    directory: Path, rank: int, layers: int = LAYERS, shapes: Mapping[str, tuple[int, int]] = LLAMA_8B
+    directory: Path,
+    rank: int,
+    layers: int = LAYERS,
+    shapes: Mapping[str, tuple[int, int]] = LLAMA_8B,
+    *,
+    seed: int = 0,
 ) -> None:
     """Write a random adapter of `rank` for the linear layers of these (in, out), as PEFT names its tensors."""
     import torch
     from safetensors.torch import save_file
 
-    random = torch.Generator().manual_seed(rank)
+    random = torch.Generator().manual_seed(seed)
     tensors = {}
     for layer in range(layers):
         for name, (in_features, out_features) in shapes.items():

@@ -156,9 +156,9 @@ def _recovery(options: Options) -> Part:
         source = np.fromfile(file, np.uint8)
         target = np.zeros_like(source)
         with _serving(repository) as server:
-            early = [_first_token(server, name) for _ in range(scratch.FEW_STREAMS) for name in ("n1", "n2")]
-            for number in range(3 * options.rounds):
-                name = f"n{1 + number % 2}"
+            names = [f"n{1 + number % scratch.LARGE_ADAPTERS}" for number in range(3 * options.rounds)]
+            early = [_first_token(server, name) for _ in range(scratch.FEW_STREAMS) for name in sorted(set(names))]
+            for name in names:
                 evicted.append(_first_token(server, name))
                 resident.append(_first_token(server, name))
                 copies.append(_seconds(lambda: np.copyto(target, source)))

@@ -23,6 +23,7 @@ PAST_ROUTER = "past_router"
 LONG_AGO = "2026-01-01T00:00:00+00:00"  # the resolver does not count on what was added just before the server started
 SMALL = {"self_attn.q_proj": (64, 64), "self_attn.v_proj": (64, 32)}  # of the shipped synthetic engine
 SMALL_LAYERS = 2
+LARGE_ADAPTERS = 3
 LARGE_RANK = 32  # 224 rows of 589,824 bfloat16: 264 MB
 FEW_STREAMS = 2  # where each instance costs time before it counts
 LLAMA_8B_CONFIG = {
@@ -115,14 +116,20 @@ def small_adapters(root: Path, count: int, *, streams: int, room: int | None = N
 
 
 def large_adapters(root: Path, *, rank: int = LARGE_RANK, layers: int = LAYERS) -> Repository:
-    """Two adapters of a Llama 8B, n1 and n2, and an engine whose cache has room for one."""
+    """Adapters of a Llama 8B, n1 and so on, and an engine whose cache has room for one.
+
+    They differ, and are so many that an instance of the router does not send the one again that it has sent last, when
+    they are asked for by turns.
+    """
     install.create_repository(root)
     opened = repository.open_repository(root)
     config = LLAMA_8B_CONFIG | {"num_hidden_layers": layers}
     write_text(opened.target_directory / "1" / "config.json", json.dumps(config))
-    _register(opened, 2, LLAMA_8B, layers, rank=rank)
+    for number in range(1, LARGE_ADAPTERS + 1):
+        _add(opened, f"n{number}", LLAMA_8B, layers, rank=rank, seed=number)
     _set_cache(opened, 1)
     _put_pass_through(opened, FEW_STREAMS)
+    _tell_the_cache(opened)
     return opened
 
 
@@ -134,10 +141,16 @@ def table_of(entry: AdapterEntry, count: int) -> AdapterTable:
 
 def _register(opened: Repository, count: int, shapes: Mapping[str, tuple[int, int]], layers: int, *, rank: int) -> None:
     """Convert one adapter, and register it under every name."""
-    with tempfile.TemporaryDirectory(dir=opened.root.parent) as adapter:
-        make_adapter(Path(adapter), rank, layers, shapes)
-        entry = register.add(opened, "n1", Path(adapter), register.Options(warm=False)).entry
+    entry = _add(opened, "n1", shapes, layers, rank=rank)
     write_text(opened.table_path, render(table_of(entry, count)))
+
+
+def _add(
+    opened: Repository, name: str, shapes: Mapping[str, tuple[int, int]], layers: int, *, rank: int, seed: int = 0
+) -> AdapterEntry:
+    with tempfile.TemporaryDirectory(dir=opened.root.parent) as adapter:
+        make_adapter(Path(adapter), rank, layers, shapes, seed=seed)
+        return register.add(opened, name, Path(adapter), register.Options(warm=False)).entry
 
 
 def _set_cache(opened: Repository, room: int) -> None:
@@ -162,6 +175,11 @@ def _put_resolver(opened: Repository) -> None:
     (opened.root / PAST_ROUTER / "1").mkdir(parents=True)
     write_text(opened.root / PAST_ROUTER / "config.pbtxt", _TOKENS_ENSEMBLE % PAST_ROUTER)
     install.init(opened.root, topology=install.RESOLVE)
+    _tell_the_cache(opened)
+
+
+def _tell_the_cache(opened: Repository) -> None:
+    """What `tritonlora plan --apply` does, once the engine's parameters are right."""
     profile = repository.engine_profile(opened, repository.read_config(opened.config_path))
     if profile is None:
         raise RepositoryError("the engine is not known")
