@@ -17,14 +17,14 @@ import struct
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from tritonlora.errors import AdapterError, EngineMismatch, RepositoryError
 
 if TYPE_CHECKING:
-    from tritonlora.adapter_files import AdapterFiles
     from tritonlora.adapters import AdapterEntry
     from tritonlora.engine import EngineProfile
     from tritonlora.layout import Layout
@@ -71,7 +71,8 @@ class Flavour:
     origin: str  # where a model that lacks one of them has to come from
     task_id: str  # the input that has an adapter's lora_task_id
     from_router: tuple[str, ...]  # inputs that the router gives; no client may
-    request_inputs: Callable[[AdapterFiles, Route, bool], dict[str, object]]  # (…, adapter, with its weights)
+    # (repository, adapter): what each request for it says of it, weights apart
+    naming_inputs: Callable[[Path, Route], dict[str, npt.NDArray[Any]]]
     stop: str  # the input of a request that ends the one with the same id; "": there is none
     needed_outputs: tuple[str, ...]  # of the target: the router asks for these, whatever the client wants
     to_lora: str  # what to do about an engine without LoRA
@@ -118,11 +119,8 @@ def flavour_of_config(config: ModelConfig) -> Flavour:
 # The engine's models
 
 
-def _tensor_request(files: AdapterFiles, route: Route, with_weights: bool) -> dict[str, object]:
-    inputs: dict[str, object] = {"lora_task_id": np.array([[route.entry.lora_task_id]], np.uint64)}
-    if with_weights:
-        inputs["lora_weights"], inputs["lora_config"] = files.map_tensors(route)
-    return inputs
+def _task_id_input(_repository: Path, route: Route) -> dict[str, npt.NDArray[Any]]:
+    return {"lora_task_id": np.array([[route.entry.lora_task_id]], np.uint64)}
 
 
 def _tensor_inputs(entry: AdapterEntry) -> tuple[SampleInput, ...]:
@@ -195,9 +193,9 @@ def _engine_profile(config: ModelConfig, directory: Path) -> EngineProfile | Non
 # The LLM API's model
 
 
-def _path_request(files: AdapterFiles, route: Route, _with_weights: bool) -> dict[str, object]:
-    """The same for every request: the engine looks into the directory when it does not hold the adapter."""
-    path = files.repository / (route.entry.lora_path or "")
+def _path_input(repository: Path, route: Route) -> dict[str, npt.NDArray[Any]]:
+    """The engine looks into the directory when it does not hold the adapter."""
+    path = repository / (route.entry.lora_path or "")
     return {
         "lora_id": np.array([route.entry.lora_task_id], np.uint64),
         "lora_name": np.array([route.lora_name.encode()], np.object_),
@@ -295,7 +293,7 @@ TENSORS = Flavour(
     "config.pbtxt from there",
     task_id="lora_task_id",
     from_router=("lora_weights", "lora_config"),
-    request_inputs=_tensor_request,
+    naming_inputs=_task_id_input,
     stop="stop",
     needed_outputs=("output_ids", "sequence_length"),  # the engine refuses a request that does not ask for both
     to_lora="build it with trtllm-build --lora_plugin auto --lora_target_modules …",
@@ -336,7 +334,7 @@ LLM_API = Flavour(
     "config.pbtxt and 1/*.py from there",
     task_id="lora_id",
     from_router=("lora_path", "lora_ckpt_source"),
-    request_inputs=_path_request,
+    naming_inputs=_path_input,
     stop="",
     needed_outputs=("text_output",),
     to_lora="give it a lora_config in model.yaml: lora_target_modules, max_lora_rank, max_loras, max_cpu_loras",

@@ -19,6 +19,7 @@ it loses an error that is not the first answer to a BLS request, and the end of 
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
 import json
 import secrets
@@ -36,7 +37,7 @@ import triton_python_backend_utils as pb_utils
 
 sys.path.insert(0, str(Path(__file__).parent))  # the copy beside this file, whatever else is installed
 
-from tritonlora.adapter_files import AdapterFiles, Weights
+from tritonlora.adapter_files import AdapterFiles
 from tritonlora.errors import ClientLeft, EngineSilent, InvalidRequest, RequestError
 from tritonlora.flavours import flavour_of
 from tritonlora.forwarding import Forwarder, is_unavailable, public
@@ -55,6 +56,7 @@ OWN_OUTPUTS = {"previous_ids", "all_outputs", "text_diff"}
 # Between two looks the server must have left what it shares with this process for the last one (python_backend
 # src/python_be.cc, ProcessIsRequestCancelled), which the next look, or letting go of the request, frees.
 LOOK_SECONDS = 0.1
+MOST_NAMED = 256  # adapters whose naming tensors are kept, of a few hundred bytes each
 
 
 class TritonPythonModel:
@@ -97,6 +99,8 @@ class TritonPythonModel:
         # the GIL with the mutex that the next request needs while it holds the GIL.
         self._last_streams: deque[Any] = deque(maxlen=4)
         self._last_replies: deque[Reply] = deque(maxlen=4)
+        self._naming_tensors: dict[int, list[pb_utils.Tensor]] = {}  # by lora_task_id
+        gc.freeze()  # a full collection, which comes in the midst of an answer, takes 70 ms with all that is there now
 
     def execute(self, requests: list[pb_utils.InferenceRequest]) -> None:
         """Answer the requests, one after the other."""
@@ -151,7 +155,8 @@ class TritonPythonModel:
 
     def _routes(self, inputs: Inputs, parameters: dict[str, Any]) -> list[Route | None]:
         """The adapter of each row."""
-        check_parameters(parameters)
+        if parameters:
+            check_parameters(parameters)
         table = self._table.table()
         if table is not self._seen_table:
             self._seen_table = table
@@ -162,6 +167,7 @@ class TritonPythonModel:
         return resolve_rows(table, lora_names, lora_task_ids, rows)
 
     def _let_go_of_files(self) -> None:
+        self._naming_tensors.clear()
         self._kept.forget()
         self._files.unmap()
 
@@ -230,18 +236,32 @@ class TritonPythonModel:
         attach: bool,
     ) -> Iterator[pb_utils.InferenceResponse]:
         """Send the request, which `forwarded` makes of its inputs, to the engine's model, and give its answers."""
-        kept = self._kept  # this request's, also if it is left behind
-        inputs_of_route = self._flavour.request_inputs(self._files, route, attach) if route else {}
-        tensors = [*tensors, *(tensor_from(name, value, kept) for name, value in inputs_of_route.items())]
+        kept, weights = self._kept, None  # this request's, also if it is left behind
+        if route:
+            tensors = [*tensors, *self._tensors_naming(route)]
+        if route and attach and self._flavour.sends_weights:
+            weights, config = self._files.map_tensors(route)
+            tensors += [kept.tensor(weights), pb_utils.Tensor("lora_config", config)]
         request = forwarded(inputs=tensors)
         silence.asked()
         answers = self._stream(request) if self._decoupled else iter([request.exec()])
         kept.sent()
-        del request, tensors, inputs_of_route  # and with them the lease of the weights' file, which have been copied
+        del request, tensors, weights  # and with them the lease of their file: they have been copied
         for answer in answers:
             silence.heard()
             yield answer
         silence.ended()
+
+    def _tensors_naming(self, route: Route) -> list[pb_utils.Tensor]:
+        """What tells the engine which adapter it is. Kept: a tensor that was sent is in shared memory the next time."""
+        found = self._naming_tensors.get(route.entry.lora_task_id)
+        if found is None:
+            values = self._flavour.naming_inputs(self._files.repository, route)
+            found = [pb_utils.Tensor(name, value) for name, value in values.items()]
+            if len(self._naming_tensors) == MOST_NAMED:
+                self._naming_tensors.clear()
+            self._naming_tensors[route.entry.lora_task_id] = found
+        return found
 
     def _stream(self, request: pb_utils.InferenceRequest) -> Iterator[pb_utils.InferenceResponse]:
         answers = request.exec(decoupled=True)
@@ -455,11 +475,6 @@ def _takes_floats() -> bool:
 def new_kept_weights() -> KeptWeights[pb_utils.Tensor]:
     """Those of a process that has sent none."""
     return KeptWeights(functools.partial(pb_utils.Tensor.from_dlpack, "lora_weights"))
-
-
-def tensor_from(name: str, value: object, kept: KeptWeights[pb_utils.Tensor]) -> pb_utils.Tensor:
-    """A tensor of a numpy array, or of weights: numpy has no bfloat16."""
-    return kept.tensor(value) if isinstance(value, Weights) else pb_utils.Tensor(name, np.asarray(value))
 
 
 def tensor_of(tensors: list[pb_utils.Tensor], name: str) -> pb_utils.Tensor:

@@ -10,7 +10,8 @@ the synthetic engine without a delay.
     memory    of the router's processes, over many requests
 
 What is compared is taken by turns, so that what else the machine does meets both sides alike. The pass-through model is
-the least that a Python model between client and engine can do: it is the floor for the router.
+the least that a Python model between client and engine can do. The floors of `tokens` do even less: a model that takes
+each of the engine's answers and sends only the last one, and an ensemble of the engine alone, without an adapter.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ def _tokens(options: Options) -> Part:
     ):
         times = load.ask(
             server.http_url,
-            _ways(options.tokens),
+            _ways(options.tokens) | _floors(options.tokens),
             rounds=options.rounds,
             streams=options.streams,
             discarded=1,
@@ -307,6 +308,17 @@ def _ways(tokens: int) -> dict[str, Way]:
         "pass-through": Way(scratch.PASS_THROUGH, [_body(tokens) | by_id], tokens),
         "forward": Way(ROUTER, [_body(tokens) | by_name], tokens),
         "resolve": Way(scratch.PAST_ROUTER, [_body(tokens) | by_name], tokens),
+    }
+
+
+def _floors(tokens: int) -> dict[str, Way]:
+    """The least that Triton takes for what is before the engine's model: every answer received, in a model; none but
+    the engine, in an ensemble.
+    """
+    body = _body(tokens)
+    return {
+        "floor of forward": Way(scratch.TAKER, [body | {"lora_task_id": 1}], 1),
+        "floor of resolve": Way(scratch.BARE_ENSEMBLE, [body], tokens),
     }
 
 

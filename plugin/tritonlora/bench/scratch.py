@@ -20,6 +20,8 @@ from tritonlora.repository import ROUTER, Repository
 
 PASS_THROUGH = "pass_through"  # noqa: S105
 PAST_ROUTER = "past_router"
+TAKER = "taker"
+BARE_ENSEMBLE = "bare_ensemble"
 LONG_AGO = "2026-01-01T00:00:00+00:00"  # the resolver does not count on what was added just before the server started
 SMALL = {"self_attn.q_proj": (64, 64), "self_attn.v_proj": (64, 32)}  # of the shipped synthetic engine
 SMALL_LAYERS = 2
@@ -36,9 +38,9 @@ LLAMA_8B_CONFIG = {
     "num_key_value_heads": 8,
     "vocab_size": 128256,
 }
-# The least that a BLS model can do.
+# The least that a BLS model can do, to which EACH answer and the END of a request are given.
 _BARE_MODEL = '''\
-"""Sends each request on to the engine's model, and each answer back."""
+"""Sends each request on to the engine's model, and answers back."""
 
 from collections import deque
 
@@ -59,14 +61,21 @@ class TritonPythonModel:
             )
             answers = forwarded.exec(decoupled=True)
             self.last_streams.append(answers)
+            last = []
             for answer in answers:
                 if answer.has_error():
                     sender.send(pb_utils.InferenceResponse(error=answer.error()))
                 else:
-                    sender.send(pb_utils.InferenceResponse(answer.output_tensors()))
+                    EACH
+            END
             sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 '''
-
+_TO_CLIENT = "sender.send(pb_utils.InferenceResponse({}))"
+_BARE_MODELS = {
+    PASS_THROUGH: {"EACH": _TO_CLIENT.format("answer.output_tensors()"), "END": ""},
+    # Nothing that sees each of an engine's answers by BLS can be faster than what sends none but the last.
+    TAKER: {"EACH": "last = answer.output_tensors() or last", "END": _TO_CLIENT.format("last")},
+}
 
 # The engine alone, with what the benchmark sends; the resolver comes into it as into any ensemble.
 _TOKENS_ENSEMBLE = """\
@@ -101,15 +110,15 @@ ensemble_scheduling {
 
 
 def small_adapters(root: Path, count: int, *, streams: int, room: int | None = None) -> Repository:
-    """The shipped repository with `count` adapters, n1 and so on, that share one pair of files, and the pass-through
-    model, with `streams` instances each. The engine's cache has `room` for so many adapters; by default for all, which
-    are warm then, and asked for past the router, too.
+    """The shipped repository with `count` adapters, n1 and so on, that share one pair of files, and the models to
+    compare with, with `streams` instances each. The engine's cache has `room` for so many adapters; by default for all,
+    which are warm then, and asked for past the router, too.
     """
     install.create_repository(root)
     opened = repository.open_repository(root)
     _register(opened, count, SMALL, SMALL_LAYERS, rank=8)
     _set_cache(opened, room or count)
-    _put_pass_through(opened, streams)
+    _put_bare_models(opened, streams)
     if room is None:
         _put_resolver(opened)
     return opened
@@ -128,7 +137,7 @@ def large_adapters(root: Path, *, rank: int = LARGE_RANK, layers: int = LAYERS) 
     for number in range(1, LARGE_ADAPTERS + 1):
         _add(opened, f"n{number}", LLAMA_8B, layers, rank=rank, seed=number)
     _set_cache(opened, 1)
-    _put_pass_through(opened, FEW_STREAMS)
+    _put_bare_models(opened, FEW_STREAMS)
     _tell_the_cache(opened)
     return opened
 
@@ -172,9 +181,9 @@ def _put_resolver(opened: Repository) -> None:
     entries = {name: replace(entry, warm=True, added_at=LONG_AGO) for name, entry in table.entries.items()}
     write_text(opened.table_path, render(replace(table, entries=entries)))
     register.repair(opened)
-    (opened.root / PAST_ROUTER / "1").mkdir(parents=True)
-    write_text(opened.root / PAST_ROUTER / "config.pbtxt", _TOKENS_ENSEMBLE % PAST_ROUTER)
+    _put_ensemble(opened, PAST_ROUTER)
     install.init(opened.root, topology=install.RESOLVE)
+    _put_ensemble(opened, BARE_ENSEMBLE)  # to which nobody puts the resolver any more
     _tell_the_cache(opened)
 
 
@@ -186,12 +195,20 @@ def _tell_the_cache(opened: Repository) -> None:
     register.apply_plan(opened, (), profile)
 
 
-def _put_pass_through(opened: Repository, streams: int) -> None:
-    """Put the pass-through model beside the router, with the same inputs, and give both so many instances."""
+def _put_ensemble(opened: Repository, name: str) -> None:
+    (opened.root / name / "1").mkdir(parents=True)
+    write_text(opened.root / name / "config.pbtxt", _TOKENS_ENSEMBLE % name)
+
+
+def _put_bare_models(opened: Repository, streams: int) -> None:
+    """Put the bare models beside the router, with the same inputs, and give all of them so many instances."""
     target = repository.read_config(opened.config_path)
+    for name, parts in _BARE_MODELS.items():
+        model = _BARE_MODEL
+        for place, part in parts.items():
+            model = model.replace(place, part)
+        (opened.root / name / "1").mkdir(parents=True)
+        write_text(opened.root / name / "config.pbtxt", wiring.router_config(target, name=name, max_streams=streams))
+        write_text(opened.root / name / "1" / "model.py", model)
     router = opened.root / ROUTER / "config.pbtxt"
-    own = opened.root / PASS_THROUGH
-    (own / "1").mkdir(parents=True)
-    write_text(own / "config.pbtxt", wiring.router_config(target, name=PASS_THROUGH, max_streams=streams))
-    write_text(own / "1" / "model.py", _BARE_MODEL)
     write_text(router, wiring.router_config(target, previous_ids=True, max_streams=streams))
