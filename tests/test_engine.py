@@ -84,6 +84,16 @@ def test_defaults_of_missing_keys_are_those_of_transformers(name: str) -> None:
     assert {key: config[key] for key in ARCHITECTURES[name].defaults} == dict(ARCHITECTURES[name].defaults)
 
 
+@pytest.mark.parametrize("name", [name for name, line in ARCHITECTURES.items() if line.nested])
+def test_sizes_that_a_text_config_leaves_out_are_those_of_the_class(name: str) -> None:
+    """LLaVA's config.json says of its text model hardly more than which class it is of."""
+    text = {"model_type": ARCHITECTURES[name].model_type, "vocab_size": 32064}
+    config = {"architectures": ["LlavaForConditionalGeneration"], "text_config": text, "torch_dtype": "float16"}
+    whole = {**getattr(transformers, name).config_class().to_dict(), "architectures": [name], "dtype": "float16"}
+
+    assert profile_from_hf(whole, "llava") == profile_from_hf(config, "llava")
+
+
 @pytest.mark.parametrize(("name", "gated"), [("T5", False), ("MT5", True), ("UMT5", True), ("LongT5", False)])
 def test_t5s_that_do_not_say_it_have_the_layers_of_their_class(name: str, gated: bool) -> None:
     """A gate in the MLP, and heads of 64 whatever the hidden size."""

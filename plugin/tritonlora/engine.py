@@ -153,6 +153,8 @@ def profile_from_hf(
             "an adapter have names of those, it converts without the base model, unless it is a DoRA adapter; merge "
             "any other into the base model"
         )
+    if text is nested:
+        text = {**architecture.nested, **text}
     problems: list[str] = []
     sizes = _hf_sizes(text, architecture, problems)
     found = dtype or next((c[k] for c in (text, config) for k in ("dtype", "torch_dtype") if c.get(k)), None)

@@ -49,6 +49,7 @@ class Architecture:
     name: str  # in config.json's `architectures`
     family: Family
     defaults: Mapping[str, int | str] = field(default_factory=dict)  # what a missing key of config.json means
+    nested: Mapping[str, int] = field(default_factory=dict)  # and besides, where that is missing in a `text_config`
 
 
 def _leaves(prefix: str, **names: str) -> dict[str, Leaf]:
@@ -225,14 +226,28 @@ T5 = Family(
     {"layers": ("num_decoder_layers", "num_layers")},
 )
 
+# Older releases left out of a `text_config` all that is the class's default, and so do LLaVA, Idefics and Pixtral.
+_SEVEN_BILLION = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
 _GEMMA2 = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256}
 _MT5: Mapping[str, int | str] = {"d_kv": 64, "feed_forward_proj": "gated-gelu"}
 _TABLE = (
-    Architecture("llama", "LlamaForCausalLM", LLAMA),
-    Architecture("mistral", "MistralForCausalLM", LLAMA, {"num_key_value_heads": 8}),
+    Architecture("llama", "LlamaForCausalLM", LLAMA, nested={**_SEVEN_BILLION, "intermediate_size": 11008}),
+    Architecture(
+        "mistral",
+        "MistralForCausalLM",
+        LLAMA,
+        {"num_key_value_heads": 8},
+        nested={**_SEVEN_BILLION, "intermediate_size": 14336},
+    ),
     Architecture("ministral", "MinistralForCausalLM", LLAMA, {"num_key_value_heads": 8}),
     Architecture("ministral3", "Ministral3ForCausalLM", LLAMA, {"num_key_value_heads": 8, "head_dim": 128}),
-    Architecture("qwen2", "Qwen2ForCausalLM", LLAMA, {"num_key_value_heads": 32}),
+    Architecture(
+        "qwen2",
+        "Qwen2ForCausalLM",
+        LLAMA,
+        {"num_key_value_heads": 32},
+        nested={**_SEVEN_BILLION, "intermediate_size": 22016},
+    ),
     Architecture("qwen2_vl_text", "Qwen2VLForConditionalGeneration", LLAMA, {"num_key_value_heads": 8}),
     Architecture("qwen2_5_vl_text", "Qwen2_5_VLForConditionalGeneration", LLAMA, {"num_key_value_heads": 8}),
     Architecture("qwen3", "Qwen3ForCausalLM", LLAMA, {"num_key_value_heads": 32, "head_dim": 128}),
