@@ -114,6 +114,10 @@ class Case:
 
 
 GQA = dict(LLAMA_CONFIG)
+OPT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 48, "vocab_size": 64} | {
+    "word_embed_proj_dim": 32,
+    "pad_token_id": 0,
+}
 FALCON = {"hidden_size": 32, "ffn_hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
 T5 = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 1, "num_decoder_layers": 2, "num_heads": 4} | {
     "vocab_size": 64,
@@ -228,8 +232,7 @@ CASES = {
     "opt": Case(
         hf.OPTForCausalLM,
         hf.OPTConfig,
-        {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 48, "vocab_size": 64}
-        | {"word_embed_proj_dim": 32, "pad_token_id": 0},
+        OPT,
         {**{k: ATTENTION[k] for k in ("q_proj", "k_proj", "v_proj")}, "out_proj": one("attn_dense")}
         | {"fc1": one("mlp_h_to_4h"), "fc2": one("mlp_4h_to_h")},
     ),
@@ -289,6 +292,15 @@ CASES = {
         | {"image_token_index": 1},
         SEPARATE,
         r".*language_model\.layers\..*_proj",
+    ),
+    "blip2": Case(
+        hf.Blip2ForConditionalGeneration,
+        hf.Blip2Config,
+        {"text_config": {**OPT, "model_type": "opt"}}
+        | {"vision_config": {"hidden_size": 12, "num_attention_heads": 1, "num_hidden_layers": 1}}
+        | {"qformer_config": {"hidden_size": 12, "num_attention_heads": 1, "num_hidden_layers": 1, "vocab_size": 8}},
+        OUT_PROJ | FC1_FC2,
+        r".*language_model\.model\.decoder\.layers\..*(_proj|fc1|fc2)",
     ),
     "stablelm": Case(hf.StableLmForCausalLM, hf.StableLmConfig, GQA, SEPARATE),
     "smollm3": Case(hf.SmolLM3ForCausalLM, hf.SmolLM3Config, {**GQA, "pad_token_id": 0}, SEPARATE),

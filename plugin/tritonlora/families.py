@@ -199,7 +199,8 @@ MPT = Family(
     {"attn.Wqkv": _QKV_IN_TURN, "attn.out_proj": Leaf(("attn_dense",))}
     | _leaves("ffn", mlp_h_to_4h="up_proj", mlp_4h_to_h="down_proj"),
 )
-OPT = Family("OPT", _DECODER_LAYERS, _SEPARATE_OUT_PROJ | _FC1_FC2)
+# BLIP-2 holds it as the other vision-language models did before transformers 4.52.
+OPT = Family("OPT", (*_DECODER_LAYERS, "language_model.model.decoder.layers"), _SEPARATE_OUT_PROJ | _FC1_FC2)
 XGLM = Family(
     "XGLM and BioGPT",
     ("model.layers", "biogpt.layers", "layers"),
