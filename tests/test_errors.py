@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 
-from tritonlora.errors import merge_layers
+from tritonlora.errors import merge_layers, one_message
 
 
 @pytest.mark.parametrize(
@@ -23,3 +23,12 @@ from tritonlora.errors import merge_layers
 def test_same_problem_in_many_layers_is_one_line(problems: list[str], lines: list[str]) -> None:
     """The first layer's name stays as it is, so that it can be searched for."""
     assert lines == merge_layers(problems)
+
+
+def test_name_of_megabytes_does_not_fill_the_message() -> None:
+    """Both ends of the line stay, which say what is wrong, and so do the other lines."""
+    message = one_message("no", [f"'{'a' * 5_000_000}': not a LoRA tensor\n  and more"])
+
+    assert message.startswith("no: 'aaa")
+    assert message.endswith("aaa': not a LoRA tensor\n  and more")
+    assert len(message) < 11_000

@@ -116,8 +116,8 @@ class ClientLeft(RequestError):
 
 
 def one_message(heading: str, problems: Iterable[str]) -> str:
-    """`heading`, then all the problems: on the same line when there is one, else a line each."""
-    lines = list(problems)
+    """`heading`, then all the problems: on the same line when there is one, else a line each, of a bounded length."""
+    lines = ["\n".join(map(_without_middle, problem.split("\n"))) for problem in problems]
     if len(lines) == 1:
         return f"{heading}: {lines[0]}"
     return "\n  ".join([f"{heading}:", *lines])
@@ -150,5 +150,11 @@ def layers_text(layers: Iterable[int]) -> str:
     return f"layer{'s' if len(ordered) > 1 else ''} {', '.join(map(str, ordered))}"
 
 
+def _without_middle(line: str) -> str:
+    half = _MAX_WIDTH // 2
+    return line if len(line) <= _MAX_WIDTH else f"{line[:half]} ... {line[-half:]}"
+
+
 _NUMBER = re.compile(r"(?<=\.)[0-9]{1,9}(?=\.)")
 _MAX_LINES = 100
+_MAX_WIDTH = 10_000  # characters; two paths fit, and a name that a file's header makes up can have megabytes
