@@ -124,12 +124,20 @@ def test_every_missing_size_is_named_at_once() -> None:
     [
         {**LLAMA_8B, "architectures": ["LlamaModel"], "model_type": "llama"},
         {"architectures": ["NewVisionModel"], "text_config": {**LLAMA_8B, "model_type": "llama"}},
+        {"architectures": ["InternVLChatModel"], "llm_config": {**LLAMA_8B, "model_type": "llama"}},
     ],
-    ids=["without its head", "inside another"],
+    ids=["without its head", "inside another", "inside InternVL"],
 )
 def test_architecture_is_known_by_the_model_type_of_the_text_model(config: dict[str, Any]) -> None:
     """Neither a checkpoint without lm_head nor a model with a vision tower needs a line of its own."""
     assert "LlamaForCausalLM" == profile_from_hf(config, "x", dtype="bfloat16").architecture
+
+
+def test_phi3_vision_has_the_sizes_of_its_text_model_beside_those_of_the_tower() -> None:
+    """It has no class in transformers, and no text_config."""
+    profile = profile_from_hf({**LLAMA_8B, "architectures": ["Phi3VForCausalLM"], "img_processor": {}}, "x")
+
+    assert profile_from_hf({**LLAMA_8B, "architectures": ["Phi3ForCausalLM"]}, "x").modules == profile.modules
 
 
 def test_unknown_architecture_is_refused() -> None:

@@ -79,6 +79,8 @@ _MODULE_DIMS: Mapping[str, tuple[str, str]] = {
     "mlp_router": ("hidden", "one"),
     "mlp_gate_up": ("hidden", "two_mlp"),
 }
+# Where a model with a vision tower says what its text model is; InternVL's own code has the second.
+_TEXT_CONFIGS = ("text_config", "llm_config")
 # config.json's spellings of one size, most usual first. A family may have its own in front.
 _SPELLINGS: Mapping[str, tuple[str, ...]] = {
     "hidden": ("hidden_size", "n_embd", "d_model", "n_embed"),
@@ -140,8 +142,8 @@ def profile_from_hf(
     taken apart. `dtype` overrides the model's. Raises EngineMismatch, naming everything that is missing or unknown;
     UnknownArchitecture where that is the architecture.
     """
-    nested = config.get("text_config")
-    text: Mapping[str, Any] = nested if isinstance(nested, dict) else config
+    nested = next((config[key] for key in _TEXT_CONFIGS if isinstance(config.get(key), dict)), None)
+    text: Mapping[str, Any] = config if nested is None else nested
     names, model_type = config.get("architectures"), str(text.get("model_type", ""))
     name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
     # Models with a vision tower are of many architectures, and their text models of few.

@@ -297,6 +297,7 @@ _TABLE = (
     Architecture("glm4v_text", "Glm4vForConditionalGeneration", GLM, {"num_key_value_heads": 2}),
     Architecture("glm_ocr_text", "GlmOcrForConditionalGeneration", GLM, {"num_key_value_heads": 8}),
     Architecture("phi3", "Phi3ForCausalLM", PHI3),
+    Architecture("phi3_v", "Phi3VForCausalLM", PHI3),
     Architecture("phi4_multimodal", "Phi4MultimodalForCausalLM", PHI3, {"num_key_value_heads": 8}),
     Architecture("phi4mm", "Phi4MMForCausalLM", PHI3),
     Architecture("phi", "PhiForCausalLM", PHI),
@@ -366,7 +367,6 @@ ENGINE_NAMES: Mapping[str, tuple[Family, ...]] = {
     "BaiChuanForCausalLM": (BAICHUAN,),
     "ChatGLMForCausalLM": (CHATGLM,),
     "ChatGLMForConditionalGeneration": (CHATGLM,),
-    "Phi3VForCausalLM": (PHI3,),
 }
 FAMILIES: tuple[Family, ...] = tuple(
     {architecture.family.name: architecture.family for architecture in _TABLE}.values()
