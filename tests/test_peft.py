@@ -494,6 +494,15 @@ def test_link_to_nothing_is_not_a_missing_file(tmp_path: Path) -> None:
         load_adapter(tmp_path)
 
 
+def test_link_to_a_device_is_not_one_to_nothing(tmp_path: Path) -> None:
+    """It leads somewhere, and nothing is read from there."""
+    (write_adapter(tmp_path, lora_pair(Q)) / "adapter_model.safetensors").unlink()
+    (tmp_path / "adapter_model.safetensors").symlink_to("/dev/zero")
+
+    with pytest.raises(InvalidAdapter, match="adapter_model.safetensors' is not a file; fetch"):
+        load_adapter(tmp_path)
+
+
 def test_pointer_of_git_lfs_is_refused_with_the_remedy(tmp_path: Path) -> None:
     """What a clone without Git LFS holds is not called a broken file."""
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"

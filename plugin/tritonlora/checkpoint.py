@@ -73,7 +73,7 @@ def file_inside(directory: Path, name: str) -> Path:
     if Path(name).name != name or name in ("", ".", ".."):
         raise InvalidAdapter(f"{name!r} is not the name of a file in {str(directory)!r}")
     if not path.is_file():
-        broken = "a link to nothing" if path.is_symlink() else "not a file"
+        broken = "a link to nothing" if path.is_symlink() and not path.exists() else "not a file"
         raise InvalidAdapter(f"{str(path)!r} is {broken}; fetch or save it again")
     target, home = path.resolve(), directory.resolve()
     # The download cache of Hugging Face keeps files in `blobs`, and links in `snapshots/<revision>`.
