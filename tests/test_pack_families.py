@@ -309,6 +309,7 @@ CASES = {
     "nemotron": Case(hf.NemotronForCausalLM, hf.NemotronConfig, {**GQA, "head_dim": 8}, UNGATED),
     "arcee": Case(hf.ArceeForCausalLM, hf.ArceeConfig, {**GQA, "head_dim": 8}, UNGATED),
     "apertus": Case(hf.ApertusForCausalLM, hf.ApertusConfig, GQA, UNGATED),
+    "apertus1p5": Case(hf.Apertus1p5TextForCausalLM, hf.Apertus1p5TextConfig, GQA, UNGATED),
     "glm": Case(
         hf.GlmForCausalLM,
         hf.GlmConfig,
@@ -372,6 +373,7 @@ CASES = {
     "nanochat": Case(hf.NanoChatForCausalLM, hf.NanoChatConfig, GQA, ATTENTION | FC1_FC2),
     "flex_olmo": Case(hf.FlexOlmoForCausalLM, hf.FlexOlmoConfig, {**MOE, "pad_token_id": 0}, ATTENTION),
     "bitnet": Case(hf.BitNetForCausalLM, hf.BitNetConfig, GQA, SEPARATE),
+    "granitemoe_swa": Case(hf.GraniteMoeSWAForCausalLM, hf.GraniteMoeSWAConfig, MOE, ATTENTION),
     "granitemoeshared": Case(hf.GraniteMoeSharedForCausalLM, hf.GraniteMoeSharedConfig, MOE, ATTENTION),
     "ernie4_5_moe": Case(
         hf.Ernie4_5_MoeForCausalLM,

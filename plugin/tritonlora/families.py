@@ -292,6 +292,7 @@ _TABLE = (
     Architecture("arcee", "ArceeForCausalLM", NEMOTRON),
     Architecture("jais2", "Jais2ForCausalLM", NEMOTRON, {"head_dim": 128}),
     Architecture("apertus", "ApertusForCausalLM", NEMOTRON),
+    Architecture("apertus1p5_text", "Apertus1p5TextForCausalLM", NEMOTRON),
     Architecture("glm", "GlmForCausalLM", GLM, {"num_key_value_heads": 2, "head_dim": 128}),
     Architecture("glm4", "Glm4ForCausalLM", GLM, {"num_key_value_heads": 2, "head_dim": 128}),
     Architecture("glm4v_text", "Glm4vForConditionalGeneration", GLM, {"num_key_value_heads": 2}),
@@ -322,6 +323,7 @@ _TABLE = (
     Architecture("olmoe", "OlmoeForCausalLM", MIXTURE),
     Architecture("phimoe", "PhimoeForCausalLM", MIXTURE, {"num_key_value_heads": 8}),
     Architecture("granitemoe", "GraniteMoeForCausalLM", MIXTURE),
+    Architecture("granitemoe_swa", "GraniteMoeSWAForCausalLM", MIXTURE),
     Architecture(
         "qwen3_vl_moe_text", "Qwen3VLMoeForConditionalGeneration", MIXTURE, {"num_key_value_heads": 16, "head_dim": 128}
     ),
