@@ -505,3 +505,17 @@ def test_expert_layers_are_refused_by_name(tmp_path: Path) -> None:
 
     with pytest.raises(UnsupportedAdapter, match=r"shared_expert\.down_proj': LoRA on expert layers"):
         load_adapter(saved.adapter)
+
+
+def test_remedy_for_experts_is_what_keeps_peft_from_them(tmp_path: Path) -> None:
+    """PEFT makes parameters of them, whatever `exclude_modules` says; naming other layers is what helps."""
+    case = CASES["mixtral"]
+    config = case.config(**case.sizes)
+    experts = save_adapter(
+        tmp_path / "x", case.model, config, target_modules="all-linear", exclude_modules=r".*\.(experts|gate)\b.*"
+    )
+    others = save_adapter(tmp_path / "y", case.model, config, target_modules=list(ATTENTION))
+
+    with pytest.raises(UnsupportedAdapter, match=r"`target_modules` that name other layers alone \(`exclude_modules`"):
+        load_adapter(experts.adapter)
+    assert 8 == len(load_adapter(others.adapter).modules)

@@ -145,7 +145,8 @@ _REFUSED: Mapping[str, str] = {
     "loftq_config": "LoftQ replaced the base weights by quantised ones; where the engine is built from those that were "
     "saved with it, take this out of adapter_config.json, else train on a quantised base without LoftQ (QLoRA)",
     "layer_replication": f"the engine's layers are not those of the adapter; {_MERGE}",
-    "target_parameters": f"LoRA on bare parameters (expert layers) cannot be sent; {_MERGE}",
+    "target_parameters": "LoRA on bare parameters (expert layers) cannot be sent; train with `target_modules` that "
+    f"name other layers alone (`exclude_modules` does not keep PEFT from these), or {_MERGE}",
     "trainable_token_indices": f"trained token embeddings cannot be sent; {_MERGE}",
     "alora_invocation_tokens": "activated LoRA switches on inside a prompt, and the engine applies LoRA to all of it; "
     "train without it",
