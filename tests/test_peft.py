@@ -404,10 +404,12 @@ def test_what_peft_can_save_and_the_engine_cannot_take_is_refused(
         ("PREFIX_TUNING", "cannot be merged"),
         ("POLY", "each of them"),
         ("IA3", "merge the"),
+        ("SHIRA", "'LORA': merge the"),
+        ("HIRA", "'LORA': merge the"),
     ],
 )
 def test_remedy_fits_the_kind_of_adapter(peft_type: object, remedy: str) -> None:
-    """A trained prompt cannot be merged, and a mixture is several adapters."""
+    """A trained prompt cannot be merged, a mixture is several adapters, and save_as_lora itself refuses some kinds."""
     with pytest.raises(UnsupportedAdapter, match=rf"peft_type is {re.escape(repr(peft_type))}.*{remedy}"):
         parse_config(config_bytes(peft_type=peft_type))
 

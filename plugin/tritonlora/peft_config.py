@@ -125,8 +125,8 @@ _TYPES: tuple[tuple[frozenset[str], str], ...] = (
     (
         frozenset(
             {
-                *("LOHA", "LOKR", "VERA", "RANDLORA", "FOURIERFT", "SHIRA", "C3A", "DELORA", "WAVEFT", "MISS"),
-                *("VBLORA", "HIRA", "GRALORA", "PSOFT", "TINYLORA", "UNILORA"),
+                *("LOHA", "LOKR", "VERA", "RANDLORA", "FOURIERFT", "C3A", "DELORA", "WAVEFT", "MISS"),
+                *("VBLORA", "GRALORA", "PSOFT", "TINYLORA", "UNILORA"),
             }
         ),
         "approximate it by LoRA with PEFT's save_as_lora, or merge the adapter into the base model",
