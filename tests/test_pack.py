@@ -32,6 +32,7 @@ from adapters import (
     save_llama_adapter,
     write_adapter,
 )
+from tritonlora import pack
 from tritonlora.engine import EngineProfile, load_profile
 from tritonlora.errors import AdapterError, EngineMismatch, InvalidAdapter, UnsupportedAdapter
 from tritonlora.modules import BY_ID, BY_NAME, ModuleDims
@@ -92,6 +93,21 @@ def test_golden_vector_of_the_engine_is_reproduced(tmp_path: Path) -> None:
 
     assert [[1, 2, 3, 4, 5, 6, 2, 4, 6, 8, 10, 12, 14, 16]] == out.tolist()
     assert [[1, 0, 2]] == lora_config(layout).tolist()
+
+
+def test_memory_is_made_for_as_many_rows_as_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch of short rows has room for thousands, which would take a small adapter seconds."""
+    places: list[object] = []
+
+    class Counted(pack._Place):
+        def __init__(self, row: torch.Tensor) -> None:
+            super().__init__(row)
+            places.append(self)
+
+    monkeypatch.setattr(pack, "_Place", Counted)
+    packed(load_adapter(write_adapter(tmp_path, lora_pair(Q))), "bfloat16")
+
+    assert 0 < len(places) <= pack._BATCHES
 
 
 @settings(max_examples=40, deadline=None)

@@ -324,7 +324,7 @@ def _write_rows(rows: _Rows, layout: Layout, descriptor: int, start: int) -> Non
     import torch
 
     count, row_nbytes = len(layout.rows), layout.width * ITEMSIZES[layout.dtype]
-    size = max(1, _BATCH_NBYTES // row_nbytes)
+    size = max(1, min(count, _BATCH_NBYTES // row_nbytes))
     free: SimpleQueue[_Batch] = SimpleQueue()
     filled: SimpleQueue[tuple[_Batch, list[tuple[memoryview, int]]] | None] = SimpleQueue()
     errors: list[OSError] = []

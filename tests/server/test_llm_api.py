@@ -31,6 +31,7 @@ from tritonlora.server import Server
 Launch = Callable[..., Server]
 WARM = ("attention", "all")
 COLD = ("rslora", "narrow")
+TRIES = 5  # Triton 2.51 crashes now and then before it has logged the warmup that failed
 ADAPTERS: dict[str, dict[str, Any]] = {
     "attention": {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]},
     "all": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj"]},
@@ -288,8 +289,14 @@ def test_a_server_whose_warmup_cannot_read_an_adapter_does_not_start(
     opened = repository.open_repository(root)
     register.repair(opened)  # the paths are those of the copy
 
-    with pytest.raises(ServerError, match="lora_path does not exist on the Triton server's filesystem: " + str(root)):
-        launch(root, complete_configs=True)
+    why = f"lora_path does not exist on the Triton server's filesystem: {root}"
+    for _ in range(TRIES):
+        with pytest.raises(ServerError) as raised:
+            launch(root, complete_configs=True)
+        if why in str(raised.value) or "exited with status -11" not in str(raised.value):
+            break
+
+    assert why in str(raised.value)
 
 
 def test_listing_and_metrics_are_those_of_the_other_flavour(served: Served) -> None:
