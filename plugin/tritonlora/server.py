@@ -19,6 +19,7 @@ import http.client
 import importlib.metadata
 import importlib.util
 import os
+import random
 import re
 import shutil
 import signal
@@ -31,6 +32,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 
@@ -47,6 +49,7 @@ READY_POLL_SECONDS = 0.05
 EXIT_TIMEOUT_SECONDS = 30  # tritonserver's own default: what is being answered may be answered to its end
 
 ENDPOINTS = ("http", "grpc", "metrics")
+_CONNECTIONS_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _IPV6_SPELT = {"http": "ipv6:{}", "grpc": "[{}]", "metrics": "ipv6:{}"}  # by libevhtp and by gRPC
 _OUR_OPTIONS = {
     **{f"--{kind}-port": f"give --{kind}-port before the --" for kind in ENDPOINTS},
@@ -137,9 +140,20 @@ def _link(link: Path, target: Path) -> None:
 
 
 def free_ports() -> Ports:
-    """Three ports that were free a moment ago."""
+    """Three ports that were free a moment ago.
+
+    tritonserver takes them once its models are loaded; so they are of those that Linux gives to no outgoing connection
+    meanwhile, where it leaves any.
+    """
+    words = _CONNECTIONS_PORTS.read_text().split() if _CONNECTIONS_PORTS.exists() else ()
+    low, high = map(int, words or (32768, 60999))
+    others = [*range(10_000, low), *range(high + 1, 1 << 16)]  # below are ports that services are known by
+    random.shuffle(others)
+    free = (port for port in others if _bind_error(port, "127.0.0.1") is None)
+    if len(found := [*islice(free, len(ENDPOINTS))]) == len(ENDPOINTS):
+        return Ports(*found)
     with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(3)]
+        sockets = [stack.enter_context(socket.socket()) for _ in ENDPOINTS]
         for one in sockets:
             one.bind(("127.0.0.1", 0))
         return Ports(*(one.getsockname()[1] for one in sockets))

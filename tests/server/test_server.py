@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +87,21 @@ def test_a_server_listens_at_an_ipv6_address(tmp_path: Path) -> None:
         server.wait_until_ready(60)
         urls = (server.http_url, server.grpc_url, server.metrics_url)
         for port in (server.ports.http, server.ports.grpc, server.ports.metrics):
-            socket.create_connection(("::1", port), timeout=10).close()
+            _connect("::1", port)
 
     assert [True] * 3 == [url.startswith("[::1]:") for url in urls]
+
+
+def _connect(address: str, port: int) -> None:
+    """tritonserver opens its endpoints one after the other, the metrics' after that which says that it is ready."""
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            socket.create_connection((address, port), timeout=10).close()
+            return
+        except ConnectionRefusedError:
+            if time.monotonic() > deadline:
+                raise
 
 
 def test_a_model_that_fails_to_load_is_named_with_the_end_of_the_log(tmp_path: Path) -> None:
@@ -113,6 +126,23 @@ def test_a_taken_port_is_reported(tmp_path: Path) -> None:
             pytest.raises(ServerError, match=f"(?s)before it was ready.*{port}"),
         ):
             server.wait_until_ready(60)
+
+
+@pytest.mark.parametrize("text", [None, "1024 65535", "2000 64000"], ids=["as it is", "all ports", "most ports"])
+def test_free_ports_are_none_that_connections_get_where_there_are_others(
+    text: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """tritonserver takes them seconds later, and clients open connections all the time."""
+    if text:
+        (tmp_path / "range").write_text(text)
+        monkeypatch.setattr(server_module, "_CONNECTIONS_PORTS", tmp_path / "range")
+    low, high = map(int, server_module._CONNECTIONS_PORTS.read_text().split())
+    ports = server_module.free_ports()
+    found = {ports.http, ports.grpc, ports.metrics}
+
+    assert 3 == len(found)
+    assert [] == server_module.ports_in_use(ports, "127.0.0.1")
+    assert text == "1024 65535" or not any(low <= port <= high for port in found)
 
 
 def test_a_killed_server_leaves_no_stub_behind(tmp_path: Path) -> None:
