@@ -420,6 +420,22 @@ def test_a_small_dev_shm_is_found(opened: Repository, monkeypatch: pytest.Monkey
     assert [("warning", problem)] == found(opened)
 
 
+@pytest.mark.parametrize("cold", [False, True])
+def test_a_dev_shm_that_is_too_small_for_all_instances_is_found(
+    cold: bool, opened: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each keeps what it has been given; only who never has to send an adapter needs none of it."""
+    usage = shutil.disk_usage("/")._replace(total=4 * 2105392 - 1)
+    monkeypatch.setattr("tritonlora.surroundings.shutil.disk_usage", lambda _: usage)
+    if not cold:
+        register.remove(opened, "cold")
+
+    problem = f"{SHARED_MEMORY}: each of the router's 4 instances keeps shared memory for the largest adapter that "
+    expected = [("warning", f"{problem}it has sent: 8421568 bytes in all, more than there is")] if cold else []
+
+    assert expected == [one for one in found(opened) if str(SHARED_MEMORY) in one[1]]
+
+
 def test_ports_in_use_are_found(opened: Repository) -> None:
     """Those that a server would be given."""
     with socket.socket() as taken:

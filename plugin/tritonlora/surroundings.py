@@ -11,7 +11,7 @@ from tritonlora import install
 from tritonlora.errors import TritonLoraError
 from tritonlora.findings import Finding, Subject, error, warning
 from tritonlora.pbtxt import Unfilled
-from tritonlora.repository import RESOLVER, read_config
+from tritonlora.repository import RESOLVER, ROUTER, read_config
 from tritonlora.server import SHARED_MEMORY, ports_in_use
 from tritonlora.undo import OURS
 
@@ -73,14 +73,27 @@ def router_files(subject: Subject) -> Iterator[Finding]:
 
 
 def shared_memory(subject: Subject) -> Iterator[Finding]:
-    """What the router sends with an adapter goes through /dev/shm."""
+    """What the router sends with an adapter goes through /dev/shm, of which Triton gives nothing back."""
     plan = subject.plan
-    if plan and SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).total < plan.resend_shm_bytes:
+    if plan is None or not SHARED_MEMORY.is_dir():
+        return
+    there_is = shutil.disk_usage(SHARED_MEMORY).total
+    if there_is < plan.resend_shm_bytes:
         yield warning(
             str(SHARED_MEMORY),
             f"to send an adapter again takes {plan.resend_shm_bytes} bytes of shared memory, more than there is",
             "docker run --shm-size …",
         )
+    elif not plan.fits or not all(adapter.warm for adapter in plan.adapters):
+        path = subject.repository.root / ROUTER / "config.pbtxt"
+        instances = read_config(path).instance_count if path.is_file() else 1
+        if isinstance(instances, int) and there_is < instances * plan.resend_shm_bytes:
+            yield warning(
+                str(SHARED_MEMORY),
+                f"each of the router's {instances} instances keeps shared memory for the largest adapter that it has "
+                f"sent: {instances * plan.resend_shm_bytes} bytes in all, more than there is",
+                f"docker run --shm-size …, or a smaller count in the instance_group of {ROUTER}/config.pbtxt",
+            )
 
 
 def ports(subject: Subject) -> Iterator[Finding]:
