@@ -8,6 +8,7 @@ import hashlib
 import os
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 from time import time
 
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 from table import entry
-from tritonlora.adapter_files import AdapterFiles, check_files
+from tritonlora.adapter_files import BLOCK_NBYTES, AdapterFiles, check_files
 from tritonlora.errors import AdapterUnavailable
 from tritonlora.routing import Route
 
@@ -54,6 +55,22 @@ def test_tensors_are_mapped_as_they_are_on_disk(files: AdapterFiles, tmp_path: P
     assert (torch.bfloat16, (1, 6, 56)) == (lora_weights.dtype, tuple(lora_weights.shape))
     assert torch.equal(torch.ones(1, 6, 56, dtype=torch.bfloat16), lora_weights)
     assert np.array_equal(np.full((1, 6, 3), 2, np.int32), lora_config)
+
+
+def test_the_zeros_in_a_file_are_found(files: AdapterFiles, tmp_path: Path) -> None:
+    """Blocks that are nothing else, however the file is stored; the last one is not whole."""
+    nothing = b"\0" * BLOCK_NBYTES
+    content = b"".join([nothing, b"\1" + nothing[1:], nothing[1:] + b"\1", nothing, b"\1" * 12008])
+    registered = replace(
+        REGISTERED.entry,
+        lora_weights_shape=(6, len(content) // 12),
+        lora_weights_sha256=hashlib.sha256(content).hexdigest(),
+    )
+    _write_tensors(tmp_path, content)
+
+    weights, _ = files.map_tensors(Route("pirate", registered))
+
+    assert [[BLOCK_NBYTES, 3 * BLOCK_NBYTES], [4 * BLOCK_NBYTES, len(content)]] == weights.filled.tolist()
 
 
 def test_a_file_stays_mapped_until_it_is_let_go(files: AdapterFiles, tmp_path: Path) -> None:

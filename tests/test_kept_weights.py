@@ -12,7 +12,7 @@ import torch
 
 from fake_pb_utils import InferenceRequest, Tensor
 from tritonlora import dlpack, kept_weights
-from tritonlora.adapter_files import Lease, Weights
+from tritonlora.adapter_files import BLOCK_NBYTES, Lease, Weights, filled_ranges
 from tritonlora.kept_weights import KeptWeights
 
 ROWS, WIDTH = 3, 8
@@ -32,11 +32,16 @@ class Process:
 
     def weights(self, value: float, *, rows: int = ROWS, dtype: torch.dtype = torch.bfloat16) -> Weights:
         """A file that is full of that value."""
-        name = str(dtype).removeprefix("torch.")
-        path = self.directory / f"{value}-{rows}-{name}"
+        return self.weights_of(torch.full((rows, WIDTH), value, dtype=dtype), str(value))
+
+    def weights_of(self, values: torch.Tensor, label: str) -> Weights:
+        """A file of these values."""
+        name = str(values.dtype).removeprefix("torch.")
+        path = self.directory / f"{label}-{len(values)}-{name}"
         if not path.exists():
-            path.write_bytes(torch.full((rows, WIDTH), value, dtype=dtype).view(torch.uint8).numpy().tobytes())
-        return Weights(dlpack.mapped(path), name, (1, rows, WIDTH), path.name, Lease(path))
+            path.write_bytes(values.view(torch.uint8).numpy().tobytes())
+        content = dlpack.mapped(path)
+        return Weights(content, name, (1, *values.shape), path.name, filled_ranges(content), Lease(path))
 
     def send(self, weights: Weights, *, fails: bool = False) -> tuple[Tensor, torch.Tensor]:
         """The tensor that is sent, and what the engine gets."""
@@ -75,6 +80,70 @@ def test_weights_of_one_shape_are_sent_from_one_place(
     assert 1 == len({memory_of(tensor).data_ptr() for tensor, _ in sent})
     for value, (_, arrived) in zip((1, 2, 2, 1, 3), sent, strict=True):
         assert torch.equal(filled(value), arrived)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_weights_are_right_wherever_they_are_zero(
+    threads: int, process: Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is zero in both is not copied: nothing of the adapter before may be left where this one is zero."""
+    monkeypatch.setattr(kept_weights, "PARALLEL_NBYTES", 0 if threads == 2 else 1 << 30)
+    random = torch.Generator().manual_seed(0)
+    for number in range(40):
+        # Rows of two and a half blocks: where one is zero is not where a block is.
+        values = torch.randn((3, 5 * BLOCK_NBYTES // 4), generator=random).bfloat16()
+        if number % 4:
+            values[torch.rand((3, 1), generator=random).expand_as(values) < 0.5] = 0
+            values[:, int(len(values[0]) * torch.rand((), generator=random)) :] = 0
+        arrived = [process.send(process.weights_of(values, str(number)))[1] for _ in range(2)]
+
+        assert torch.equal(values, arrived[0][0])
+        assert torch.equal(values, arrived[1][0])
+
+    assert 1 == process.made
+
+
+def test_a_copy_over_other_padding_that_ends_half_way_is_made_anew(
+    process: Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is it known then where zeros are."""
+    narrow, wide = torch.ones((1, 2 * BLOCK_NBYTES)).bfloat16(), torch.ones((1, 2 * BLOCK_NBYTES)).bfloat16()
+    narrow[:, 5:] = 0
+    process.send(process.weights_of(narrow, "narrow"))
+    with monkeypatch.context() as patched:
+        patched.setattr(np, "copyto", _almost_all_of_a_copy)
+        with pytest.raises(MemoryError):
+            process.send(process.weights_of(wide, "wide"))
+
+    assert torch.equal(narrow, process.send(process.weights_of(narrow, "narrow"))[1][0])
+
+
+def _almost_all_of_a_copy(target: np.ndarray, source: np.ndarray) -> None:  # type: ignore[type-arg]
+    target[:-1] = source[:-1]
+    raise MemoryError
+
+
+@pytest.mark.parametrize("half", [0, 1])
+def test_a_copy_of_which_one_thread_fails_is_made_anew(
+    half: int, process: Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever it is."""
+    monkeypatch.setattr(kept_weights, "PARALLEL_NBYTES", 0)
+    process.send(process.weights(1))
+    copyto = np.copyto
+    begins = memory_of(process.send(process.weights(1))[0]).data_ptr()
+
+    def fail(target: np.ndarray, source: np.ndarray) -> None:  # type: ignore[type-arg]
+        if (target.ctypes.data > begins) == bool(half):
+            raise MemoryError
+        copyto(target, source)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(np, "copyto", fail)
+        with pytest.raises(MemoryError):
+            process.send(process.weights(2))
+
+    assert torch.equal(filled(1), process.send(process.weights(1))[1])
 
 
 @pytest.mark.parametrize("other", [{"rows": 2}, {"dtype": torch.float16}])

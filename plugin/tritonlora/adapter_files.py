@@ -20,7 +20,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +31,10 @@ from tritonlora.routing import Route
 from tritonlora.versions import Version, is_settled, open_file, version_of
 
 MOST_MAPPED = 32  # files, every other one of weights: in each process their page tables take 1/512 of their size
+MOST_SEARCHED = 512  # files, of which it is known where they are zero: 2 KB each
+BLOCK_NBYTES = 1 << 14  # of zeros, or not
+
+Ranges: TypeAlias = "npt.NDArray[np.int64]"  # (k, 2) of bytes, each from the first to before the second
 
 
 def check_files(repository: Path, route: Route) -> None:
@@ -59,6 +63,7 @@ class Weights(NamedTuple):
     dtype: str
     shape: tuple[int, ...]  # (1, n, W)
     sha256: str  # of the content
+    filled: Ranges  # where the content is not zero
     lease: Lease
 
     def capsule(self) -> object:
@@ -75,6 +80,9 @@ class AdapterFiles:
         self._digests = shared / "digests"
         self._digests.mkdir(exist_ok=True)
         self._content_of = functools.lru_cache(maxsize=MOST_MAPPED)(_content_of)
+        self._filled_of = functools.lru_cache(maxsize=MOST_SEARCHED)(  # not of a method: in a cycle, files stay mapped
+            lambda path, version, content_of=self._content_of: filled_ranges(content_of(path, version))
+        )
 
     def unmap(self) -> None:
         """The space of a file that was removed is free when nobody maps it any more."""
@@ -87,15 +95,20 @@ class AdapterFiles:
         other weights, or as a bus error.
         """
         entry = route.entry
-        lease, content = self._registered(
+        lease, content, filled = self._registered(
             route, entry.lora_weights_file, entry.lora_weights_nbytes, entry.lora_weights_sha256
         )
-        _, config = self._registered(route, entry.lora_config_file, entry.lora_config_nbytes, entry.lora_config_sha256)
-        weights = Weights(content, entry.dtype, (1, *entry.lora_weights_shape), entry.lora_weights_sha256, lease)
+        _, config, _ = self._registered(
+            route, entry.lora_config_file, entry.lora_config_nbytes, entry.lora_config_sha256
+        )
+        shape = (1, *entry.lora_weights_shape)
+        weights = Weights(content, entry.dtype, shape, entry.lora_weights_sha256, filled, lease)
         return weights, np.array(config.view("<i4")).reshape(1, *entry.lora_config_shape)
 
-    def _registered(self, route: Route, file: str, nbytes: int, sha256: str) -> tuple[Lease, npt.NDArray[np.uint8]]:
-        """The content of a file of the adapter, which stays as it is while the lease lives."""
+    def _registered(
+        self, route: Route, file: str, nbytes: int, sha256: str
+    ) -> tuple[Lease, npt.NDArray[np.uint8], Ranges]:
+        """The content of a file of the adapter, which stays as it is while the lease lives, and where it is filled."""
         path = self.repository / file
         with _reasons(route, path):
             lease = Lease(path)
@@ -105,7 +118,8 @@ class AdapterFiles:
                 raise AdapterUnavailable(
                     f"{path.name} was altered on the server: its SHA-256 is not the registered one"
                 )
-            return lease, self._content_of(path, version_of(found))
+            version = version_of(found)
+            return lease, self._content_of(path, version), self._filled_of(path, version)
 
     def _sha256_of(self, path: Path, found: os.stat_result) -> str:
         version = version_of(found)
@@ -173,3 +187,11 @@ def _content_of(path: Path, version: Version) -> npt.NDArray[np.uint8]:
     if version_of(path.stat()) != version:
         raise OSError(errno.ESTALE, "it was replaced just now; ask again")
     return content
+
+
+def filled_ranges(content: npt.NDArray[np.uint8]) -> Ranges:
+    """Where the content is not zero, in whole blocks. What pads the rows is a third of an adapter of all layers."""
+    starts = np.arange(0, len(content), BLOCK_NBYTES)
+    is_filled = np.maximum.reduceat(content, starts) > 0
+    edges = np.flatnonzero(np.diff(is_filled, prepend=False, append=False)) * BLOCK_NBYTES
+    return np.minimum(edges, len(content)).reshape(-1, 2)

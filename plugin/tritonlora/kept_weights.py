@@ -5,8 +5,8 @@
 Strategy. When a tensor is sent for the first time, Triton's Python backend allocates shared memory for it and copies it
 there, in one thread; a tensor that has been sent lies there already, and is sent again as it is (python_backend
 src/pb_tensor.cc, PbTensor::SaveToSharedMemory). So the last tensor is kept, and the next adapter of its shape is copied
-over it, here, in two threads; the same adapter is not copied at all. This takes no more memory: what the backend has
-allocated once, it never gives back (src/shm_manager.cc, GrowIfNeeded).
+over it, here, in two threads, and without what is zero in both: padding. The same adapter is not copied at all. This
+takes no more memory: what the backend has allocated once, it never gives back (src/shm_manager.cc, GrowIfNeeded).
 
 Rules. One request at a time: what is kept is written to only when the request before has been answered to its end.
 Whether a tensor lies in shared memory is looked at, not assumed: its address must have changed.
@@ -17,16 +17,17 @@ This file runs inside a plain Triton container: standard library and numpy only.
 from __future__ import annotations
 
 from collections.abc import Callable
-from threading import Thread
+from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from tritonlora import dlpack
-from tritonlora.adapter_files import Weights
+from tritonlora.adapter_files import Ranges, Weights
 
 PARALLEL_NBYTES = 4 << 20  # less is copied before another thread has begun
+NOWHERE: Ranges = np.zeros((0, 2), np.int64)
 
 
 class Tensor(Protocol):
@@ -49,6 +50,7 @@ class KeptWeights(Generic[T]):
         self._source = 0  # the address of what it was made of; 0 once it lies in shared memory
         self._form: object = None  # dtype and shape
         self._sha256 = ""  # of what is in it; "" when that is not known
+        self._filled = NOWHERE  # it is zero everywhere else
 
     def tensor(self, weights: Weights) -> T:
         """A tensor of `weights`, to be sent once, before `weights` goes; then call `sent`."""
@@ -59,8 +61,11 @@ class KeptWeights(Generic[T]):
             self._source = weights.content.ctypes.data
         elif self._sha256 != weights.sha256:
             self._sha256 = ""  # until all of it is there
-            _copy(weights.content, dlpack.memory_at(dlpack.data_in(self._kept.to_dlpack()), len(weights.content)))
-        self._sha256 = weights.sha256
+            if not np.array_equal(self._filled, weights.filled):
+                self._filled = np.array([[0, len(weights.content)]])
+            memory = dlpack.memory_at(dlpack.data_in(self._kept.to_dlpack()), len(weights.content))
+            _copy(weights.content, memory, self._filled)
+        self._sha256, self._filled = weights.sha256, weights.filled
         return self._kept
 
     def sent(self) -> None:
@@ -75,13 +80,19 @@ class KeptWeights(Generic[T]):
         self._kept = None
 
 
-def _copy(source: npt.NDArray[np.uint8], target: npt.NDArray[np.uint8]) -> None:
-    """In two threads where it is worth it: one does not take all of the memory's speed."""
-    if len(source) < PARALLEL_NBYTES:
-        np.copyto(target, source)
+def _copy(source: npt.NDArray[np.uint8], target: npt.NDArray[np.uint8], ranges: Ranges) -> None:
+    """In two threads where it is worth it: on many machines one does not take all of the memory's speed."""
+
+    def copy(ranges: Ranges) -> None:
+        for start, stop in ranges.tolist():
+            np.copyto(target[start:stop], source[start:stop])
+
+    starts, stops = ranges.T
+    if (stops - starts).sum() < PARALLEL_NBYTES:
+        copy(ranges)
         return
-    half = len(source) // 2
-    other = Thread(target=np.copyto, args=(target[half:], source[half:]))
-    other.start()
-    np.copyto(target[:half], source[:half])
-    other.join()
+    middles = (starts + stops) // 2
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(copy, np.column_stack((middles, stops)))
+        copy(np.column_stack((starts, middles)))
+    other.result()  # or what went wrong with it
