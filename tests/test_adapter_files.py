@@ -4,20 +4,20 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
-import threading
-from dataclasses import replace
 from pathlib import Path
 from time import time
+from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from table import entry
-from tritonlora.adapter_files import BLOCK_NBYTES, AdapterFiles, check_files
+from tritonlora import adapter_files
+from tritonlora.adapter_files import AdapterFiles, check_files, whole
 from tritonlora.errors import AdapterUnavailable
 from tritonlora.routing import Route
 
@@ -45,49 +45,49 @@ def _write_tensors(root: Path, weights: bytes = WEIGHTS, config: bytes = CONFIG)
     (directory / "adapter_config_1.bin").write_bytes(config)
 
 
-def test_tensors_are_mapped_as_they_are_on_disk(files: AdapterFiles, tmp_path: Path) -> None:
-    """bfloat16 from little-endian bytes, with a leading batch dim."""
+def _read(files: AdapterFiles, route: Route = REGISTERED) -> tuple[bytes, list[list[int]]]:
+    """lora_weights and the rows of lora_config, as they are sent."""
+    weights = files.weights(route)
+    memory = np.empty(weights.nbytes, np.uint8)
+    weights.read(memory, whole(weights.nbytes))
+    return memory.tobytes(), files.config(route)[0].tolist()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_tensors_are_as_they_are_on_disk(
+    threads: int, files: AdapterFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one file, in one thread or two."""
+    monkeypatch.setattr(adapter_files, "PARALLEL_NBYTES", 0 if threads == 2 else 1 << 30)
     _write_tensors(tmp_path)
-    weights, lora_config = files.map_tensors(REGISTERED)
-    lora_weights = torch.utils.dlpack.from_dlpack(weights.capsule())
-    del weights
+    weights = files.weights(REGISTERED)
 
-    assert (torch.bfloat16, (1, 6, 56)) == (lora_weights.dtype, tuple(lora_weights.shape))
-    assert torch.equal(torch.ones(1, 6, 56, dtype=torch.bfloat16), lora_weights)
-    assert np.array_equal(np.full((1, 6, 3), 2, np.int32), lora_config)
+    assert ("bfloat16", (1, 6, 56), len(WEIGHTS)) == (weights.dtype, weights.shape, weights.nbytes)
+    assert (WEIGHTS, [[2, 2, 2]] * 6) == _read(files)
+    assert np.int32 == files.config(REGISTERED).dtype
 
 
-def test_the_zeros_in_a_file_are_found(files: AdapterFiles, tmp_path: Path) -> None:
-    """Blocks that are nothing else, however the file is stored; the last one is not whole."""
-    nothing = b"\0" * BLOCK_NBYTES
-    content = b"".join([nothing, b"\1" + nothing[1:], nothing[1:] + b"\1", nothing, b"\1" * 12008])
-    registered = replace(
-        REGISTERED.entry,
-        lora_weights_shape=(6, len(content) // 12),
-        lora_weights_sha256=hashlib.sha256(content).hexdigest(),
-    )
-    _write_tensors(tmp_path, content)
-
-    weights, _ = files.map_tensors(Route("pirate", registered))
-
-    assert [[BLOCK_NBYTES, 3 * BLOCK_NBYTES], [4 * BLOCK_NBYTES, len(content)]] == weights.filled.tolist()
-
-
-def test_a_file_stays_mapped_until_it_is_let_go(files: AdapterFiles, tmp_path: Path) -> None:
-    """Mapping it for every load would double what a load costs; of a file that was removed it would keep the space."""
+def test_what_memory_has_already_is_not_read(files: AdapterFiles, tmp_path: Path) -> None:
+    """Only the ranges are; all of it must be what was registered."""
     _write_tensors(tmp_path)
-    first, second = (torch.utils.dlpack.from_dlpack(files.map_tensors(REGISTERED)[0].capsule()) for _ in range(2))
+    memory = np.frombuffer(bytearray(WEIGHTS), np.uint8)
+    memory[10:20] = memory[30:40] = 0
+    files.weights(REGISTERED).read(memory, np.array([[10, 20], [30, 40]]))
 
-    assert first.data_ptr() == second.data_ptr()
+    assert WEIGHTS == memory.tobytes()
 
-    del first, second
-    (tmp_path / REGISTERED.entry.lora_weights_file).unlink()
+    memory[5] = 0
+    with pytest.raises(AdapterUnavailable, match="'pirate': adapter_model_1.bin was altered on the server"):
+        files.weights(REGISTERED).read(memory, np.array([[10, 20], [30, 40]]))
 
-    assert "adapter_model_1.bin (deleted)" in Path("/proc/self/maps").read_text()
 
-    files.unmap()
+def test_no_file_stays_open(files: AdapterFiles, tmp_path: Path) -> None:
+    """One that was removed would keep the space."""
+    _write_tensors(tmp_path)
+    _read(files)
 
-    assert "adapter_model_1.bin" not in Path("/proc/self/maps").read_text()
+    assert not [link for link in Path("/proc/self/fd").iterdir() if str(tmp_path) in os.path.realpath(link)]
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
 
 
 @pytest.mark.parametrize(("weights", "config"), [(671, 72), (673, 72), (672, 71)])
@@ -98,7 +98,7 @@ def test_a_file_of_the_wrong_size_makes_the_adapter_unavailable(
     _write_tensors(tmp_path, (WEIGHTS * 2)[:weights], (CONFIG * 2)[:config])
 
     with pytest.raises(AdapterUnavailable, match="LoRA adapter 'pirate': .* bytes on the server, expected") as raised:
-        files.map_tensors(REGISTERED)
+        _read(files)
 
     assert str(tmp_path) not in str(raised.value)
 
@@ -109,11 +109,11 @@ def test_an_altered_file_makes_the_adapter_unavailable(
 ) -> None:
     """Of the same size, and also when it was right before: it would be an answer of other weights."""
     _write_tensors(tmp_path)
-    files.map_tensors(REGISTERED)
+    _read(files)
     _write_tensors(tmp_path, weights, config)
 
     with pytest.raises(AdapterUnavailable, match="'pirate': adapter_.*_1.bin was altered on the server: its SHA-256"):
-        files.map_tensors(REGISTERED)
+        _read(files)
 
 
 @pytest.mark.parametrize("file", [REGISTERED.entry.lora_weights_file, REGISTERED.entry.lora_config_file])
@@ -124,39 +124,69 @@ def test_what_is_no_file_makes_the_adapter_unavailable(file: str, files: Adapter
     os.mkfifo(tmp_path / file)
 
     with pytest.raises(AdapterUnavailable, match="'pirate': adapter_.*_1.bin cannot be read on the server: not a file"):
-        files.map_tensors(REGISTERED)
+        _read(files)
 
 
-def test_nobody_writes_to_weights_while_they_are_sent(files: AdapterFiles, tmp_path: Path) -> None:
-    """Cut off while they are copied they would be a bus error, which ends the process."""
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("written", [b"", WEIGHTS[:100], WEIGHTS[::-1]])
+def test_weights_that_are_written_while_they_are_read_are_unavailable(
+    written: bytes, threads: int, files: AdapterFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was read may be some of one content and some of another. They are sent when that has ended."""
+    monkeypatch.setattr(adapter_files, "PARALLEL_NBYTES", 0 if threads == 2 else 1 << 30)
+    monkeypatch.setattr("tritonlora.versions.time.time", lambda: time() + 1)
     _write_tensors(tmp_path)
-    path = tmp_path / REGISTERED.entry.lora_weights_file
-    lora_weights = torch.utils.dlpack.from_dlpack(files.map_tensors(REGISTERED)[0].capsule())
-    writer = threading.Thread(target=path.write_bytes, args=(b"",))
-    writer.start()
-    writer.join(0.2)
+    _read(files)
+    path, preadv = tmp_path / REGISTERED.entry.lora_weights_file, os.preadv
 
-    assert writer.is_alive()
-    assert torch.equal(torch.ones(1, 6, 56, dtype=torch.bfloat16), lora_weights)
+    def write_meanwhile(*arguments: Any) -> int:
+        if os.fstat(arguments[0]).st_size:
+            count = preadv(*arguments)
+            path.write_bytes(written)
+            return min(count, 50)
+        return preadv(*arguments)
 
-    del lora_weights
-    writer.join(10)
-
-    assert not writer.is_alive()
-
-
-def test_weights_that_are_being_written_are_unavailable(files: AdapterFiles, tmp_path: Path) -> None:
-    """And are sent when that has ended."""
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "preadv", write_meanwhile)
+        with pytest.raises(
+            AdapterUnavailable, match=r"'pirate': adapter_model_1.bin cannot be read .* it is being written; ask again"
+        ):
+            _read(files)
     _write_tensors(tmp_path)
-    with (
-        (tmp_path / REGISTERED.entry.lora_weights_file).open("r+b"),
-        pytest.raises(
-            AdapterUnavailable, match=r"adapter_model_1.bin cannot be read .* it is being written; ask again"
-        ),
-    ):
-        files.map_tensors(REGISTERED)
 
-    files.map_tensors(REGISTERED)
+    assert WEIGHTS == _read(files)[0]
+
+
+@pytest.mark.parametrize("half", [0, 1])
+def test_weights_of_which_a_part_cannot_be_read_are_unavailable(
+    half: int, files: AdapterFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever thread it is that fails."""
+    monkeypatch.setattr(adapter_files, "PARALLEL_NBYTES", 0)
+    monkeypatch.setattr("tritonlora.versions.time.time", lambda: time() + 1)
+    _write_tensors(tmp_path)
+    _read(files)
+    preadv = os.preadv
+
+    def fail(descriptor: int, memory: Any, start: int) -> int:
+        if (start >= len(WEIGHTS) // 2) == bool(half):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return preadv(descriptor, memory, start)
+
+    monkeypatch.setattr(os, "preadv", fail)
+    with pytest.raises(AdapterUnavailable, match="'pirate': adapter_model_1.bin cannot be read .* Input/output error"):
+        _read(files)
+
+
+def test_an_altered_file_is_read_once(files: AdapterFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each request for it would take as long as one that is answered."""
+    monkeypatch.setattr("tritonlora.versions.time.time", lambda: time() + 1)
+    _write_tensors(tmp_path, WEIGHTS[::-1])
+    with pytest.raises(AdapterUnavailable, match="was altered on the server"):
+        _read(files)
+    monkeypatch.delattr(os, "preadv")
+    with pytest.raises(AdapterUnavailable, match="was altered on the server"):
+        _read(files)
 
 
 def test_files_that_the_engine_reads_by_itself_have_their_own_size(tmp_path: Path) -> None:
@@ -175,10 +205,10 @@ def test_a_file_is_digested_once(of: str, files: AdapterFiles, tmp_path: Path, m
     """An adapter that is sent again costs no more than its bytes: what is looked at is whether the file is the same."""
     monkeypatch.setattr("tritonlora.versions.time.time", lambda: time() + 1)
     _write_tensors(tmp_path)
-    files.map_tensors(REGISTERED)
+    _read(files)
     monkeypatch.delattr("tritonlora.adapter_files.hashlib.sha256")
 
-    (files if of == "this process" else AdapterFiles(tmp_path, tmp_path / "shared")).map_tensors(REGISTERED)
+    _read(files if of == "this process" else AdapterFiles(tmp_path, tmp_path / "shared"))
 
 
 def test_an_altered_file_with_the_times_of_the_one_before_is_seen(
@@ -187,14 +217,14 @@ def test_an_altered_file_with_the_times_of_the_one_before_is_seen(
     """As tools put one there that copy in place and keep the time of modification."""
     monkeypatch.setattr("tritonlora.versions.time.time", lambda: time() + 1)
     _write_tensors(tmp_path)
-    files.map_tensors(REGISTERED)
+    _read(files)
     path = tmp_path / REGISTERED.entry.lora_weights_file
     before = path.stat()
     path.write_bytes(WEIGHTS[::-1])
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
     with pytest.raises(AdapterUnavailable, match="was altered on the server"):
-        files.map_tensors(REGISTERED)
+        _read(files)
 
 
 def test_the_digest_of_a_file_that_has_just_changed_is_not_kept(
@@ -203,27 +233,27 @@ def test_the_digest_of_a_file_that_has_just_changed_is_not_kept(
     """It may change again within a tick of the clock, and look as it did."""
     monkeypatch.setattr("tritonlora.adapter_files.version_of", lambda _: ("a clock that stands still",))
     _write_tensors(tmp_path)
-    files.map_tensors(REGISTERED)
+    _read(files)
     _write_tensors(tmp_path, WEIGHTS[::-1])
 
     with pytest.raises(AdapterUnavailable, match="was altered on the server"):
-        files.map_tensors(REGISTERED)
+        _read(files)
 
 
 def test_lost_digests_are_computed_again(files: AdapterFiles, tmp_path: Path) -> None:
     """What the processes share is in memory, where anything may happen to it."""
     _write_tensors(tmp_path)
     shutil.rmtree(tmp_path / "shared")
-    files.map_tensors(REGISTERED)
+    _read(files)
     _write_tensors(tmp_path, WEIGHTS[::-1])
 
     with pytest.raises(AdapterUnavailable, match="was altered on the server"):
-        files.map_tensors(REGISTERED)
+        _read(files)
 
 
 def test_a_missing_file_makes_the_adapter_unavailable(files: AdapterFiles, tmp_path: Path) -> None:
     """Named, and again without the server's path."""
     with pytest.raises(AdapterUnavailable, match="adapter_model_1.bin is missing on the server") as raised:
-        files.map_tensors(REGISTERED)
+        _read(files)
 
     assert str(tmp_path) not in str(raised.value)

@@ -1,9 +1,9 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""A file as a tensor of any dtype, bfloat16 included, without torch.
+"""Bytes as a tensor of any dtype, bfloat16 included, without torch.
 
 numpy has no bfloat16, and torch in each process of the router would cost ten times what the rest of it does. DLPack
-describes a tensor in six fields; they are filled in here for the bytes of a mapped file.
+describes a tensor in six fields, which are filled in here.
 
 Source: dmlc/dlpack include/dlpack/dlpack.h. This file runs inside a plain Triton container: numpy only.
 """
@@ -11,14 +11,10 @@ Source: dmlc/dlpack include/dlpack/dlpack.h. This file runs inside a plain Trito
 from __future__ import annotations
 
 import ctypes
-import mmap
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
-
-from tritonlora.versions import open_file
 
 _CPU = 1  # kDLCPU
 _DTYPES = {"float16": (2, 16), "float32": (2, 32), "bfloat16": (4, 16)}  # (DLDataTypeCode, bits)
@@ -81,18 +77,10 @@ _new_capsule.restype = ctypes.py_object
 _new_capsule.argtypes = (ctypes.c_void_p, ctypes.c_char_p, _Deleter)
 
 
-def mapped(path: Path) -> npt.NDArray[np.uint8]:
-    """The file's content: its pages in the page cache, private and read-only. A copy is made only by who reads it."""
-    with open(open_file(path), "rb") as file:  # noqa: PTH123  a descriptor
-        flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_POPULATE", 0)  # one call instead of a fault for every page
-        mapping = mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ)
-    return np.frombuffer(mapping, np.uint8)
-
-
-def capsule_of(content: npt.NDArray[np.uint8], dtype: str, shape: tuple[int, ...], lease: object = None) -> object:
+def capsule_of(content: npt.NDArray[np.uint8], dtype: str, shape: tuple[int, ...]) -> object:
     """`content` as a DLPack capsule ("dltensor") on the CPU, for one consumer. Nothing is copied.
 
-    `content` and `lease` live until the consumer lets go of the tensor, or until the capsule goes if there was none.
+    `content` lives until the consumer lets go of the tensor, or until the capsule goes if there was none.
 
     `dtype` is one of float16, float32, bfloat16; `content` has the elements of `shape` row by row, little-endian, and
     nothing else.
@@ -102,7 +90,7 @@ def capsule_of(content: npt.NDArray[np.uint8], dtype: str, shape: tuple[int, ...
     tensor = _Tensor(content.ctypes.data, _Device(_CPU, 0), len(shape), _DataType(code, bits, 1), dims, None, 0)
     managed = _ManagedTensor(tensor, None, _delete)
     address = ctypes.addressof(managed)
-    _alive[address] = (managed, dims, content, lease)
+    _alive[address] = (managed, dims, content)
     capsule: object = _new_capsule(address, _NAME, _destroy)
     return capsule
 

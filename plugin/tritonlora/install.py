@@ -39,15 +39,15 @@ TABLE_MODULES = (
     "adapters.py",
     "adapters_json.py",
     "adapter_files.py",
-    "dlpack.py",
     "routing.py",
     "residency.py",
     "statistics.py",
     "versions.py",
 )
+SENDING_MODULES = (*TABLE_MODULES, "flavours.py", "kept_weights.py", "dlpack.py")
 MODEL_MODULES = {
-    ROUTER: (*TABLE_MODULES, "flavours.py", "forwarding.py", "kept_weights.py", "stream.py", "worker.py"),
-    RESOLVER: (*TABLE_MODULES, "flavours.py", "estimate.py"),
+    ROUTER: (*SENDING_MODULES, "forwarding.py", "stream.py", "worker.py"),
+    RESOLVER: (*SENDING_MODULES, "estimate.py"),
     LISTING: (*TABLE_MODULES, "metrics.py", "listing.py"),
     "preprocessing": TEXT_MODULES,
     "postprocessing": TEXT_MODULES,

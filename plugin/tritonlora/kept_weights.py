@@ -3,13 +3,13 @@
 """The weights that a process has sent last, in the memory that it shares with tritonserver.
 
 Strategy. When a tensor is sent for the first time, Triton's Python backend allocates shared memory for it and copies it
-there, in one thread; a tensor that has been sent lies there already, and is sent again as it is (python_backend
-src/pb_tensor.cc, PbTensor::SaveToSharedMemory). So the last tensor is kept, and the next adapter of its shape is copied
-over it, here, in two threads, and without what is zero in both: padding. The same adapter is not copied at all. This
-takes no more memory: what the backend has allocated once, it never gives back (src/shm_manager.cc, GrowIfNeeded).
+there; a tensor that has been sent lies there already, and is sent again as it is (python_backend src/pb_tensor.cc,
+PbTensor::SaveToSharedMemory). So the last tensor is kept, and the next adapter of its shape is read into it, but for
+what is zero in both: padding, a third of an adapter of all layers. The same adapter is not read at all. This takes no
+more memory: what the backend has allocated once, it never gives back (src/shm_manager.cc, GrowIfNeeded).
 
-Rules. One request at a time: what is kept is written to only when the request before has been answered to its end.
-Whether a tensor lies in shared memory is looked at, not assumed: its address must have changed.
+Rules. What was given is written to only when it has been sent: what a request carries, when it has been answered to its
+end. Whether a tensor lies in shared memory is looked at, not assumed: its address must have changed.
 
 This file runs inside a plain Triton container: standard library and numpy only.
 """
@@ -17,17 +17,15 @@ This file runs inside a plain Triton container: standard library and numpy only.
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from tritonlora import dlpack
-from tritonlora.adapter_files import Ranges, Weights
+from tritonlora.adapter_files import Memory, Ranges, Weights, whole
 
-PARALLEL_NBYTES = 4 << 20  # less is copied before another thread has begun
-NOWHERE: Ranges = np.zeros((0, 2), np.int64)
+BLOCK_NBYTES = 1 << 14  # of zeros, or not
+MOST_KNOWN = 512  # adapters of which it is known where they are zero: 2 KB each
 
 
 class Tensor(Protocol):
@@ -47,25 +45,26 @@ class KeptWeights(Generic[T]):
         """`new` makes a tensor of a DLPack capsule."""
         self._new = new
         self._kept: T | None = None
+        self._is_out = False  # given, and not sent yet
         self._source = 0  # the address of what it was made of; 0 once it lies in shared memory
         self._form: object = None  # dtype and shape
         self._sha256 = ""  # of what is in it; "" when that is not known
-        self._filled = NOWHERE  # it is zero everywhere else
+        self._filled = whole(0)  # it is zero everywhere else
+        self._known: dict[str, Ranges] = {}  # SHA-256 -> where that content is not zero
 
     def tensor(self, weights: Weights) -> T:
-        """A tensor of `weights`, to be sent once, before `weights` goes; then call `sent`."""
+        """A tensor of `weights`, to be sent once; then call `sent`. Raises what reading them raises."""
         form = (weights.dtype, weights.shape)
-        if self._kept is None or self._source or self._form != form:
+        if self._kept is None or self._is_out or self._form != form:
             self.forget()  # before the next one is allocated
-            self._kept, self._form = self._new(dlpack.capsule_of(weights.content, *form)), form
-            self._source = weights.content.ctypes.data
+            memory = np.empty(weights.nbytes, np.uint8)
+            self._filled = whole(weights.nbytes)
+            self._read(weights, memory)
+            self._kept, self._form = self._new(dlpack.capsule_of(memory, *form)), form
+            self._source = memory.ctypes.data
         elif self._sha256 != weights.sha256:
-            self._sha256 = ""  # until all of it is there
-            if not np.array_equal(self._filled, weights.filled):
-                self._filled = np.array([[0, len(weights.content)]])
-            memory = dlpack.memory_at(dlpack.data_in(self._kept.to_dlpack()), len(weights.content))
-            _copy(weights.content, memory, self._filled)
-        self._sha256, self._filled = weights.sha256, weights.filled
+            self._read(weights, dlpack.memory_at(dlpack.data_in(self._kept.to_dlpack()), weights.nbytes))
+        self._is_out = True
         return self._kept
 
     def sent(self) -> None:
@@ -74,25 +73,28 @@ class KeptWeights(Generic[T]):
             if dlpack.data_in(self._kept.to_dlpack()) == self._source:
                 self.forget()
             self._source = 0
+        self._is_out = False
 
     def forget(self) -> None:
-        """Keep nothing: the memory is free for what is sent next, and so is the file that the tensor was made of."""
+        """Keep nothing: the memory is free for what is sent next."""
         self._kept = None
 
+    def _read(self, weights: Weights, memory: Memory) -> None:
+        """Read them over what `memory` has."""
+        self._sha256 = ""  # until all of it is there
+        known = self._known.get(weights.sha256)
+        if known is None or not np.array_equal(known, self._filled):
+            self._filled = whole(weights.nbytes)
+        weights.read(memory, self._filled)
+        if known is None:
+            if len(self._known) == MOST_KNOWN:
+                self._known.clear()
+            known = self._known[weights.sha256] = filled_ranges(memory)
+        self._sha256, self._filled = weights.sha256, known
 
-def _copy(source: npt.NDArray[np.uint8], target: npt.NDArray[np.uint8], ranges: Ranges) -> None:
-    """In two threads where it is worth it: on many machines one does not take all of the memory's speed."""
 
-    def copy(ranges: Ranges) -> None:
-        for start, stop in ranges.tolist():
-            np.copyto(target[start:stop], source[start:stop])
-
-    starts, stops = ranges.T
-    if (stops - starts).sum() < PARALLEL_NBYTES:
-        copy(ranges)
-        return
-    middles = (starts + stops) // 2
-    with ThreadPoolExecutor(1) as pool:
-        other = pool.submit(copy, np.column_stack((middles, stops)))
-        copy(np.column_stack((starts, middles)))
-    other.result()  # or what went wrong with it
+def filled_ranges(memory: Memory) -> Ranges:
+    """Where there is anything but zeros, in whole blocks."""
+    is_filled = np.maximum.reduceat(memory, np.arange(0, len(memory), BLOCK_NBYTES)) > 0
+    edges = np.flatnonzero(np.diff(is_filled, prepend=False, append=False)) * BLOCK_NBYTES
+    return np.minimum(edges, len(memory)).reshape(-1, 2)

@@ -22,6 +22,7 @@ import pytest
 
 from repositories import synthetic_adapter, synthetic_repository
 from tritonlora import client, register
+from tritonlora.bench.processes import processes_of
 from tritonlora.errors import ServerError
 from tritonlora.repository import Repository, read_table
 from tritonlora.server import Server
@@ -220,3 +221,40 @@ def test_an_altered_file_is_not_served(server: Server, opened: Repository, tmp_p
     path.write_bytes(content)
 
     assert text_of(task_id_of(opened, "altered")) == "".join(ask(server, "altered"))
+
+
+def test_a_file_that_is_written_again_and_again_takes_nobody_down(
+    server: Server, opened: Repository, tmp_path: Path
+) -> None:
+    """In place, as nobody should: its adapter is unavailable or right, and the router's processes live on."""
+    register.add(opened, "cut", synthetic_adapter(tmp_path / "cut", 600), register.Options(warm=False))
+    path = opened.root / read_table(opened).entries["cut"].lora_weights_file
+    content, right, stop = path.read_bytes(), text_of(task_id_of(opened, "cut")), threading.Event()
+    processes = processes_of(server.pid)["lora_router"]
+
+    def keep_writing() -> None:
+        while not stop.is_set():
+            path.write_bytes(content[: len(content) // 2])
+            path.write_bytes(content)
+            stop.wait(0.002)
+
+    writer = threading.Thread(target=keep_writing)
+    writer.start()
+    try:
+        with load(server, OTHERS) as answers:
+            outcomes = {_outcome(server, "cut") for _ in range(ANSWERS)}
+            take(answers)
+    finally:
+        stop.set()
+        writer.join()
+
+    assert all(one == right or "LoRA adapter 'cut': adapter_model_" in one for one in outcomes)
+    assert right == "".join(ask(server, "cut"))
+    assert processes == processes_of(server.pid)["lora_router"]
+
+
+def _outcome(server: Server, lora_name: str) -> str:
+    try:
+        return "".join(ask(server, lora_name))
+    except ServerError as error:
+        return str(error)

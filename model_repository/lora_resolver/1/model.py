@@ -8,6 +8,7 @@ This file only translates between Triton and `tritonlora.routing` and `tritonlor
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -25,6 +26,7 @@ from tritonlora.adapter_files import AdapterFiles
 from tritonlora.errors import InvalidRequest, RequestError
 from tritonlora.estimate import ResidencyEstimate, started_at, warmed_at_start
 from tritonlora.flavours import TENSORS
+from tritonlora.kept_weights import KeptWeights
 from tritonlora.residency import open_residency, shared_directory
 from tritonlora.routing import Route, TableFile, check_parameters, resolve_rows, warmed
 from tritonlora.statistics import BASE, DIRECTORY, Statistics
@@ -46,6 +48,7 @@ class TritonPythonModel:
         )
         self._statistics = Statistics(self._residency.directory / DIRECTORY)
         self._files = AdapterFiles(repository, self._residency.directory)
+        self._kept = KeptWeights(functools.partial(pb_utils.Tensor.from_dlpack, "lora_weights"))
         self._table = TableFile(path, self._table_failed)
         self._seen_table = self._table.table()
         self._estimate = ResidencyEstimate(
@@ -60,6 +63,9 @@ class TritonPythonModel:
 
     def execute(self, requests: list[pb_utils.InferenceRequest]) -> list[pb_utils.InferenceResponse]:
         """Answer each request by itself: a bad one harms no other."""
+        # Triton has copied the outputs of a call before it makes the next one (python_backend src/python_be.cc,
+        # ModelInstanceState::ProcessRequests).
+        self._kept.sent()
         return [self._answer(request) for request in requests]
 
     def finalize(self) -> None:
@@ -90,7 +96,6 @@ class TritonPythonModel:
         table = self._table.table()
         if table is not self._seen_table:
             self._seen_table = table
-            self._files.unmap()
             self._estimate.see(table)
             self._statistics.add(BASE, "table_reloads")
         lora_names, lora_task_ids = (values_of(request, name) for name in ("lora_name", TENSORS.task_id))
@@ -109,10 +114,9 @@ class TritonPythonModel:
                 raise InvalidRequest(
                     "the engine may have to be given weights, which it takes in a batch of one; send the rows apart"
                 )
-            lora_weights, lora_config = self._files.map_tensors(routes[0])
+            weights, config = self._kept.tensor(self._files.weights(routes[0])), self._files.config(routes[0])
             self._estimate.sent(routes[0].entry.lora_task_id, now)
-            tensors.append(pb_utils.Tensor.from_dlpack("lora_weights", lora_weights.capsule()))
-            tensors.append(pb_utils.Tensor("lora_config", lora_config))
+            tensors += [weights, pb_utils.Tensor("lora_config", config)]
         return tensors
 
     def _table_failed(self, problem: str) -> None:

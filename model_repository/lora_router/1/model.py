@@ -124,7 +124,6 @@ class TritonPythonModel:
         self._worker.end()
         self._last_streams.clear()  # an iterator that outlives this call crashes the stub
         self._last_replies.clear()
-        self._let_go_of_files()
         self._residency.close()
 
     def _leave_behind(self) -> None:
@@ -160,16 +159,11 @@ class TritonPythonModel:
         table = self._table.table()
         if table is not self._seen_table:
             self._seen_table = table
-            self._let_go_of_files()
+            self._naming_tensors.clear()
             self._statistics.add(BASE, "table_reloads")
         lora_names, lora_task_ids = (values_of(inputs, name) for name in self._routing_inputs)
         rows = next(iter(inputs.values())).shape()[0] if self._batching else 1
         return resolve_rows(table, lora_names, lora_task_ids, rows)
-
-    def _let_go_of_files(self) -> None:
-        self._naming_tensors.clear()
-        self._kept.forget()
-        self._files.unmap()
 
     def _answer(
         self,
@@ -236,17 +230,16 @@ class TritonPythonModel:
         attach: bool,
     ) -> Iterator[pb_utils.InferenceResponse]:
         """Send the request, which `forwarded` makes of its inputs, to the engine's model, and give its answers."""
-        kept, weights = self._kept, None  # this request's, also if it is left behind
+        kept = self._kept  # this request's, also if it is left behind
         if route:
             tensors = [*tensors, *self._tensors_naming(route)]
         if route and attach and self._flavour.sends_weights:
-            weights, config = self._files.map_tensors(route)
-            tensors += [kept.tensor(weights), pb_utils.Tensor("lora_config", config)]
+            weights, config = kept.tensor(self._files.weights(route)), self._files.config(route)
+            tensors += [weights, pb_utils.Tensor("lora_config", config)]
         request = forwarded(inputs=tensors)
         silence.asked()
         answers = self._stream(request) if self._decoupled else iter([request.exec()])
         kept.sent()
-        del request, tensors, weights  # and with them the lease of their file: they have been copied
         for answer in answers:
             silence.heard()
             yield answer
