@@ -67,7 +67,11 @@ def test_a_document_that_is_no_table_is_refused(text: str, message: str) -> None
         ({"lora_config_file": "x\ud800"}, "'lora_config_file' must be a path relative"),
         ({"base_model_name_or_path": "\ud800"}, "'base_model_name_or_path' must be a string"),
         ({"modules": ["attn_q", "\ud800"]}, "'modules' must be a list of module names"),
-        ({"lora_weights_sha256": "\ud800" * 64}, "'lora_weights_sha256' must be 64 hexadecimal"),
+        ({"lora_weights_sha256": "\ud800" * 64}, "'lora_weights_sha256' must be 64 lowercase hexadecimal"),
+        ({"lora_weights_sha256": "a" * 63}, "'lora_weights_sha256' must be 64 lowercase hexadecimal"),
+        ({"lora_weights_sha256": "a" * 64 + "\n"}, "'lora_weights_sha256' must be 64 lowercase hexadecimal"),
+        ({"lora_config_sha256": "\0" * 64}, "'lora_config_sha256' must be 64 lowercase hexadecimal"),
+        ({"lora_config_sha256": "A" * 64}, "'lora_config_sha256' must be 64 lowercase hexadecimal"),
         ({"added_at": "junk"}, "'added_at' must be a time in ISO 8601"),
         ({"adapter_sizes": [0]}, "'adapter_sizes' must be"),
     ],
@@ -212,6 +216,7 @@ def test_a_bad_alias_is_named(aliases: object, message: str) -> None:
         ({"lora_weights_file": "/srv/x.bin"}, "'lora_weights_file' must be a path relative to the model repository"),
         ({"lora_config_shape": [7, 3]}, "lora_weights_shape and lora_config_shape have different row counts"),
         ({"lora_task_id": None}, "'lora_task_id' must be an integer from 1"),
+        ({"lora_weights_sha256": "\0" * 64}, "'lora_weights_sha256' must be 64 lowercase hexadecimal digits"),
     ],
 )
 def test_an_adapter_with_a_malformed_entry_is_unavailable_and_the_others_are_there(

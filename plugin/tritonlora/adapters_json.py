@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict
@@ -193,6 +194,9 @@ def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return document
 
 
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
 def _is_task_id(value: object) -> bool:
     return type(value) is int and 1 <= value <= MAX_TASK_ID
 
@@ -207,7 +211,7 @@ def _is_text(value: object) -> bool:
 
 
 def _is_digest(value: object) -> bool:
-    return isinstance(value, str) and len(value) == 64 and value.isascii()
+    return isinstance(value, str) and _DIGEST.fullmatch(value) is not None
 
 
 def _is_time(value: object) -> bool:
@@ -231,8 +235,8 @@ _FIELD_CHECKS: dict[str, _Check] = {
     "dtype": (lambda value: value in DTYPES, f"one of {', '.join(DTYPES)}"),
     "lora_weights_shape": (_is_shape, "two positive integers"),
     "lora_config_shape": (lambda value: _is_shape(value) and value[1] in (3, 4), "[n, 3] or [n, 4]"),
-    "lora_weights_sha256": (_is_digest, "64 hexadecimal digits"),
-    "lora_config_sha256": (_is_digest, "64 hexadecimal digits"),
+    "lora_weights_sha256": (_is_digest, "64 lowercase hexadecimal digits"),
+    "lora_config_sha256": (_is_digest, "64 lowercase hexadecimal digits"),
     "adapter_sizes": (
         lambda value: type(value) is list and {*map(type, value)} <= {int} and min(value, default=1) > 0,
         "a list of positive integers",
