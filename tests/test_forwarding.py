@@ -22,7 +22,7 @@ from table import TABLE, entry
 from tritonlora.errors import AdapterUnavailable, ClientLeft
 from tritonlora.forwarding import Forwarder, Meaning, is_unavailable, meaning_of, public
 from tritonlora.residency import open_residency
-from tritonlora.routing import Route
+from tritonlora.routing import Route, content_of
 
 MISS = "LoRA task 1 not found in cache. Please send LoRA weights with request"
 FULL = "Error storing task=4 in PEFT cache -- Cache is full. There are no done tasks to evict"
@@ -450,15 +450,16 @@ def test_what_cannot_be_resident_brings_its_weights_at_once(instance: Instance) 
 
 
 def test_an_id_that_was_given_to_other_weights_is_unavailable(instance: Instance) -> None:
-    """For an instance, too, that has not seen the table that said so: the engine would answer with the others."""
-    engine, one, other = Engine(2), instance(), instance()
+    """Whatever the engine would answer: nothing is sent."""
+    engine, forwarder = Engine(2), instance()
     first = cold(7)
     second = replace(first, entry=replace(first.entry, lora_weights_sha256="f" * 64))
-    assert answers(7) == list(one.forward(first, engine.sender(first)))
+    assert forwarder._residency.gives(7, content_of(first.entry))
     with pytest.raises(AdapterUnavailable, match="lora_task_id 7 was given to other weights"):
-        list(other.forward(second, engine.sender(second)))
+        list(forwarder.forward(second, engine.sender(second)))
 
-    assert answers(7) == list(other.forward(first, engine.sender(first)))
+    assert [] == engine.weights_sent == engine.cached
+    assert answers(7) == list(forwarder.forward(first, engine.sender(first)))
 
 
 def test_each_load_is_reported_with_its_reason(instance: Instance) -> None:

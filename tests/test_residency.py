@@ -233,10 +233,21 @@ def test_an_id_stands_for_one_content_for_all_instances(tmp_path: Path) -> None:
             other.gives(6, "b"),
             one.gives(6, "a"),
         ]
+        assert [True, False, True] == [one.may_give(5, "a"), one.may_give(5, "b"), one.may_give(7, "b")]
+        assert other.gives(7, "a")  # to ask was not to give
 
         shutil.rmtree(tmp_path / "shared")
 
-        assert one.gives(7, "a")
+        assert one.gives(8, "a")
+
+
+def test_an_id_stands_for_what_the_engine_was_started_with(tmp_path: Path) -> None:
+    """For all instances, also before anybody has asked for it, and whatever a table says to one that begins later."""
+    with (
+        closing(open_residency(tmp_path / "shared", {1: 1}, given={1: "a"})) as one,
+        closing(open_residency(tmp_path / "shared", {1: 1}, given={1: "b"})) as other,
+    ):
+        assert [(False, True)] * 2 == [(mine.gives(1, "b"), mine.gives(1, "a")) for mine in (other, one)]
 
 
 def test_instances_that_forget_the_same_adapter_leave_no_descriptor_open(

@@ -15,8 +15,9 @@ import pytest
 
 import fake_pb_utils
 from fake_pb_utils import Client, InferenceRequest, InferenceResponse, Tensor, TritonError
-from repositories import synthetic_repository
+from repositories import synthetic_adapter, synthetic_repository
 from test_fake_pb_utils import load_model
+from tritonlora import register
 from tritonlora.repository import Repository, read_table
 from tritonlora.statistics import BASE, DIRECTORY, read_statistics
 
@@ -202,3 +203,16 @@ def test_no_file_of_an_adapter_stays_in_use(router: Any, opened: Repository) -> 
 
     assert str(weights) not in Path("/proc/self/maps").read_text()
     assert str(weights) not in [os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()]
+
+
+def test_weights_that_cannot_be_sent_are_given_to_no_id(router: Any, opened: Repository, tmp_path: Path) -> None:
+    """A digest that was mistyped in the table, and is put right, is no other content."""
+    register.add(opened, "mistyped", synthetic_adapter(tmp_path / "mistyped", 8))
+    text = opened.table_path.read_text()
+    digest = read_table(opened).entries["mistyped"].lora_weights_sha256
+    opened.table_path.write_text(text.replace(digest, digest[::-1]))
+    wrong = ask(router, Client(), "mistyped", lambda request: Answers(Client(), TOKENS + 1))
+    opened.table_path.write_text(text)
+
+    assert [TritonError.UNAVAILABLE] == wrong
+    assert [1, 2, 3, 4, 5, 6] == ask(router, Client(), "mistyped", lambda request: Answers(Client(), TOKENS + 1))

@@ -19,9 +19,11 @@ from tritonlora.errors import AdapterTableError, AdapterUnavailable, InvalidRequ
 from tritonlora.routing import (
     Route,
     TableFile,
+    check_id,
     check_parameters,
     resolve,
     resolve_rows,
+    warmed_contents,
 )
 
 PIRATE = Route("pirate", TABLE.entries["pirate"])
@@ -207,23 +209,24 @@ def test_many_malformed_entries_are_a_bounded_report(tmp_path: Path, failures: l
     assert failures[0].endswith("and 80 more")
 
 
-def test_an_id_is_not_served_with_other_weights_than_before(tmp_path: Path, failures: list[str]) -> None:
-    """After an edit by hand that swaps two ids: the engine may hold the old ones, and would answer from them."""
+def test_a_table_that_is_put_right_is_the_same_for_all(tmp_path: Path, failures: list[str]) -> None:
+    """Also for who began with one in which an id was another adapter's by mistake."""
     path = tmp_path / "adapters.json"
-    one, other = entry(1), entry(2, lora_weights_sha256="c" * 64)
-    before = replace(TABLE, entries={"pirate": one, "haiku": other})
-    path.write_text(render(before))
+    wrong = {**TABLE.entries, "pirate": replace(TABLE.entries["pirate"], lora_weights_sha256="c" * 64)}
+    path.write_text(render(replace(TABLE, entries=wrong)))
     file = TableFile(path, failures.append)
-    swapped = {"pirate": replace(one, lora_task_id=2), "haiku": replace(other, lora_task_id=1)}
-    _replace(path, render(replace(before, entries=swapped)))
+    _replace(path, render(TABLE))
 
-    with pytest.raises(AdapterUnavailable, match="lora_task_id 2 was given to other weights; .* tritonlora add"):
-        resolve(file.table(), "pirate", None)
-    assert {} == file.table().entries
+    assert TABLE == file.table()
 
-    _replace(path, render(before))
 
-    assert before == file.table()
+def test_an_id_that_is_another_content_s_is_unavailable() -> None:
+    """Who knows is asked of both parts of the content."""
+    check_id(PIRATE, lambda *what: what == (1, f"{'a' * 64}-{'b' * 64}"))
+    with pytest.raises(AdapterUnavailable, match="'pirate': lora_task_id 1 was given to other .* tritonlora add"):
+        check_id(PIRATE, lambda *_: False)
+
+    assert {1: f"{'a' * 64}-{'b' * 64}"} == warmed_contents(TABLE)
 
 
 def test_there_must_be_a_good_table_to_begin_with(tmp_path: Path, failures: list[str]) -> None:

@@ -28,7 +28,7 @@ from typing import Generic, TypeVar
 
 from tritonlora.errors import AdapterUnavailable, ClientLeft
 from tritonlora.residency import Check, Place, Residency
-from tritonlora.routing import Route, content_of, reused
+from tritonlora.routing import Route, check_id
 
 Answer = TypeVar("Answer")
 
@@ -159,8 +159,7 @@ class Forwarder(Generic[Answer]):
     ) -> Iterator[Answer]:
         """All the answers, once the first one says nothing against the state of the engine's cache."""
         task_id, pages = route.entry.lora_task_id, route.entry.pages or 1
-        if not self._residency.gives(task_id, content_of(route.entry)):
-            raise reused(route)
+        check_id(route, self._residency.may_give)
         deadline = time.monotonic() + self._cache_full_timeout
         belief = self._residency.belief(task_id)
         attach = not belief

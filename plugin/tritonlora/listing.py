@@ -22,7 +22,7 @@ from tritonlora.adapter_files import check_files
 from tritonlora.adapters import AdapterTable
 from tritonlora.errors import AdapterUnavailable
 from tritonlora.residency import Residency
-from tritonlora.routing import Route, content_of, malformed, reused
+from tritonlora.routing import Route, check_id, malformed
 
 
 def describe(
@@ -63,8 +63,7 @@ def _state(repository: Path, route: Route, residency: Residency) -> Mapping[str,
     entry = route.entry
     try:
         check_files(repository, route)
-        if not residency.may_give(entry.lora_task_id, content_of(entry)):
-            raise reused(route)
+        check_id(route, residency.may_give)
     except AdapterUnavailable as error:
         return {"state": "unavailable", "reason": str(error)}
     if residency.holds(entry.lora_task_id):

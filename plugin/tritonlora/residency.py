@@ -11,7 +11,8 @@ memory, and locks on files (`flock`), which the kernel takes from a process that
     loading/<lora_task_id>   locked by the instance that is sending the adapter's weights
     line/<arrival>-<pid>-<lora_task_id>
                              locked by a request that waits for room in the cache; the one that came first is tried next
-    given/<lora_task_id>     a symbolic link to what tells the adapter's content: the engine ignores another one
+    given/<lora_task_id>     a symbolic link to what tells the content that the engine was started with or sent under
+                             that id: it ignores another one
     retired                  the lora_task_ids that were retired before the engine was started, one a line
     ended                    touched whenever a request for an adapter has ended: there may be room now
 
@@ -37,6 +38,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO
 
 PREFIX = "tritonlora-"
@@ -64,13 +66,18 @@ def shared_directory(router: str) -> Path:
 
 
 def open_residency(
-    directory: Path, warmed: Mapping[int, int], cache_pages: int | None = None, *, retired: Iterable[int] = ()
+    directory: Path,
+    warmed: Mapping[int, int],
+    cache_pages: int | None = None,
+    *,
+    given: Mapping[int, str] = MappingProxyType({}),
+    retired: Iterable[int] = (),
 ) -> Residency:
     """Take part in what is shared in `directory`; the first one makes it, with `warmed` as held.
 
     `warmed` has the pages of the adapters that the engine was started with, by lora_task_id, in the order in which they
-    were loaded; `cache_pages` is the size of the engine's cache, None when it is not known. `retired` are the
-    lora_task_ids that are in use no more.
+    were loaded, and `given` tells their contents; `cache_pages` is the size of the engine's cache, None when it is not
+    known. `retired` are the lora_task_ids that are in use no more.
 
     Directories that servers have left behind, which were killed, are removed.
     """
@@ -79,7 +86,7 @@ def open_residency(
             _remove_unused(other)
     while True:
         if not directory.exists():
-            _make(directory, warmed, retired)
+            _make(directory, warmed, given, retired)
         with contextlib.suppress(FileNotFoundError):
             descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             fcntl.flock(descriptor, fcntl.LOCK_SH)
@@ -89,7 +96,7 @@ def open_residency(
             os.close(descriptor)  # it was removed in between
 
 
-def _make(directory: Path, warmed: Mapping[int, int], retired: Iterable[int]) -> None:
+def _make(directory: Path, warmed: Mapping[int, int], given: Mapping[int, str], retired: Iterable[int]) -> None:
     """All of it at once, or nothing when another instance was faster."""
     fresh = Path(tempfile.mkdtemp(prefix=f".{PREFIX}", dir=directory.parent))
     for name in ("held", "loading", "line", "given"):
@@ -102,6 +109,8 @@ def _make(directory: Path, warmed: Mapping[int, int], retired: Iterable[int]) ->
         (fresh / "held" / str(task_id)).touch()
         os.truncate(fresh / "held" / str(task_id), pages)  # which takes no page of memory
         os.utime(fresh / "held" / str(task_id), ns=(order, order))
+    for task_id, content in given.items():
+        (fresh / "given" / str(task_id)).symlink_to(content)
     try:
         fresh.rename(directory)
     except OSError:
@@ -149,7 +158,7 @@ class Residency:
         self._loading = str(directory / "loading")
         self._ended = str(directory / "ended")
         self._given_links = str(directory / "given")
-        self._given: dict[int, str] = {}  # what is known of these: they do not change
+        self._given: dict[int, str] = {}  # those that were looked at: they do not change
         self._descriptor = descriptor
 
     def close(self) -> None:
@@ -236,21 +245,22 @@ class Residency:
             yield mine
 
     def gives(self, task_id: int, content: str) -> bool:
-        """Whether the id stands for this content since the instances began, for all of them; the first one to say so
-        counts. An instance that answered no request in between has not seen what a table said before this one.
+        """Whether the engine may be sent this content under the id, as it is about to be; from then on, nobody sends
+        it another one. Not to be said of what cannot be sent: when that is put right, the id would not be its own.
         """
         if self._given.get(task_id) != content:
             with contextlib.suppress(OSError):
                 os.symlink(content, f"{self._given_links}/{task_id}")  # noqa: PTH211
-            if not self.may_give(task_id, content):
-                return False
-            self._given[task_id] = content
-        return True
+        return self.may_give(task_id, content)
 
     def may_give(self, task_id: int, content: str) -> bool:
-        """Whether no instance has said that the id stands for another content."""
-        with contextlib.suppress(OSError):
-            return os.readlink(f"{self._given_links}/{task_id}") == content  # noqa: PTH115
+        """Whether the engine was neither started with nor sent another content under the id."""
+        if self._given.get(task_id) != content:
+            with contextlib.suppress(OSError):
+                found = os.readlink(f"{self._given_links}/{task_id}")  # noqa: PTH115
+                if found != content:
+                    return False
+                self._given[task_id] = content
         return True
 
     def retired_before(self) -> frozenset[int]:

@@ -13,10 +13,10 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from tritonlora.adapters import NAME_PATTERN, AdapterEntry, AdapterTable, Problem, available
+from tritonlora.adapters import NAME_PATTERN, AdapterEntry, AdapterTable, available
 from tritonlora.adapters_json import TableReader, unavailable
 from tritonlora.errors import AdapterTableError, AdapterUnavailable, InvalidRequest, UnknownAdapter, one_message
 from tritonlora.versions import is_settled, open_file, version_of
@@ -120,6 +120,8 @@ def warmed(table: AdapterTable) -> dict[int, int]:
 class TableFile:
     """adapters.json as it is on disk now, but for adapters whose own entry is malformed: these are unavailable.
 
+    Of what it said before nothing is kept: every process that reads it comes to the same table.
+
     A file that is malformed as a whole, or has vanished, leaves the last good table in place.
     """
 
@@ -133,7 +135,6 @@ class TableFile:
         self._on_failure = on_failure
         self._version: object = None
         self._reported: set[str] = set()
-        self._given: dict[int, str] = {}  # lora_task_id -> content that it was given to
         self._reader = TableReader()
         self._digest = b""  # of the text that the table was made of
         self._table = AdapterTable()
@@ -170,7 +171,7 @@ class TableFile:
             self._version = None
 
     def _table_of(self, text: str) -> AdapterTable:
-        table = self._without_reused_ids(self._reader.read(text))
+        table = self._reader.read(text)
         problems = list(unavailable(table))
         if new := [problem for problem in problems if problem not in self._reported]:
             more = [f"and {len(new) - MOST_REPORTED} more"] if len(new) > MOST_REPORTED else []
@@ -183,29 +184,25 @@ class TableFile:
             return not is_settled(self._path.stat())
         return True
 
-    def _without_reused_ids(self, table: AdapterTable) -> AdapterTable:
-        """Adapters whose lora_task_id was that of other files are unavailable: the engine may hold those under it."""
-        reused = {
-            name: (Problem(_reused_id(entry)),)
-            for name, entry in table.entries.items()
-            if self._given.setdefault(entry.lora_task_id, content := content_of(entry)) != content
-        }
-        if not reused:
-            return table
-        entries = {name: entry for name, entry in table.entries.items() if name not in reused}
-        return replace(table, entries=entries, unavailable={**table.unavailable, **reused})
+
+# What an id stands for
 
 
-def reused(route: Route) -> AdapterUnavailable:
-    """Why an adapter cannot be served whose id was another one's."""
-    return AdapterUnavailable(f"LoRA adapter {route.lora_name!r}: {_reused_id(route.entry)}")
+def check_id(route: Route, is_its: Callable[[int, str], bool]) -> None:
+    """AdapterUnavailable unless the adapter's lora_task_id is its own, as `is_its` says of the id and the content: the
+    engine may hold another content under it, and would answer from that.
+    """
+    task_id = route.entry.lora_task_id
+    if not is_its(task_id, content_of(route.entry)):
+        raise AdapterUnavailable(
+            f"LoRA adapter {route.lora_name!r}: lora_task_id {task_id} was given to other weights; the engine may hold "
+            "them under it; give these a new id, with: tritonlora add"
+        )
 
 
-def _reused_id(entry: AdapterEntry) -> str:
-    return (
-        f"lora_task_id {entry.lora_task_id} was given to other weights; the engine may hold them under it; give these "
-        "a new id, with: tritonlora add"
-    )
+def warmed_contents(table: AdapterTable) -> dict[int, str]:
+    """What the engine is started with, by lora_task_id."""
+    return {entry.lora_task_id: content_of(entry) for entry in table.entries.values() if entry.warm}
 
 
 def content_of(entry: AdapterEntry) -> str:

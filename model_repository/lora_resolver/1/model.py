@@ -28,7 +28,7 @@ from tritonlora.estimate import ResidencyEstimate, started_at, warmed_at_start
 from tritonlora.flavours import TENSORS
 from tritonlora.kept_weights import KeptWeights
 from tritonlora.residency import open_residency, shared_directory
-from tritonlora.routing import Route, TableFile, check_parameters, resolve_rows, warmed
+from tritonlora.routing import Route, TableFile, check_id, check_parameters, resolve_rows, warmed, warmed_contents
 from tritonlora.statistics import BASE, DIRECTORY, Statistics
 
 
@@ -44,7 +44,10 @@ class TritonPythonModel:
         path = repository / parameters["router"] / "adapters.json"
         table = TableFile(path, lambda _: None).table()  # what is wrong is said below, once
         self._residency = open_residency(
-            shared_directory(parameters["router"]), warmed(table), retired=table.retired_lora_task_ids
+            shared_directory(parameters["router"]),
+            warmed(table),
+            given=warmed_contents(table),
+            retired=table.retired_lora_task_ids,
         )
         self._statistics = Statistics(self._residency.directory / DIRECTORY)
         self._files = AdapterFiles(repository, self._residency.directory)
@@ -106,6 +109,8 @@ class TritonPythonModel:
         """What the engine's model is given for these rows; nothing for the base model."""
         if not routes:
             return []
+        for route in routes:
+            check_id(route, self._residency.may_give)
         task_ids = np.array([[route.entry.lora_task_id] for route in routes], np.uint64)
         tensors = [pb_utils.Tensor(TENSORS.task_id, task_ids)]
         now = time.monotonic()
@@ -115,6 +120,7 @@ class TritonPythonModel:
                     "the engine may have to be given weights, which it takes in a batch of one; send the rows apart"
                 )
             weights, config = self._kept.tensor(self._files.weights(routes[0])), self._files.config(routes[0])
+            check_id(routes[0], self._residency.gives)
             self._estimate.sent(routes[0].entry.lora_task_id, now)
             tensors += [weights, pb_utils.Tensor("lora_config", config)]
         return tensors

@@ -43,7 +43,7 @@ from tritonlora.flavours import flavour_of
 from tritonlora.forwarding import Forwarder, is_unavailable, public
 from tritonlora.kept_weights import KeptWeights
 from tritonlora.residency import Residency, open_residency, shared_directory
-from tritonlora.routing import Route, TableFile, check_parameters, resolve_rows, warmed
+from tritonlora.routing import Route, TableFile, check_id, check_parameters, resolve_rows, warmed, warmed_contents
 from tritonlora.statistics import BASE, DIRECTORY, OUTCOMES, Statistics
 from tritonlora.stream import PreviousIds, WholeTexts
 from tritonlora.worker import Silence, Worker
@@ -136,7 +136,13 @@ class TritonPythonModel:
 
     def _take_part(self) -> Residency:
         table = self._table.table()
-        return open_residency(self._shared, warmed(table), self._cache_pages, retired=table.retired_lora_task_ids)
+        return open_residency(
+            self._shared,
+            warmed(table),
+            self._cache_pages,
+            given=warmed_contents(table),
+            retired=table.retired_lora_task_ids,
+        )
 
     def _new_forwarder(self) -> Forwarder[pb_utils.InferenceResponse]:
         return Forwarder(self._residency, error_text, on_load=self._loaded, **self._timeouts)
@@ -233,8 +239,11 @@ class TritonPythonModel:
         kept = self._kept  # this request's, also if it is left behind
         if route:
             tensors = [*tensors, *self._tensors_naming(route)]
-        if route and attach and self._flavour.sends_weights:
+        if route and not self._flavour.sends_weights:
+            check_id(route, self._residency.gives)  # the engine reads it whenever it needs to
+        elif route and attach:
             weights, config = kept.tensor(self._files.weights(route)), self._files.config(route)
+            check_id(route, self._residency.gives)
             tensors += [weights, pb_utils.Tensor("lora_config", config)]
         request = forwarded(inputs=tensors)
         silence.asked()
