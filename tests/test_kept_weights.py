@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -122,6 +123,24 @@ def test_the_zeros_are_found(blocks: list[int], found: list[list[int]]) -> None:
 
     expected = [[start * BLOCK_NBYTES, min(stop * BLOCK_NBYTES, len(memory))] for start, stop in found]
     assert expected == filled_ranges(memory).tolist()
+
+
+def test_what_a_tensor_was_made_of_is_given_back(process: Process) -> None:
+    """Triton keeps it as long as the tensor, which is kept here: it would be as much memory again."""
+    weights = process.weights_of(torch.ones((1, 32 << 20), dtype=torch.bfloat16))
+    before = _resident_nbytes()
+    tensor, arrived = process.send(weights)
+    del arrived
+
+    assert (
+        _resident_nbytes() - before < 1.5 * weights.nbytes
+    )  # what the fake shares with its server is this process' own
+    assert memory_of(tensor).min() == 1
+
+
+def _resident_nbytes() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
 
 
 @pytest.mark.parametrize("most", [0, BLOCK_NBYTES, 3 * BLOCK_NBYTES])

@@ -8,6 +8,9 @@ PbTensor::SaveToSharedMemory). So the last tensor is kept, and the next adapter 
 what is zero in both: padding, a third of an adapter of all layers. The same adapter is not read at all. This takes no
 more memory: what the backend has allocated once, it never gives back (src/shm_manager.cc, GrowIfNeeded).
 
+The memory that a tensor was made of stays its own as long as it lives (PbTensor::~PbTensor): when it has been sent, the
+pages of that memory are given back.
+
 Rules. What was given is written to only when it has been sent: what a request carries, when it has been answered to its
 end. Whether a tensor lies in shared memory is looked at, not assumed: its address must have changed.
 
@@ -16,6 +19,7 @@ This file runs inside a plain Triton container: standard library and numpy only.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
@@ -46,7 +50,7 @@ class KeptWeights(Generic[T]):
         self._new = new
         self._kept: T | None = None
         self._is_out = False  # given, and not sent yet
-        self._source = 0  # the address of what it was made of; 0 once it lies in shared memory
+        self._source: mmap.mmap | None = None  # what it was made of; None once it lies in shared memory
         self._form: object = None  # dtype and shape
         self._sha256 = ""  # of what is in it; "" when that is not known
         self._filled = whole(0)  # it is zero everywhere else
@@ -57,11 +61,11 @@ class KeptWeights(Generic[T]):
         form = (weights.dtype, weights.shape)
         if self._kept is None or self._is_out or self._form != form:
             self.forget()  # before the next one is allocated
-            memory = np.empty(weights.nbytes, np.uint8)
+            self._source = mmap.mmap(-1, weights.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            memory = np.frombuffer(self._source, np.uint8)
             self._filled = whole(weights.nbytes)
             self._read(weights, memory)
             self._kept, self._form = self._new(dlpack.capsule_of(memory, *form)), form
-            self._source = memory.ctypes.data
         elif self._sha256 != weights.sha256:
             self._read(weights, dlpack.memory_at(dlpack.data_in(self._kept.to_dlpack()), weights.nbytes))
         self._is_out = True
@@ -69,15 +73,17 @@ class KeptWeights(Generic[T]):
 
     def sent(self) -> None:
         """What `tensor` gave, if it was asked, has been sent: it is kept if it lies in shared memory now."""
-        if self._kept is not None and self._source:
-            if dlpack.data_in(self._kept.to_dlpack()) == self._source:
+        if self._kept is not None and self._source is not None:
+            if dlpack.data_in(self._kept.to_dlpack()) == np.frombuffer(self._source, np.uint8).ctypes.data:
                 self.forget()
-            self._source = 0
+            else:
+                self._source.madvise(mmap.MADV_DONTNEED)
+                self._source = None
         self._is_out = False
 
     def forget(self) -> None:
         """Keep nothing: the memory is free for what is sent next."""
-        self._kept = None
+        self._kept = self._source = None
 
     def _read(self, weights: Weights, memory: Memory) -> None:
         """Read them over what `memory` has."""

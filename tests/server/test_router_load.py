@@ -16,7 +16,10 @@ from typing import Any
 import pytest
 
 from repositories import register_copies, synthetic_repository
-from tritonlora.repository import Repository
+from tritonlora import client
+from tritonlora.bench import scratch
+from tritonlora.bench.processes import processes_of
+from tritonlora.repository import ROUTER, Repository, read_table
 from tritonlora.server import Server
 
 ADAPTERS = 200
@@ -91,3 +94,21 @@ def test_clients_that_leave_do_not_disturb_the_others(server: Server) -> None:
     answers = texts(server, names, leaves=lambda number: number % 6 == 5)
 
     assert ["" if number % 6 == 5 else expected(name) for number, name in enumerate(names)] == answers
+
+
+def test_weights_that_were_sent_are_only_in_shared_memory(tmp_path: Path, launch: Launch) -> None:
+    """Of a large adapter: in each instance, memory of its own would be as much again."""
+    opened = scratch.large_adapters(tmp_path / "repo", layers=4)
+    server = launch(opened.root)
+    nbytes = read_table(opened).entries["n1"].lora_weights_nbytes
+    for number in range(2 * scratch.FEW_STREAMS * scratch.LARGE_ADAPTERS):
+        name = f"n{1 + number % scratch.LARGE_ADAPTERS}"
+        "".join(client.generate("x", lora_name=name, max_tokens=TOKENS, url=server.http_url))
+    router = [Path(f"/proc/{pid}/status").read_text().splitlines() for pid in processes_of(server.pid)[ROUTER]]
+    sizes = [{line.split(":")[0]: line.split()[1:2] for line in lines} for lines in router]
+
+    assert scratch.FEW_STREAMS == len(sizes)
+    for size in sizes:
+        own, shared = (int(size[field][0]) * 1024 for field in ("RssAnon", "RssShmem"))
+        assert shared > 0.9 * nbytes
+        assert own < nbytes
