@@ -41,6 +41,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import IO
 
+from tritonlora.adapters import AdapterTable
+from tritonlora.routing import warmed, warmed_contents
+
 PREFIX = "tritonlora-"
 _OURS = re.compile(PREFIX + r"\d+-\d+-.+")  # as `shared_directory` names them: others may begin in the same way
 # How long requests for adapters that are held overtake a line, which makes the most of what is loaded, before they join
@@ -63,6 +66,19 @@ def shared_directory(router: str) -> Path:
     """
     memory = Path("/dev/shm")  # noqa: S108  names in it are unique, and symbolic links are not followed
     return memory / f"{PREFIX}{Path('/proc/self/ns/pid').stat().st_ino}-{os.getppid()}-{router}"
+
+
+def take_part(router: str, table: AdapterTable, cache_pages: int | None = None) -> Residency:
+    """Take part in what the instances of a router share, as `open_residency` does: `table` is the one that the engine
+    was started with, if this is the first instance.
+    """
+    return open_residency(
+        shared_directory(router),
+        warmed(table),
+        cache_pages,
+        given=warmed_contents(table),
+        retired=table.retired_lora_task_ids,
+    )
 
 
 def open_residency(

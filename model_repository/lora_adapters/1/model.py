@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).parent))  # the copy beside this file, wha
 from tritonlora import metrics
 from tritonlora.errors import RequestError
 from tritonlora.listing import describe
-from tritonlora.residency import open_residency, shared_directory
-from tritonlora.routing import TableFile, resolve, warmed, warmed_contents
+from tritonlora.residency import take_part
+from tritonlora.routing import TableFile, resolve
 from tritonlora.statistics import DIRECTORY, read_statistics
 
 
@@ -42,12 +42,7 @@ class TritonPythonModel:
         self._path = self._repository / router / "adapters.json"
         self._table = TableFile(self._path, pb_utils.Logger.log_error)
         table = self._table.table()
-        self._residency = open_residency(
-            shared_directory(router),
-            warmed(table),
-            given=warmed_contents(table),
-            retired=table.retired_lora_task_ids,
-        )
+        self._residency = take_part(router, table)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._publish, args=(float(parameters["refresh_seconds"]),), daemon=True)
         self._thread.start()

@@ -27,8 +27,8 @@ from tritonlora.errors import InvalidRequest, RequestError
 from tritonlora.estimate import ResidencyEstimate, started_at, warmed_at_start
 from tritonlora.flavours import TENSORS
 from tritonlora.kept_weights import KeptWeights
-from tritonlora.residency import open_residency, shared_directory
-from tritonlora.routing import Route, TableFile, check_id, check_parameters, resolve_rows, warmed, warmed_contents
+from tritonlora.residency import take_part
+from tritonlora.routing import Route, TableFile, check_id, check_parameters, resolve_rows
 from tritonlora.statistics import BASE, DIRECTORY, Statistics
 
 
@@ -43,12 +43,7 @@ class TritonPythonModel:
         self._batching = config["max_batch_size"] > 0
         path = repository / parameters["router"] / "adapters.json"
         table = TableFile(path, lambda _: None).table()  # what is wrong is said below, once
-        self._residency = open_residency(
-            shared_directory(parameters["router"]),
-            warmed(table),
-            given=warmed_contents(table),
-            retired=table.retired_lora_task_ids,
-        )
+        self._residency = take_part(parameters["router"], table)
         self._statistics = Statistics(self._residency.directory / DIRECTORY)
         self._files = AdapterFiles(repository, self._residency.directory)
         self._kept = KeptWeights(functools.partial(pb_utils.Tensor.from_dlpack, "lora_weights"))

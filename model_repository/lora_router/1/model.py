@@ -42,8 +42,8 @@ from tritonlora.errors import ClientLeft, EngineSilent, InvalidRequest, RequestE
 from tritonlora.flavours import flavour_of
 from tritonlora.forwarding import Forwarder, is_unavailable, public
 from tritonlora.kept_weights import KeptWeights
-from tritonlora.residency import Residency, open_residency, shared_directory
-from tritonlora.routing import Route, TableFile, check_id, check_parameters, resolve_rows, warmed, warmed_contents
+from tritonlora.residency import Residency, take_part
+from tritonlora.routing import Route, TableFile, check_id, check_parameters, resolve_rows
 from tritonlora.statistics import BASE, DIRECTORY, OUTCOMES, Statistics
 from tritonlora.stream import PreviousIds, WholeTexts
 from tritonlora.worker import Silence, Worker
@@ -76,7 +76,7 @@ class TritonPythonModel:
         self._routing_inputs = ("lora_name", self._flavour.task_id)
         self._engine_outputs = {output["name"] for output in config["output"]} - OWN_OUTPUTS
         self._decoupled = pb_utils.using_decoupled_model_transaction_policy(config)
-        self._shared = shared_directory(args["model_name"])
+        self._name = args["model_name"]
         self._cache_pages = int(parameters.get("cache_pages", "0")) or None
         self._timeouts = {
             "cache_full_timeout": float(parameters["cache_full_timeout_seconds"]),
@@ -135,14 +135,7 @@ class TritonPythonModel:
         behind.abandon()
 
     def _take_part(self) -> Residency:
-        table = self._table.table()
-        return open_residency(
-            self._shared,
-            warmed(table),
-            self._cache_pages,
-            given=warmed_contents(table),
-            retired=table.retired_lora_task_ids,
-        )
+        return take_part(self._name, self._table.table(), self._cache_pages)
 
     def _new_forwarder(self) -> Forwarder[pb_utils.InferenceResponse]:
         return Forwarder(self._residency, error_text, on_load=self._loaded, **self._timeouts)
