@@ -47,6 +47,7 @@ LOG_LINES_KEPT = 400
 LOG_LINES_SHOWN = 50
 READY_POLL_SECONDS = 0.05
 EXIT_TIMEOUT_SECONDS = 30  # tritonserver's own default: what is being answered may be answered to its end
+GRACE_SECONDS = 10  # beyond its timeout, for a server to unload its models before it is killed
 
 ENDPOINTS = ("http", "grpc", "metrics")
 _CONNECTIONS_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
@@ -446,7 +447,7 @@ class Server:
             if self._process.poll() is None:
                 self._process.send_signal(signal.SIGTERM)
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    self._process.wait(self._exit_timeout + 10)
+                    self._process.wait(self._exit_timeout + GRACE_SECONDS)
         finally:
             # Python backend stubs share the server's process group, and outlive it when it was killed.
             with contextlib.suppress(ProcessLookupError):

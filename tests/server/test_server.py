@@ -152,12 +152,27 @@ def test_free_ports_are_none_that_connections_get_where_there_are_others(
 
 
 def test_a_killed_server_leaves_no_stub_behind(tmp_path: Path) -> None:
-    """SIGKILL on tritonserver orphans its stubs; stop() ends those too."""
+    """SIGKILL on tritonserver orphans its stubs; stop() ends those too, that do not end by themselves."""
     with Server(_model(tmp_path, "echo", ECHO)) as server:
         server.wait_until_ready(60)
+        stubs = [process for process in _group(server.pid) if process.pid != server.pid]
+        for stub in stubs:
+            stub.suspend()
         psutil.Process(server.pid).kill()
         server.wait()
 
+    assert stubs
+    assert [] == _survivors(server.pid)
+
+
+def test_a_server_that_does_not_end_in_time_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that is stopped hears no SIGTERM."""
+    monkeypatch.setattr(server_module, "GRACE_SECONDS", 1)
+    with Server(_model(tmp_path, "echo", ECHO), exit_timeout=0) as server:
+        server.wait_until_ready(60)
+        psutil.Process(server.pid).suspend()
+
+    assert -signal.SIGKILL == server.wait()
     assert [] == _survivors(server.pid)
 
 
