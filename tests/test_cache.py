@@ -233,9 +233,8 @@ def test_parameters_left_out_or_unfilled_have_the_engines_defaults() -> None:
     )
 
     assert CacheParameters(8, 64, 4096) == parameters
-    assert (
-        "lora_cache_max_adapter_size is 'many', expected a whole number above 0: the engine's default is assumed",
-    ) == remarks
+    remark = "lora_cache_max_adapter_size is 'many', expected a whole number above 0: the engine's default is assumed"
+    assert {"lora_cache_max_adapter_size": remark} == remarks
 
 
 # The cache

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import socket
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import pytest
 
 from engine_configs import ENGINE
 from repositories import set_cache_pages, synthetic_repository
-from tritonlora import check, install, register, repository, warmup
+from tritonlora import check, cli, install, register, repository, warmup
 from tritonlora.adapters import with_warm
 from tritonlora.adapters_json import render
 from tritonlora.files import TEMPORARY_SUFFIX
@@ -336,6 +337,30 @@ PLANTED: dict[str, tuple[Callable[[Repository], object], str, str]] = {
 }
 
 
+# The adapter has to be another one, or the engine.
+OF_ANOTHER_ENGINE = {
+    "a row names a module that no engine has",
+    "the engine has no LoRA for a module",
+    "the engine's rank is lower",
+    "the engine has fewer layers",
+    "the engine is wider",
+    "the engine has another dtype",
+}
+IN_WORDS = {
+    "the engine was built without LoRA",
+    "the engine was built for fewer beams",
+    "the user's own warmup asks for more beams",
+    "the engine is not here",
+    "the engine's config.json is broken",
+    "a type is still a placeholder",
+    "a type of another model is still a placeholder",
+    "an input of the LoRA contract is not declared",
+    "a Python backend of upstream's with bfloat16",
+    "another model goes past the router",
+    "an add was killed before it wrote the table",
+}
+
+
 @pytest.mark.parametrize("name", PLANTED)
 def test_what_is_wrong_is_found(opened: Repository, name: str) -> None:
     """Named, with its severity and a remedy."""
@@ -345,6 +370,26 @@ def test_what_is_wrong_is_found(opened: Repository, name: str) -> None:
 
     assert [one for one in findings if one.severity == severity and f"{one.where}: {one.problem}".startswith(problem)]
     assert all(one.remedy for one in findings)
+
+
+COMMAND = re.compile(r"tritonlora ((?:add|check|init|plan) [^;,]+)")
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_the_remedy_works(opened: Repository, sound: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command that it says, as it says it; where it says none, it is said what to do in words."""
+    plant, _, problem = PLANTED[name]
+    plant(opened)
+    [remedy] = {one.remedy for one in check.check(opened) if f"{one.where}: {one.problem}".startswith(problem)}
+    command = COMMAND.search(remedy)
+    monkeypatch.setenv("TRITONLORA_REPO", str(opened.root))
+    arguments = command[1].split() if command and name not in OF_ANOTHER_ENGINE else []
+    if arguments:
+        adapter = str(sound.parent / f"{sound.name}-adapters" / arguments[1])
+        cli.main([adapter if argument == "ADAPTER_DIR" else argument for argument in arguments])
+
+    assert bool(arguments) == (problem not in " ".join(what for _, what in found(opened)))
+    assert bool(arguments) == (name not in {*IN_WORDS, *OF_ANOTHER_ENGINE})
 
 
 def test_an_altered_file_is_found_by_its_digest(opened: Repository) -> None:

@@ -153,6 +153,10 @@ def test_rewire_to_forward_keeps_tensors_that_another_step_uses() -> None:
             ENSEMBLE % ("", 'input_map { key: "lora_name" value: "text" }'),
             "expected input_map 'lora_name' of the step for 'lora_router' to be 'lora_name'",
         ),
+        (
+            ENSEMBLE % ("", 'input_map { key: "lora_name" }'),
+            "line 8, column 106: expected input_map 'lora_name' of the step for 'lora_router' to be 'lora_name'",
+        ),
     ],
     ids=[
         "no ensemble",
@@ -161,6 +165,7 @@ def test_rewire_to_forward_keeps_tensors_that_another_step_uses() -> None:
         "a pinned version",
         "lora_name of another type",
         "mapped already",
+        "mapped to nothing",
     ],
 )
 def test_rewire_to_forward_refuses_what_it_cannot_do_without_guessing(text: str, message: str) -> None:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -215,6 +216,18 @@ def test_stopped_while_it_makes_the_router_nothing_is_changed(tmp_path: Path, mo
         install.init(root)
 
     assert before == contents(root)
+
+
+def test_a_power_cut_finds_what_was_put_there_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every file of a model is on disk before its directory gets its name, and so is the name in the end."""
+    root = upstream_repository(tmp_path / "repo", "v0.18.0")
+    synced = []
+    monkeypatch.setattr("os.fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino))
+    install.init(root)
+    put = {path.stat().st_ino for path in (root / "lora_adapters").rglob("*.*")}
+
+    assert len(put) > 10
+    assert put <= {*synced[: len(synced) - synced[::-1].index(root.stat().st_ino)]}
 
 
 def test_an_engine_on_another_file_system(tmp_path: Path) -> None:

@@ -59,6 +59,7 @@ def test_enable_lora_is_enough() -> None:
     [
         (["a list"], "the file must be a mapping, got list"),
         ({"model": "x"}, "triton_config must be a mapping, got NoneType"),
+        ({**LEAST, "triton_config": {}}, "triton_config.max_batch_size must be a whole number, got None"),
         ({**LEAST, "triton_config": {"decoupled": "False"}}, "triton_config.decoupled must be true or false, got 'Fal"),
         ({**LEAST, "triton_config": {"decoupled": True}}, "triton_config.max_batch_size must be a whole number, got N"),
         ({**LEAST, "lora_config": {"max_lora_rank": -1}}, "lora_config.max_lora_rank must be a whole number, got -1"),

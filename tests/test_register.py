@@ -129,6 +129,23 @@ def test_the_same_content_again_changes_nothing(opened: Repository, adapters: Ca
     assert before == snapshot(opened.root)
 
 
+@pytest.mark.parametrize("file", ["adapter_model_1.bin", "adapter_config_1.bin"])
+@pytest.mark.parametrize("is_gone", [True, False])
+def test_the_same_content_again_puts_back_a_file_that_was_lost(
+    opened: Repository, adapters: Callable[[int], Path], file: str, is_gone: bool
+) -> None:
+    """Under its id: the remedy of `check`, and of a server that does not start. As of one that was cut."""
+    register.add(opened, "pirate", adapters(0))
+    before = snapshot(opened.root)
+    path = opened.warmup_directory / file
+    path.unlink() if is_gone else os.truncate(path, path.stat().st_size - 1)
+    added = register.add(opened, "pirate", adapters(0))
+
+    assert not added.unchanged
+    assert (f"tensorrt_llm/warmup/{file} was missing or altered, and is there again",) == added.remarks
+    assert before == snapshot(opened.root)
+
+
 def test_other_content_under_an_old_name_gets_a_new_id(opened: Repository, adapters: Callable[[int], Path]) -> None:
     """The engine would silently keep the old weights; requests that are under way may still send the old files."""
     register.add(opened, "pirate", adapters(0))
@@ -148,6 +165,20 @@ def test_other_content_under_an_old_name_gets_a_new_id(opened: Repository, adapt
 
     assert [2, 3, 4] == sorted(
         int(path.stem.split("_")[-1]) for path in opened.warmup_directory.glob("adapter_model_*")
+    )
+
+
+def test_what_was_replaced_stays_when_another_adapter_is_removed(
+    opened: Repository, adapters: Callable[[int], Path]
+) -> None:
+    """Requests under way may still send it; of the one that was removed nothing stays."""
+    register.add(opened, "pirate", adapters(0))
+    register.add(opened, "haiku", adapters(1))
+    register.add(opened, "pirate", adapters(2))
+    register.remove(opened, "haiku")
+
+    assert ["adapter_model_1.bin", "adapter_model_3.bin"] == sorted(
+        path.name for path in opened.warmup_directory.glob("adapter_model_*")
     )
 
 

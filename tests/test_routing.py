@@ -247,15 +247,50 @@ def test_a_table_that_is_no_file_leaves_the_last_good_one(tmp_path: Path, failur
     assert "keeping the last good adapters.json: cannot read" in failures[0]
 
 
-def test_the_stat_of_an_unchanged_table_is_all_that_a_request_costs(tmp_path: Path, failures: list[str]) -> None:
+def test_the_stat_of_an_unchanged_table_is_all_that_a_request_costs(
+    tmp_path: Path, failures: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same object comes back as long as the file is the same."""
     path = tmp_path / "adapters.json"
     path.write_text(render(TABLE))
-    os.utime(path, (LONG_AGO, LONG_AGO))
+    now = time() + 1
+    monkeypatch.setattr("tritonlora.versions.time.time", lambda: now)
     file = TableFile(path, failures.append)
+    monkeypatch.delattr("tritonlora.routing.open_file")
 
     assert file.table() is file.table()
-    assert LONG_AGO == path.stat().st_mtime
+
+
+def test_a_table_that_is_put_right_in_the_same_moment_is_seen(
+    tmp_path: Path, failures: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the kernel counts time in ticks nothing tells the two apart; what is wrong is still said only once."""
+    path = tmp_path / "adapters.json"
+    path.write_text(render(TABLE))
+    file = TableFile(path, failures.append)
+    monkeypatch.setattr("tritonlora.routing.version_of", lambda found: found.st_ino)
+    path.write_text("{")
+    monkeypatch.setattr("tritonlora.versions.time.time", lambda: path.stat().st_ctime)
+    assert TABLE == file.table()
+    assert TABLE == file.table()
+    assert 1 == len(failures)
+    path.write_text(render(AdapterTable()))
+
+    assert AdapterTable() == file.table()
+
+
+def test_a_table_that_is_gone_is_not_looked_for_again(
+    tmp_path: Path, failures: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until one is there."""
+    path = tmp_path / "adapters.json"
+    path.write_text(render(TABLE))
+    file = TableFile(path, failures.append)
+    path.unlink()
+    file.table()
+    monkeypatch.delattr("tritonlora.routing.open_file")
+
+    assert file.table() == TABLE
 
 
 def test_two_changes_within_a_tick_of_the_clock_are_both_seen(

@@ -160,6 +160,12 @@ FAILURES = {
         "adapter_model_2.binonly has 8187 bytes\n"
         "  remedy: its file was cut; write it again: tritonlora add haiku ADAPTER_DIR",
     ),
+    "a file in a directory with numbers": (
+        "failed to open binary file for read /data/llama_2/v_12/tensorrt_llm/warmup/adapter_model_1.bin: No such file",
+        "adapter 'pirate' could not be loaded: failed to open binary file for read "
+        "/data/llama_2/v_12/tensorrt_llm/warmup/adapter_model_1.bin: No such file\n"
+        "  remedy: its file is missing; write it again: tritonlora add pirate ADAPTER_DIR",
+    ),
     "a file that is missing": (
         "ERROR: failed to open text file for read /repo/tensorrt_llm/warmup/lora_id_1: No such file or directory",
         "adapter 'pirate' could not be loaded: failed to open text file for read "

@@ -248,6 +248,16 @@ def test_a_command_that_was_stopped_can_be_undone(root: Path, monkeypatch: pytes
     assert before == files(root)
 
 
+def test_a_broken_config_of_another_model_is_named(root: Path) -> None:
+    """It may be one that leads to the resolver."""
+    install.init(root)
+    (root / "other").mkdir()
+    (root / "other" / "config.pbtxt").write_text('name: "')
+
+    with pytest.raises(RepositoryError, match=r"other/config\.pbtxt: line 1, column 7"):
+        undo.undo(root)
+
+
 def test_registered_adapters_are_not_thrown_away(root: Path) -> None:
     """They are named, with the command that takes them out."""
     install.init(root)

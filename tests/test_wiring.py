@@ -142,9 +142,9 @@ def test_resolver_config_needs_a_target_that_it_can_stand_before(text: str, mess
 
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize(("dtype", "number"), [("bfloat16", 14), ("float16", 10), ("float32", 11)])
-@pytest.mark.parametrize("columns", [3, 4])
+@pytest.mark.parametrize(("columns", "dim"), [([3], 3), ([4, 4], 4), ([3, 4], -1)])
 def test_declare_lora_weights_changes_type_and_columns_only(
-    version: str, dtype: str, number: int, columns: int
+    version: str, dtype: str, number: int, columns: list[int], dim: int
 ) -> None:
     """protobuf sees the new data_type and the new last dim; one line each differs."""
     text = fill(upstream(version, "tensorrt_llm"))
@@ -153,12 +153,12 @@ def test_declare_lora_weights_changes_type_and_columns_only(
         if tensor.name == "lora_weights":
             tensor.data_type = number
         if tensor.name == "lora_config":
-            tensor.dims[1] = columns
+            tensor.dims[1] = dim
 
     declared = declare_lora_weights(text, dtype, columns)
 
     assert wanted == protobuf(declared)
-    assert (dtype != "float16") + (columns == 4) == len(removed_and_added(text, declared)[0])
+    assert (dtype != "float16") + (dim != 3) == len(removed_and_added(text, declared)[0])
     assert declared == declare_lora_weights(declared, dtype, columns)
 
 
@@ -166,7 +166,7 @@ def test_declare_lora_weights_declares_a_type_that_was_left_out() -> None:
     """A lora_weights input without data_type gets one, and free columns stay free."""
     text = TARGET.replace("data_type: TYPE_FP16 ", "").replace("[ -1, 3 ]", "[ -1, -1 ]")
 
-    config = parse_config(declare_lora_weights(text, "bfloat16", 4))
+    config = parse_config(declare_lora_weights(text, "bfloat16", [4]))
 
     assert ["TYPE_BF16", (-1, -1)] == [
         spec.data_type if spec.name == "lora_weights" else spec.dims for spec in config.inputs[2:]

@@ -24,7 +24,7 @@ def test_tasks_are_done_in_turn_by_one_thread(worker: Worker) -> None:
     """Another one than the caller's."""
     threads: list[int] = []
 
-    assert [True, True] == [worker.do(lambda: threads.append(threading.get_ident()), lambda: True) for _ in range(2)]
+    assert [True, True] == [worker.do(lambda: threads.append(threading.get_ident()), lambda: False) for _ in range(2)]
     assert 1 == len({*threads})
     assert threading.get_ident() not in threads
 
@@ -64,11 +64,11 @@ def test_a_thread_that_was_left_behind_is_heard_by_nobody(worker: Worker) -> Non
         has_gone_on.set()
 
     assert not worker.do(stuck, lambda: True)
-    assert worker.do(lambda: None, lambda: True)
+    assert worker.do(lambda: None, lambda: False)
     may_go_on.set()
     assert_set(has_gone_on)
     done: list[int] = []
-    assert worker.do(lambda: done.append(1), lambda: True)
+    assert worker.do(lambda: done.append(1), lambda: False)
     assert [1] == done
 
 

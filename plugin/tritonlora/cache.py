@@ -56,14 +56,14 @@ PARAMETER_NAMES = {
 }
 
 
-def parse_parameters(parameters: Mapping[str, str]) -> tuple[CacheParameters, tuple[str, ...]]:
-    """(what is in effect, a remark for each value that had to be ignored), from config.pbtxt's `parameters`.
+def parse_parameters(parameters: Mapping[str, str]) -> tuple[CacheParameters, dict[str, str]]:
+    """(what is in effect, a remark by name for each that had to be ignored), from config.pbtxt's `parameters`.
 
     A parameter that is absent, empty or a template's unfilled `${...}` has the engine's default, as upstream's
     `getPeftCacheConfigFromParams` has it.
     """
     given = {}
-    remarks = []
+    remarks = {}
     for attribute, name in PARAMETER_NAMES.items():
         text = parameters.get(name, "").strip()
         if not text or text.startswith("${"):
@@ -71,8 +71,8 @@ def parse_parameters(parameters: Mapping[str, str]) -> tuple[CacheParameters, tu
         if text.isascii() and text.isdigit() and int(text) > 0:
             given[attribute] = int(text)
         else:
-            remarks.append(f"{name} is {text!r}, expected a whole number above 0: the engine's default is assumed")
-    return CacheParameters(**given), tuple(remarks)
+            remarks[name] = f"{name} is {text!r}, expected a whole number above 0: the engine's default is assumed"
+    return CacheParameters(**given), remarks
 
 
 # Geometry

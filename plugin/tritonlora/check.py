@@ -139,7 +139,8 @@ def _rows(subject: Subject) -> Iterator[Finding]:
             # _files says what is broken, and without an engine there is none to fit.
             problems = [str(error)] if subject.profile and isinstance(error, EngineMismatch) else []
         for problem in problems:
-            yield _error(f"adapter {name}", problem, "convert it for this engine, or remove it")
+            remedy = f"convert it for this engine: tritonlora add {name} ADAPTER_DIR; or tritonlora remove {name}"
+            yield _error(f"adapter {name}", problem, remedy)
 
 
 def _row_problems(entry: AdapterEntry, rows: Rows, subject: Subject) -> Iterator[str]:

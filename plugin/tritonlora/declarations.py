@@ -4,22 +4,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from tritonlora.errors import ConfigError
 from tritonlora.pbtxt import TRITON_TYPES, Document, Message, insert_field, parse, replace_value
 
 
-def declare_lora_weights(text: str, dtype: str, columns: int = 3) -> str:
+def declare_lora_weights(text: str, dtype: str, columns: Collection[int] = (3,)) -> str:
     """The target's config.pbtxt with `lora_weights` declared as `dtype` ("bfloat16", "float16" or "float32").
 
-    With 4 columns (DoRA), lora_config's last dim becomes 4; with 3 it stays as it is. Raises ConfigError when the model
-    has no LoRA inputs.
+    lora_config's last dim becomes the number of `columns` that the adapters' have (4 with DoRA), or any, -1, where they
+    differ. Raises ConfigError when the model has no LoRA inputs.
     """
     document = parse(text)
-    text = _set_data_type(document, _declared(document, "input", "lora_weights"), TRITON_TYPES[dtype])
-    if columns != 4:
-        return text
-    document = parse(text)
-    return _set_last_dim(document, _declared(document, "input", "lora_config"), columns)
+    document = parse(_set_data_type(document, _declared(document, "input", "lora_weights"), TRITON_TYPES[dtype]))
+    size, *others = {*columns}
+    return _set_last_dim(document, _declared(document, "input", "lora_config"), -1 if others else size)
 
 
 def declare_output(text: str, name: str, data_type: str) -> str:

@@ -127,9 +127,9 @@ def _require_one_step(text: str, target: str, router: str) -> None:
         raise ConfigError(f"expected one step for {target!r} or {router!r}, got {listed}; rewire this ensemble by hand")
 
 
-def _rename_step(text: str, target: str, router: str) -> str:
+def _rename_step(text: str, old: str, new: str) -> str:
     document = parse(text)
-    step = _find_step(document, target)
+    step = _find_step(document, old)
     if step is None:
         return text
     version = step.scalar("model_version")
@@ -137,10 +137,10 @@ def _rename_step(text: str, target: str, router: str) -> str:
         raise error_at(
             text,
             version.start,
-            f"the step asks for version {version.value} of {target!r}, which a router cannot keep to; set it to -1",
+            f"the step asks for version {version.value} of {old!r}, and {new!r} has none but its own; set it to -1",
         )
     model_name = step.scalars("model_name")[0]
-    return replace_value(document, model_name, quote(router))
+    return replace_value(document, model_name, quote(new))
 
 
 def _declare_lora_name(text: str) -> str:
@@ -166,7 +166,7 @@ def _connect(text: str, model: str, kind: str, key: str, tensor: str) -> str:
         return append_value(document, step, kind, f"{{\n  key: {quote(key)}\n  value: {quote(tensor)}\n}}")
     value = entry.scalar("value")
     if value is None or value.value != tensor:
-        place = document.message.start if value is None else value.start
+        place = entry.start if value is None else value.start
         raise error_at(
             text, place, f"expected {kind} {key!r} of the step for {model!r} to be {tensor!r}; edit or remove it"
         )

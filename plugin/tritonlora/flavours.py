@@ -172,8 +172,8 @@ def _tensor_rows(root: Path, entry: AdapterEntry, _profile: EngineProfile | None
 def _declare_tensors(text: str, entries: Collection[AdapterEntry]) -> str:
     from tritonlora.declarations import declare_lora_weights
 
-    for dtype, columns in sorted({(entry.dtype, entry.lora_config_shape[1]) for entry in entries}):
-        text = declare_lora_weights(text, dtype, columns=columns)
+    for dtype in {entry.dtype for entry in entries}:  # one, at most
+        text = declare_lora_weights(text, dtype, {entry.lora_config_shape[1] for entry in entries})
     return text
 
 

@@ -96,14 +96,14 @@ def _resolver_in_step(repository: Repository, text: str) -> Iterator[None]:
     undo.write(repository.root, {one: text.encode() for one, text in resolving.items()})
 
 
-def sweep(repository: Repository, table: AdapterTable, *, at_once: bool = False) -> None:
+def sweep(repository: Repository, table: AdapterTable, *, at_once: Collection[int] = ()) -> None:
     """Delete what a stopped command left half-written, and the files of retired ids. Others are the user's.
 
-    Those of adapters that were replaced a short while ago stay, unless `at_once`.
+    Those of adapters that were replaced a short while ago stay, but for the ids that go `at_once`.
     """
-    oldest = time.time() - (0 if at_once else FILES_STAY_SECONDS)
-    retired = [path for path in _files_of(repository, table.retired_lora_task_ids) if path.stat().st_mtime <= oldest]
-    for path in [*half_written(repository.root), *retired]:
+    oldest = time.time() - FILES_STAY_SECONDS
+    stayed = [path for path in _files_of(repository, table.retired_lora_task_ids) if path.stat().st_mtime <= oldest]
+    for path in [*half_written(repository.root), *_files_of(repository, at_once), *stayed]:
         delete(path)
 
 

@@ -15,7 +15,16 @@ from tritonlora import ensembles, undo, wiring
 from tritonlora.adapters import AdapterTable
 from tritonlora.adapters_json import render
 from tritonlora.errors import ConfigError, RepositoryError
-from tritonlora.files import delete, locked, place_for_models, temporary_directory, write_text, writing
+from tritonlora.files import (
+    delete,
+    locked,
+    place_for_models,
+    sync_directory,
+    temporary_directory,
+    write_bytes,
+    write_text,
+    writing,
+)
 from tritonlora.flavours import flavour_of_config
 from tritonlora.pbtxt import ModelConfig, has_template, parse_config
 from tritonlora.repository import (
@@ -236,13 +245,14 @@ def _put(model: str, root: Path, changes: Sequence[FileChange]) -> None:
     with writing(root), temporary_directory(place_for_models(root) / model) as directory:
         for name, content in contents.items():
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
-            (directory / name).write_bytes(content)
+            write_bytes(directory / name, content)
         if model == ROUTER:
             undo.begin(directory, contents)
         else:
             undo.record(root, model, contents)
         try:
             directory.rename(root / model)
+            sync_directory(root)
         except OSError:  # another `init` may have been faster
             if not (root / model).exists():
                 raise

@@ -4,8 +4,8 @@
 
 | state | meaning |
 |---|---|
-| warm | the engine holds it since it was started |
-| loaded | the engine holds it since it was first asked for |
+| warm | the engine holds it; its warmup loads it at every start |
+| loaded | the engine holds it since it was asked for |
 | cold | the engine does not hold it; the next request brings its weights |
 | unavailable | requests for it are refused; `reason` says why |
 

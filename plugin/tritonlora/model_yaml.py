@@ -118,14 +118,15 @@ class _Section:
     def __init__(self, values: object, prefix: str) -> None:
         self.problems: list[str] = []
         self._prefix = prefix
+        self._is_mapping = isinstance(values, dict)
         self.values: Mapping[str, Any] = values if isinstance(values, dict) else {}
-        if not isinstance(values, dict):
+        if not self._is_mapping:
             where = prefix.rstrip(".") or "the file"
             self.problems.append(f"{where} must be a mapping, got {type(values).__name__}")
 
     def get(self, key: str, is_right: Callable[[object], bool], default: Any, expected: str) -> Any:
         value = self.values.get(key, default)
-        if not is_right(value) and not (value is None and not self.values):
+        if self._is_mapping and not is_right(value):
             self.problems.append(f"{self._prefix}{key} must be {expected}, got {value!r}")
             return default
         return value

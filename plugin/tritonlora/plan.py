@@ -150,7 +150,7 @@ def plan_cache(entries: Sequence[Entry], profile: EngineProfile, parameters: Map
     )
     plan = CachePlan(
         parameters=in_effect,
-        remarks=remarks,
+        remarks=tuple(remarks.values()),
         processes=profile.tp_size * profile.pp_size,
         ranks=ranks,
         adapters=tuple(

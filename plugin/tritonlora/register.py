@@ -32,6 +32,7 @@ from tritonlora.adapters import (
     without_alias,
 )
 from tritonlora.adapters_json import render
+from tritonlora.cache import parse_parameters
 from tritonlora.engine import EngineProfile, load_profile
 from tritonlora.errors import EngineMismatch, RepositoryError, TritonLoraError
 from tritonlora.files import locked, publish, sha256_of, temporary_name, write_text
@@ -233,11 +234,29 @@ def _write_tensors(repository: Repository, planned: _Planned, known: AdapterEntr
         entry = replace(entry, lora_weights_sha256=sha256_of(weights), lora_config_sha256=sha256_of(rows))
         if known is not None and _content(known) == _content(entry):
             entry = replace(known, warm=options.warm)
-            return Added(planned.name, entry, unchanged=known.warm == options.warm, remarks=planned.remarks)
+            restored = _restore(repository, known, weights, rows)
+            remarks = (*planned.remarks, *(f"{file} was missing or altered, and is there again" for file in restored))
+            return Added(planned.name, entry, unchanged=known.warm == options.warm and not restored, remarks=remarks)
         weights_path.parent.mkdir(exist_ok=True)
         publish(weights, weights_path)
         publish(rows, config_path)
     return Added(planned.name, entry, unchanged=False, remarks=planned.remarks)
+
+
+def _restore(repository: Repository, entry: AdapterEntry, weights: Path, rows: Path) -> list[str]:
+    """Give these files the place of those of `entry` that are not there as they are registered, and say which."""
+    found = {
+        entry.lora_weights_file: (weights, entry.lora_weights_sha256),
+        entry.lora_config_file: (rows, entry.lora_config_sha256),
+    }
+    restored = []
+    for file, (fresh, sha256) in found.items():
+        path = repository.root / file
+        if not path.is_file() or sha256_of(path) != sha256:
+            path.parent.mkdir(exist_ok=True)
+            publish(fresh, path)
+            restored.append(file)
+    return restored
 
 
 def _with(table: AdapterTable, added: Added) -> AdapterTable:
@@ -270,7 +289,7 @@ def remove(repository: Repository, name: str) -> Removed:
         new_table = without_adapter(table, name)
         generated.write_config(repository, new_table)
         write_text(repository.table_path, render(new_table))
-        generated.sweep(repository, new_table, at_once=True)
+        generated.sweep(repository, new_table, at_once={table.entries[name].lora_task_id})
         return Removed(name, table.entries[name], alias_of=None)
 
 
@@ -299,17 +318,21 @@ def repair(repository: Repository) -> None:
     """Bring what is generated in step with adapters.json again, and delete what stopped commands left behind."""
     with locked(repository.table_path.parent):
         table = read_table(repository)
-        generated.sweep(repository, table, at_once=True)
+        generated.sweep(repository, table, at_once=table.retired_lora_task_ids)
         generated.write_config(repository, table)
 
 
 def set_parameters(repository: Repository, parameters: Mapping[str, str]) -> None:
     """Set parameters of the engine's model, leaving every other byte of its config.pbtxt as it is."""
     with locked(repository.table_path.parent):
-        text = read_text(repository.config_path)
-        for key, value in parameters.items():
-            text = wiring.set_parameter(text, key, value)
-        undo.write(repository.root, {repository.config_path: text.encode()})
+        _set_parameters(repository, parameters)
+
+
+def _set_parameters(repository: Repository, parameters: Mapping[str, str]) -> None:
+    text = read_text(repository.config_path)
+    for key, value in parameters.items():
+        text = wiring.set_parameter(text, key, value)
+    undo.write(repository.root, {repository.config_path: text.encode()})
 
 
 def apply_plan(
@@ -319,9 +342,14 @@ def apply_plan(
 
     Gives the parameters of the engine's model that were changed.
     """
-    changed = {one.parameter: str(one.value) for one in recommendations if one.value != one.in_effect}
-    set_parameters(repository, changed)
     with locked(repository.table_path.parent):
+        _, ignored = parse_parameters(read_config(repository.config_path).parameters)
+        changed = {
+            one.parameter: str(one.value)
+            for one in recommendations
+            if one.value != one.in_effect or one.parameter in ignored
+        }
+        _set_parameters(repository, changed)
         table, config = read_table(repository), read_config(repository.config_path)
         planned = plan.plan_cache(plan_entries(repository, table, config), profile, config.parameters)
         pages = {adapter.name: adapter.pages for adapter in planned.adapters}

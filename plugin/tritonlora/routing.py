@@ -134,6 +134,7 @@ class TableFile:
         self._name = str(path)
         self._on_failure = on_failure
         self._version: object = None
+        self._failure = ""
         self._reported: set[str] = set()
         self._reader = TableReader()
         self._digest = b""  # of the text that the table was made of
@@ -145,8 +146,11 @@ class TableFile:
         if self._stat() != self._version:
             try:
                 self._read()
+                self._failure = ""
             except AdapterTableError as error:
-                self._on_failure(f"keeping the last good adapters.json: {error}")
+                if str(error) != self._failure:
+                    self._on_failure(f"keeping the last good adapters.json: {error}")
+                self._failure = str(error)
         return self._table
 
     def _stat(self) -> object:
@@ -156,19 +160,18 @@ class TableFile:
             return "unreadable"
 
     def _read(self) -> None:
-        self._version = self._stat()  # before reading: a change in between is seen the next time
+        version = self._stat()  # before reading: a change in between is seen the next time
         try:
             with open(open_file(self._path), "rb") as file:  # noqa: PTH123  a descriptor
                 content = file.read()
-            text = content.decode()
+            digest = hashlib.sha256(content).digest()
+            if digest != self._digest:
+                self._table = self._table_of(content.decode())
+                self._digest = digest
         except (OSError, UnicodeDecodeError) as error:
             raise AdapterTableError(f"cannot read {self._path}: {error}") from None
-        digest = hashlib.sha256(content).digest()
-        if digest != self._digest:
-            self._table = self._table_of(text)
-            self._digest = digest
-        if self._has_just_changed():
-            self._version = None
+        finally:
+            self._version = None if self._has_just_changed() else version
 
     def _table_of(self, text: str) -> AdapterTable:
         table = self._reader.read(text)
@@ -182,7 +185,7 @@ class TableFile:
     def _has_just_changed(self) -> bool:
         with contextlib.suppress(OSError):
             return not is_settled(self._path.stat())
-        return True
+        return False  # one that comes is another version
 
 
 # What an id stands for
@@ -196,7 +199,7 @@ def check_id(route: Route, is_its: Callable[[int, str], bool]) -> None:
     if not is_its(task_id, content_of(route.entry)):
         raise AdapterUnavailable(
             f"LoRA adapter {route.lora_name!r}: lora_task_id {task_id} was given to other weights; the engine may hold "
-            "them under it; give these a new id, with: tritonlora add"
+            f"them under it; give these a new id: tritonlora add {route.lora_name} ADAPTER_DIR --task-id N"
         )
 
 

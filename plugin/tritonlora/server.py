@@ -21,6 +21,7 @@ import importlib.util
 import os
 import random
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -306,7 +307,7 @@ class Server:
             )
         self.ports = ports or free_ports()
         self._address = address or "127.0.0.1"
-        self._shm_prefix = f"tritonlora_{os.getpid()}_{self.ports.http}_"
+        self._shm_prefix = f"tritonlora_{secrets.token_hex(4)}_"  # containers that share /dev/shm have the same pids
         self._exit_timeout = exit_timeout
         self.command = server_command(
             tritonserver,

@@ -25,7 +25,10 @@ VERIFY_TIMEOUT_SECONDS = 120.0
 # core, src/backend_model_instance.cc: a sample whose files are wrong, and one that the model refused. And what the LLM
 # API's helpers.py says, which its model also writes into the log.
 _FAILED_SAMPLE = re.compile(r"failed to run warmup sample '(?P<sample>[^']+)': (?P<error>.*)")
-_BAD_FILE = re.compile(r"(?P<error>(?:warmup setting expects|failed to open).*?_(?P<id>\d+)(?:\.bin)?(?!\d).*)")
+_BAD_FILE = re.compile(
+    r"(?P<error>(?:warmup setting expects|failed to open)"
+    r".*\b(?:adapter_(?:model|config)|lora_(?:id|name|path))_(?P<id>\d+)(?:\.bin)?(?!\d).*)"
+)
 _BAD_PATH = re.compile(r"(?P<error>lora_path does not exist on .*/adapter_(?P<id>\d+)\b.*)")
 _REMEDIES = {
     "same data type as base model": "tritonlora check says which dtype the engine takes",

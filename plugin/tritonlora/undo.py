@@ -34,6 +34,7 @@ from tritonlora.repository import (
     Repository,
     half_written,
     open_repository,
+    read_config,
     read_table,
     read_text,
 )
@@ -172,11 +173,10 @@ def undo(root: Path, *, dry_run: bool = False) -> list[FileChange]:
 
 def _lead_past_resolver(root: Path) -> None:
     """Lead the ensembles that lead to the resolver to the router: Triton loads none from one type to another."""
-    texts = {path: read_text(path) for path in sorted(root.glob("*/config.pbtxt"))}
-    resolving = {path: text for path, text in texts.items() if parse_config(text).leads_to(RESOLVER)}
+    resolving = [path for path in sorted(root.glob("*/config.pbtxt")) if read_config(path).leads_to(RESOLVER)]
     if resolving:
         target = open_repository(root).target
-        forward = {path: ensembles.rewire_to_forward(text, target=target) for path, text in resolving.items()}
+        forward = {path: ensembles.rewire_to_forward(read_text(path), target=target) for path in resolving}
         write(root, {path: text.encode() for path, text in forward.items()})
 
 

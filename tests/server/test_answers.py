@@ -31,6 +31,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
         "alpha_pattern": {"down_proj": 32},
         "layers_to_transform": [0, 2],
     },
+    "dora": {"r": 4, "lora_alpha": 8, "use_dora": True, "target_modules": ["q_proj", "up_proj"]},
 }
 
 
@@ -55,7 +56,7 @@ def served(
     opened = repository.open_repository(directory / "repo")
     set_streams(opened, 1)  # so that one process sends all of them
     for name in ADAPTERS:
-        register.add(opened, name, directory / name)
+        register.add(opened, name, directory / name, register.Options(base=directory / "base"))
     set_cache_pages(opened, 4)  # "rslora" takes two pages
     return Served(launch(opened.root), answers)
 
@@ -82,7 +83,7 @@ def test_an_answer_is_peft_s_own_token_for_token(served: Served, lora_name: str 
 
 
 def test_answers_stay_right_when_adapters_are_evicted(served: Served) -> None:
-    """Six pages of adapters take turns in a cache of four."""
+    """Seven pages of adapters take turns in a cache of four."""
     asked = [(name, prompt) for _ in range(3) for name in (*ADAPTERS, None) for prompt in PROMPTS]
 
     assert [served.answers[one] for one in asked] == [_ask(served, *one) for one in asked]

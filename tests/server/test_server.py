@@ -87,6 +87,14 @@ def test_a_ready_server_answers_on_its_ports_and_leaves_nothing_behind(tmp_path:
     server.stop()  # a second time is harmless
 
 
+def test_servers_have_shared_memory_of_their_own(tmp_path: Path) -> None:
+    """Also in containers that share it, where each is process 1 and listens on port 8000."""
+    ports = server_module.free_ports()
+    commands = [Server(_model(tmp_path / name, "echo", ECHO), ports=ports).command for name in "ab"]
+
+    assert 2 == len({word for command in commands for word in command if "shm-region-prefix-name" in word})
+
+
 def test_a_server_listens_at_an_ipv6_address(tmp_path: Path) -> None:
     """All its endpoints."""
     with Server(_model(tmp_path, "echo", ECHO), address="::1") as server:
