@@ -18,7 +18,8 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from tritonlora.pack import Layout, convert_file
+from tritonlora.layout import Layout
+from tritonlora.pack import convert_file
 from tritonlora.peft import Adapter
 
 P = ParamSpec("P")

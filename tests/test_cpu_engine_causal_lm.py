@@ -21,7 +21,8 @@ from tritonlora.cpu_engine.request import GenerationRequest, Sampling
 from tritonlora.cpu_engine.sampling import choose_token
 from tritonlora.engine import load_profile
 from tritonlora.errors import EngineMismatch
-from tritonlora.pack import lora_config, plan_layout
+from tritonlora.layout import plan_layout
+from tritonlora.pack import lora_config
 from tritonlora.peft import load_adapter
 
 PROMPTS = ([5, 17, 3, 42], [9, 9, 1], [60, 2, 33, 21, 8, 30])

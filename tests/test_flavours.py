@@ -8,7 +8,7 @@ import pytest
 
 from repositories import LLM_API as STAND_IN
 from tritonlora.flavours import LLM_API, TENSORS, flavour_of, flavour_of_config
-from tritonlora.pbtxt import parse_config
+from tritonlora.model_config import parse_config
 from tritonlora.wiring import router_config
 from upstream_configs import VERSIONS, fill, upstream
 

@@ -18,7 +18,7 @@ from tritonlora import install, register, repository, undo, wiring
 from tritonlora.errors import RepositoryError
 from tritonlora.files import TEMPORARY_SUFFIX
 from tritonlora.install import MODEL_MODULES, shipped_models
-from tritonlora.pbtxt import parse_config
+from tritonlora.model_config import parse_config
 from tritonlora.register import Options
 from tritonlora.repository import half_written, read_text
 from upstream_configs import protobuf, upstream_repository

@@ -35,17 +35,9 @@ from adapters import (
 from tritonlora import pack
 from tritonlora.engine import EngineProfile, load_profile
 from tritonlora.errors import AdapterError, EngineMismatch, InvalidAdapter, UnsupportedAdapter
+from tritonlora.layout import Layout, plan_layout
 from tritonlora.modules import BY_ID, BY_NAME, ModuleDims
-from tritonlora.pack import (
-    Layout,
-    check_values,
-    convert_file,
-    lora_config,
-    npy_header,
-    plan_layout,
-    unpack,
-    unpack_magnitudes,
-)
+from tritonlora.pack import check_values, convert_file, lora_config, npy_header, unpack, unpack_magnitudes
 from tritonlora.peft import Adapter, load_adapter
 
 Q = "model.layers.0.self_attn.q_proj"

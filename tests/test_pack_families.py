@@ -20,8 +20,9 @@ import transformers as hf
 from adapters import LINEAR, LLAMA_CONFIG, lora_weights, save_adapter
 from tritonlora.engine import EngineProfile, load_profile
 from tritonlora.errors import UnsupportedAdapter
+from tritonlora.layout import plan_layout
 from tritonlora.modules import BY_NAME, ModuleDims
-from tritonlora.pack import lora_config, plan_layout, unpack
+from tritonlora.pack import lora_config, unpack
 from tritonlora.peft import load_adapter
 
 Split = Callable[[torch.Tensor], dict[str, torch.Tensor]]  # the delta of one layer -> by module

@@ -17,7 +17,8 @@ _CONVERT_AND_WATCH = """
 import sys, threading
 from pathlib import Path
 
-from tritonlora.pack import convert_file, plan_layout
+from tritonlora.layout import plan_layout
+from tritonlora.pack import convert_file
 from tritonlora.peft import load_adapter
 
 def anonymous():

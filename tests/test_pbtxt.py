@@ -22,24 +22,9 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig as ModelConfigProto
 
 from random_configs import field_text, message_text, scalar_literal
 from tritonlora.errors import ConfigError
-from tritonlora.pbtxt import (
-    DATA_TYPES,
-    Document,
-    Message,
-    Scalar,
-    Step,
-    TensorSpec,
-    append_value,
-    filled,
-    has_template,
-    insert_field,
-    parse,
-    parse_config,
-    quote,
-    remove_value,
-    replace_value,
-)
-from tritonlora.textformat import MAX_DEPTH
+from tritonlora.model_config import DATA_TYPES, Step, TensorSpec, filled, has_template, parse_config
+from tritonlora.pbtxt import append_value, insert_field, quote, remove_value, replace_value
+from tritonlora.textformat import MAX_DEPTH, Document, Message, Scalar, parse
 from upstream_configs import NAMES, PATHS, fill, protobuf, upstream
 
 # --- Helpers -------------------------------------------------------------------------------------------------------
@@ -443,7 +428,6 @@ def tensor_spec(tensor: Any) -> TensorSpec:
         name=tensor.name,
         data_type=DATA_TYPES[tensor.data_type],
         dims=tuple(tensor.dims),
-        reshape=tuple(tensor.reshape.shape) if tensor.HasField("reshape") else None,
         optional=getattr(tensor, "optional", False),
         allow_ragged_batch=getattr(tensor, "allow_ragged_batch", False),
     )
@@ -453,7 +437,7 @@ def assert_model_config_agrees(text: str) -> None:
     """Every field of ModelConfig has the value that protobuf reads."""
     proto, config = protobuf(text), parse_config(text)
 
-    assert (proto.name, proto.backend, proto.platform) == (config.name, config.backend, config.platform)
+    assert (proto.name, proto.backend) == (config.name, config.backend)
     assert (proto.max_batch_size, proto.model_transaction_policy.decoupled) == (config.max_batch_size, config.decoupled)
     assert [tensor_spec(tensor) for tensor in proto.input] == list(config.inputs)
     assert [tensor_spec(tensor) for tensor in proto.output] == list(config.outputs)
@@ -488,13 +472,11 @@ def test_data_types_are_numbered_as_in_protobuf() -> None:
 
 def test_dims_with_a_template_are_unfilled_as_a_whole() -> None:
     """One dim that nobody knows leaves the shape unknown, and says where."""
-    config = parse_config("input { name: 'x' dims: [ -1, ${rows} ] reshape { shape: ${shape} } }")
+    config = parse_config("input { name: 'x' dims: [ -1, ${rows} ] }")
     (spec,) = config.inputs
 
     with pytest.raises(ConfigError, match=r"line 1, column 31: dims of input 'x' is still \$\{rows\}"):
         filled(spec.dims)
-    with pytest.raises(ConfigError, match=r"reshape of input 'x' is still \$\{shape\}"):
-        filled(spec.reshape)
 
 
 def test_unfilled_is_an_error_only_for_the_one_who_needs_the_value() -> None:
@@ -526,13 +508,12 @@ def test_unfilled_is_an_error_only_for_the_one_who_needs_the_value() -> None:
         ("ensemble_scheduling { } ensemble_scheduling { }", ["ensemble_scheduling is given twice"]),
         ("input: 5", ["expected input { … }, got '5'"]),
         (
-            "input { name: 'x'\n data_type: TYPE_FP12\n dims: [ 'a' ]\n dims { } reshape { shape: 1.5 } }",
+            "input { name: 'x'\n data_type: TYPE_FP12\n dims: [ 'a' ]\n dims { } }",
             [
                 "line 2, column 13: expected data_type of input 'x' to be one of TYPE_BOOL,",
                 "got 'TYPE_FP12'",
                 "expected dims of input 'x' to be integers, got a message",
                 "line 3, column 10: expected dims of input 'x' to be an integer, got 'a'",
-                "expected reshape of input 'x' to be an integer, got '1.5'",
             ],
         ),
     ],

@@ -32,9 +32,9 @@ from repositories import synthetic_adapter
 from tritonlora import check, files, generated, install, pack, register, repository
 from tritonlora.errors import EngineMismatch, InvalidAdapter, RepositoryError, TritonLoraError
 from tritonlora.findings import Finding
-from tritonlora.pbtxt import parse
 from tritonlora.register import Options
 from tritonlora.repository import Repository, read_table, read_text
+from tritonlora.textformat import parse
 from upstream_configs import protobuf, upstream_repository
 
 

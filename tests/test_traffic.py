@@ -7,7 +7,8 @@ from __future__ import annotations
 import pytest
 
 from tritonlora.errors import TritonLoraError
-from tritonlora.traffic import parse_traffic
+from tritonlora.metrics import REQUESTS
+from tritonlora.traffic import REQUESTS_METRIC, parse_traffic
 
 METRICS = """\
 # HELP lora_requests_total Requests
@@ -52,3 +53,8 @@ def test_a_text_that_says_nothing_is_refused() -> None:
     """Else everybody would count as unasked."""
     with pytest.raises(TritonLoraError, match="neither a line 'name: weight' nor the metric lora_requests_total"):
         parse_traffic("# nothing\n", {"pirate"})
+
+
+def test_the_metric_is_that_of_the_listing() -> None:
+    """Under another name, nothing would be found in what the server says."""
+    assert REQUESTS.name == REQUESTS_METRIC

@@ -16,7 +16,7 @@ from tritonlora import install, register, repository, undo
 from tritonlora.adapters import AdapterTable
 from tritonlora.adapters_json import render
 from tritonlora.errors import RepositoryError
-from tritonlora.pbtxt import parse_config
+from tritonlora.model_config import parse_config
 from tritonlora.repository import Repository, read_text
 from upstream_configs import upstream_repository
 

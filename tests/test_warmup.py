@@ -16,7 +16,7 @@ from table import sample as tensor_sample
 from tritonlora.declarations import declare_lora_weights
 from tritonlora.errors import ConfigError
 from tritonlora.flavours import string_bytes, task_id_bytes, task_id_file
-from tritonlora.pbtxt import DATA_TYPES, parse_config
+from tritonlora.model_config import DATA_TYPES, parse_config
 from tritonlora.warmup import (
     BEGIN,
     END,

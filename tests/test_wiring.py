@@ -10,7 +10,7 @@ import pytest
 
 from tritonlora.declarations import declare_lora_weights
 from tritonlora.errors import ConfigError
-from tritonlora.pbtxt import parse_config
+from tritonlora.model_config import parse_config
 from tritonlora.wiring import resolver_config, router_config, set_parameter
 from upstream_configs import NAMES, PATHS, VERSIONS, fill, protobuf, removed_and_added, upstream
 

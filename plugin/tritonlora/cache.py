@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from tritonlora.errors import TritonLoraError
+from tritonlora.model_config import has_template
 from tritonlora.modules import ModuleDims
 
 LoraConfigRow = Sequence[int]  # (module_id, layer, adapter_size), or with a fourth value: 1 where the row has DoRA
@@ -66,7 +67,7 @@ def parse_parameters(parameters: Mapping[str, str]) -> tuple[CacheParameters, di
     remarks = {}
     for attribute, name in PARAMETER_NAMES.items():
         text = parameters.get(name, "").strip()
-        if not text or text.startswith("${"):
+        if not text or has_template(text):
             continue
         if text.isascii() and text.isdigit() and int(text) > 0:
             given[attribute] = int(text)

@@ -19,8 +19,8 @@ from tritonlora.findings import Finding, Subject
 from tritonlora.findings import error as _error
 from tritonlora.findings import warning as _warning
 from tritonlora.flavours import Rows, flavour_of_config
+from tritonlora.model_config import TRITON_TYPES, has_template
 from tritonlora.modules import BY_ID
-from tritonlora.pbtxt import TRITON_TYPES, has_template
 from tritonlora.repository import (
     RESOLVER,
     ROUTER,

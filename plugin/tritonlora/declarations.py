@@ -7,7 +7,9 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from tritonlora.errors import ConfigError
-from tritonlora.pbtxt import TRITON_TYPES, Document, Message, insert_field, parse, replace_value
+from tritonlora.model_config import TRITON_TYPES
+from tritonlora.pbtxt import insert_field, replace_value
+from tritonlora.textformat import Document, Message, parse
 
 
 def declare_lora_weights(text: str, dtype: str, columns: Collection[int] = (3,)) -> str:

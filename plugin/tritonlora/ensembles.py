@@ -12,18 +12,10 @@ from __future__ import annotations
 
 from tritonlora.errors import ConfigError
 from tritonlora.flavours import FLAVOURS
-from tritonlora.pbtxt import (
-    Document,
-    Message,
-    ModelConfig,
-    append_value,
-    error_at,
-    parse,
-    parse_config,
-    quote,
-    remove_value,
-    replace_value,
-)
+from tritonlora.model_config import ModelConfig, parse_config
+from tritonlora.pbtxt import append_value, quote, remove_value, replace_value
+from tritonlora.repository import DEFAULT_TARGET, RESOLVER, ROUTER
+from tritonlora.textformat import Document, Message, error_at, parse
 from tritonlora.wiring import ALWAYS_THERE
 
 PREVIOUS_TOKENS = "_PREVIOUS_TOKENS"
@@ -33,12 +25,10 @@ RESOLVED = {"lora_task_id": "_LORA_TASK_ID", "lora_weights": "_LORA_WEIGHTS", "l
 def rewire_to_forward(
     text: str,
     *,
-    target: str = "tensorrt_llm",
-    router: str = "lora_router",
-    resolver: str = "lora_resolver",
+    target: str = DEFAULT_TARGET,
     postprocessing: str | None = None,
 ) -> str:
-    """An ensemble's config.pbtxt with `router` in `target`'s place, and the optional input lora_name leading to it.
+    """An ensemble's config.pbtxt with the router in `target`'s place, and the optional input lora_name leading to it.
 
     What only the router gives no longer leads to that step, and tensors that this leaves unused go: Triton refuses an
     ensemble with an unused tensor. With `postprocessing`, the name of a step with the input PREVIOUS_TOKENS, the
@@ -46,31 +36,29 @@ def rewire_to_forward(
 
     Raises ConfigError when it is not plain which step to change.
     """
-    _require_one_step(text, target, router)
-    text = _remove_resolver(text, target, resolver)
-    text = _rename_step(text, target, router)
+    _require_one_step(text, target)
+    text = _remove_resolver(text, target)
+    text = _rename_step(text, target, ROUTER)
     for name in (name for flavour in FLAVOURS for name in flavour.from_router):
-        text = _disconnect(text, router, name)
+        text = _disconnect(text, ROUTER, name)
     text = _declare_lora_name(text)
-    text = _connect(text, router, "input_map", "lora_name", "lora_name")
+    text = _connect(text, ROUTER, "input_map", "lora_name", "lora_name")
     if postprocessing is not None:
-        text = _connect(text, router, "output_map", "previous_ids", PREVIOUS_TOKENS)
+        text = _connect(text, ROUTER, "output_map", "previous_ids", PREVIOUS_TOKENS)
         text = _connect(text, postprocessing, "input_map", "PREVIOUS_TOKENS", PREVIOUS_TOKENS)
     return text
 
 
-def rewire_to_resolve(
-    text: str, *, target: str = "tensorrt_llm", router: str = "lora_router", resolver: str = "lora_resolver"
-) -> str:
-    """An ensemble's config.pbtxt with a step for `resolver`, which gives the step for `target` its LoRA inputs.
+def rewire_to_resolve(text: str, *, target: str = DEFAULT_TARGET) -> str:
+    """An ensemble's config.pbtxt with a step for the resolver, which gives the step for `target` its LoRA inputs.
 
     The resolver gets the optional inputs lora_name, and lora_task_id where the ensemble gave one to the target; and
     the target's input_lengths. The router's previous_ids go: nobody but the router knows them.
 
     Raises ConfigError when it is not plain which step to change.
     """
-    _require_one_step(text, target, router)
-    text = _rename_step(text, router, target)
+    _require_one_step(text, target)
+    text = _rename_step(text, ROUTER, target)
     text = _declare_lora_name(text)
     step = next(step for step in parse_config(text).steps if step.model_name == target)
     if ALWAYS_THERE not in step.input_map:
@@ -80,15 +68,15 @@ def rewire_to_resolve(
     if task_id != RESOLVED["lora_task_id"]:
         inputs["lora_task_id"] = task_id
     document = parse(text)
-    if not _find_step(document, resolver):
+    if not _find_step(document, RESOLVER):
         scheduling = document.message.messages("ensemble_scheduling")[-1]
-        literal = f"{{\n  model_name: {quote(resolver)}\n  model_version: -1\n}}"
+        literal = f"{{\n  model_name: {quote(RESOLVER)}\n  model_version: -1\n}}"
         text = append_value(document, scheduling, "step", literal)
     for key, tensor in inputs.items():
-        text = _connect(text, resolver, "input_map", key, tensor)
+        text = _connect(text, RESOLVER, "input_map", key, tensor)
     text = _disconnect(text, target, "lora_name")
     for key, tensor in RESOLVED.items():
-        text = _connect(text, resolver, "output_map", key, tensor)
+        text = _connect(text, RESOLVER, "output_map", key, tensor)
         if step.input_map.get(key) != tensor:
             text = _disconnect(text, target, key)
             text = _connect(text, target, "input_map", key, tensor)
@@ -99,9 +87,9 @@ def rewire_to_resolve(
     return text
 
 
-def _remove_resolver(text: str, target: str, resolver: str) -> str:
+def _remove_resolver(text: str, target: str) -> str:
     """The ensemble without that step; what it was given as lora_task_id leads to `target` again."""
-    step = next((step for step in parse_config(text).steps if step.model_name == resolver), None)
+    step = next((step for step in parse_config(text).steps if step.model_name == RESOLVER), None)
     if step is None:
         return text
     for key in RESOLVED:
@@ -109,22 +97,22 @@ def _remove_resolver(text: str, target: str, resolver: str) -> str:
     if task_id := step.input_map.get("lora_task_id"):
         text = _connect(text, target, "input_map", "lora_task_id", task_id)
     document = parse(text)
-    gone = _find_step(document, resolver)
+    gone = _find_step(document, RESOLVER)
     return remove_value(document, document.message.messages("ensemble_scheduling")[-1], gone) if gone else text
 
 
-def _require_one_step(text: str, target: str, router: str) -> None:
+def _require_one_step(text: str, target: str) -> None:
     steps = [step.model_name for step in parse_config(text).steps]
     if not steps:
         raise ConfigError("expected an ensemble, got a config without ensemble_scheduling steps")
-    found = [name for name in steps if name in (target, router)]
+    found = [name for name in steps if name in (target, ROUTER)]
     listed = ", ".join(map(repr, steps))
     if not found:
         raise ConfigError(
             f"the ensemble has no step for {target!r}, only for {listed}; name the engine's model (--target)"
         )
     if len(found) > 1:
-        raise ConfigError(f"expected one step for {target!r} or {router!r}, got {listed}; rewire this ensemble by hand")
+        raise ConfigError(f"expected one step for {target!r} or {ROUTER!r}, got {listed}; rewire this ensemble by hand")
 
 
 def _rename_step(text: str, old: str, new: str) -> str:

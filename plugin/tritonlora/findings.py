@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from tritonlora.adapters import AdapterTable
 from tritonlora.engine import EngineProfile
 from tritonlora.flavours import Flavour
-from tritonlora.pbtxt import ModelConfig
+from tritonlora.model_config import ModelConfig
 from tritonlora.plan import CachePlan
 from tritonlora.repository import Repository
 from tritonlora.server import Ports

@@ -21,7 +21,7 @@ from tritonlora.declarations import declare_output
 from tritonlora.errors import ConfigError, RepositoryError
 from tritonlora.files import delete, write_text
 from tritonlora.flavours import flavour_of_config
-from tritonlora.pbtxt import parse_config
+from tritonlora.model_config import parse_config
 from tritonlora.repository import RESOLVER, Repository, half_written, read_config, read_text
 
 FILES_STAY_SECONDS = 600.0

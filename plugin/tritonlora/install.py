@@ -26,7 +26,7 @@ from tritonlora.files import (
     writing,
 )
 from tritonlora.flavours import flavour_of_config
-from tritonlora.pbtxt import ModelConfig, has_template, parse_config
+from tritonlora.model_config import ModelConfig, has_template, parse_config
 from tritonlora.repository import (
     DEFAULT_TARGET,
     LISTING,

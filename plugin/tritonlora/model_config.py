@@ -71,12 +71,11 @@ def has_template(content: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """One declared input or output. dims and reshape are without the batch dim."""
+    """One declared input or output. dims are without the batch dim."""
 
     name: str
     data_type: str | Unfilled  # "TYPE_INT32"
     dims: tuple[int, ...] | Unfilled
-    reshape: tuple[int, ...] | Unfilled | None = None
     optional: bool | Unfilled = False
     allow_ragged_batch: bool | Unfilled = False
 
@@ -96,7 +95,6 @@ class ModelConfig:
 
     name: str  # "" where the file leaves it to the directory's name
     backend: str
-    platform: str
     max_batch_size: int | Unfilled
     decoupled: bool | Unfilled
     inputs: tuple[TensorSpec, ...]
@@ -131,7 +129,6 @@ def parse_config(text: str) -> ModelConfig:
     config = ModelConfig(
         name=reader.string(root, "name", "name"),
         backend=reader.string(root, "backend", "backend"),
-        platform=reader.string(root, "platform", "platform"),
         max_batch_size=reader.integer(root, "max_batch_size", "max_batch_size"),
         decoupled=reader.boolean(policy, "decoupled", "decoupled"),
         inputs=tuple(reader.tensor(spec, "input") for spec in reader.messages(root, "input")),
@@ -243,12 +240,10 @@ class _Reader:
     def tensor(self, spec: Message, kind: str) -> TensorSpec:
         name = self.string(spec, "name", f"name of an {kind}")
         of = f"of {kind} {name!r}"
-        reshape = self.message(spec, "reshape")
         return TensorSpec(
             name=name,
             data_type=self.data_type(spec, f"data_type {of}"),
             dims=self.integers(spec, "dims", f"dims {of}"),
-            reshape=None if reshape is _NOTHING else self.integers(reshape, "shape", f"reshape {of}"),
             optional=self.boolean(spec, "optional", f"optional {of}"),
             allow_ragged_batch=self.boolean(spec, "allow_ragged_batch", f"allow_ragged_batch {of}"),
         )

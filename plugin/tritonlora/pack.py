@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from tritonlora.adapters import ITEMSIZES
 from tritonlora.errors import AdapterError, InvalidAdapter, UnsupportedAdapter, merge_layers, one_message
-from tritonlora.layout import Layout, Row, plan_layout
+from tritonlora.layout import Layout
 from tritonlora.modules import ModuleDims
 from tritonlora.stored import StoredTensor, bytes_of
 
@@ -36,18 +36,6 @@ if TYPE_CHECKING:
     import torch
 
     from tritonlora.peft import Adapter
-
-__all__ = [
-    "Layout",
-    "Row",
-    "check_values",
-    "convert_file",
-    "lora_config",
-    "npy_header",
-    "plan_layout",
-    "unpack",
-    "unpack_magnitudes",
-]
 
 _NPY_DTYPES = {"float16": "<f2", "float32": "<f4", "int32": "<i4"}
 

@@ -14,24 +14,7 @@ from __future__ import annotations
 import functools
 import re
 
-from tritonlora.model_config import (
-    DATA_TYPES,
-    TRITON_TYPES,
-    ModelConfig,
-    Step,
-    TensorSpec,
-    Unfilled,
-    filled,
-    has_template,
-    parse_config,
-)
-from tritonlora.textformat import Document, Field, Message, Scalar, error_at, parse
-
-__all__ = [
-    "DATA_TYPES", "TRITON_TYPES", "Document", "Field", "Message", "ModelConfig", "Scalar", "Step", "TensorSpec",
-    "Unfilled", "append_value", "error_at", "filled", "has_template", "insert_field", "newline_of", "parse",
-    "parse_config", "quote", "remove_value", "replace_value",
-]  # fmt: skip
+from tritonlora.textformat import Document, Field, Message, Scalar
 
 _BLANKS = re.compile(r"(?:[ \t\r\n\v\f]+|#[^\n]*)*")
 _REST_OF_LINE = re.compile(r"[ \t\v\f]*(?:#[^\r\n]*)?(?=\r?\n|\Z)")

@@ -209,7 +209,8 @@ def choose_warm(plan: CachePlan, traffic: Mapping[str, float]) -> WarmChoice:
             warm.append(adapter.name)
             budget -= adapter.pages
 
-    cold = [adapter for adapter in by_value if adapter.name not in warm]
+    is_warm = {*warm}
+    cold = [adapter for adapter in by_value if adapter.name not in is_warm]
     requests = sum(traffic.values()) or 1.0
     return WarmChoice(
         warm=tuple(warm),

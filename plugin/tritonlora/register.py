@@ -38,8 +38,8 @@ from tritonlora.errors import EngineMismatch, RepositoryError, TritonLoraError
 from tritonlora.files import locked, publish, sha256_of, temporary_name, write_text
 from tritonlora.flavours import Flavour, flavour_of_config
 from tritonlora.locate import families_of
+from tritonlora.model_config import ModelConfig
 from tritonlora.modules import MODULES
-from tritonlora.pbtxt import ModelConfig
 from tritonlora.repository import (
     RESOLVER,
     ROUTER,

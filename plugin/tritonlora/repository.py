@@ -16,7 +16,7 @@ from tritonlora.engine import EngineProfile
 from tritonlora.errors import AdapterTableError, ConfigError, RepositoryError
 from tritonlora.files import TEMPORARY_SUFFIX
 from tritonlora.flavours import flavour_of_config
-from tritonlora.pbtxt import ModelConfig, parse_config
+from tritonlora.model_config import ModelConfig, parse_config
 from tritonlora.plan import CachePlan, Entry, plan_cache
 
 ROUTER = "lora_router"

@@ -15,6 +15,7 @@ from tritonlora.adapters import MAX_TASK_ID, AdapterTable
 from tritonlora.errors import ServerError, TritonLoraError
 from tritonlora.findings import Finding
 from tritonlora.flavours import flavour_of_config
+from tritonlora.forwarding import Meaning, meaning_of
 from tritonlora.model_config import ModelConfig
 from tritonlora.repository import ROUTER, Repository, engine_profile
 from tritonlora.server import World
@@ -36,13 +37,11 @@ _REMEDIES = {
     "low_rank": "build the engine with a larger --max_lora_rank",
     "has to few values": "convert the adapter for this engine: tritonlora add {name} ADAPTER_DIR",
     "layerId": "convert the adapter for this engine: tritonlora add {name} ADAPTER_DIR",
-    "no done tasks to evict": "make the engine's LoRA cache larger: tritonlora plan --apply",
-    "pageIds.has_value": "make the engine's LoRA cache larger: tritonlora plan --apply",
     "bytes, but the data provided": "its file was cut; write it again: tritonlora add {name} ADAPTER_DIR",
     "lora_path does not exist": "tritonlora check --fix; if the server sees it elsewhere, first init --served-at PATH",
     "failed to open": "its file is missing; write it again: tritonlora add {name} ADAPTER_DIR",
 }
-MISS = "not found in cache"  # cpp/tensorrt_llm/batch_manager/peftCacheManager.cpp
+_FULL = "make the engine's LoRA cache larger: tritonlora plan --apply"
 _ELSE = "tritonlora check may say why; without it the server starts: tritonlora remove {name}"
 
 
@@ -69,7 +68,8 @@ def explain(log: Sequence[str], table: AdapterTable) -> str | None:
         name = table.name_of(task_id) if task_id is not None else None
         if failed is None or name is None:
             continue
-        remedy = next((text for mark, text in _REMEDIES.items() if mark in failed["error"]), _ELSE)
+        known = [text for mark, text in _REMEDIES.items() if mark in failed["error"]]
+        remedy = _FULL if meaning_of(failed["error"]) is Meaning.FULL else known[0] if known else _ELSE
         error = failed["error"].rstrip(' ;"|')
         return f"adapter {name!r} could not be loaded: {error}\n  remedy: {remedy.format(name=name)}"
     return None
@@ -98,13 +98,14 @@ def verify(url: str, repository: Repository, config: ModelConfig, table: Adapter
         try:
             client.ask(model, {**shared, **adapter}, url=url, timeout=VERIFY_TIMEOUT_SECONDS)
         except ServerError as error:
-            remedy = "; its cache is too small: tritonlora plan --apply" if MISS in str(error) else ""
+            is_evicted = meaning_of(str(error)) is Meaning.MISS
+            remedy = "; its cache is too small: tritonlora plan --apply" if is_evicted else ""
             problems.append(f"adapter {name!r} does not answer: {error}{remedy}")
     unregistered = next(number for number in range(MAX_TASK_ID, 0, -1) if table.name_of(number) is None)
     try:
         client.ask(model, {**shared, flavour.task_id: unregistered}, url=url, timeout=VERIFY_TIMEOUT_SECONDS)
     except ServerError as error:
-        if flavour.sends_weights and MISS not in str(error):
+        if flavour.sends_weights and meaning_of(str(error)) is not Meaning.MISS:
             problems.append(f"{flavour.task_id} {unregistered}, which nobody registered, was refused oddly: {error}")
     else:
         problems.append(

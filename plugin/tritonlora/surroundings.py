@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from tritonlora import install
 from tritonlora.errors import TritonLoraError
 from tritonlora.findings import Finding, Subject, error, warning
-from tritonlora.pbtxt import Unfilled
+from tritonlora.model_config import Unfilled
 from tritonlora.repository import RESOLVER, ROUTER, read_config
 from tritonlora.server import SHARED_MEMORY, ports_in_use
 from tritonlora.undo import OURS

@@ -23,8 +23,11 @@ def parse_traffic(text: str, registered: Container[str]) -> dict[str, float]:
     a line `name: weight` for each adapter, blank lines and # comments aside. TritonLoraError names every wrong line.
     """
     if REQUESTS_METRIC in text:
-        samples = [(name, _weight(value)) for name, value in _SAMPLE.findall(text) if name in registered]
-        return {name: math.fsum(value or 0 for other, value in samples if other == name) for name, _ in samples}
+        sums: dict[str, float] = {}
+        for name, value in _SAMPLE.findall(text):
+            if name in registered:
+                sums[name] = sums.get(name, 0.0) + (_weight(value) or 0.0)
+        return sums
 
     weights: dict[str, float] = {}
     problems = []

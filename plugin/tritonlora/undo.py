@@ -26,7 +26,7 @@ from tritonlora.files import (
     write_bytes,
     write_text,
 )
-from tritonlora.pbtxt import parse_config
+from tritonlora.model_config import parse_config
 from tritonlora.repository import (
     LISTING,
     RESOLVER,

@@ -19,7 +19,9 @@ from pathlib import Path
 from tritonlora.adapters import AdapterTable
 from tritonlora.errors import ConfigError, one_message
 from tritonlora.flavours import FLAVOURS, Flavour, SampleInput, flavour_of_config, string_bytes
-from tritonlora.pbtxt import Message, ModelConfig, TensorSpec, error_at, filled, newline_of, parse, quote
+from tritonlora.model_config import ModelConfig, TensorSpec, filled
+from tritonlora.pbtxt import newline_of, quote
+from tritonlora.textformat import Message, error_at, parse
 
 BEGIN = "# tritonlora: model_warmup (generated; edits here are lost)"
 END = "# tritonlora: end"

@@ -12,17 +12,9 @@ from dataclasses import replace
 
 from tritonlora.errors import ConfigError, one_message
 from tritonlora.flavours import Flavour, flavour_of_config
-from tritonlora.pbtxt import (
-    ModelConfig,
-    TensorSpec,
-    Unfilled,
-    append_value,
-    filled,
-    insert_field,
-    parse,
-    quote,
-    replace_value,
-)
+from tritonlora.model_config import ModelConfig, TensorSpec, Unfilled, filled
+from tritonlora.pbtxt import append_value, insert_field, quote, replace_value
+from tritonlora.textformat import parse
 
 ALWAYS_THERE = "input_lengths"  # an input of the engine's: a step of which no input is there fails (Triton 2.51)
 

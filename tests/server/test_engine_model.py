@@ -22,7 +22,8 @@ from adapters import lora_weights, save_llama_adapter
 from engine_client import config_directory
 from peft_oracle import EOS, generate, load_peft
 from tritonlora.engine import load_profile
-from tritonlora.pack import lora_config, plan_layout
+from tritonlora.layout import plan_layout
+from tritonlora.pack import lora_config
 from tritonlora.peft import load_adapter
 from tritonlora.server import Server
 from upstream_configs import VERSIONS, fill, protobuf, upstream

@@ -18,8 +18,10 @@ from tritonlora.declarations import declare_lora_weights
 from tritonlora.ensembles import rewire_to_forward
 from tritonlora.errors import ServerError
 from tritonlora.flavours import TENSORS, task_id_bytes, task_id_file
-from tritonlora.pbtxt import append_value, parse, parse_config
+from tritonlora.model_config import parse_config
+from tritonlora.pbtxt import append_value
 from tritonlora.server import Server
+from tritonlora.textformat import parse
 from tritonlora.warmup import render_block, replace_block, shared_files
 from tritonlora.wiring import router_config, set_parameter
 

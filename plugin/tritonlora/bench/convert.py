@@ -27,7 +27,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  (a file system in memory is what is meant)
-ROUNDS = 11
 LAYERS = 32
 LLAMA_8B: Mapping[str, tuple[int, int]] = {
     "self_attn.q_proj": (4096, 4096),
@@ -69,9 +68,7 @@ class Measured:
         return self.convert_peak_nbytes / self.output_nbytes
 
 
-def run(
-    ranks: Sequence[int] = (8, 16, 64), *, rounds: int = ROUNDS, layers: int = LAYERS, directory: Path = SHARED_MEMORY
-) -> list[Measured]:
+def run(ranks: Sequence[int], *, rounds: int, layers: int = LAYERS, directory: Path = SHARED_MEMORY) -> list[Measured]:
     """Measure each rank, with `directory` on an in-memory file system that has room for three times the output."""
     return [_measure(rank, rounds, layers, directory) for rank in ranks]
 
@@ -138,7 +135,8 @@ def make_adapter(
 
 def convert(adapter: Path, out: Path) -> None:
     """Our way."""
-    from tritonlora.pack import convert_file, plan_layout
+    from tritonlora.layout import plan_layout
+    from tritonlora.pack import convert_file
     from tritonlora.peft import load_adapter
 
     loaded = load_adapter(adapter)

@@ -37,8 +37,6 @@ class LoraLayer:
 
 Adapter = Mapping[tuple[int, str], LoraLayer]
 
-COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 @dataclass(slots=True)
 class Generation:
@@ -59,7 +57,7 @@ class CausalLM:
 
     def __init__(self, checkpoint: Path, profile: EngineProfile, *, compute_dtype: str = "float32") -> None:
         """EngineMismatch: no checkpoint, or layers that `profile` has LoRA for are missing or fused."""
-        self._dtype = COMPUTE_DTYPES[compute_dtype]
+        self._dtype = getattr(torch, compute_dtype)
         self._modules = {dims.module.id: dims for dims in profile.modules.values()}
         self._model = _load_checkpoint(checkpoint, self._dtype)
         self._adapter: Adapter = {}

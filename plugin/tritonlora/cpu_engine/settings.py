@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tritonlora.adapters import DTYPES
 from tritonlora.cpu_engine.flavour import FLAVOURS
 from tritonlora.engine import EngineProfile, profile_from_hf, read_config_json
 from tritonlora.errors import EngineMismatch, one_message
-
-COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
+from tritonlora.model_config import has_template
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ def parse_settings(parameters: Mapping[str, str], model_directory: Path) -> Sett
 
     Relative paths are relative to the model's directory. EngineMismatch names every parameter that is wrong.
     """
-    given = {name: text.strip() for name, text in parameters.items() if text.strip() and not text.startswith("${")}
+    given = {name: text.strip() for name, text in parameters.items() if text.strip() and not has_template(text)}
     values: dict[str, Any] = {}
     problems = []
     for name, (convert, expected) in _CONVERT.items():
@@ -86,7 +86,7 @@ _CONVERT: dict[str, tuple[Callable[[str], Any], str]] = {
     "cancellation_check_period_ms": (_duration, "milliseconds"),
     "max_lora_rank": (_at_least_one, "a whole number above 0"),
     "lora_target_modules": (lambda text: tuple(text.replace(",", " ").split()), "names of LoRA modules"),
-    "compute_dtype": _one_of(*COMPUTE_DTYPES),
+    "compute_dtype": _one_of(*DTYPES),
     "engine_flavour": _one_of(*FLAVOURS),
     "synthetic": (lambda text: _BOOLEANS[text.lower()], "true or false"),
     "synthetic_token_seconds": (_duration, "seconds"),

