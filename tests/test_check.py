@@ -98,6 +98,11 @@ def _bls_model(root: Path) -> None:
     (root / "tensorrt_llm_bls" / "config.pbtxt").write_text(fill(upstream("v0.18.0", "tensorrt_llm_bls")))
 
 
+def _dead_link(path: Path) -> None:
+    shutil.rmtree(path)
+    path.symlink_to("../../../plugin/tritonlora")
+
+
 CACHE_PAGES = 'key: "cache_pages"\n  value {{\n    string_value: "{}"'
 
 PLANTED: dict[str, tuple[Callable[[Repository], object], str, str]] = {
@@ -304,13 +309,18 @@ PLANTED: dict[str, tuple[Callable[[Repository], object], str, str]] = {
     ),
     "the listing's code is missing": (
         lambda opened: (opened.root / "lora_adapters" / "1" / "model.py").unlink(),
-        "warning",
-        "lora_adapters/1/model.py: it is missing",
+        "error",
+        "lora_adapters/1/model.py: it is missing: the model does not load",
     ),
     "a module of the router is missing": (
         lambda opened: (opened.root / "lora_router" / "1" / "tritonlora" / "routing.py").unlink(),
-        "warning",
-        "lora_router/1/tritonlora/routing.py: it is missing",
+        "error",
+        "lora_router/1/tritonlora/routing.py: it is missing: the model does not load",
+    ),
+    "a checkout's repository was copied alone": (
+        lambda opened: _dead_link(opened.root / "preprocessing" / "1" / "tritonlora"),
+        "error",
+        "preprocessing/1/tritonlora: the link leads nowhere: the model does not load",
     ),
     "an add was killed before it wrote the table": (
         lambda opened: (opened.warmup_directory / "adapter_model_3.bin").write_bytes(b""),
@@ -357,6 +367,7 @@ IN_WORDS = {
     "an input of the LoRA contract is not declared",
     "a Python backend of upstream's with bfloat16",
     "another model goes past the router",
+    "a checkout's repository was copied alone",
     "an add was killed before it wrote the table",
 }
 

@@ -230,6 +230,18 @@ def test_a_power_cut_finds_what_was_put_there_whole(tmp_path: Path, monkeypatch:
     assert put <= {*synced[: len(synced) - synced[::-1].index(root.stat().st_ino)]}
 
 
+def test_a_checkout_s_repository_that_was_copied_alone_is_refused(tmp_path: Path) -> None:
+    """Its models' code is links into the checkout; with what these lead to, it is one like others."""
+    shutil.copytree(install.shipped_models(), tmp_path / "alone", symlinks=True)
+    with pytest.raises(RepositoryError, match=r"(?s)lead nowhere; .*: cp -rL.*alone/postprocessing/1/tritonlora"):
+        install.init(tmp_path / "alone")
+
+    shutil.copytree(install.shipped_models(), tmp_path / "whole", ignore=shutil.ignore_patterns("__pycache__"))
+    install.init(tmp_path / "whole")
+
+    assert [] == install.plan_init(tmp_path / "whole")
+
+
 def test_an_engine_on_another_file_system(tmp_path: Path) -> None:
     """Mounted into the repository, or a link that leads there: what is made is moved from elsewhere."""
     root = upstream_repository(tmp_path / "repo", "v0.18.0")

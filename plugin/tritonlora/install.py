@@ -14,7 +14,7 @@ from pathlib import Path
 from tritonlora import ensembles, undo, wiring
 from tritonlora.adapters import AdapterTable
 from tritonlora.adapters_json import render
-from tritonlora.errors import ConfigError, RepositoryError
+from tritonlora.errors import ConfigError, RepositoryError, one_message
 from tritonlora.files import (
     delete,
     locked,
@@ -28,11 +28,13 @@ from tritonlora.files import (
 from tritonlora.flavours import flavour_of_config
 from tritonlora.model_config import ModelConfig, has_template, parse_config
 from tritonlora.repository import (
+    COPY_AGAIN,
     DEFAULT_TARGET,
     LISTING,
     REPOSITORY_PATH,
     RESOLVER,
     ROUTER,
+    dead_links,
     half_written,
     read_config,
     read_text,
@@ -116,6 +118,8 @@ def plan_init(
     `target` is by default the one that the router stands before already, else "tensorrt_llm"; `topology` the one that
     is there, else "forward". Where no ensemble leads to a target that takes text, it gets one of the router alone.
     """
+    if links := dead_links(root):
+        raise RepositoryError(one_message(f"links to models' code lead nowhere; {COPY_AGAIN}", map(str, links)))
     target = _choose_target(root, target)
     config_path = root / target / "config.pbtxt"
     engine_config = served_config(config_path)

@@ -22,6 +22,7 @@ from tritonlora.plan import CachePlan, Entry, plan_cache
 ROUTER = "lora_router"
 RESOLVER = "lora_resolver"
 LISTING = "lora_adapters"
+COPY_AGAIN = "copy the repository again, with what its links lead to: cp -rL"
 WARMUP = "warmup"
 DEFAULT_TARGET = "tensorrt_llm"
 REPOSITORY_PATH = "repository_path"  # parameter of the router: where the server sees the repository
@@ -117,6 +118,12 @@ def served_config(path: Path) -> ModelConfig:
 def engine_profile(repository: Repository, config: ModelConfig) -> EngineProfile | None:
     """What the engine behind the target accepts; None when the config.json that says it is not on this machine."""
     return flavour_of_config(config).profile(config, repository.target_directory)
+
+
+def dead_links(root: Path) -> list[Path]:
+    """Links to models' code that lead nowhere: a checkout's repository was copied without the checkout."""
+    links = (path / "tritonlora" for path in sorted(root.glob("*/1")))
+    return [link for link in links if link.is_symlink() and not link.exists()]
 
 
 def half_written(root: Path) -> list[Path]:

@@ -11,7 +11,7 @@ from tritonlora import install
 from tritonlora.errors import TritonLoraError
 from tritonlora.findings import Finding, Subject, error, warning
 from tritonlora.model_config import Unfilled
-from tritonlora.repository import RESOLVER, ROUTER, read_config
+from tritonlora.repository import COPY_AGAIN, RESOLVER, ROUTER, dead_links, read_config
 from tritonlora.server import SHARED_MEMORY, ports_in_use
 from tritonlora.undo import OURS
 
@@ -61,6 +61,8 @@ def resolver(subject: Subject) -> Iterator[Finding]:
 def router_files(subject: Subject) -> Iterator[Finding]:
     """The code of the router, and of the model that lists its adapters, is that of this version of tritonlora."""
     root = subject.repository.root
+    for link in dead_links(root):
+        yield error(link.relative_to(root).as_posix(), "the link leads nowhere: the model does not load", COPY_AGAIN)
     try:
         changes = install.plan_init(root)
     except TritonLoraError:
@@ -68,8 +70,11 @@ def router_files(subject: Subject) -> Iterator[Finding]:
     for change in changes:
         if any(change.path.is_relative_to(root / model / "1") for model in OURS):
             name = change.path.relative_to(root).as_posix()
-            problem = "is missing" if change.before is None else "is not that of this version of tritonlora"
-            yield warning(name, f"it {problem}", f"tritonlora init {root}")
+            remedy = f"tritonlora init {root}"
+            if change.before is None:
+                yield error(name, "it is missing: the model does not load", remedy)
+            else:
+                yield warning(name, "it is not that of this version of tritonlora", remedy)
 
 
 def shared_memory(subject: Subject) -> Iterator[Finding]:
