@@ -515,7 +515,7 @@ def test_a_name_that_is_no_text_is_written_with_escapes(adapter: Path, tmp_path:
     command = [sys.executable, "-m", "tritonlora", "convert", str(adapter), f"{tmp_path}/\udcff"]
     done = subprocess.run(command, capture_output=True, check=False, env=STRICT)
 
-    assert (0, b"") == (done.returncode, done.stderr)
+    assert (0, b"note: layers were taken for") == (done.returncode, done.stderr[:27])
     assert rb"/\udcff/adapter_model.bin: bfloat16" in done.stdout
 
 

@@ -15,7 +15,7 @@ import transformers
 
 from engine_configs import ENGINE
 from tritonlora.engine import load_profile, profile_from_engine, profile_from_hf
-from tritonlora.errors import EngineMismatch
+from tritonlora.errors import EngineMismatch, UnknownArchitecture
 from tritonlora.families import ARCHITECTURES
 from tritonlora.modules import BY_NAME, ModuleDims
 
@@ -143,10 +143,20 @@ def test_phi3_vision_has_the_sizes_of_its_text_model_beside_those_of_the_tower()
 def test_unknown_architecture_is_refused() -> None:
     """An architecture that is not in the table is named, and DoRA is not sent round between --base and none."""
     message = (
-        "unknown architecture 'NewForCausalLM'.*without the base model, unless it is a DoRA.*; merge any other into"
+        "unknown architecture 'NewForCausalLM'.*; merge the adapter into .*, or, where you know .*, which DoRA alone"
     )
     with pytest.raises(EngineMismatch, match=message):
         profile_from_hf({**LLAMA_8B, "architectures": ["NewForCausalLM"]}, "x")
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [("Qwen3NextForCausalLM", "its q_proj has a gate"), ("DeepseekV3ForCausalLM", "its attention is latent")],
+)
+def test_an_architecture_that_is_known_to_be_another_is_told_why(name: str, why: str) -> None:
+    """It must not be sent round to convert without the base model: the names of its layers are those of others."""
+    with pytest.raises(UnknownArchitecture, match=f"{name}: {why}.*; merge the adapter into the base model$"):
+        profile_from_hf({**LLAMA_8B, "architectures": [name]}, "x")
 
 
 def test_engine_profile_is_read_from_a_build() -> None:

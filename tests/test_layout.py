@@ -11,7 +11,7 @@ import pytest
 
 from adapters import lora_pair, write_adapter
 from tritonlora.engine import EngineProfile
-from tritonlora.errors import EngineMismatch
+from tritonlora.errors import EngineMismatch, UnsupportedAdapter
 from tritonlora.layout import plan_layout
 from tritonlora.modules import BY_NAME, ModuleDims
 from tritonlora.peft import load_adapter
@@ -89,6 +89,41 @@ def test_class_that_peft_noted_says_what_the_name_does_not(
     assert [module] == [row.module.name for row in plan_layout(adapter, dtype="bfloat16").rows]
     expected = "mlp_gate" if engine.architecture else module
     assert [expected] == [row.module.name for row in plan_layout(adapter, dtype="bfloat16", profile=engine).rows]
+
+
+@pytest.mark.parametrize("engine", [None, replace(PROFILE, architecture="DeepseekV2ForCausalLM")])
+def test_models_with_layers_of_these_names_that_are_something_else_are_refused(
+    engine: EngineProfile | None, tmp_path: Path
+) -> None:
+    """By their class, as PEFT or the engine says it: in what is usually adapted, the names say nothing."""
+    noted = {"base_model_class": "Qwen3_5ForCausalLM"} if engine is None else None
+    adapter = load_adapter(write_adapter(tmp_path, lora_pair("model.layers.0.self_attn.q_proj"), auto_mapping=noted))
+    message = (
+        "DeepseekV2ForCausalLM: its attention is latent" if engine else "Qwen3_5ForCausalLM: its q_proj has a gate"
+    )
+
+    with pytest.raises(UnsupportedAdapter, match=f"{message}.*; merge the adapter into the base model"):
+        plan_layout(adapter, dtype="bfloat16", profile=engine)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "message"),
+    [
+        ("self_attn.q_proj", "self_attn.o_proj", "attn_q has 64 outputs, and attn_dense 32 inputs"),
+        ("self_attn.k_proj", "self_attn.v_proj", "attn_k has 64 outputs, and attn_v 32 outputs"),
+        ("mlp.gate_proj", "mlp.down_proj", "mlp_h_to_4h has 64 outputs, and mlp_4h_to_h 32 inputs"),
+    ],
+)
+def test_layers_of_one_that_do_not_fit_each_other_are_refused(
+    one: str, other: str, message: str, tmp_path: Path
+) -> None:
+    """A gate beside the queries, latent attention: such a layer is not what its name says, and no engine is known."""
+    path = "model.layers.{}.{}"
+    pairs = lora_pair(path.format(0, one), out_features=64) | lora_pair(path.format(0, other))
+    adapter = load_adapter(write_adapter(tmp_path, pairs | lora_pair(path.format(1, other))))
+
+    with pytest.raises(EngineMismatch, match=rf"{message}, which are the same .*\(--base\).* \(layer 0\)"):
+        plan_layout(adapter, dtype="bfloat16")
 
 
 @pytest.mark.parametrize("note", [None, "x", {}, {"base_model_class": 3}, {"base_model_class": "NewForCausalLM"}])

@@ -16,6 +16,7 @@ from tritonlora.locate import families_of, locate, why_not
         ("model.layers.0.mlp.up_proj", 0, ("mlp_gate",)),
         ("model.language_model.layers.3.self_attn.q_proj", 3, ("attn_q",)),
         ("decoder.block.2.layer.1.EncDecAttention.k", 2, ("cross_attn_k",)),
+        ("language_model.decoder.block.2.layer.0.SelfAttention.k", 2, ("attn_k",)),
         ("model.layers.9999.self_attn.q_proj", 9999, ("attn_q",)),
         ("transformer.h.5.attn.c_attn", 5, ("attn_q", "attn_k", "attn_v")),
     ],

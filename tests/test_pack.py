@@ -51,6 +51,15 @@ LLAMA_NAMES = {
     "mlp_gate": "mlp.up_proj",
     "mlp_4h_to_h": "mlp.down_proj",
 }
+LLAMA_SIDES = {  # in, out
+    "attn_q": ("hidden", "heads"),
+    "attn_k": ("hidden", "kv"),
+    "attn_v": ("hidden", "kv"),
+    "attn_dense": ("heads", "hidden"),
+    "mlp_h_to_4h": ("hidden", "mlp"),
+    "mlp_gate": ("hidden", "mlp"),
+    "mlp_4h_to_h": ("mlp", "hidden"),
+}
 PROFILE = EngineProfile(
     source="engine",
     architecture="LlamaForCausalLM",
@@ -104,10 +113,12 @@ def test_memory_is_made_for_as_many_rows_as_there_are(tmp_path: Path, monkeypatc
 
 @settings(max_examples=40, deadline=None)
 @given(
-    modules=st.dictionaries(
-        st.tuples(st.integers(0, 11), st.sampled_from(sorted(LLAMA_NAMES))),
-        st.tuples(st.integers(1, 9), st.integers(1, 20), st.integers(1, 20)),
-        min_size=1,
+    ranks_of=st.dictionaries(
+        st.tuples(st.integers(0, 11), st.sampled_from(sorted(LLAMA_NAMES))), st.integers(1, 9), min_size=1, max_size=12
+    ),
+    sizes=st.lists(
+        st.fixed_dictionaries(dict.fromkeys(("hidden", "heads", "kv", "mlp"), st.integers(1, 20))),
+        min_size=12,
         max_size=12,
     ),
     dtypes=st.tuples(*[st.sampled_from(["bfloat16", "float16", "float32"])] * 2),
@@ -116,7 +127,8 @@ def test_memory_is_made_for_as_many_rows_as_there_are(tmp_path: Path, monkeypatc
     order=st.randoms(use_true_random=False),
 )
 def test_any_adapter_comes_back_out_of_its_rows(
-    modules: dict[tuple[int, str], tuple[int, int, int]],
+    ranks_of: dict[tuple[int, str], int],
+    sizes: list[dict[str, int]],
     dtypes: tuple[str, str],
     alpha: float,
     rslora: bool,
@@ -124,9 +136,11 @@ def test_any_adapter_comes_back_out_of_its_rows(
 ) -> None:
     """Rows are sorted, and each is A cast, B scaled in float32 and rounded once, and zeros, whatever went in."""
     stored, wanted = (getattr(torch, dtype) for dtype in dtypes)
-    modules = {(0, "mlp_h_to_4h"): (1, 1, 1), **modules}  # without a gate_proj, up_proj can be of another architecture
+    # Without a gate_proj, up_proj can be of another architecture.
+    modules = {(0, "mlp_h_to_4h"): 1, **ranks_of}
     tensors, ranks = {}, {}
-    for (layer, name), (r, in_features, out_features) in modules.items():
+    for (layer, name), r in modules.items():
+        in_features, out_features = (sizes[layer][side] for side in LLAMA_SIDES[name])
         path = f"model.layers.{layer}.{LLAMA_NAMES[name]}"
         tensors.update(lora_pair(path, r=r, in_features=in_features, out_features=out_features, dtype=stored))
         ranks[path] = r

@@ -19,7 +19,7 @@ import transformers as hf
 
 from adapters import LINEAR, LLAMA_CONFIG, lora_weights, save_adapter
 from tritonlora.engine import EngineProfile, load_profile
-from tritonlora.errors import UnsupportedAdapter
+from tritonlora.errors import AdapterError, EngineMismatch, UnsupportedAdapter
 from tritonlora.layout import plan_layout
 from tritonlora.modules import BY_NAME, ModuleDims
 from tritonlora.pack import lora_config, unpack
@@ -201,6 +201,12 @@ CASES = {
         hf.FalconForCausalLM,
         hf.FalconConfig,
         {**FALCON, "multi_query": False, "new_decoder_architecture": False},
+        {"query_key_value": per_head(4), "self_attention.dense": one("attn_dense"), **DENSE_MLP},
+    ),
+    "falcon_rw_with_null": Case(
+        hf.FalconForCausalLM,
+        hf.FalconConfig,
+        {**FALCON, "multi_query": None, "new_decoder_architecture": False},
         {"query_key_value": per_head(4), "self_attention.dense": one("attn_dense"), **DENSE_MLP},
     ),
     "bloom": Case(
@@ -520,3 +526,24 @@ def test_remedy_for_experts_is_what_keeps_peft_from_them(tmp_path: Path) -> None
     with pytest.raises(UnsupportedAdapter, match=r"`target_modules` that name other layers alone \(`exclude_modules`"):
         load_adapter(experts.adapter)
     assert 8 == len(load_adapter(others.adapter).modules)
+
+
+@pytest.mark.parametrize(
+    ("task_type", "kind", "message"),
+    [
+        (None, UnsupportedAdapter, "Qwen3NextForCausalLM: its q_proj has a gate"),
+        ("CAUSAL_LM", EngineMismatch, "attn_q has 64 outputs, and attn_dense 32 inputs"),
+    ],
+)
+def test_attention_with_a_gate_is_refused(
+    task_type: str | None, kind: type[AdapterError], message: str, tmp_path: Path
+) -> None:
+    """Under the names of Llama's layers, of which Qwen3-Next has some; also where nothing says whose they are."""
+    config = hf.Qwen3NextConfig(**GQA, head_dim=8, layer_types=["linear_attention", "full_attention"], num_experts=2)
+    attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    saved = save_adapter(tmp_path, hf.Qwen3NextForCausalLM, config, target_modules=attention, task_type=task_type)
+
+    with pytest.raises(kind, match=message):
+        plan_layout(load_adapter(saved.adapter), dtype="bfloat16")
+    with pytest.raises(EngineMismatch, match="Qwen3NextForCausalLM: its q_proj has a gate"):
+        load_profile(saved.base)

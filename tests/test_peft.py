@@ -231,6 +231,7 @@ def test_all_that_is_not_understood_is_listed_in_one_error(tmp_path: Path) -> No
         "model.embed_tokens.weight": torch.ones(4, 4),
         "model.embed_tokens.lora_embedding_A": torch.ones(2, 4),
         f"{Q}.lora_B.bias": torch.ones(4),
+        f"{Q}.base_layer.bias": torch.ones(4),
         "model.layers.0.mlp.experts.0.w1.lora_A.weight": torch.ones(2, 4),
     }
 
@@ -244,6 +245,7 @@ def test_all_that_is_not_understood_is_listed_in_one_error(tmp_path: Path) -> No
         "lora_B.bias",
         "experts.0.w1",
         "lora_bias=False",
+        "base_layer.bias': a trained bias; train with bias='none'",
     ):
         assert part in text
 

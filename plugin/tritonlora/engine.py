@@ -17,6 +17,7 @@ from typing import Any
 from tritonlora.adapters import DTYPES
 from tritonlora.errors import EngineMismatch, UnknownArchitecture, one_message
 from tritonlora.families import ARCHITECTURES, BY_MODEL_TYPE, T5, Architecture
+from tritonlora.locate import why_none
 from tritonlora.modules import BY_NAME, ModuleDims
 
 _MAX_CONFIG_BYTES = 16 << 20
@@ -149,11 +150,13 @@ def profile_from_hf(
     # Models with a vision tower are of many architectures, and their text models of few.
     architecture = ARCHITECTURES.get(name) or BY_MODEL_TYPE.get(model_type)
     if architecture is None:
+        if why := why_none(name):
+            raise UnknownArchitecture(f"{source!r}: {name}: {why}; merge the adapter into the base model")
         raise UnknownArchitecture(
             f"{source!r}: unknown architecture {name!r}, and unknown model_type {model_type!r}; expected one of the "
-            f"{len(ARCHITECTURES)} that the README lists, as {', '.join(list(ARCHITECTURES)[:3])}; where all layers of "
-            "an adapter have names of those, it converts without the base model, unless it is a DoRA adapter; merge "
-            "any other into the base model"
+            f"{len(ARCHITECTURES)} that the README lists, as {', '.join(list(ARCHITECTURES)[:3])}; merge the adapter "
+            "into the base model, or, where you know that its layers are what layers of their names are in one of "
+            "those, convert without the base model, which DoRA alone needs"
         )
     if text is nested:
         text = {**architecture.nested, **text}
@@ -328,7 +331,7 @@ def _hf_sizes(config: Mapping[str, Any], architecture: Architecture, problems: l
     kv_heads = heads
     if architecture.name in _MULTI_QUERY and not known.get("new_decoder_architecture"):
         # GPTBigCode and the first Falcons ignore num_kv_heads: one key-value head, or one for each head.
-        kv_heads = 1 if known.get("multi_query", True) else heads
+        kv_heads = 1 if config.get("multi_query", True) else heads
     else:
         kv_heads = _size(known, names["kv_heads"], problems, missing=heads)
     return _Sizes(

@@ -215,7 +215,7 @@ BART = Family(
 )
 T5 = Family(
     "T5 decoder",
-    ("decoder.block",),
+    ("decoder.block", "language_model.decoder.block"),  # BLIP-2 has it as the latter
     _leaves("layer.0.SelfAttention", attn_q="q", attn_k="k", attn_v="v", attn_dense="o")
     | _leaves("layer.1.EncDecAttention", cross_attn_q="q", cross_attn_k="k", cross_attn_v="v", cross_attn_dense="o")
     | {
@@ -354,6 +354,21 @@ _TABLE = (
     Architecture("pegasus_x", "PegasusXForConditionalGeneration", BART),
     Architecture("whisper", "WhisperForConditionalGeneration", BART),
 )
+# Models whose layers have names of these and are something else, by how the names of their classes begin.
+_LATENT = "its attention is latent, for which TensorRT-LLM has no LoRA"
+_GATED_QUERY = "its q_proj has a gate beside the queries, for which TensorRT-LLM has no LoRA"
+NOT_THESE: Mapping[str, str] = {
+    **dict.fromkeys(
+        (
+            *("AXK1", "AXK2", "BailingHybrid", "DeepseekV2", "DeepseekV3", "Dots3Note", "Glm4MoeLite", "Glm5Next"),
+            *("GlmMoeDsa", "HYV4", "KimiLinear", "LongcatFlash", "MiniCPM3", "Mistral4", "MistralLarge4", "Youtu"),
+        ),
+        _LATENT,
+    ),
+    **dict.fromkeys(("Qwen3Next", "Qwen3_5", "Qwen4Exp"), _GATED_QUERY),
+    "Moshi": "its fc1 is two layers in one",
+    "T5Gemma2": "its q_proj is that of two attentions in one",
+}
 ARCHITECTURES: Mapping[str, Architecture] = {architecture.name: architecture for architecture in _TABLE}
 BY_MODEL_TYPE: Mapping[str, Architecture] = {architecture.model_type: architecture for architecture in _TABLE}
 # What else stands in engines' config.json (`MODEL_MAP` in TensorRT-LLM tensorrt_llm/models/__init__.py).

@@ -10,7 +10,7 @@ interleaved by rank (`interleave_fused_lora_weights_for_tp` in TensorRT-LLM tens
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from tritonlora.adapters import DTYPES, ITEMSIZES
 from tritonlora.errors import AdapterError, EngineMismatch, UnsupportedAdapter, layers_text, one_message
 from tritonlora.families import Leaf
-from tritonlora.locate import CONV1D, likely_families
+from tritonlora.locate import CONV1D, likely_families, why_none
 from tritonlora.modules import BY_NAME, LoraModule
 
 if TYPE_CHECKING:
@@ -121,9 +121,15 @@ def plan_layout(
     if base is None and any(module.magnitude is not None for module in adapter.modules.values()):
         problems.unsupported.append("DoRA needs the base model's weights; give them with --base CHECKPOINT")
     planned: list[tuple[Row, RowSource]] = []
+    dims: dict[int, dict[str, tuple[int, int]]] = {}  # layer -> module -> (in, out)
     width = 0
     kinds = {id(module.leaves): module for module in adapter.modules.values()}  # layers repeat
     architectures = (profile.architecture if profile is not None else "", adapter.config.base_model_class)
+    problems.unsupported += [
+        f"{name}: {why}; merge the adapter into the base model"
+        for name in dict.fromkeys(architectures)
+        if (why := why_none(name))
+    ]
     families = likely_families(
         (module.leaves for module in kinds.values()), architectures, conv1d=adapter.config.fan_in_fan_out
     )
@@ -138,8 +144,13 @@ def plan_layout(
             if profile is not None:
                 _check_row(row, module, out_features, profile, problems)
             planned.append((row, source))
+            dims.setdefault(row.layer, {})[row.module.name] = (module.lora_A.shape[1], out_features)
             magnitude = out_features if row.dora else 0
             width = max(width, row.adapter_size * (module.lora_A.shape[1] + out_features) + magnitude)
+    if profile is None:
+        for layer, of_layer in dims.items():
+            for text in _disagreements(of_layer):
+                problems.by_layer.setdefault(text, []).append(layer)
     planned.sort(key=lambda item: (item[0].layer, item[0].module.id))
     for (row, first), (other, second) in pairwise(planned):
         if (row.layer, row.module) == (other.layer, other.module):
@@ -301,4 +312,31 @@ def _likely_cause(name: str, in_features: int, out_features: int, profile: Engin
     return "the adapter was most likely trained on another base model"
 
 
+def _disagreements(dims: Mapping[str, tuple[int, int]]) -> Iterator[str]:
+    """What in one layer's dims, module -> (in, out), is not as in any model that TensorRT-LLM has LoRA for: a layer is
+    something else than what its name says. Where the engine is known, so are all dims.
+    """
+    for one, side, other, other_side in _EQUAL:
+        if one in dims and other in dims and dims[one][side] != dims[other][other_side]:
+            yield (
+                f"{one} has {dims[one][side]} {_SIDES[side]}, and {other} {dims[other][other_side]} "
+                f"{_SIDES[other_side]}, which are the same where TensorRT-LLM has LoRA for them; give the base model's "
+                "config.json (--base), or merge the adapter into it"
+            )
+
+
+_SIDES = ("inputs", "outputs")
+_IN, _OUT = range(2)
+_EQUAL = (
+    ("attn_q", _OUT, "attn_dense", _IN),
+    ("attn_q", _IN, "attn_k", _IN),
+    ("attn_q", _IN, "attn_v", _IN),
+    ("attn_k", _IN, "attn_v", _IN),
+    ("attn_k", _OUT, "attn_v", _OUT),
+    ("cross_attn_q", _OUT, "cross_attn_dense", _IN),
+    ("cross_attn_k", _OUT, "cross_attn_v", _OUT),
+    ("mlp_h_to_4h", _OUT, "mlp_gate", _OUT),
+    ("mlp_h_to_4h", _OUT, "mlp_4h_to_h", _IN),
+    ("mlp_gate", _OUT, "mlp_4h_to_h", _IN),
+)
 _KEYS_AND_VALUES = ("attn_k", "attn_v", "cross_attn_k", "cross_attn_v")

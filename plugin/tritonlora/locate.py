@@ -7,7 +7,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-from tritonlora.families import ARCHITECTURES, ENGINE_NAMES, FAMILIES, Leaf
+from tritonlora.families import ARCHITECTURES, ENGINE_NAMES, FAMILIES, NOT_THESE, Leaf
 
 # First match wins; the last line always matches.
 _WHY_NOT = (
@@ -41,6 +41,11 @@ def families_of(architecture: str) -> frozenset[str]:
     known = ARCHITECTURES.get(architecture)
     families = ENGINE_NAMES.get(architecture, FAMILIES) if known is None else (known.family,)
     return frozenset(family.name for family in families)
+
+
+def why_none(architecture: str) -> str | None:
+    """Why a model of `architecture` is of no family, although its layers have names of one; None where it may be."""
+    return next((why for beginning, why in NOT_THESE.items() if architecture.startswith(beginning)), None)
 
 
 def likely_families(

@@ -152,6 +152,7 @@ _LORA_KEY = re.compile(
 # First match wins; the last line always matches.
 _WHY_NOT_KEY = (
     (r"\.lora_embedding_[AB]", "LoRA on an embedding; train without it"),
+    (r"\.base_layer\.bias$", "a trained bias; train with bias='none'"),
     (r"\.base_layer\.", "the base model's own weight; save with save_embedding_layers=False"),
     (r"\.lora_B\.(\w+\.)?bias$", "a bias of lora_B; train with lora_bias=False"),
     (r"\.bias$", "a trained bias; train with bias='none'"),
