@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -107,6 +108,31 @@ def test_models_with_layers_of_these_names_that_are_something_else_are_refused(
 
 
 @pytest.mark.parametrize(
+    ("name", "is_refused"),
+    [
+        ("Qwen/Qwen3.5-9B", True),
+        ("unsloth/Qwen3-Next-80B-A3B-Instruct-bnb-4bit", True),
+        ("/models/DeepSeek-V2-Lite/", True),
+        ("Qwen/Qwen3-0.6B", False),
+        ("Qwen/Qwen2.5-3B", False),
+        ("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", False),
+        (None, False),
+    ],
+)
+def test_a_base_model_that_is_one_of_these_by_its_name_is_refused(
+    name: str | None, is_refused: bool, tmp_path: Path
+) -> None:
+    """Where no engine and no class says what it is; --base does, whatever it is called."""
+    pair = lora_pair("model.layers.0.self_attn.q_proj")
+    adapter = load_adapter(write_adapter(tmp_path, pair, base_model_name_or_path=name))
+
+    with pytest.raises(UnsupportedAdapter, match=r"by name: its .*\(--base\)") if is_refused else nullcontext():
+        plan_layout(adapter, dtype="bfloat16")
+    plan_layout(adapter, dtype="bfloat16", profile=PROFILE)
+    plan_layout(adapter, dtype="bfloat16", engine_reads=True)
+
+
+@pytest.mark.parametrize(
     ("one", "other", "message"),
     [
         ("self_attn.q_proj", "self_attn.o_proj", "attn_q has 64 outputs, and attn_dense 32 inputs"),
@@ -122,6 +148,7 @@ def test_layers_of_one_that_do_not_fit_each_other_are_refused(
     pairs = lora_pair(path.format(0, one), out_features=64) | lora_pair(path.format(0, other))
     adapter = load_adapter(write_adapter(tmp_path, pairs | lora_pair(path.format(1, other))))
 
+    plan_layout(adapter, dtype="bfloat16", engine_reads=True)
     with pytest.raises(EngineMismatch, match=rf"{message}, which are the same .*\(--base\).* \(layer 0\)"):
         plan_layout(adapter, dtype="bfloat16")
 

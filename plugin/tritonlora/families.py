@@ -369,6 +369,11 @@ NOT_THESE: Mapping[str, str] = {
     "Moshi": "its fc1 is two layers in one",
     "T5Gemma2": "its q_proj is that of two attentions in one",
 }
+# The same by what their checkpoints are called, where nothing else tells: a regular expression, in lower case.
+NOT_THESE_BY_NAME: Mapping[str, str] = {
+    r"qwen-?3([-_.]?next|\.5)": _GATED_QUERY,
+    r"deepseek[-_.]?(v[23]|coder-v2)|minicpm3|glm-?4\.7-flash|kimi-(k2|linear)": _LATENT,
+}
 ARCHITECTURES: Mapping[str, Architecture] = {architecture.name: architecture for architecture in _TABLE}
 BY_MODEL_TYPE: Mapping[str, Architecture] = {architecture.model_type: architecture for architecture in _TABLE}
 # What else stands in engines' config.json (`MODEL_MAP` in TensorRT-LLM tensorrt_llm/models/__init__.py).

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from tritonlora.adapters import DTYPES, ITEMSIZES
 from tritonlora.errors import AdapterError, EngineMismatch, UnsupportedAdapter, layers_text, one_message
 from tritonlora.families import Leaf
-from tritonlora.locate import CONV1D, likely_families, why_none
+from tritonlora.locate import CONV1D, likely_families, why_none, why_probably_none
 from tritonlora.modules import BY_NAME, LoraModule
 
 if TYPE_CHECKING:
@@ -106,12 +106,19 @@ class Layout:
 
 
 def plan_layout(
-    adapter: Adapter, *, dtype: str, profile: EngineProfile | None = None, base: Path | None = None
+    adapter: Adapter,
+    *,
+    dtype: str,
+    profile: EngineProfile | None = None,
+    base: Path | None = None,
+    engine_reads: bool = False,
 ) -> Layout:
     """The rows `adapter` becomes.
 
-    `base` is the base model's checkpoint, which only DoRA needs. Raises UnsupportedAdapter or EngineMismatch with every
-    reason why the adapter cannot be converted.
+    `base` is the base model's checkpoint, which only DoRA needs. Where the `engine_reads` the adapter by itself, it
+    alone has to know what its layers are, so that a base model which has others under these names is no error.
+
+    Raises UnsupportedAdapter or EngineMismatch with every reason why the adapter cannot be converted.
     """
     problems = _Problems()
     if dtype not in DTYPES:
@@ -125,11 +132,6 @@ def plan_layout(
     width = 0
     kinds = {id(module.leaves): module for module in adapter.modules.values()}  # layers repeat
     architectures = (profile.architecture if profile is not None else "", adapter.config.base_model_class)
-    problems.unsupported += [
-        f"{name}: {why}; merge the adapter into the base model"
-        for name in dict.fromkeys(architectures)
-        if (why := why_none(name))
-    ]
     families = likely_families(
         (module.leaves for module in kinds.values()), architectures, conv1d=adapter.config.fan_in_fan_out
     )
@@ -147,8 +149,9 @@ def plan_layout(
             dims.setdefault(row.layer, {})[row.module.name] = (module.lora_A.shape[1], out_features)
             magnitude = out_features if row.dora else 0
             width = max(width, row.adapter_size * (module.lora_A.shape[1] + out_features) + magnitude)
-    if profile is None:
-        for layer, of_layer in dims.items():
+    if not engine_reads:
+        problems.unsupported += _other_models(adapter, profile)
+        for layer, of_layer in dims.items() if profile is None else ():
             for text in _disagreements(of_layer):
                 problems.by_layer.setdefault(text, []).append(layer)
     planned.sort(key=lambda item: (item[0].layer, item[0].module.id))
@@ -310,6 +313,20 @@ def _likely_cause(name: str, in_features: int, out_features: int, profile: Engin
             "and repeats these; build it for fewer ranks, or train without that layer"
         )
     return "the adapter was most likely trained on another base model"
+
+
+def _other_models(adapter: Adapter, profile: EngineProfile | None) -> Iterator[str]:
+    """Why the base model is one that has other layers under the names of those that are known here."""
+    base_model_class, name = adapter.config.base_model_class, adapter.config.base_model_name_or_path or ""
+    for known in (profile.architecture if profile is not None else "", base_model_class):
+        if why := why_none(known):
+            yield f"{known}: {why}; merge the adapter into the base model"
+            return
+    if profile is None and not base_model_class and (why := why_probably_none(name)):
+        yield (
+            f"the base model is {name!r} by name: {why}; merge the adapter into it, or, if it is another model, "
+            "give its config.json (--base)"
+        )
 
 
 def _disagreements(dims: Mapping[str, tuple[int, int]]) -> Iterator[str]:

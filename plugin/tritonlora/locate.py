@@ -7,7 +7,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-from tritonlora.families import ARCHITECTURES, ENGINE_NAMES, FAMILIES, NOT_THESE, Leaf
+from tritonlora.families import ARCHITECTURES, ENGINE_NAMES, FAMILIES, NOT_THESE, NOT_THESE_BY_NAME, Leaf
 
 # First match wins; the last line always matches.
 _WHY_NOT = (
@@ -46,6 +46,12 @@ def families_of(architecture: str) -> frozenset[str]:
 def why_none(architecture: str) -> str | None:
     """Why a model of `architecture` is of no family, although its layers have names of one; None where it may be."""
     return next((why for beginning, why in NOT_THESE.items() if architecture.startswith(beginning)), None)
+
+
+def why_probably_none(base_model_name: str) -> str | None:
+    """The same by what the base model is called, on a hub or in a directory."""
+    name = base_model_name.lower()
+    return next((why for pattern, why in NOT_THESE_BY_NAME.items() if re.search(pattern, name)), None)
 
 
 def likely_families(

@@ -200,7 +200,9 @@ def _plan(
     dtype, remarks = _choose_dtype(table, name, profile, options.dtype, flavour.assumed_dtype)
     adapter = peft.load_adapter(directory)
     flavour.check_adapter(adapter)
-    layout = plan_layout(adapter, dtype=dtype, profile=profile, base=options.base)
+    layout = plan_layout(
+        adapter, dtype=dtype, profile=profile, base=options.base, engine_reads=not flavour.sends_weights
+    )
     entry = replace(
         _entry_of(repository, flavour, _task_id(repository, table, task_id), layout, warm=options.warm),
         base_model_name_or_path=adapter.config.base_model_name_or_path or "",
