@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -75,6 +76,12 @@ def let_all_be_warmed(opened: Repository) -> None:
     table = repository.read_table(opened)
     entries = {name: replace(entry, added_at="2026-01-01T00:00:00+00:00") for name, entry in table.entries.items()}
     write_text(opened.table_path, render(replace(table, entries=entries)))
+
+
+def let_time_pass(opened: Repository) -> None:
+    """Everything in the warmup directory is older than any request that is under way."""
+    for path in opened.warmup_directory.iterdir():
+        os.utime(path, (0, 0))
 
 
 def set_streams(opened: Repository, streams: int) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from engine_configs import ENGINE
-from repositories import set_cache_pages, synthetic_repository
+from repositories import let_time_pass, set_cache_pages, synthetic_repository
 from tritonlora import check, cli, install, register, repository, warmup
 from tritonlora.adapters import with_warm
 from tritonlora.adapters_json import render
@@ -96,6 +96,11 @@ def _bls_model(root: Path) -> None:
     """Upstream's tensorrt_llm_bls, unfilled where that does no harm."""
     (root / "tensorrt_llm_bls").mkdir()
     (root / "tensorrt_llm_bls" / "config.pbtxt").write_text(fill(upstream("v0.18.0", "tensorrt_llm_bls")))
+
+
+def _removed_long_ago(opened: Repository, name: str) -> None:
+    register.remove(opened, name)
+    let_time_pass(opened)
 
 
 def _dead_link(path: Path) -> None:
@@ -337,10 +342,13 @@ PLANTED: dict[str, tuple[Callable[[Repository], object], str, str]] = {
         "warning",
         f"tensorrt_llm/warmup/.x{TEMPORARY_SUFFIX}: a command that was stopped left it half-written",
     ),
+    "an adapter has another one's file": (
+        lambda opened: edit(opened.table_path, "adapter_model_2.bin", "adapter_model_1.bin"),
+        "error",
+        "adapter cold: tensorrt_llm/warmup/adapter_model_1.bin is another adapter's, too, with another SHA-256",
+    ),
     "files of a removed adapter are left": (
-        lambda opened: opened.table_path.write_text(
-            json.dumps({**json.loads(opened.table_path.read_text()), "retired_lora_task_ids": [1], "adapters": {}})
-        ),
+        lambda opened: _removed_long_ago(opened, "warm"),
         "warning",
         "warmup/adapter_model_1.bin: it belongs to an adapter that was removed or replaced",
     ),

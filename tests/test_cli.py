@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import builtins
 import json
 import os
 import shutil
@@ -517,6 +518,32 @@ def test_a_name_that_is_no_text_is_written_with_escapes(adapter: Path, tmp_path:
 
     assert (0, b"note: layers were taken for") == (done.returncode, done.stderr[:27])
     assert rb"/\udcff/adapter_model.bin: bfloat16" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["add", "convert"])
+def test_ctrl_c_while_torch_is_imported_counts_after_it(
+    repo: Path, adapter: Path, tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In its midst, some of torch's modules swallow it, and others are left half-imported."""
+    imported: list[str] = []
+    original = builtins.__import__
+
+    def interrupted(name: str, *arguments: Any, **options: Any) -> Any:
+        if name == "torch" and not imported:
+            signal.raise_signal(signal.SIGINT)
+            imported.append(name)
+        return original(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", interrupted)
+    arguments = {"add": ["new", str(adapter), "--repo", str(repo)], "convert": [str(adapter), str(tmp_path / "out")]}
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        code = cli.main([command, *arguments[command]])
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+    assert (130, ["torch"]) == (code, imported)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_prompt_that_is_no_text_is_refused() -> None:

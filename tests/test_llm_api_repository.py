@@ -16,7 +16,7 @@ import yaml
 from safetensors.torch import load_file
 
 from adapters import lora_pair, save_llama_adapter, write_adapter
-from repositories import llm_api_repository, synthetic_adapter
+from repositories import let_time_pass, llm_api_repository, synthetic_adapter
 from tritonlora import check, cli, install, register, repository, serving, undo
 from tritonlora.errors import EngineMismatch, InvalidAdapter, RepositoryError, TritonLoraError, UnsupportedAdapter
 from tritonlora.files import TEMPORARY_SUFFIX
@@ -198,14 +198,17 @@ def test_the_same_content_changes_nothing_and_other_content_gets_a_new_id(
     assert before == snapshot(opened.root)
     register.add(opened, "pirate", synthetic_adapter(tmp_path / "other", seed=1))
     assert 2 == read_table(opened).entries["pirate"].lora_task_id
+    let_time_pass(opened)
     register.repair(opened)
     assert not (opened.warmup_directory / "adapter_1").exists()
 
 
 def test_a_removed_adapter_leaves_nothing(opened: Repository, adapter: Path) -> None:
-    """But for the shared files."""
+    """But for the shared files, and for a while what requests under way may need."""
     register.add(opened, "pirate", adapter)
     register.remove(opened, "pirate")
+    let_time_pass(opened)
+    register.repair(opened)
 
     assert {"text_input", "max_tokens"} == {path.name for path in opened.warmup_directory.iterdir()}
     assert "model_warmup" not in read_text(opened.config_path)

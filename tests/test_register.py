@@ -28,9 +28,9 @@ import torch
 
 from adapters import lora_pair, write_adapter
 from engine_configs import ENGINE
-from repositories import synthetic_adapter
+from repositories import let_time_pass, synthetic_adapter
 from tritonlora import check, files, generated, install, pack, register, repository
-from tritonlora.errors import EngineMismatch, InvalidAdapter, RepositoryError, TritonLoraError
+from tritonlora.errors import AdapterTableError, EngineMismatch, InvalidAdapter, RepositoryError, TritonLoraError
 from tritonlora.findings import Finding
 from tritonlora.register import Options
 from tritonlora.repository import Repository, read_table, read_text
@@ -148,8 +148,10 @@ def test_the_same_content_again_puts_back_a_file_that_was_lost(
 
 def test_other_content_under_an_old_name_gets_a_new_id(opened: Repository, adapters: Callable[[int], Path]) -> None:
     """The engine would silently keep the old weights; requests that are under way may still send the old files."""
-    register.add(opened, "pirate", adapters(0))
-    register.add(opened, "pirate", adapters(1))
+    assert register.add(opened, "pirate", adapters(0)).was is None
+    assert 1 == register.add(opened, "pirate", adapters(1), dry_run=True).was
+    assert 1 == register.add(opened, "pirate", adapters(1)).was
+    assert register.add(opened, "pirate", adapters(1)).was is None
     table = read_table(opened)
 
     assert (2, (1,)) == (table.entries["pirate"].lora_task_id, table.retired_lora_task_ids)
@@ -171,15 +173,16 @@ def test_other_content_under_an_old_name_gets_a_new_id(opened: Repository, adapt
 def test_what_was_replaced_stays_when_another_adapter_is_removed(
     opened: Repository, adapters: Callable[[int], Path]
 ) -> None:
-    """Requests under way may still send it; of the one that was removed nothing stays."""
+    """Requests under way may still send it, and that one; `check` says nothing of either, and --fix leaves them."""
     register.add(opened, "pirate", adapters(0))
     register.add(opened, "haiku", adapters(1))
+    let_time_pass(opened)
     register.add(opened, "pirate", adapters(2))
     register.remove(opened, "haiku")
+    register.repair(opened)
 
-    assert ["adapter_model_1.bin", "adapter_model_3.bin"] == sorted(
-        path.name for path in opened.warmup_directory.glob("adapter_model_*")
-    )
+    assert 3 == len(list(opened.warmup_directory.glob("adapter_model_*")))
+    assert [] == check.check(opened)
 
 
 def test_warm_can_be_switched_without_a_new_id(opened: Repository, adapters: Callable[[int], Path]) -> None:
@@ -211,14 +214,27 @@ def test_a_dry_run_writes_nothing(opened: Repository, adapters: Callable[[int], 
 
 
 def test_removing_gives_the_config_back_and_retires_the_id(opened: Repository, adapters: Callable[[int], Path]) -> None:
-    """Byte for byte; and the next adapter does not get the id."""
+    """Byte for byte; and the next adapter does not get the id. When its files have stayed for long enough, they go."""
     before = read_text(opened.config_path)
     register.add(opened, "pirate", adapters(0))
     register.remove(opened, "pirate")
-
     assert before == read_text(opened.config_path)
+    let_time_pass(opened)
+    register.repair(opened)
+
     assert [] == list(opened.warmup_directory.glob("*_1*"))
     assert 2 == register.add(opened, "pirate", adapters(0)).entry.lora_task_id
+
+
+def test_a_table_that_is_lost_is_not_an_empty_one(opened: Repository, adapters: Callable[[int], Path]) -> None:
+    """Ids would be given again, to adapters that the running server knows as others, and files written over."""
+    register.add(opened, "pirate", adapters(0))
+    opened.table_path.unlink()
+    before = snapshot(opened.root)
+    with pytest.raises(AdapterTableError, match=r"adapters\.json is missing, and there are adapters .*from a backup"):
+        register.add(opened, "haiku", adapters(1))
+
+    assert before == snapshot(opened.root)
 
 
 def test_the_users_own_warmup_samples_keep_their_ids_and_files(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from tritonlora import surroundings, warmup
+from tritonlora import generated, surroundings, warmup
 from tritonlora.adapters import AdapterEntry, AdapterTable
 from tritonlora.cpu_engine.settings import is_cpu_engine
 from tritonlora.errors import ConfigError, EngineMismatch, TritonLoraError
@@ -112,7 +112,11 @@ def _beam_width(subject: Subject) -> Iterator[Finding]:
 
 
 def _files(subject: Subject) -> Iterator[Finding]:
-    """Each adapter's files are there, whole and unaltered."""
+    """Each adapter's files are there, whole and unaltered, and its own."""
+    registered: dict[str, set[str]] = {}
+    for entry in subject.table.entries.values():
+        registered.setdefault(entry.lora_weights_file, set()).add(entry.lora_weights_sha256)
+        registered.setdefault(entry.lora_config_file, set()).add(entry.lora_config_sha256)
     for name, entry in subject.table.entries.items():
         again = f"add it again: tritonlora add {name} ADAPTER_DIR"
         digests = {
@@ -121,7 +125,10 @@ def _files(subject: Subject) -> Iterator[Finding]:
         }
         root = subject.repository.root
         missing = [f"{file} is missing" for file in digests if not (root / file).is_file()]
-        problems = missing or subject.flavour.stored_problems(root, entry)
+        twice = [
+            f"{file} is another adapter's, too, with another SHA-256" for file in digests if len(registered[file]) > 1
+        ]
+        problems = missing or twice or subject.flavour.stored_problems(root, entry)
         if not problems and subject.deep:
             altered = [file for file, digest in digests.items() if sha256_of(root / file) != digest]
             problems = [f"{file} was altered: its SHA-256 is not the registered one" for file in altered]
@@ -277,11 +284,11 @@ def _leftovers(subject: Subject) -> Iterator[Finding]:
     """Files that a command left when it was stopped, or that a replaced adapter has left."""
     for path in half_written(subject.repository.root):
         yield _warning(subject.repository.relative(path), "a command that was stopped left it half-written", REPAIR)
-    retired = set(subject.table.retired_lora_task_ids)
+    outlived = generated.outlived(subject.repository, subject.table)
     mine = set(warmup.foreign_files(subject.config_text))
     for path in sorted(subject.repository.warmup_directory.glob("*")):
         task_id = warmup.task_id_of(path.name)
-        if task_id in retired:
+        if path in outlived:
             yield _warning(f"warmup/{path.name}", "it belongs to an adapter that was removed or replaced", REPAIR)
         elif path.name not in mine and (task_id or 0) >= subject.table.next_lora_task_id:
             yield _warning(

@@ -38,8 +38,7 @@ from tritonlora.terminal import (
 )
 
 if TYPE_CHECKING:
-    from tritonlora.adapters import AdapterEntry
-    from tritonlora.register import Options
+    from tritonlora.register import Added, Options
     from tritonlora.repository import Repository
 
 app = typer.Typer(
@@ -121,6 +120,12 @@ def _print_error(message: str) -> None:
 def _interrupt(_number: int, _frame: FrameType | None) -> None:
     # Not KeyboardInterrupt: typer would take that for itself, and make it exit code 1.
     raise _Interrupted
+
+
+def _import_torch() -> None:
+    """All of it: an interrupt in its midst is lost in some of its modules, and leaves others half there."""
+    with interrupts.held():
+        import torch  # noqa: F401
 
 
 def _version(value: bool) -> None:
@@ -228,6 +233,7 @@ def add(
     if name is None or adapter_dir is None:
         raise typer.BadParameter("give NAME and ADAPTER_DIR, or --all DIR")
     with stderr.status(f"converting {name}"):
+        _import_torch()
         added = register.add(
             repository.open_repository(repo), name, adapter_dir, options, task_id=task_id, dry_run=dry_run
         )
@@ -237,7 +243,7 @@ def add(
         print_json(added)
         return
     did = "is unchanged" if added.unchanged else "would be added" if dry_run else "added"
-    sys.stdout.write(f"{name} {did}: {_id_and_size(added.entry)}\n")
+    sys.stdout.write(f"{name} {did}: {_id_and_size(added)}\n")
 
 
 def _add_all(opened: Repository, directory: Path, options: Options, *, as_json: bool) -> None:
@@ -246,6 +252,7 @@ def _add_all(opened: Repository, directory: Path, options: Options, *, as_json: 
     adapters = {path.parent.name: path.parent for path in sorted(directory.glob("*/adapter_config.json"))}
     if not adapters:
         raise RepositoryError(f"{str(directory)!r} has no directory with an adapter_config.json in it")
+    _import_torch()
     with Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
         task = progress.add_task(f"converting {len(adapters)} adapters", total=len(adapters))
         results = register.add_all(opened, adapters, options, on_done=lambda _: progress.advance(task))
@@ -257,13 +264,14 @@ def _add_all(opened: Repository, directory: Path, options: Options, *, as_json: 
             stderr.print(f"{one.name} refused: {one.error}", markup=False, highlight=False, soft_wrap=True)
         elif not as_json:
             did = "is unchanged" if one.unchanged else "added"
-            sys.stdout.write(f"{one.name} {did}: {_id_and_size(one.entry)}\n")
+            sys.stdout.write(f"{one.name} {did}: {_id_and_size(one)}\n")
     if refused:
         raise typer.Exit(1)
 
 
-def _id_and_size(entry: AdapterEntry) -> str:
-    return f"lora_task_id {entry.lora_task_id}, {size(entry.lora_weights_nbytes)}"
+def _id_and_size(added: Added) -> str:
+    was = "" if added.was is None else f" (was: lora_task_id {added.was})"
+    return f"lora_task_id {added.entry.lora_task_id}, {size(added.entry.lora_weights_nbytes)}{was}"
 
 
 @app.command()
@@ -483,6 +491,7 @@ def convert(
     from tritonlora import convert as conversion
 
     with stderr.status(f"converting {adapter_dir}"):
+        _import_torch()
         converted = conversion.convert(
             adapter_dir, out_dir, dtype=dtype, base=base, file_format=file_format, allow_nonfinite=allow_nonfinite
         )

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """adapters.json, and what is generated from it: the warmup files and the model_warmup block; and what outlives it.
 
-The files of an adapter that was replaced stay for a while. A request that came before may still have to send them to
-the engine, and a server that shares the repository over NFS may see the change a minute later.
+The files of an adapter that was replaced or removed stay for a while. A request that came before may still have to send
+them to the engine, and a server that shares the repository over NFS may see the change a minute later.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from tritonlora import ensembles, undo, warmup
@@ -53,11 +53,17 @@ def _keep_foreign_files(repository: Repository, text: str, files: Mapping[str, b
 
 def write_table(repository: Repository, before: AdapterTable, table: AdapterTable) -> None:
     """Write `table` in the place of `before`, and bring the rest in step with it."""
-    for path in _files_of(repository, {*table.retired_lora_task_ids} - {*before.retired_lora_task_ids}):
-        os.utime(path)  # they stay from now on for as long as they must
+    keep_for_a_while(repository, before, table)
     _write_warmup_files(repository, table, rendered_config(repository, table))  # before anybody can ask for an adapter
     write_text(repository.table_path, render(table))
     write_config(repository, table)
+
+
+def keep_for_a_while(repository: Repository, before: AdapterTable, table: AdapterTable) -> None:
+    """The files of adapters that are in `before` alone stay from now on for as long as they must."""
+    retired = {*table.retired_lora_task_ids} - {*before.retired_lora_task_ids}
+    for path in warmup.files_of(repository.warmup_directory, retired):
+        os.utime(path)
 
 
 def write_config(repository: Repository, table: AdapterTable) -> None:
@@ -96,17 +102,17 @@ def _resolver_in_step(repository: Repository, text: str) -> Iterator[None]:
     undo.write(repository.root, {one: text.encode() for one, text in resolving.items()})
 
 
-def sweep(repository: Repository, table: AdapterTable, *, at_once: Collection[int] = ()) -> None:
+def sweep(repository: Repository, table: AdapterTable) -> None:
     """Delete what a stopped command left half-written, and the files of retired ids. Others are the user's.
 
-    Those of adapters that were replaced a short while ago stay, but for the ids that go `at_once`.
+    Those of adapters that were replaced or removed a short while ago stay.
     """
-    oldest = time.time() - FILES_STAY_SECONDS
-    stayed = [path for path in _files_of(repository, table.retired_lora_task_ids) if path.stat().st_mtime <= oldest]
-    for path in [*half_written(repository.root), *_files_of(repository, at_once), *stayed]:
+    for path in [*half_written(repository.root), *outlived(repository, table)]:
         delete(path)
 
 
-def _files_of(repository: Repository, task_ids: Collection[int]) -> list[Path]:
-    ids = frozenset(task_ids)
-    return [path for path in repository.warmup_directory.glob("*") if warmup.task_id_of(path.name) in ids]
+def outlived(repository: Repository, table: AdapterTable) -> list[Path]:
+    """Files of retired ids that no request needs any more."""
+    oldest = time.time() - FILES_STAY_SECONDS
+    retired = warmup.files_of(repository.warmup_directory, table.retired_lora_task_ids)
+    return [path for path in retired if path.stat().st_mtime <= oldest]

@@ -145,7 +145,7 @@ def plan_init(
         except ConfigError as error:
             raise RepositoryError(f"{path}: {error}") from None
         changes.append(FileChange(path, before, after))
-    files = {f"{LISTING}/config.pbtxt": (shipped_models() / LISTING / "config.pbtxt").read_text()}
+    files = {f"{LISTING}/config.pbtxt": read_text(shipped_models() / LISTING / "config.pbtxt")}
     try:
         tuned = _config_there(root, ROUTER)
         streams = {"max_streams": tuned.instance_count} if tuned and isinstance(tuned.instance_count, int) else {}
@@ -196,9 +196,9 @@ def _with_parameters(text: str, parameters: Mapping[str, str]) -> str:
 
 def _files_of(model: str) -> dict[str, str]:
     """What the model runs: name in the repository -> content."""
-    files = {f"{model}/1/model.py": (shipped_models() / model / "1" / "model.py").read_text()}
+    files = {f"{model}/1/model.py": read_text(shipped_models() / model / "1" / "model.py")}
     package = Path(__file__).parent
-    return files | {f"{model}/1/tritonlora/{name}": (package / name).read_text() for name in MODEL_MODULES[model]}
+    return files | {f"{model}/1/tritonlora/{name}": read_text(package / name) for name in MODEL_MODULES[model]}
 
 
 def init(

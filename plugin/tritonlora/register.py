@@ -78,6 +78,7 @@ class Added:
     entry: AdapterEntry
     unchanged: bool  # the same content was registered under this name already
     remarks: tuple[str, ...]  # what the user should know
+    was: int | None = None  # the lora_task_id of the adapter that had the name
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,11 +109,11 @@ def add(
         # Everything that can be refused is refused before a byte is written.
         generated.rendered_config(repository, with_adapter(table, name, planned.entry))
         if dry_run:
-            return Added(name, planned.entry, unchanged=False, remarks=planned.remarks)
+            return _after(table, Added(name, planned.entry, unchanged=False, remarks=planned.remarks))
         generated.sweep(repository, table)
         added = _write_tensors(repository, planned, table.entries.get(name) if task_id is None else None)
         generated.write_table(repository, table, _with(table, added))
-        return added
+        return _after(table, added)
 
 
 def add_all(
@@ -156,7 +157,7 @@ def add_all(
                 try:
                     added = future.result()
                     table = _with(table, added)
-                    note(added)
+                    note(_after(before, added))
                 except TritonLoraError as error:
                     note(Refused(futures[future], str(error)))
         finally:
@@ -234,7 +235,7 @@ def _write_tensors(repository: Repository, planned: _Planned, known: AdapterEntr
     with temporary_name(temporary) as weights, temporary_name(temporary) as rows:
         planned.flavour.store(planned.adapter, planned.layout, weights, rows, options.base, options.allow_nonfinite)
         entry = replace(entry, lora_weights_sha256=sha256_of(weights), lora_config_sha256=sha256_of(rows))
-        if known is not None and _content(known) == _content(entry):
+        if known is not None and _content(known) == _content(entry) and _owns_its_files(repository, planned, known):
             entry = replace(known, warm=options.warm)
             restored = _restore(repository, known, weights, rows)
             remarks = (*planned.remarks, *(f"{file} was missing or altered, and is there again" for file in restored))
@@ -243,6 +244,12 @@ def _write_tensors(repository: Repository, planned: _Planned, known: AdapterEntr
         publish(weights, weights_path)
         publish(rows, config_path)
     return Added(planned.name, entry, unchanged=False, remarks=planned.remarks)
+
+
+def _owns_its_files(repository: Repository, planned: _Planned, entry: AdapterEntry) -> bool:
+    """Not those of another adapter, which an edit by hand may name."""
+    own = _entry_of(repository, planned.flavour, entry.lora_task_id, planned.layout, warm=entry.warm)
+    return (own.lora_weights_file, own.lora_config_file) == (entry.lora_weights_file, entry.lora_config_file)
 
 
 def _restore(repository: Repository, entry: AdapterEntry, weights: Path, rows: Path) -> list[str]:
@@ -259,6 +266,13 @@ def _restore(repository: Repository, entry: AdapterEntry, weights: Path, rows: P
             publish(fresh, path)
             restored.append(file)
     return restored
+
+
+def _after(before: AdapterTable, added: Added) -> Added:
+    """`added`, with what it replaces."""
+    known = before.entries.get(added.name)
+    replaces = known is not None and known.lora_task_id != added.entry.lora_task_id
+    return replace(added, was=known.lora_task_id if known and replaces else None)
 
 
 def _with(table: AdapterTable, added: Added) -> AdapterTable:
@@ -279,9 +293,10 @@ class Removed:
 
 
 def remove(repository: Repository, name: str) -> Removed:
-    """Take an adapter out: its warmup sample, its name, its files. Its lora_task_id is never used again.
+    """Take an adapter out: its warmup sample and its name. Its lora_task_id is never used again.
 
-    Of an alias, the name alone is taken away. Refuses an adapter that has aliases.
+    Its files stay for as long as requests under way may need them; a later command deletes them. Of an alias, the name
+    alone is taken away. Refuses an adapter that has aliases.
     """
     with locked(repository.table_path.parent):
         table = read_table(repository)
@@ -289,9 +304,10 @@ def remove(repository: Repository, name: str) -> Removed:
             write_text(repository.table_path, render(without_alias(table, name)))
             return Removed(name, None, alias_of=table.aliases[name])
         new_table = without_adapter(table, name)
+        generated.keep_for_a_while(repository, table, new_table)
         generated.write_config(repository, new_table)
         write_text(repository.table_path, render(new_table))
-        generated.sweep(repository, new_table, at_once={table.entries[name].lora_task_id})
+        generated.sweep(repository, new_table)
         return Removed(name, table.entries[name], alias_of=None)
 
 
@@ -320,7 +336,7 @@ def repair(repository: Repository) -> None:
     """Bring what is generated in step with adapters.json again, and delete what stopped commands left behind."""
     with locked(repository.table_path.parent):
         table = read_table(repository)
-        generated.sweep(repository, table, at_once=table.retired_lora_task_ids)
+        generated.sweep(repository, table)
         generated.write_config(repository, table)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from tritonlora import warmup
 from tritonlora.adapters import AdapterTable
 from tritonlora.adapters_json import parse
 from tritonlora.engine import EngineProfile
@@ -97,10 +98,16 @@ def read_config(path: Path) -> ModelConfig:
 
 
 def read_table(repository: Repository) -> AdapterTable:
-    """adapters.json; an absent file is an empty table."""
+    """adapters.json; an absent file is an empty table, unless there are adapters: their ids must not be given again."""
     try:
         return parse(repository.table_path.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        found = [path for path in repository.warmup_directory.glob("*") if warmup.task_id_of(path.name)]
+        if found:
+            raise AdapterTableError(
+                f"{repository.table_path} is missing, and there are adapters ({min(found)}); put it back from a "
+                "backup, or delete their files to begin anew"
+            ) from None
         return AdapterTable()
     except (OSError, UnicodeDecodeError) as error:
         raise AdapterTableError(f"cannot read {repository.table_path}: {error}") from None

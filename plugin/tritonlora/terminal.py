@@ -49,7 +49,9 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     if not stdout.is_terminal:
         sys.stdout.write("".join("\t".join(row) + "\n" for row in [columns, *rows]))
         return
-    table = Table(*columns)
+    table = Table()
+    for number, column in enumerate(columns):  # the name is what a user copies
+        table.add_column(column, no_wrap=number == 0, overflow="ellipsis" if number else "ignore")
     for row in rows:
         table.add_row(*row)
     stdout.print(table)

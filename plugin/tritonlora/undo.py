@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tritonlora import ensembles
+from tritonlora import ensembles, warmup
 from tritonlora.errors import RepositoryError, one_message
 from tritonlora.files import (
     TEMPORARY_SUFFIX,
@@ -156,6 +156,8 @@ def undo(root: Path, *, dry_run: bool = False) -> list[FileChange]:
         return changes
     with locked(root / ROUTER):
         _lead_past_resolver(root)
+        for path in [*half_written(root), *_of_removed_adapters(root)]:
+            delete(path)
         changes = plan_undo(root)
         models = [*_models_that_go(root, {change.path for change in changes if change.after is None}), *OURS]
         for change in sorted(changes, key=_step):
@@ -165,10 +167,16 @@ def undo(root: Path, *, dry_run: bool = False) -> list[FileChange]:
             elif not any(change.path.is_relative_to(root / model) for model in models):
                 change.path.unlink()
                 _remove_if_empty(change.path.parent)
-        for path in half_written(root):
-            delete(path)
         take_out(root, models)
     return changes
+
+
+def _of_removed_adapters(root: Path) -> list[Path]:
+    """Their files, which stay for a while."""
+    if not (root / ROUTER / "config.pbtxt").is_file():
+        return []
+    opened = open_repository(root)
+    return warmup.files_of(opened.warmup_directory, read_table(opened).retired_lora_task_ids)
 
 
 def _lead_past_resolver(root: Path) -> None:

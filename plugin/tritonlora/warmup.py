@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,6 +102,12 @@ def task_id_of(file: str) -> int | None:
     """The task id of an adapter's file or directory beside the shared ones, from its name; None when it is no such."""
     match = _ADAPTER_FILE.fullmatch(file)
     return int(match[1]) if match else None
+
+
+def files_of(directory: Path, task_ids: Collection[int]) -> list[Path]:
+    """What is in the warmup `directory` of the adapters with these ids."""
+    ids = frozenset(task_ids)
+    return [path for path in directory.glob("*") if task_id_of(path.name) in ids]
 
 
 # --- The block -----------------------------------------------------------------------------------------------------

@@ -7,9 +7,11 @@ The engine is the CPU engine in synthetic mode, whose answer to "hello" is the b
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import shutil
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +22,9 @@ import pytest
 from tritonclient.utils import InferenceServerException
 
 from asking import grpc_stream
+from repositories import synthetic_repository
+from tritonlora import client, install
+from tritonlora.errors import ServerError
 from tritonlora.server import Server
 
 MODEL_REPOSITORY = Path(__file__).parents[2] / "model_repository"
@@ -154,3 +159,19 @@ def test_text_that_is_not_utf_8_is_refused(server: Server) -> None:
 
     with pytest.raises(InferenceServerException, match="QUERY, row 0: not UTF-8: invalid start byte at byte 0"):
         next(grpc_stream(server, "ensemble", tensors))
+
+
+@pytest.mark.parametrize("topology", ["forward", "resolve"])
+def test_an_error_is_not_under_way_for_ever(topology: str, tmp_path: Path) -> None:
+    """A server that is stopped would wait for it, until its time is up, and its memory would stay taken."""
+    opened = synthetic_repository(tmp_path / "repo", warm=["pirate"], streams=1)
+    install.init(opened.root, topology=topology)
+    with Server(opened.root) as server:
+        server.wait_until_ready()
+        for name in ("nobody", "", "pirate", "nobody"):
+            with contextlib.suppress(ServerError):
+                deque(client.generate("hello", lora_name=name, max_tokens=4, url=server.http_url), maxlen=0)
+
+    log = "\n".join(server.log())
+    assert "Found 0 model versions that have in-flight inferences" in log
+    assert "failed to stop server" not in log

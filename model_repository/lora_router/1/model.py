@@ -51,6 +51,7 @@ from tritonlora.worker import Silence, Worker
 Inputs: TypeAlias = "Mapping[str, pb_utils.Tensor]"  # of a request, by name
 
 TOKENS = ("output_ids", "sequence_length")
+FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 FAILED = "the router failed on this request; the server's log says why"
 OWN_OUTPUTS = {"previous_ids", "all_outputs", "text_diff"}
 # Between two looks the server must have left what it shares with this process for the last one (python_backend
@@ -211,6 +212,7 @@ class TritonPythonModel:
                         reply.send(outputs)
             except Exception as error:  # noqa: BLE001  nor is a stream left when something is wrong
                 reply.fail(error)
+                reply.complete()  # nobody has to wait for what is still taken
                 deque(answers, maxlen=0)
                 return
             if reply.left or reply.is_complete:
@@ -325,7 +327,8 @@ class Reply:
         self._detokenised = self.is_stream and "previous_ids" in named
         self._differences = "text_diff" in named
         self.names: list[str] = []  # of its rows' adapters
-        self._has_failed = False
+        self._error: pb_utils.TritonError | None = None
+        self._has_sent = False
         self.outcome = "INTERNAL"  # until something better is known
         self.left = False  # the client, as far as has been looked
         self._next_look = time.monotonic() + LOOK_SECONDS
@@ -381,10 +384,9 @@ class Reply:
             self.send(tensors, ends=True)
 
     def fail(self, error: Exception) -> None:
-        """Answer with an error: its own words if it is one for clients, else a log entry and INTERNAL. Once."""
-        if self._has_failed:
+        """End with an error, the first one: its own words if it is for clients, else a log entry and INTERNAL."""
+        if self._error:
             return
-        self._has_failed = True
         message = str(error).encode(errors="replace").decode()  # Triton takes no lone surrogates
         code = "INTERNAL"
         if isinstance(error, (RequestError, EngineError)):
@@ -392,19 +394,26 @@ class Reply:
         else:
             pb_utils.Logger.log_error("".join(traceback.format_exception(error)))
             message = FAILED
-        self._respond(
-            pb_utils.InferenceResponse(error=pb_utils.TritonError(message, getattr(pb_utils.TritonError, code)))
-        )
+        self._error = pb_utils.TritonError(message, getattr(pb_utils.TritonError, code))
         self.outcome = code
 
     def complete(self) -> None:
-        """Send the final flag. Nothing that is left to say is heard any more."""
-        if not self.answered:  # whatever went wrong, nobody takes it for an answer or waits for one
-            self._respond(pb_utils.InferenceResponse(error=pb_utils.TritonError(FAILED)))
+        """Send the error, if there is one, and the final flag. Nothing that is left to say is heard any more.
+
+        Both at once: an ensemble that gets the flag after an error is under way for ever, and the server waits for it
+        when it is stopped. But not where something was sent before: a BLS client would lose both (Triton 2.51).
+        """
         with self._sending:
+            if self.is_complete:
+                return
             self.is_complete = True
-            if self._decoupled:
-                self._sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+            if not self._has_sent:  # whatever went wrong, nobody takes it for an answer or waits for one
+                error = self._error or pb_utils.TritonError(FAILED)
+                self._sender.send(pb_utils.InferenceResponse(error=error), flags=FINAL)
+            elif self._decoupled:
+                if self._error:
+                    self._sender.send(pb_utils.InferenceResponse(error=self._error))
+                self._sender.send(flags=FINAL)
 
     def _respond(self, response: pb_utils.InferenceResponse) -> None:
         with self._sending:
@@ -413,8 +422,8 @@ class Reply:
             if self._decoupled:
                 self._sender.send(response)
             else:
-                self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-            self.answered = True
+                self._sender.send(response, flags=FINAL)
+            self.answered = self._has_sent = True
 
 
 def engine_error(answer: pb_utils.InferenceResponse) -> pb_utils.TritonError | None:
