@@ -12,6 +12,7 @@ import dataclasses
 import io
 import os
 import shlex
+import signal
 import sys
 from pathlib import Path
 from types import FrameType
@@ -117,9 +118,9 @@ def _print_error(message: str) -> None:
     stderr.print(message, markup=False, highlight=False, soft_wrap=True)
 
 
-def _interrupt(_number: int, _frame: FrameType | None) -> None:
+def _interrupt(number: int, _frame: FrameType | None) -> None:
     # Not KeyboardInterrupt: typer would take that for itself, and make it exit code 1.
-    raise _Interrupted
+    raise _Interrupted(number)
 
 
 def _import_torch() -> None:
@@ -573,7 +574,12 @@ def serve(
         if verify:
             sys.stdout.write("verified: each of them answers, and an unregistered lora_task_id is refused\n")
         sys.stdout.flush()
-        exit_status = running.wait()
+        try:
+            exit_status = running.wait()
+        except _Interrupted as end:
+            if end.args != (signal.SIGTERM,):
+                raise
+            exit_status = 0  # this is how systemd, Docker and Kubernetes end a service
     if exit_status:
         raise ServerError(f"tritonserver ended by itself, with status {exit_status}")
 

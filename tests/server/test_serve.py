@@ -80,7 +80,7 @@ def test_serve_says_what_is_ready_and_leaves_no_process_behind(
     assert "verified: each of them answers, and an unregistered lora_task_id is refused\n" == verified
     assert (0, "[2]hello\n") == (asked.returncode, asked.stdout)
     assert len(family) >= 5, "tritonserver and the stubs of four models"
-    assert 130 == serving.returncode
+    assert (0 if number == signal.SIGTERM else 130) == serving.returncode
     assert "Started HTTPService" in log
     assert [] == psutil.wait_procs(family, timeout=10)[1]
 
