@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import builtins
+import io
 import json
 import os
 import shutil
@@ -19,10 +20,11 @@ import numpy as np
 import pytest
 import torch
 import typer
+from rich.console import Console
 
 from adapters import write_adapter
 from repositories import SYNTHETIC_GEOMETRY, set_cache_pages, synthetic_adapter, synthetic_repository
-from tritonlora import __version__, cli, install, register, repository
+from tritonlora import __version__, cli, install, register, repository, terminal
 from tritonlora.files import publish
 from tritonlora.interrupts import ENDING
 from tritonlora.server import free_ports
@@ -544,6 +546,27 @@ def test_ctrl_c_while_torch_is_imported_counts_after_it(
 
     assert (130, ["torch"]) == (code, imported)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_first_column_of_a_table_is_whole_on_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the name, which a user copies."""
+    printed = io.StringIO()
+    monkeypatch.setattr(terminal, "stdout", Console(width=40, force_terminal=True, file=printed))
+    name = "a-name-of-28-characters-long"
+    terminal.print_table(("lora_name", *"abcd"), [(name, *["modules,and,more"] * 4)])
+
+    assert name in printed.getvalue()
+
+
+def test_shipped_files_are_read_in_any_locale(tmp_path: Path) -> None:
+    """They are UTF-8, whatever the locale says of files."""
+    root = upstream_repository(tmp_path / "repo", "v0.18.0")
+    command = [sys.executable, "-m", "tritonlora", "init", str(root)]
+    ascii_only = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(command, capture_output=True, check=False, env=ascii_only)
+
+    assert 0 == done.returncode, done.stderr
+    assert [] == install.plan_init(root)
 
 
 def test_a_prompt_that_is_no_text_is_refused() -> None:

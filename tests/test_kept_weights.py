@@ -132,9 +132,8 @@ def test_what_a_tensor_was_made_of_is_given_back(process: Process) -> None:
     tensor, arrived = process.send(weights)
     del arrived
 
-    assert (
-        _resident_nbytes() - before < 1.5 * weights.nbytes
-    )  # what the fake shares with its server is this process' own
+    # What the fake shares with its server is this process' own.
+    assert _resident_nbytes() - before < 1.5 * weights.nbytes
     assert memory_of(tensor).min() == 1
 
 

@@ -167,8 +167,11 @@ def test_a_request_whose_error_cannot_be_told_is_an_error(router: Any, monkeypat
 
         assert [TritonError.INTERNAL] == ask(router, Client(), "nobody", lambda request: Answers(Client(), TOKENS + 1))
 
+        client = Client()
+        assert [1, 2, TritonError.INTERNAL] == ask(router, client, None, lambda request: Failing(client))
+
     counts = read_statistics(router._residency.directory / DIRECTORY)[BASE]
-    assert (0, 1) == (counts["OK"], counts["INTERNAL"])
+    assert (0, 2) == (counts["OK"], counts["INTERNAL"])
     assert [TritonError.NOT_FOUND] == ask(router, Client(), "nobody", lambda request: Answers(Client(), TOKENS + 1))
 
 

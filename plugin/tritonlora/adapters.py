@@ -60,6 +60,11 @@ class AdapterEntry:
         n, columns = self.lora_config_shape
         return n * columns * 4
 
+    @property
+    def sha256_by_file(self) -> dict[str, str]:
+        """Both files, and what is registered as their SHA-256."""
+        return {self.lora_weights_file: self.lora_weights_sha256, self.lora_config_file: self.lora_config_sha256}
+
 
 @dataclass(frozen=True, slots=True)
 class Problem:

@@ -115,14 +115,11 @@ def _files(subject: Subject) -> Iterator[Finding]:
     """Each adapter's files are there, whole and unaltered, and its own."""
     registered: dict[str, set[str]] = {}
     for entry in subject.table.entries.values():
-        registered.setdefault(entry.lora_weights_file, set()).add(entry.lora_weights_sha256)
-        registered.setdefault(entry.lora_config_file, set()).add(entry.lora_config_sha256)
+        for file, digest in entry.sha256_by_file.items():
+            registered.setdefault(file, set()).add(digest)
     for name, entry in subject.table.entries.items():
         again = f"add it again: tritonlora add {name} ADAPTER_DIR"
-        digests = {
-            entry.lora_weights_file: entry.lora_weights_sha256,
-            entry.lora_config_file: entry.lora_config_sha256,
-        }
+        digests = entry.sha256_by_file
         root = subject.repository.root
         missing = [f"{file} is missing" for file in digests if not (root / file).is_file()]
         twice = [
@@ -284,7 +281,7 @@ def _leftovers(subject: Subject) -> Iterator[Finding]:
     """Files that a command left when it was stopped, or that a replaced adapter has left."""
     for path in half_written(subject.repository.root):
         yield _warning(subject.repository.relative(path), "a command that was stopped left it half-written", REPAIR)
-    outlived = generated.outlived(subject.repository, subject.table)
+    outlived = {*generated.outlived(subject.repository, subject.table)}
     mine = set(warmup.foreign_files(subject.config_text))
     for path in sorted(subject.repository.warmup_directory.glob("*")):
         task_id = warmup.task_id_of(path.name)

@@ -256,10 +256,11 @@ def _put(model: str, root: Path, changes: Sequence[FileChange]) -> None:
             undo.record(root, model, contents)
         try:
             directory.rename(root / model)
-            sync_directory(root)
         except OSError:  # another `init` may have been faster
             if not (root / model).exists():
                 raise
+        else:
+            sync_directory(root)
 
 
 def notes(root: Path) -> list[str]:

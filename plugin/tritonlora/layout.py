@@ -10,7 +10,7 @@ interleaved by rank (`interleave_fused_lora_weights_for_tp` in TensorRT-LLM tens
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -150,7 +150,7 @@ def plan_layout(
             magnitude = out_features if row.dora else 0
             width = max(width, row.adapter_size * (module.lora_A.shape[1] + out_features) + magnitude)
     if not engine_reads:
-        problems.unsupported += _other_models(adapter, profile)
+        problems.unsupported += _other_models(architectures, adapter.config.base_model_name_or_path or "")
         for layer, of_layer in dims.items() if profile is None else ():
             for text in _disagreements(of_layer):
                 problems.by_layer.setdefault(text, []).append(layer)
@@ -315,14 +315,16 @@ def _likely_cause(name: str, in_features: int, out_features: int, profile: Engin
     return "the adapter was most likely trained on another base model"
 
 
-def _other_models(adapter: Adapter, profile: EngineProfile | None) -> Iterator[str]:
-    """Why the base model is one that has other layers under the names of those that are known here."""
-    base_model_class, name = adapter.config.base_model_class, adapter.config.base_model_name_or_path or ""
-    for known in (profile.architecture if profile is not None else "", base_model_class):
-        if why := why_none(known):
-            yield f"{known}: {why}; merge the adapter into the base model"
+def _other_models(architectures: Iterable[str], name: str) -> Iterator[str]:
+    """Why the base model is one that has other layers under the names of those that are known here: by what is known of
+    its architecture ("": nothing), and only where that is nothing, by its own name.
+    """
+    known = [architecture for architecture in architectures if architecture]
+    for architecture in known:
+        if why := why_none(architecture):
+            yield f"{architecture}: {why}; merge the adapter into the base model"
             return
-    if profile is None and not base_model_class and (why := why_probably_none(name)):
+    if not known and (why := why_probably_none(name)):
         yield (
             f"the base model is {name!r} by name: {why}; merge the adapter into it, or, if it is another model, "
             "give its config.json (--base)"

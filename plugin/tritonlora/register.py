@@ -254,12 +254,8 @@ def _owns_its_files(repository: Repository, planned: _Planned, entry: AdapterEnt
 
 def _restore(repository: Repository, entry: AdapterEntry, weights: Path, rows: Path) -> list[str]:
     """Give these files the place of those of `entry` that are not there as they are registered, and say which."""
-    found = {
-        entry.lora_weights_file: (weights, entry.lora_weights_sha256),
-        entry.lora_config_file: (rows, entry.lora_config_sha256),
-    }
     restored = []
-    for file, (fresh, sha256) in found.items():
+    for fresh, (file, sha256) in zip((weights, rows), entry.sha256_by_file.items(), strict=True):
         path = repository.root / file
         if not path.is_file() or sha256_of(path) != sha256:
             path.parent.mkdir(exist_ok=True)
@@ -271,8 +267,8 @@ def _restore(repository: Repository, entry: AdapterEntry, weights: Path, rows: P
 def _after(before: AdapterTable, added: Added) -> Added:
     """`added`, with what it replaces."""
     known = before.entries.get(added.name)
-    replaces = known is not None and known.lora_task_id != added.entry.lora_task_id
-    return replace(added, was=known.lora_task_id if known and replaces else None)
+    was = None if known is None or known.lora_task_id == added.entry.lora_task_id else known.lora_task_id
+    return replace(added, was=was)
 
 
 def _with(table: AdapterTable, added: Added) -> AdapterTable:

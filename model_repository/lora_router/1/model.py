@@ -407,9 +407,10 @@ class Reply:
             if self.is_complete:
                 return
             self.is_complete = True
-            if not self._has_sent:  # whatever went wrong, nobody takes it for an answer or waits for one
-                error = self._error or pb_utils.TritonError(FAILED)
-                self._sender.send(pb_utils.InferenceResponse(error=error), flags=FINAL)
+            if self.outcome != "OK" and not self._error:  # whatever went wrong, nobody takes it for an answer
+                self._error = pb_utils.TritonError(FAILED)
+            if not self._has_sent:
+                self._sender.send(pb_utils.InferenceResponse(error=self._error), flags=FINAL)
             elif self._decoupled:
                 if self._error:
                     self._sender.send(pb_utils.InferenceResponse(error=self._error))
