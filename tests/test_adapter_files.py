@@ -157,6 +157,24 @@ def test_weights_that_are_written_while_they_are_read_are_unavailable(
     assert WEIGHTS == _read(files)[0]
 
 
+def test_weights_whose_times_are_set_while_they_are_read_are_sent(
+    files: AdapterFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`add` does that to the files that it replaces, and to requests on the way nothing has changed."""
+    monkeypatch.setattr("tritonlora.versions.time.time", lambda: time() + 1)
+    _write_tensors(tmp_path)
+    before, preadv = _read(files), os.preadv
+
+    def touch_meanwhile(descriptor: int, *arguments: Any) -> int:
+        count = preadv(descriptor, *arguments)
+        os.utime(descriptor, (1, 1))
+        return count
+
+    monkeypatch.setattr(os, "preadv", touch_meanwhile)
+
+    assert before == _read(files)
+
+
 @pytest.mark.parametrize("half", [0, 1])
 def test_weights_of_which_a_part_cannot_be_read_are_unavailable(
     half: int, files: AdapterFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
