@@ -307,6 +307,15 @@ PLANTED: dict[str, tuple[Callable[[Repository], object], str, str]] = {
         "warning",
         "tensorrt_llm_bls/config.pbtxt: it calls tensorrt_llm itself: a lora_name in a request to it has no effect",
     ),
+    "Triton keeps what clients have left": (
+        lambda opened: edit(
+            opened.root / "postprocessing" / "config.pbtxt",
+            "max_batch_size: 64",
+            "max_batch_size: 64\ndynamic_batching { }",
+        ),
+        "warning",
+        "postprocessing/config.pbtxt: it has dynamic_batching: before 26.02, Triton never lets go of a stream",
+    ),
     "the router's code is an older one": (
         lambda opened: edit(opened.root / "lora_router" / "1" / "model.py", "import", "import  "),
         "warning",
@@ -375,6 +384,7 @@ IN_WORDS = {
     "an input of the LoRA contract is not declared",
     "a Python backend of upstream's with bfloat16",
     "another model goes past the router",
+    "Triton keeps what clients have left",
     "a checkout's repository was copied alone",
     "an add was killed before it wrote the table",
 }
@@ -526,5 +536,10 @@ def test_a_real_engine_s_config_is_checked(tmp_path: Path) -> None:
         (
             "warning",
             "tensorrt_llm_bls/config.pbtxt: it calls tensorrt_llm itself: a lora_name in a request to it has no effect",
+        ),
+        (
+            "warning",
+            "postprocessing/config.pbtxt: it has dynamic_batching: before 26.02, Triton never lets go of a stream of "
+            "ensemble that its client has left, nor of its memory, and takes all its time to stop",
         ),
     ] == found(opened)

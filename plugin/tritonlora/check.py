@@ -308,6 +308,7 @@ CHECKS: tuple[Callable[[Subject], Iterator[Finding]], ...] = (
     _leftovers,
     surroundings.resolver,
     surroundings.models_past_the_router,
+    surroundings.left_streams,
     surroundings.router_files,
     surroundings.shared_memory,
     surroundings.ports,

@@ -96,6 +96,7 @@ class ModelConfig:
     name: str  # "" where the file leaves it to the directory's name
     backend: str
     max_batch_size: int | Unfilled
+    dynamic_batching: bool  # whether the block is there, whatever is in it
     decoupled: bool | Unfilled
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
@@ -130,6 +131,7 @@ def parse_config(text: str) -> ModelConfig:
         name=reader.string(root, "name", "name"),
         backend=reader.string(root, "backend", "backend"),
         max_batch_size=reader.integer(root, "max_batch_size", "max_batch_size"),
+        dynamic_batching=bool(reader.messages(root, "dynamic_batching")),
         decoupled=reader.boolean(policy, "decoupled", "decoupled"),
         inputs=tuple(reader.tensor(spec, "input") for spec in reader.messages(root, "input")),
         outputs=tuple(reader.tensor(spec, "output") for spec in reader.messages(root, "output")),

@@ -44,6 +44,29 @@ def models_past_the_router(subject: Subject) -> Iterator[Finding]:
         )
 
 
+def left_streams(subject: Subject) -> Iterator[Finding]:
+    """A client that leaves a stream takes nothing along.
+
+    Triton's batcher refuses the steps of a client that has left; before 26.02 an ensemble with an error stops counting
+    the steps that end (triton-inference-server/core, pull request 466): those of the engine, which is not done.
+    """
+    if not subject.config.decoupled:
+        return
+    root, engines = subject.repository.root, {subject.repository.target, ROUTER}
+    for path in sorted(root.glob("*/config.pbtxt")):
+        steps = read_config(path).steps
+        streamed = {tensor for step in steps if step.model_name in engines for tensor in step.output_map.values()}
+        for step in steps:
+            after = root / step.model_name / "config.pbtxt"
+            if streamed & set(step.input_map.values()) and after.is_file() and read_config(after).dynamic_batching:
+                yield warning(
+                    f"{step.model_name}/config.pbtxt",
+                    f"it has dynamic_batching: before 26.02, Triton never lets go of a stream of {path.parent.name} "
+                    "that its client has left, nor of its memory, and takes all its time to stop",
+                    "take dynamic_batching out of it, unless your Triton is 26.02 or later",
+                )
+
+
 def resolver(subject: Subject) -> Iterator[Finding]:
     """The resolver's tensors are those of the engine's model: Triton loads no ensemble that leads to others."""
     root, target = subject.repository.root, subject.repository.target

@@ -162,15 +162,22 @@ def test_text_that_is_not_utf_8_is_refused(server: Server) -> None:
 
 
 @pytest.mark.parametrize("topology", ["forward", "resolve"])
-def test_an_error_is_not_under_way_for_ever(topology: str, tmp_path: Path) -> None:
-    """A server that is stopped would wait for it, until its time is up, and its memory would stay taken."""
-    opened = synthetic_repository(tmp_path / "repo", warm=["pirate"], streams=1)
+def test_nothing_is_under_way_for_ever(topology: str, tmp_path: Path) -> None:
+    """Neither an error nor a stream whose client has left.
+
+    A server that is stopped would wait for it, until its time is up, and its memory would stay taken.
+    """
+    slow = {"synthetic_token_seconds": "0.01"}
+    opened = synthetic_repository(tmp_path / "repo", warm=["pirate"], streams=1, parameters=slow)
     install.init(opened.root, topology=topology)
     with Server(opened.root) as server:
         server.wait_until_ready()
-        for name in ("nobody", "", "pirate", "nobody"):
+        leaves = client.generate("hello", lora_name="pirate", max_tokens=30, url=server.http_url)
+        assert "[" == next(leaves)
+        leaves.close()  # type: ignore[attr-defined]
+        for name in ("nobody", "", "pirate", "nobody"):  # more tokens: the engine is done with the other before
             with contextlib.suppress(ServerError):
-                deque(client.generate("hello", lora_name=name, max_tokens=4, url=server.http_url), maxlen=0)
+                deque(client.generate("hello", lora_name=name, max_tokens=60, url=server.http_url), maxlen=0)
 
     log = "\n".join(server.log())
     assert "Found 0 model versions that have in-flight inferences" in log
