@@ -329,10 +329,21 @@ def test_a_table_with_the_times_of_the_one_before_is_seen(
     assert changed == file.table()
 
 
-@pytest.mark.parametrize("name", ["lora_name", "LoRA-Name", "loraName", "lora_weights", "lora_path"])
+@pytest.mark.parametrize(
+    "name", ["lora_name", "LoRA-Name", "loraName", "lora_weights", "lora_path", "adapter_id", "model"]
+)
 def test_an_adapter_among_the_parameters_is_refused(name: str) -> None:
     """Triton makes parameters of what it knows no input for: the base model would answer instead."""
-    check_parameters({"priority": 1, "exploration": "x"})
+    check_parameters(TABLE, {"priority": 1, "exploration": "x", "model": "llama", "b": ["pirate"]})
 
     with pytest.raises(InvalidRequest, match=f"{name}: not taken as a parameter; name the adapter with the input lora"):
-        check_parameters({"priority": 1, name: "pirate"})
+        check_parameters(TABLE, {"priority": 1, name: "pirate"})
+
+
+@pytest.mark.parametrize("name", ["alias", "broken"])
+def test_a_parameter_model_with_any_registered_name_is_refused(name: str) -> None:
+    """An alias, and an adapter whose entry is malformed, too."""
+    table = replace(TABLE, aliases={"alias": "pirate"}, unavailable={"broken": ()})
+
+    with pytest.raises(InvalidRequest, match="model: not taken as a parameter"):
+        check_parameters(table, {"model": name})

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,14 +87,25 @@ def resolve_rows(
     ]
 
 
-def check_parameters(parameters: Collection[str]) -> None:
-    """InvalidRequest when a parameter of a request begins with "lora", in capitals or not: it means an adapter.
+# How other servers are told: vLLM's backend, and TGI and LoRAX (adapter_id, adapter_source). OpenAI's `model` may be
+# the base model's name, which nobody knows here.
+_MEANT_FOR_ADAPTERS = ("lora", "adapter")
+_MAY_NAME_AN_ADAPTER = "model"
+
+
+def check_parameters(table: AdapterTable, parameters: Mapping[str, object]) -> None:
+    """InvalidRequest when a parameter of a request means an adapter: by how it begins, in capitals or not, or because
+    it is `model` and has an adapter's name.
 
     Triton's generate extension makes a parameter of whatever it knows no input for, a misspelt lora_name among it, and
-    other servers take lora_name as a parameter: the base model must not answer for these. Nor is it for clients to
-    choose what only the router sends.
+    other servers take parameters: the base model must not answer for these. Nor is it for clients to choose what only
+    the router sends.
     """
-    if names := sorted(name for name in parameters if name.casefold().startswith("lora")):
+    names = sorted(name for name in parameters if name.casefold().startswith(_MEANT_FOR_ADAPTERS))
+    asked = parameters.get(_MAY_NAME_AN_ADAPTER)
+    if any(asked in known for known in (table.entries, table.aliases, table.unavailable)):
+        names.append(_MAY_NAME_AN_ADAPTER)
+    if names:
         raise InvalidRequest(f"{', '.join(names)}: not taken as a parameter; name the adapter with the input lora_name")
 
 

@@ -90,12 +90,12 @@ class TritonPythonModel:
 
     def _routes(self, request: pb_utils.InferenceRequest) -> list[Route | None]:
         """The adapter of each row."""
-        check_parameters(json.loads(request.parameters() or "{}"))
         table = self._table.table()
         if table is not self._seen_table:
             self._seen_table = table
             self._estimate.see(table)
             self._statistics.add(BASE, "table_reloads")
+        check_parameters(table, json.loads(request.parameters() or "{}"))
         lora_names, lora_task_ids = (values_of(request, name) for name in ("lora_name", TENSORS.task_id))
         rows = request.inputs()[0].shape()[0] if self._batching else 1
         return resolve_rows(table, lora_names, lora_task_ids, rows)

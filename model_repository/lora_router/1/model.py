@@ -154,13 +154,13 @@ class TritonPythonModel:
 
     def _routes(self, inputs: Inputs, parameters: dict[str, Any]) -> list[Route | None]:
         """The adapter of each row."""
-        if parameters:
-            check_parameters(parameters)
         table = self._table.table()
         if table is not self._seen_table:
             self._seen_table = table
             self._naming_tensors.clear()
             self._statistics.add(BASE, "table_reloads")
+        if parameters:
+            check_parameters(table, parameters)
         lora_names, lora_task_ids = (values_of(inputs, name) for name in self._routing_inputs)
         rows = next(iter(inputs.values())).shape()[0] if self._batching else 1
         return resolve_rows(table, lora_names, lora_task_ids, rows)
