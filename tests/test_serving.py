@@ -20,7 +20,7 @@ from tritonlora import install, register, repository, serving
 from tritonlora.errors import ServerError
 from tritonlora.findings import Finding
 from tritonlora.repository import read_config
-from tritonlora.server import Ports, Server, Tritonserver, World, ports_in_use, server_command
+from tritonlora.server import Ports, Server, Tritonserver, World, check_ports, ports_in_use, server_command
 from upstream_configs import upstream_repository
 
 
@@ -85,6 +85,12 @@ def test_ports_that_somebody_listens_on_are_found(family: socket.AddressFamily) 
         free.close()
 
         assert [ports.http, ports.metrics] == ports_in_use(ports, address)
+
+
+def test_two_endpoints_with_one_port_are_refused() -> None:
+    """tritonserver would load every model before it says so."""
+    with pytest.raises(ServerError, match="a port of its own, got --http-port 1, --grpc-port 2, --metrics-port 1$"):
+        check_ports(Ports(1, 2, 1))
 
 
 def test_an_ipv6_address_is_spelt_as_each_endpoint_takes_it() -> None:

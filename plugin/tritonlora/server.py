@@ -172,6 +172,9 @@ def numeric_address(address: str) -> str:
 
 def check_ports(ports: Ports, address: str | None = None) -> None:
     """ServerError when no server can listen on these ports at `address`, in numbers (None: any interface)."""
+    if len({ports.http, ports.grpc, ports.metrics}) < len(ENDPOINTS):
+        options = ", ".join(f"--{kind}-port {getattr(ports, kind)}" for kind in ENDPOINTS)
+        raise ServerError(f"each endpoint needs a port of its own, got {options}")
     if taken := ports_in_use(ports, address):
         raise ServerError(
             f"in use already: port {', '.join(map(str, taken))}; choose others with --http-port and so on"
@@ -275,6 +278,16 @@ def server_command(
     ]
 
 
+def _ended_with_us() -> list[str]:
+    """What to put before a command, so that it gets SIGTERM when this process is killed and can pass on none.
+
+    Linux means the thread that started it; others than the first one may end before.
+    """
+    setpriv = shutil.which("setpriv")  # of util-linux, which Debian and Ubuntu always have
+    is_first = threading.current_thread() is threading.main_thread()
+    return [setpriv, "--pdeathsig", "TERM", "--"] if setpriv and is_first else []
+
+
 class Server:
     """A tritonserver on a model repository, running while its `with` block does."""
 
@@ -334,7 +347,7 @@ class Server:
             with held():
                 # A session of its own: Ctrl-C on the terminal reaches us alone, and we end the server in order.
                 process = self._process = subprocess.Popen(
-                    self.command,
+                    [*_ended_with_us(), *self.command],
                     env=self._environment,
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.PIPE,
@@ -427,8 +440,10 @@ class Server:
 
     def _failure(self, what: str) -> ServerError:
         self.stop()
-        tail = "\n".join(f"  | {line}" for line in list(self._log)[-LOG_LINES_SHOWN:])
-        message = f"tritonserver (pid {self.pid}) {what}; the end of its log:\n{tail}"
+        message = f"tritonserver (pid {self.pid}) {what}"
+        if not self._on_log:  # who listens has seen it
+            tail = [f"  | {line}" for line in list(self._log)[-LOG_LINES_SHOWN:]]
+            message = "\n".join([f"{message}; the end of its log:", *tail])
         reason = self._explain(list(self._log))
         return ServerError(f"{message}\n{reason}" if reason else message)
 

@@ -18,7 +18,7 @@ import pytest
 
 from repositories import synthetic_repository
 from tritonlora import register
-from tritonlora.server import Ports, free_ports
+from tritonlora.server import Ports, free_ports, ports_in_use
 
 TRITONLORA = (sys.executable, "-m", "tritonlora")
 
@@ -85,6 +85,24 @@ def test_serve_says_what_is_ready_and_leaves_no_process_behind(
     assert [] == psutil.wait_procs(family, timeout=10)[1]
 
 
+def test_serve_that_is_killed_leaves_nothing_behind(repo: Path, processes: list[subprocess.Popen[str]]) -> None:
+    """By the kernel, say, when memory is short: tritonserver and its stubs end, and their ports are free again."""
+    ports = free_ports()
+    processes.append(start(repo, ports))
+    serving = processes[0]
+    assert serving.stdout is not None
+    assert "ready on" in serving.stdout.readline()
+    family = psutil.Process(serving.pid).children(recursive=True)
+    serving.kill()
+    _, left = psutil.wait_procs(family, timeout=30)
+    for one in left:
+        one.kill()
+
+    assert len(family) >= 5
+    assert [] == left
+    assert [] == ports_in_use(ports)
+
+
 def test_serve_names_the_reason_when_the_server_does_not_start(
     repo: Path, processes: list[subprocess.Popen[str]]
 ) -> None:
@@ -94,7 +112,7 @@ def test_serve_names_the_reason_when_the_server_does_not_start(
 
     assert (1, "") == (processes[0].returncode, out)
     assert "before it was ready" in err
-    assert "no-such-option" in err
+    assert 1 == err.count("'--no-such-option'"), "said twice"
 
 
 @pytest.mark.parametrize(
