@@ -8,6 +8,7 @@ import builtins
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -202,6 +203,10 @@ def test_add_and_remove(capsys: pytest.CaptureFixture[str], repo: Path, adapter:
     )[:2]
     assert (0, "new added: lora_task_id 3, 8.0 KiB\n") == run(capsys, "add", "new", adapter, "--repo", repo)[:2]
     assert (0, "new is unchanged: lora_task_id 3, 8.0 KiB\n") == run(capsys, "add", "new", adapter, "--repo", repo)[:2]
+    for option, start in (("--no-warmup", "on its first request"), ("--warmup", "at start")):
+        assert (0, f"new is loaded {start}: lora_task_id 3, 8.0 KiB\n") == run(
+            capsys, "add", "new", adapter, "--repo", repo, option
+        )[:2]
     assert (0, "new removed: lora_task_id 3 is retired\n") == run(capsys, "remove", "new", "--repo", repo)[:2]
     code, out, _ = run(capsys, "add", "new", adapter, "--repo", repo, "--no-warmup", "--task-id", "9", "--json")
     entry = json.loads(out)["entry"]
@@ -333,6 +338,9 @@ def test_init_can_be_undone(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
     root = upstream_repository(tmp_path / "repo", "v0.18.0")
     ensemble = root / "ensemble" / "config.pbtxt"
     before = ensemble.read_bytes()
+    code, out, _ = run(capsys, "init", root, "--dry-run")
+    assert re.search(r"^\+\+\+ .*/lora_router/1/model\.py: new, \d+ lines$", out, re.MULTILINE)
+    assert (0, True, False) == (code, '+      model_name: "lora_router"' in out, "+import" in out)
     code, out, err = run(capsys, "init", root)
     assert (0, True) == (code, f"wrote {root / 'lora_router' / 'config.pbtxt'}\nwrote" in out)
     assert "note: 'tensorrt_llm_bls' calls 'tensorrt_llm' itself" in err

@@ -11,6 +11,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import signal
@@ -338,6 +339,7 @@ def test_the_base_model_says_which_architecture_an_engine_is(tmp_path: Path) -> 
     config = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 96}
     engine = copy.deepcopy(ENGINE)
     engine["pretrained_config"] |= {**config, "architecture": "NewForCausalLM", "head_size": 16, "mapping": {}}
+    engine["pretrained_config"]["num_key_value_heads"] = 4
     engine["build_config"]["lora_config"]["lora_target_modules"] = ["mlp_h_to_4h", "mlp_4h_to_h"]
     base = {**config, "architectures": ["NemotronForCausalLM"], "model_type": "nemotron", "num_key_value_heads": 4}
     for name, content in (("engine", engine), ("base", base)):
@@ -353,6 +355,36 @@ def test_the_base_model_says_which_architecture_an_engine_is(tmp_path: Path) -> 
         register.add(opened, "nemo", adapter)
     added = register.add(opened, "nemo", adapter, Options(base=tmp_path / "base"))
     assert ("mlp_h_to_4h",) == added.entry.modules
+
+    (tmp_path / "base" / "config.json").write_text(json.dumps(base | {"num_hidden_layers": 3, "head_dim": 8}))
+    with pytest.raises(EngineMismatch, match=r"not built from '.*/base'.*\n.*layers is 2 there, 3 here\n.*head is 16 "):
+        register.add(opened, "nemo", adapter, Options(base=tmp_path / "base"))
+
+
+def test_an_adapter_of_another_base_model_is_remarked(opened: Repository, tmp_path: Path) -> None:
+    """By the name that PEFT noted, of which the directory says nothing: an engine is of one model."""
+
+    def remarks(name: str, base: str | None) -> tuple[str, ...]:
+        adapter = synthetic_adapter(tmp_path / name, len(name))
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": base}))
+        return register.add(opened, name, adapter).remarks
+
+    assert () == remarks("a", "meta-llama/Llama-3.1-8B")
+    assert () == remarks("bb", "/models/llama-3.1-8b/")
+    assert () == remarks("ccc", None)
+    assert (
+        "it was trained on 'Qwen/Qwen3-8B', and adapter 'bb' on '/models/llama-3.1-8b/': are both of the engine's "
+        "model?",
+    ) == remarks("dddd", "Qwen/Qwen3-8B")
+
+
+def test_a_table_that_cannot_be_read_is_named(opened: Repository, adapters: Callable[[int], Path]) -> None:
+    """With its path."""
+    opened.table_path.write_text("{")
+
+    with pytest.raises(AdapterTableError, match=f"^{re.escape(str(opened.table_path))}: adapters.json is not JSON"):
+        register.add(opened, "pirate", adapters(0))
 
 
 def test_without_an_engine_the_dtype_must_be_given(opened: Repository, adapters: Callable[[int], Path]) -> None:

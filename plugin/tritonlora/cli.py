@@ -243,8 +243,7 @@ def add(
     if as_json:
         print_json(added)
         return
-    did = "is unchanged" if added.unchanged else "would be added" if dry_run else "added"
-    sys.stdout.write(f"{name} {did}: {_id_and_size(added)}\n")
+    sys.stdout.write(_what_was_done(added, dry_run=dry_run))
 
 
 def _add_all(opened: Repository, directory: Path, options: Options, *, as_json: bool) -> None:
@@ -264,15 +263,21 @@ def _add_all(opened: Repository, directory: Path, options: Options, *, as_json: 
         if isinstance(one, register.Refused):
             stderr.print(f"{one.name} refused: {one.error}", markup=False, highlight=False, soft_wrap=True)
         elif not as_json:
-            did = "is unchanged" if one.unchanged else "added"
-            sys.stdout.write(f"{one.name} {did}: {_id_and_size(one)}\n")
+            sys.stdout.write(_what_was_done(one))
     if refused:
         raise typer.Exit(1)
 
 
-def _id_and_size(added: Added) -> str:
+def _what_was_done(added: Added, *, dry_run: bool = False) -> str:
+    if added.unchanged:
+        did = "is unchanged"
+    elif added.known:
+        did = "is loaded at start" if added.entry.warm else "is loaded on its first request"
+    else:
+        did = "would be added" if dry_run else "added"
     was = "" if added.was is None else f" (was: lora_task_id {added.was})"
-    return f"lora_task_id {added.entry.lora_task_id}, {size(added.entry.lora_weights_nbytes)}{was}"
+    task_id, nbytes = added.entry.lora_task_id, added.entry.lora_weights_nbytes
+    return f"{added.name} {did}: lora_task_id {task_id}, {size(nbytes)}{was}\n"
 
 
 @app.command()

@@ -34,7 +34,7 @@ from tritonlora.adapters import (
 from tritonlora.adapters_json import render
 from tritonlora.cache import parse_parameters
 from tritonlora.engine import EngineProfile, load_profile
-from tritonlora.errors import EngineMismatch, RepositoryError, TritonLoraError
+from tritonlora.errors import EngineMismatch, RepositoryError, TritonLoraError, UnknownArchitecture, one_message
 from tritonlora.files import locked, publish, sha256_of, temporary_name, write_text
 from tritonlora.flavours import Flavour, flavour_of_config
 from tritonlora.locate import families_of
@@ -76,7 +76,8 @@ class Added:
 
     name: str
     entry: AdapterEntry
-    unchanged: bool  # the same content was registered under this name already
+    known: bool  # the same content was registered under this name already
+    unchanged: bool  # so was all else, and its files are there
     remarks: tuple[str, ...]  # what the user should know
     was: int | None = None  # the lora_task_id of the adapter that had the name
 
@@ -109,7 +110,7 @@ def add(
         # Everything that can be refused is refused before a byte is written.
         generated.rendered_config(repository, with_adapter(table, name, planned.entry))
         if dry_run:
-            return _after(table, Added(name, planned.entry, unchanged=False, remarks=planned.remarks))
+            return _after(table, Added(name, planned.entry, known=False, unchanged=False, remarks=planned.remarks))
         generated.sweep(repository, table)
         added = _write_tensors(repository, planned, table.entries.get(name) if task_id is None else None)
         generated.write_table(repository, table, _with(table, added))
@@ -209,20 +210,66 @@ def _plan(
         base_model_name_or_path=adapter.config.base_model_name_or_path or "",
         pages=_pages(layout, profile, config) if flavour.sends_weights else None,
     )
+    remarks = (*remarks, *_other_base(table, name, entry.base_model_name_or_path))
     return _Planned(name, adapter, layout, entry, flavour, options, remarks)
 
 
 def _told_by(base: Path, profile: EngineProfile | None, dtype: str | None) -> EngineProfile:
     """The engine's profile, with what only the base model says of it: of an absent engine all, else its architecture,
     where the engine's own name for that stands for several (GPTForCausalLM), or is not known.
+
+    EngineMismatch where the engine was built from a model of other sizes.
     """
     if profile is None:
         return load_profile(base, dtype=dtype)
     candidates = families_of(profile.architecture)
+    try:
+        told = load_profile(base, dtype=profile.dtype)
+    except UnknownArchitecture:
+        if len(candidates) == 1:  # the engine's own name says enough
+            return profile
+        raise
+    differ = [
+        f"{what} is {theirs} there, {ours} here"
+        for what, theirs, ours in zip(_SIZES, _sizes(profile), _sizes(told), strict=True)
+        if 0 not in (theirs, ours) and theirs != ours  # what the engine's config does not say
+    ]
+    if differ:
+        heading = f"the engine, {profile.source}, was not built from {str(base)!r}; give its own base model with --base"
+        raise EngineMismatch(one_message(heading, differ))
     if len(candidates) == 1:
         return profile
-    architecture = load_profile(base, dtype=profile.dtype).architecture
-    return replace(profile, architecture=architecture) if families_of(architecture) <= candidates else profile
+    return replace(profile, architecture=told.architecture) if families_of(told.architecture) <= candidates else profile
+
+
+_SIZES = ("the number of layers", "that of attention heads", "that of key-value heads", "the size of a head")
+
+
+def _sizes(profile: EngineProfile) -> tuple[int, ...]:
+    return profile.num_layers, profile.num_heads, profile.num_kv_heads, profile.head_size
+
+
+def _other_base(table: AdapterTable, name: str, base: str) -> tuple[str, ...]:
+    """A remark where the others were trained on another base model, by what PEFT noted: one engine is of one.
+
+    The same model may lie in several directories, so that only the last part of a name counts.
+    """
+
+    def last(name_or_path: str) -> str:
+        return name_or_path.rstrip("/").rpartition("/")[2].casefold()
+
+    others = {
+        last(entry.base_model_name_or_path): other
+        for other, entry in table.entries.items()
+        if other != name and entry.base_model_name_or_path
+    }
+    if not base or not others or last(base) in others:
+        return ()
+    other = next(iter(others.values()))
+    return (
+        f"it was trained on {base!r}, and adapter {other!r} on {table.entries[other].base_model_name_or_path!r}: are "
+        "both of the engine's model?",
+    )
 
 
 def _write_tensors(repository: Repository, planned: _Planned, known: AdapterEntry | None) -> Added:
@@ -239,11 +286,12 @@ def _write_tensors(repository: Repository, planned: _Planned, known: AdapterEntr
             entry = replace(known, warm=options.warm)
             restored = _restore(repository, known, weights, rows)
             remarks = (*planned.remarks, *(f"{file} was missing or altered, and is there again" for file in restored))
-            return Added(planned.name, entry, unchanged=known.warm == options.warm and not restored, remarks=remarks)
+            unchanged = known.warm == options.warm and not restored
+            return Added(planned.name, entry, known=True, unchanged=unchanged, remarks=remarks)
         weights_path.parent.mkdir(exist_ok=True)
         publish(weights, weights_path)
         publish(rows, config_path)
-    return Added(planned.name, entry, unchanged=False, remarks=planned.remarks)
+    return Added(planned.name, entry, known=False, unchanged=False, remarks=planned.remarks)
 
 
 def _owns_its_files(repository: Repository, planned: _Planned, entry: AdapterEntry) -> bool:

@@ -100,7 +100,7 @@ def read_config(path: Path) -> ModelConfig:
 def read_table(repository: Repository) -> AdapterTable:
     """adapters.json; an absent file is an empty table, unless there are adapters: their ids must not be given again."""
     try:
-        return parse(repository.table_path.read_text(encoding="utf-8"))
+        text = repository.table_path.read_text(encoding="utf-8")
     except FileNotFoundError:
         found = [path for path in repository.warmup_directory.glob("*") if warmup.task_id_of(path.name)]
         if found:
@@ -111,6 +111,10 @@ def read_table(repository: Repository) -> AdapterTable:
         return AdapterTable()
     except (OSError, UnicodeDecodeError) as error:
         raise AdapterTableError(f"cannot read {repository.table_path}: {error}") from None
+    try:
+        return parse(text)
+    except AdapterTableError as error:
+        raise AdapterTableError(f"{repository.table_path}: {error}") from None
 
 
 def served_config(path: Path) -> ModelConfig:

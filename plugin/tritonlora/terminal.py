@@ -58,8 +58,12 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def print_diff(change: FileChange) -> None:
-    """What a command does to a file, as a unified diff."""
+    """What a command does to a file, as a unified diff; new code, which is tritonlora's own, as one line."""
     styles = {"+": "green", "-": "red", "@": "cyan"}
+    if change.before is None and change.after is not None and change.path.suffix == ".py":
+        lines = len(change.after.splitlines())
+        stdout.print(f"+++ {change.path}: new, {lines} lines", style="green", highlight=False, soft_wrap=True)
+        return
     old, new = (
         ("/dev/null", []) if text is None else (str(change.path), text.splitlines())
         for text in (change.before, change.after)
