@@ -218,11 +218,11 @@ def full_cache(server: Server, lora_name: str) -> Iterator[None]:
 def await_waiting(server: Server, names: set[str]) -> None:
     """Return when the metrics say that exactly these adapters wait for room."""
     deadline = time.monotonic() + TIMEOUT
-    while True:
-        [labels] = [dict(labels) for name, labels in samples(server) if name == "lora_requests_info"]
-        if names == set(labels["waiting_lora_adapters"].split(",")):
+    while True:  # while its labels change there may be no such metric for a moment
+        found = [dict(labels) for name, labels in samples(server) if name == "lora_requests_info"]
+        if [names] == [set(labels["waiting_lora_adapters"].split(",")) for labels in found]:
             return
-        assert time.monotonic() < deadline, labels
+        assert time.monotonic() < deadline, found
 
 
 @pytest.mark.parametrize("decoupled", [True, False])
