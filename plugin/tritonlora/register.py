@@ -141,7 +141,7 @@ def add_all(
             try:
                 one = _plan(repository, table, name, directory, options)
                 with_it = with_adapter(table, name, one.entry)
-                generated.rendered_config(repository, with_it)
+                generated.rendered_config(repository, with_adapter(AdapterTable(), name, one.entry))
             except TritonLoraError as error:
                 note(Refused(name, str(error)))
             else:

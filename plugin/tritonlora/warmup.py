@@ -199,7 +199,8 @@ def _find_block(text: str) -> tuple[int, int] | None:
 
 
 def _line(content: str) -> re.Pattern[str]:
-    return re.compile(rf"^{re.escape(content)}(?=\r?$)", re.MULTILINE)
+    literal = re.escape(content)  # what begins with one is found a hundred times as fast as what begins with ^
+    return re.compile(rf"{literal}(?<=^{literal})(?=\r?$)", re.MULTILINE)
 
 
 # --- Samples -------------------------------------------------------------------------------------------------------
