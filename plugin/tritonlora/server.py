@@ -284,8 +284,11 @@ def _ended_with_us() -> list[str]:
     Linux means the thread that started it; others than the first one may end before.
     """
     setpriv = shutil.which("setpriv")  # of util-linux, which Debian and Ubuntu always have
-    is_first = threading.current_thread() is threading.main_thread()
-    return [setpriv, "--pdeathsig", "TERM", "--"] if setpriv and is_first else []
+    if setpriv is None or threading.current_thread() is not threading.main_thread():
+        return []
+    command = [setpriv, "--pdeathsig", "TERM", "--"]  # not known to busybox, nor before 2.33
+    is_known = subprocess.run([*command, "true"], capture_output=True, check=False).returncode == 0
+    return command if is_known else []
 
 
 class Server:
