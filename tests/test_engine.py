@@ -81,14 +81,15 @@ def test_defaults_of_missing_keys_are_those_of_transformers(name: str) -> None:
     """The table's defaults are what the configuration class itself fills in."""
     config = getattr(transformers, name).config_class().get_text_config().to_dict()
 
-    assert {key: config[key] for key in ARCHITECTURES[name].defaults} == dict(ARCHITECTURES[name].defaults)
+    assert {key: config[key.rpartition(".")[2]] for key in ARCHITECTURES[name].defaults} == ARCHITECTURES[name].defaults
 
 
 @pytest.mark.parametrize("name", [name for name, line in ARCHITECTURES.items() if line.nested])
 def test_sizes_that_a_text_config_leaves_out_are_those_of_the_class(name: str) -> None:
-    """LLaVA's config.json says of its text model hardly more than which class it is of."""
+    """LLaVA's config.json says of its text model hardly more than which class it is of; Voxtral's class is its own."""
     text = {"model_type": ARCHITECTURES[name].model_type, "vocab_size": 32064}
-    config = {"architectures": ["LlavaForConditionalGeneration"], "text_config": text, "torch_dtype": "float16"}
+    whose = "LlavaForConditionalGeneration" if name.endswith("ForCausalLM") else name
+    config = {"architectures": [whose], "text_config": text, "torch_dtype": "float16"}
     whole = {**getattr(transformers, name).config_class().to_dict(), "architectures": [name], "dtype": "float16"}
 
     assert profile_from_hf(whole, "llava") == profile_from_hf(config, "llava")
@@ -101,6 +102,34 @@ def test_t5s_that_do_not_say_it_have_the_layers_of_their_class(name: str, gated:
     profile = profile_from_hf({**sizes, "architectures": [f"{name}ForConditionalGeneration"]}, "t5")
 
     assert (gated, 256) == ("mlp_gate" in profile.modules, profile.modules["attn_q"].out_features)
+
+
+@pytest.mark.parametrize(
+    ("says", "mlp"),
+    [
+        ({}, 6912),
+        ({"block_ff_dim": 12288}, 8192),
+        ({"block_ffn_dim_multiplier": 1.1}, 7680),
+        ({"block_ffn_dim_multiplier": None}, 6826),
+        ({"block_ffn_dim_multiplier": None, "block_multiple_of": None}, 6826),
+        ({"block_multiple_of": 100}, 6900),
+        ({"block_auto_adjust_ff_dim": False}, 10240),
+    ],
+)
+def test_mlp_of_lfm2_is_smaller_than_its_config_says(says: dict[str, Any], mlp: int) -> None:
+    """As in transformers, which makes the layers of the same config."""
+    config = {**LLAMA_8B, "architectures": ["Lfm2ForCausalLM"], "intermediate_size": 10240, **says}
+
+    assert mlp == profile_from_hf(config, "lfm2").modules["mlp_gate"].out_features
+
+
+@pytest.mark.parametrize("multiplier", ["1", -1, float("inf"), float("nan"), [1]])
+def test_multiplier_of_lfm2_that_is_none_is_refused(multiplier: object) -> None:
+    """As every size that is not one."""
+    config = {**LLAMA_8B, "architectures": ["Lfm2ForCausalLM"], "block_ffn_dim_multiplier": multiplier}
+
+    with pytest.raises(EngineMismatch, match="'block_ffn_dim_multiplier' is .*, expected a positive number"):
+        profile_from_hf(config, "lfm2")
 
 
 def test_cohere2_divides_its_hidden_size_among_the_heads() -> None:
@@ -151,7 +180,13 @@ def test_unknown_architecture_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("name", "why"),
-    [("Qwen3NextForCausalLM", "its q_proj has a gate"), ("DeepseekV3ForCausalLM", "its attention is latent")],
+    [
+        ("Qwen3NextForCausalLM", "its q_proj has a gate"),
+        ("MiniCPMV4_6ForConditionalGeneration", "its q_proj has a gate"),
+        ("DeepseekV3ForCausalLM", "its attention is latent"),
+        ("Gemma4ForConditionalGeneration", "its layers differ in their heads"),
+        ("Step3p7ForConditionalGeneration", "its layers differ in their heads"),
+    ],
 )
 def test_an_architecture_that_is_known_to_be_another_is_told_why(name: str, why: str) -> None:
     """It must not be sent round to convert without the base model: the names of its layers are those of others."""

@@ -18,7 +18,7 @@ import torch
 import transformers as hf
 
 from adapters import LINEAR, LLAMA_CONFIG, lora_weights, save_adapter
-from tritonlora.engine import EngineProfile, load_profile
+from tritonlora.engine import EngineProfile, load_profile, profile_from_hf, read_config_json
 from tritonlora.errors import AdapterError, EngineMismatch, UnsupportedAdapter
 from tritonlora.layout import plan_layout
 from tritonlora.modules import BY_NAME, ModuleDims
@@ -90,6 +90,18 @@ CROSS_ATTENTION = {
     "fc1": one("mlp_h_to_4h"),
     "fc2": one("mlp_4h_to_h"),
 }
+NLLB_MOE_ATTENTION = {
+    end.replace("encoder_attn", "cross_attention"): split for end, split in CROSS_ATTENTION.items() if "." in end
+}
+T5GEMMA = {
+    **{f"self_attn.{name}": split for name, split in ATTENTION.items()},
+    "cross_attn.q_proj": one("cross_attn_q"),
+    "cross_attn.k_proj": one("cross_attn_k"),
+    "cross_attn.v_proj": one("cross_attn_v"),
+    "cross_attn.o_proj": one("cross_attn_dense"),
+    **{name: SEPARATE[name] for name in ("gate_proj", "up_proj", "down_proj")},
+}
+W1_W2_W3 = {"w1": one("mlp_h_to_4h"), "w3": one("mlp_gate"), "w2": one("mlp_4h_to_h")}
 BART_SIZES = {
     "d_model": 32,
     "encoder_layers": 1,
@@ -142,6 +154,21 @@ MHA = {name: size for name, size in GQA.items() if name != "num_key_value_heads"
 BIGCODE = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64}
 MOE = {**GQA, "num_experts": 2, "num_local_experts": 2, "num_experts_per_tok": 1}
 WIDE_HEADS = {**GQA, "head_dim": 16}  # heads * head_dim is not hidden_size
+SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+WIDE_MOE = {**MOE, **SPECIAL, "head_dim": 16, "n_routed_experts": 2, "moe_intermediate_size": 16} | {
+    "shared_expert_intermediate_size": 16
+}
+ONLY_EXPERTS = {name: size for name, size in WIDE_MOE.items() if name != "intermediate_size"}
+ONE_DENSE_LAYER = {"mlp_layer_types": ["dense", "sparse"]}
+STATE_SPACE = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1}
+LINEAR_ATTENTION = {"linear_num_key_heads": 2, "linear_num_value_heads": 2} | {
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+AUDIO = {"hidden_size": 12, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+IN_ATTENTION = r".*\.self_attn\..*_proj"
+IN_ATTENTION_AND_MLP = r".*\.(self_attn\..*_proj|(mlp|feed_forward)\.(w.|(gate|up|down)_proj))"
+TEXT_MODEL = r".*\.(language|text)_model\.layers\..*_proj"
 CASES = {
     "llama": Case(hf.LlamaForCausalLM, hf.LlamaConfig, GQA, SEPARATE),
     "mistral": Case(hf.MistralForCausalLM, hf.MistralConfig, GQA, SEPARATE),
@@ -401,6 +428,107 @@ CASES = {
         | {"eos_token_id": 1, "pad_token_id": 0},
         ATTENTION,
     ),
+    "exaone_moe": Case(
+        hf.ExaoneMoeForCausalLM,
+        hf.ExaoneMoeConfig,
+        {**WIDE_MOE, **ONE_DENSE_LAYER, "num_shared_experts": 1},
+        ATTENTION,
+    ),
+    "hy_v3": Case(hf.HYV3ForCausalLM, hf.HYV3Config, {**WIDE_MOE, **ONE_DENSE_LAYER}, ATTENTION),
+    "solar_open": Case(hf.SolarOpenForCausalLM, hf.SolarOpenConfig, ONLY_EXPERTS, ATTENTION),
+    "mellum": Case(hf.MellumForCausalLM, hf.MellumConfig, {**WIDE_MOE, **ONE_DENSE_LAYER}, ATTENTION),
+    "lara_mini": Case(
+        hf.LaraMiniForCausalLM,
+        hf.LaraMiniConfig,
+        {**ONLY_EXPERTS, **LINEAR_ATTENTION, "layer_types": ["linear_attention", "full_attention"]},
+        ATTENTION,
+    ),
+    "flint": Case(hf.FlintForCausalLM, hf.FlintConfig, {**WIDE_MOE, "mlp_only_layers": [0]}, ATTENTION),
+    "kolibri1": Case(hf.Kolibri1ForCausalLM, hf.Kolibri1Config, ONLY_EXPERTS, ATTENTION),
+    "granitemoehybrid": Case(
+        hf.GraniteMoeHybridForCausalLM,
+        hf.GraniteMoeHybridConfig,
+        {**MOE, **STATE_SPACE, "layer_types": ["linear_attention", "full_attention"]},
+        ATTENTION,
+    ),
+    "bamba": Case(hf.BambaForCausalLM, hf.BambaConfig, {**GQA, **STATE_SPACE, "attn_layer_indices": [1]}, SEPARATE),
+    "olmo_hybrid": Case(
+        hf.OlmoHybridForCausalLM,
+        hf.OlmoHybridConfig,
+        {**GQA, **SPECIAL, **LINEAR_ATTENTION, "layer_types": ["linear_attention", "full_attention"]},
+        SEPARATE,
+        IN_ATTENTION_AND_MLP,
+    ),
+    "lfm2": Case(
+        hf.Lfm2ForCausalLM,
+        hf.Lfm2Config,
+        {**GQA, "full_attn_idxs": [1], "block_multiple_of": 16, "block_ffn_dim_multiplier": 1.1},
+        OUT_PROJ | W1_W2_W3,
+        IN_ATTENTION_AND_MLP,
+    ),
+    "lfm2_moe": Case(
+        hf.Lfm2MoeForCausalLM,
+        hf.Lfm2MoeConfig,
+        {**MOE, "moe_intermediate_size": 16, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+        OUT_PROJ,
+        IN_ATTENTION,
+    ),
+    "gpt_neox_japanese": Case(
+        hf.GPTNeoXJapaneseForCausalLM,
+        hf.GPTNeoXJapaneseConfig,
+        {name: size for name, size in MHA.items() if name != "intermediate_size"} | {"intermediate_multiple_size": 2},
+        {"query_key_value": per_head(4), "attention.dense": one("attn_dense"), **DENSE_MLP},
+    ),
+    "fsmt": Case(
+        hf.FSMTForConditionalGeneration,
+        hf.FSMTConfig,
+        {**{name: size for name, size in BART_SIZES.items() if name != "vocab_size"}, "langs": ["en", "de"]}
+        | {"src_vocab_size": 64, "tgt_vocab_size": 64},
+        CROSS_ATTENTION,
+        BART_DECODER,
+    ),
+    "led": Case(
+        hf.LEDForConditionalGeneration,
+        hf.LEDConfig,
+        {**BART_SIZES, "attention_window": 4},
+        CROSS_ATTENTION,
+        BART_DECODER,
+    ),
+    "nllb_moe": Case(
+        hf.NllbMoeForConditionalGeneration,
+        hf.NllbMoeConfig,
+        {**BART_SIZES, "num_experts": 2, "decoder_sparse_step": 2},
+        NLLB_MOE_ATTENTION,
+        r".*decoder\.layers\..*_proj",
+    ),
+    "t5gemma": Case(
+        hf.T5GemmaForConditionalGeneration,
+        hf.T5GemmaConfig,
+        {"encoder": {**WIDE_HEADS, "intermediate_size": 40}, "decoder": WIDE_HEADS, "vocab_size": 64},
+        T5GEMMA,
+        r".*decoder\.layers\..*_proj",
+    ),
+    "voxtral": Case(
+        hf.VoxtralForConditionalGeneration,
+        hf.VoxtralConfig,
+        {"text_config": {**WIDE_HEADS, "model_type": "llama"}, "audio_config": {**AUDIO, "num_mel_bins": 8}},
+        SEPARATE,
+        TEXT_MODEL,
+    ),
+    "glmasr": Case(
+        hf.GlmAsrForConditionalGeneration,
+        hf.GlmAsrConfig,
+        {"text_config": {**GQA, "model_type": "llama"}, "audio_config": {**AUDIO, "num_mel_bins": 8}},
+        SEPARATE,
+        TEXT_MODEL,
+    ),
+    "granite_docling": Case(
+        hf.GraniteDoclingForConditionalGeneration,
+        hf.GraniteDoclingConfig,
+        {"text_config": {**GQA, **SPECIAL}} | {"vision_config": {"num_hidden_layers": 1, "out_hidden_size": 32}},
+        SEPARATE,
+        TEXT_MODEL,
+    ),
     "gpt_oss": Case(hf.GptOssForCausalLM, hf.GptOssConfig, {**MOE, "head_dim": 16}, ATTENTION),
 }
 
@@ -449,6 +577,28 @@ def test_rows_equal_what_peft_adds_to_every_layer(name: str, tmp_path: Path) -> 
         torch.testing.assert_close(b.double() @ a.double(), delta, rtol=1e-6, atol=1e-6 * float(delta.abs().max()))
         assert torch.equal(a, a_bf16.float())
         assert torch.equal(b.bfloat16(), b_bf16)
+
+
+@pytest.mark.parametrize("name", ["hy_v3", "flint", "lfm2_moe", "nllb_moe"])
+def test_layers_without_experts_in_a_mixture_are_rows_of_an_mlp(name: str, tmp_path: Path) -> None:
+    """Where the engine has LoRA for these. (For EXAONE and Mellum PEFT makes parameters of the experts besides.)"""
+    fc = {"ffn.fc1": one("mlp_h_to_4h"), "ffn.fc2": one("mlp_4h_to_h")}
+    layers = {"lfm2_moe": W1_W2_W3, "nllb_moe": fc}.get(name) or {
+        f"mlp.{end}": SEPARATE[end] for end in ("gate_proj", "up_proj", "down_proj")
+    }
+    case = replace(CASES[name], layers=layers)
+    target_modules = rf".*(?<!encoder)\.layers\.0\..*({'|'.join(layers)})"
+    saved = save_adapter(tmp_path, case.model, case.config(**case.sizes), target_modules=target_modules)
+    expected = expected_deltas(case, saved.deltas())
+    profile = profile_from_hf(
+        read_config_json(saved.base / "config.json"), "model", target_modules={module for _, module in expected}
+    )
+    rows = converted(saved.adapter, profile, "float32")
+
+    assert len(layers) == len(rows)
+    assert expected.keys() == rows.keys()
+    for key, (a, b) in rows.items():
+        torch.testing.assert_close(b.double() @ a.double(), expected[key], rtol=1e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize("tp_size", [1, 2])
@@ -503,6 +653,18 @@ def test_encoder_layers_are_refused_by_name(tmp_path: Path) -> None:
         load_adapter(saved.adapter)
 
 
+def test_cross_attention_to_an_encoder_of_another_size_is_refused(tmp_path: Path) -> None:
+    """T5Gemma's encoder may be the larger one; TensorRT-LLM takes keys and values to be made of the hidden size."""
+    case = CASES["t5gemma"]
+    sizes = {**case.sizes, "encoder": {**WIDE_HEADS, "hidden_size": 64}}
+    saved = save_adapter(tmp_path, case.model, case.config(**sizes), target_modules=case.target_modules)
+
+    with pytest.raises(EngineMismatch, match="cross_attn_k is 64 -> 32 in the adapter, but 32 -> 32 in the engine"):
+        plan_layout(load_adapter(saved.adapter), dtype="float32", profile=load_profile(saved.base))
+    with pytest.raises(EngineMismatch, match="cross_attn_q has 32 inputs, and cross_attn_k 64 inputs"):
+        plan_layout(load_adapter(saved.adapter), dtype="float32")
+
+
 def test_expert_layers_are_refused_by_name(tmp_path: Path) -> None:
     """LoRA on the experts of a mixture is refused, naming the layers."""
     case = CASES["qwen2_moe"]
@@ -511,6 +673,35 @@ def test_expert_layers_are_refused_by_name(tmp_path: Path) -> None:
     )
 
     with pytest.raises(UnsupportedAdapter, match=r"shared_expert\.down_proj': LoRA on expert layers"):
+        load_adapter(saved.adapter)
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "message"),
+    [
+        ("lfm2", "in_proj", r"layers\.0\.conv\.in_proj': not a linear layer that TensorRT-LLM has a LoRA for"),
+        ("lfm2_moe", "out_proj", r"layers\.0\.conv\.out_proj': not a linear layer"),
+        ("bamba", "in_proj", r"mamba\.in_proj': not a linear layer"),
+        ("granitemoehybrid", "out_proj", r"mamba\.out_proj': not a linear layer"),
+        ("granitemoehybrid", "input_linear", r"shared_mlp\.input_linear': LoRA on expert layers"),
+        ("olmo_hybrid", "q_proj", r"linear_attn\.q_proj': not a linear layer"),
+        ("lara_mini", "in_proj_qkv", r"linear_attn\.in_proj_qkv': not a linear layer"),
+        ("kolibri1", "down_proj", r"shared_experts\.down_proj': LoRA on expert layers"),
+        ("nllb_moe", "fc1", r"ffn\.experts\.expert_0\.fc1': LoRA on expert layers"),
+        ("nllb_moe", "classifier", r"ffn\.router\.classifier': LoRA on an expert router"),
+        ("led", "query", r"longformer_self_attn\.query': an encoder's LoRA"),
+        ("t5gemma", "q_proj", r"encoder\.layers\.0\.self_attn\.q_proj': an encoder's LoRA"),
+        ("voxtral", "q_proj", r"audio_tower\.layers\.0\.self_attn\.q_proj': not a part of the text model"),
+        ("glmasr", "q_proj", r"audio_tower\.layers\.0\.self_attn\.q_proj': not a part of the text model"),
+        ("granite_docling", "q_proj", r"vision_model\..*\.self_attn\.q_proj': not a part of the text model"),
+    ],
+)
+def test_other_layers_of_these_models_are_refused_by_name(name: str, target: str, message: str, tmp_path: Path) -> None:
+    """Convolutions, state spaces, linear attention, experts, routers, encoders and towers."""
+    case = CASES[name]
+    saved = save_adapter(tmp_path, case.model, case.config(**case.sizes), target_modules=[target])
+
+    with pytest.raises(UnsupportedAdapter, match=message):
         load_adapter(saved.adapter)
 
 
@@ -546,4 +737,39 @@ def test_attention_with_a_gate_is_refused(
     with pytest.raises(kind, match=message):
         plan_layout(load_adapter(saved.adapter), dtype="bfloat16")
     with pytest.raises(EngineMismatch, match="Qwen3NextForCausalLM: its q_proj has a gate"):
+        load_profile(saved.base)
+
+
+UNLIKE_HEADS = "its layers differ in their heads"
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "sizes", "why"),
+    [
+        (
+            hf.Gemma4ForCausalLM,
+            hf.Gemma4TextConfig,
+            {"global_head_dim": 16, "vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 8}
+            | {"layer_types": ["sliding_attention", "full_attention"], "num_kv_shared_layers": 0},
+            UNLIKE_HEADS,
+        ),
+        (
+            hf.LagunaForCausalLM,
+            hf.LagunaConfig,
+            {"num_attention_heads_per_layer": [4, 2], "num_experts": 2, "num_experts_per_tok": 1},
+            UNLIKE_HEADS,
+        ),
+        (hf.DoryForCausalLM, hf.DoryConfig, {}, "its layers are run several times over"),
+    ],
+)
+def test_models_of_these_names_with_layers_that_an_engine_has_otherwise_are_refused(
+    model: type, config: type, sizes: Mapping[str, Any], why: str, tmp_path: Path
+) -> None:
+    """Each layer's rows would be right by themselves; the engine would take them for others."""
+    small = config(**{**GQA, **SPECIAL, "head_dim": 8, **sizes})
+    saved = save_adapter(tmp_path, model, small, target_modules=r".*self_attn\.(q|k|v)_proj")
+
+    with pytest.raises(UnsupportedAdapter, match=f"{model.__name__}: {why}"):
+        plan_layout(load_adapter(saved.adapter), dtype="bfloat16")
+    with pytest.raises(EngineMismatch, match=f"{model.__name__}: {why}"):
         load_profile(saved.base)

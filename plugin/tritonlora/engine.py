@@ -16,7 +16,7 @@ from typing import Any
 
 from tritonlora.adapters import DTYPES
 from tritonlora.errors import EngineMismatch, UnknownArchitecture, one_message
-from tritonlora.families import ARCHITECTURES, BY_MODEL_TYPE, T5, Architecture
+from tritonlora.families import ARCHITECTURES, BY_MODEL_TYPE, LFM2, T5, Architecture
 from tritonlora.locate import why_none
 from tritonlora.modules import BY_NAME, ModuleDims
 
@@ -91,12 +91,12 @@ _SPELLINGS: Mapping[str, tuple[str, ...]] = {
     "head_size": ("head_dim", "d_kv", "head_size"),
     "mlp": ("intermediate_size", "ffn_dim", "ffn_hidden_size", "d_ff", "n_inner"),
 }
-# Four times the hidden size where config.json does not say; nowhere else is a missing size made up. (MPT's
-# expansion_ratio is not read by transformers.)
+# Four times the hidden size where config.json does not say; nowhere else is a missing size made up. (Only the last
+# one's config.json says another multiple: MPT's expansion_ratio is not read by transformers.)
 _FOUR_TIMES_HIDDEN = frozenset(
     {
         *("GPT2LMHeadModel", "GPTBigCodeForCausalLM", "GPTNeoForCausalLM", "GPTJForCausalLM", "BloomForCausalLM"),
-        *("FalconForCausalLM", "MptForCausalLM"),
+        *("FalconForCausalLM", "MptForCausalLM", "GPTNeoXJapaneseForCausalLM"),
     }
 )
 _MULTI_QUERY = frozenset({"FalconForCausalLM", "GPTBigCodeForCausalLM"})
@@ -318,6 +318,8 @@ def _hf_modules(config: Mapping[str, Any], architecture: Architecture) -> frozen
 
 
 def _hf_sizes(config: Mapping[str, Any], architecture: Architecture, problems: list[str]) -> _Sizes | None:
+    sections = [(name, section) for name, section in config.items() if isinstance(section, dict)]
+    config = {**config, **{f"{name}.{key}": value for name, section in sections for key, value in section.items()}}
     known = {**architecture.defaults, **{key: value for key, value in config.items() if value is not None}}
     # A null is the model's own "derive it", which is not the same as a missing key with a default.
     known = {key: value for key, value in known.items() if not (key in config and config[key] is None)}
@@ -334,16 +336,31 @@ def _hf_sizes(config: Mapping[str, Any], architecture: Architecture, problems: l
         kv_heads = 1 if config.get("multi_query", True) else heads
     else:
         kv_heads = _size(known, names["kv_heads"], problems, missing=heads)
+    four_times = hidden * _size(known, ("intermediate_multiple_size",), problems, missing=4)
+    mlp = _size(known, names["mlp"], problems, missing=four_times if architecture.name in _FOUR_TIMES_HIDDEN else None)
     return _Sizes(
         hidden=hidden,
         layers=layers,
         heads=heads,
         kv_heads=kv_heads,
         head_size=_size(known, names["head_size"], problems, missing=hidden // heads),
-        mlp=_size(
-            known, names["mlp"], problems, missing=4 * hidden if architecture.name in _FOUR_TIMES_HIDDEN else None
-        ),
+        mlp=_lfm2_mlp(mlp, known, problems) if architecture.family is LFM2 else mlp,
     )
+
+
+def _lfm2_mlp(size: int, config: Mapping[str, Any], problems: list[str]) -> int:
+    """Two thirds of the `size` that config.json says, and that rounded up (transformers' `Lfm2MLP`)."""
+    if not config.get("block_auto_adjust_ff_dim"):
+        return size
+    size = int(2 * size / 3)
+    multiplier = config.get("block_ffn_dim_multiplier")
+    if multiplier is None:
+        return size
+    if not isinstance(multiplier, (int, float)) or not 0 < multiplier < 1 << 10:
+        problems.append(f"'block_ffn_dim_multiplier' is {multiplier!r}, expected a positive number")
+        return size
+    multiple = _size(config, ("block_multiple_of",), problems, missing=1)
+    return -(-int(multiplier * size) // multiple) * multiple
 
 
 def _section(config: Mapping[str, Any], key: str, where: str, problems: list[str]) -> Mapping[str, Any]:

@@ -31,7 +31,8 @@ class Family:
     name: str
     stems: tuple[str, ...]  # what stands before the layer number
     leaves: Mapping[str, Leaf]  # what stands after it
-    sizes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # config.json keys where they are unusual
+    # config.json keys where they are unusual; "decoder.hidden_size" stands in a section of it
+    sizes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     conv1d: bool = False  # the layers are transformers' Conv1D, of which PEFT notes `fan_in_fan_out`
     rare: frozenset[str] = frozenset()  # modules that few of its models have, and an engine where it says so
 
@@ -56,6 +57,10 @@ def _leaves(prefix: str, **names: str) -> dict[str, Leaf]:
     return {f"{prefix}.{name}" if prefix else name: Leaf((module,)) for module, name in names.items()}
 
 
+def _cross(prefix: str, dense: str) -> dict[str, Leaf]:
+    return _leaves(prefix, cross_attn_q="q_proj", cross_attn_k="k_proj", cross_attn_v="v_proj", cross_attn_dense=dense)
+
+
 # The three parts of attention, in the order that every fused layer has them.
 _QKV = ("attn_q", "attn_k", "attn_v")
 _QKV_IN_TURN = Leaf(_QKV, "attn_qkv", _QKV)
@@ -66,14 +71,9 @@ _GATE_UP = Leaf(("mlp_h_to_4h", "mlp_gate"), "mlp_gate_up", ("mlp_gate", "mlp_h_
 
 _SEPARATE_ATTENTION = _leaves("self_attn", attn_q="q_proj", attn_k="k_proj", attn_v="v_proj", attn_dense="o_proj")
 _SEPARATE_OUT_PROJ = _leaves("self_attn", attn_q="q_proj", attn_k="k_proj", attn_v="v_proj", attn_dense="out_proj")
-_CROSS_OUT_PROJ = _leaves(
-    "encoder_attn",
-    cross_attn_q="q_proj",
-    cross_attn_k="k_proj",
-    cross_attn_v="v_proj",
-    cross_attn_dense="out_proj",
-)
 _GATED_MLP = _leaves("mlp", mlp_h_to_4h="gate_proj", mlp_gate="up_proj", mlp_4h_to_h="down_proj")
+_GATED_MLP_MODULES = frozenset({"mlp_h_to_4h", "mlp_gate", "mlp_4h_to_h"})
+_GATED_FEED_FORWARD = _leaves("feed_forward", mlp_h_to_4h="w1", mlp_gate="w3", mlp_4h_to_h="w2")
 _UNGATED_MLP = _leaves("mlp", mlp_h_to_4h="up_proj", mlp_4h_to_h="down_proj")
 _C_MLP = _leaves("mlp", mlp_h_to_4h="c_fc", mlp_4h_to_h="c_proj")
 _DENSE_MLP = _leaves("mlp", mlp_h_to_4h="dense_h_to_4h", mlp_4h_to_h="dense_4h_to_h")
@@ -100,8 +100,18 @@ MIXTURE = Family(
     "Mixture of experts",
     _MODEL_LAYERS,
     _SEPARATE_ATTENTION | _GATED_MLP,
-    rare=frozenset({"mlp_h_to_4h", "mlp_gate", "mlp_4h_to_h"}),
+    {"mlp": ("intermediate_size", "moe_intermediate_size")},  # the latter where every layer has experts
+    rare=_GATED_MLP_MODULES,
 )
+# Their other layers are state spaces or convolutions, which have no names of these.
+BAMBA = Family(
+    "Bamba",
+    _MODEL_LAYERS,
+    _SEPARATE_ATTENTION | _leaves("feed_forward", mlp_h_to_4h="gate_proj", mlp_gate="up_proj", mlp_4h_to_h="down_proj"),
+)
+_LFM2_LAYERS = _SEPARATE_OUT_PROJ | _GATED_FEED_FORWARD
+LFM2 = Family("LFM2", _MODEL_LAYERS, _LFM2_LAYERS, {"mlp": ("block_ff_dim", "intermediate_size")})
+LFM2_MOE = Family("LFM2-MoE", _MODEL_LAYERS, _LFM2_LAYERS, rare=_GATED_MLP_MODULES)
 # Built like Llama, but for an MLP that has no gate: up_proj goes through the activation.
 NEMOTRON = Family("Nemotron", _MODEL_LAYERS, _SEPARATE_ATTENTION | _UNGATED_MLP)
 GLM = Family(
@@ -128,7 +138,7 @@ NANOCHAT = Family("nanochat", _MODEL_LAYERS, _SEPARATE_ATTENTION | _FC_MLP)
 STARCODER2 = Family("StarCoder2", _MODEL_LAYERS, _SEPARATE_ATTENTION | _C_MLP)
 GPT_NEOX = Family(
     "GPT-NeoX",
-    ("gpt_neox.layers", "layers"),
+    ("gpt_neox.layers", "gpt_neox_japanese.layers", "layers"),
     {"attention.query_key_value": _QKV_BY_HEAD_GROUP, "attention.dense": Leaf(("attn_dense",))} | _DENSE_MLP,
 )
 # Falcon's three generations differ only in the number of key-value heads.
@@ -162,8 +172,7 @@ BAICHUAN = Family(
 INTERNLM2 = Family(
     "InternLM2",
     _MODEL_LAYERS,
-    {"attention.wqkv": _QKV_BY_HEAD_GROUP, "attention.wo": Leaf(("attn_dense",))}
-    | _leaves("feed_forward", mlp_h_to_4h="w1", mlp_gate="w3", mlp_4h_to_h="w2"),
+    {"attention.wqkv": _QKV_BY_HEAD_GROUP, "attention.wo": Leaf(("attn_dense",))} | _GATED_FEED_FORWARD,
 )
 _C_PROJ = {"attn.c_proj": Leaf(("attn_dense",))}
 GPT2 = Family("GPT-2", _TRANSFORMER_H, {"attn.c_attn": _QKV_IN_TURN} | _C_PROJ | _C_MLP, conv1d=True)
@@ -207,11 +216,32 @@ XGLM = Family(
     _SEPARATE_OUT_PROJ | _FC1_FC2,
     {"heads": ("num_attention_heads", "attention_heads")},
 )
+_DECODER_SIZES = {"layers": ("decoder_layers",), "heads": ("decoder_attention_heads",), "mlp": ("decoder_ffn_dim",)}
 BART = Family(
     "BART and Whisper decoders",
+    (*_DECODER_LAYERS, "led.decoder.layers"),
+    _SEPARATE_OUT_PROJ | _cross("encoder_attn", "out_proj") | _FC1_FC2,
+    _DECODER_SIZES,
+)
+NLLB_MOE = Family(
+    "NLLB-MoE decoder",
     _DECODER_LAYERS,
-    _SEPARATE_OUT_PROJ | _CROSS_OUT_PROJ | _FC1_FC2,
-    {"layers": ("decoder_layers",), "heads": ("decoder_attention_heads",), "mlp": ("decoder_ffn_dim",)},
+    _SEPARATE_OUT_PROJ | _cross("cross_attention", "out_proj") | _leaves("ffn", mlp_h_to_4h="fc1", mlp_4h_to_h="fc2"),
+    _DECODER_SIZES,
+    rare=frozenset({"mlp_h_to_4h", "mlp_4h_to_h"}),
+)
+T5GEMMA = Family(
+    "T5Gemma decoder",
+    _DECODER_LAYERS,
+    _SEPARATE_ATTENTION | _cross("cross_attn", "o_proj") | _GATED_MLP,
+    {
+        "hidden": ("decoder.hidden_size",),
+        "layers": ("decoder.num_hidden_layers",),
+        "heads": ("decoder.num_attention_heads",),
+        "kv_heads": ("decoder.num_key_value_heads",),
+        "head_size": ("decoder.head_dim",),
+        "mlp": ("decoder.intermediate_size",),
+    },
 )
 T5 = Family(
     "T5 decoder",
@@ -229,6 +259,14 @@ T5 = Family(
 
 # Older releases left out of a `text_config` all that is the class's default, and so do LLaVA, Idefics and Pixtral.
 _SEVEN_BILLION = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
+# Theirs are of Llama's class, and what these leave out is their own all the same.
+_VOXTRAL = {"hidden_size": 3072, "num_hidden_layers": 30, "num_attention_heads": 32, "num_key_value_heads": 8} | {
+    "head_dim": 128,
+    "intermediate_size": 8192,
+}
+_GLM_ASR = {"hidden_size": 2048, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 4} | {
+    "intermediate_size": 6144
+}
 _GEMMA2 = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256}
 _MT5: Mapping[str, int | str] = {"d_kv": 64, "feed_forward_proj": "gated-gelu"}
 _TABLE = (
@@ -284,6 +322,18 @@ _TABLE = (
         "paddleocr_vl_text", "PaddleOCRVLForConditionalGeneration", LLAMA, {"num_key_value_heads": 2, "head_dim": 128}
     ),
     Architecture("bitnet", "BitNetForCausalLM", LLAMA, {"num_key_value_heads": 5}),
+    Architecture("olmo_hybrid", "OlmoHybridForCausalLM", LLAMA),
+    Architecture("granite_docling_text", "GraniteDoclingForConditionalGeneration", LLAMA, {"num_key_value_heads": 4}),
+    Architecture("voxtral", "VoxtralForConditionalGeneration", LLAMA, nested=_VOXTRAL),
+    Architecture("glmasr", "GlmAsrForConditionalGeneration", LLAMA, nested=_GLM_ASR),
+    Architecture("bamba", "BambaForCausalLM", BAMBA, {"num_key_value_heads": 8}),
+    Architecture(
+        "lfm2",
+        "Lfm2ForCausalLM",
+        LFM2,
+        {"num_key_value_heads": 8, "block_auto_adjust_ff_dim": True}
+        | {"block_ffn_dim_multiplier": 1, "block_multiple_of": 256},
+    ),
     Architecture("baichuan", "BaichuanForCausalLM", BAICHUAN),
     Architecture("internlm2", "InternLM2ForCausalLM", INTERNLM2),
     Architecture("exaone", "ExaoneForCausalLM", EXAONE),
@@ -306,6 +356,7 @@ _TABLE = (
     Architecture("persimmon", "PersimmonForCausalLM", PERSIMMON),
     Architecture("starcoder2", "Starcoder2ForCausalLM", STARCODER2, {"num_key_value_heads": 2}),
     Architecture("gpt_neox", "GPTNeoXForCausalLM", GPT_NEOX),
+    Architecture("gpt_neox_japanese", "GPTNeoXJapaneseForCausalLM", GPT_NEOX),
     Architecture("falcon", "FalconForCausalLM", FALCON),
     Architecture("bloom", "BloomForCausalLM", FALCON),
     Architecture("gpt2", "GPT2LMHeadModel", GPT2),
@@ -337,6 +388,15 @@ _TABLE = (
     Architecture("minimax_m2", "MiniMaxM2ForCausalLM", MIXTURE, {"num_key_value_heads": 8, "head_dim": 128}),
     Architecture("gpt_oss", "GptOssForCausalLM", MIXTURE, {"num_key_value_heads": 8, "head_dim": 64}),
     Architecture("llama4_text", "Llama4ForCausalLM", MIXTURE, {"num_key_value_heads": 8, "head_dim": 128}),
+    Architecture("exaone_moe", "ExaoneMoeForCausalLM", MIXTURE, {"num_key_value_heads": 32}),
+    Architecture("hy_v3", "HYV3ForCausalLM", MIXTURE, {"num_key_value_heads": 8, "head_dim": 128}),
+    Architecture("solar_open", "SolarOpenForCausalLM", MIXTURE, {"num_key_value_heads": 8, "head_dim": 128}),
+    Architecture("mellum", "MellumForCausalLM", MIXTURE, {"num_key_value_heads": 4, "head_dim": 128}),
+    Architecture("lara_mini", "LaraMiniForCausalLM", MIXTURE, {"num_key_value_heads": 4, "head_dim": 128}),
+    Architecture("flint", "FlintForCausalLM", MIXTURE, {"num_key_value_heads": 4, "head_dim": 128}),
+    Architecture("kolibri1", "Kolibri1ForCausalLM", MIXTURE, {"num_key_value_heads": 4, "head_dim": 128}),
+    Architecture("granitemoehybrid", "GraniteMoeHybridForCausalLM", MIXTURE),
+    Architecture("lfm2_moe", "Lfm2MoeForCausalLM", LFM2_MOE, {"num_key_value_heads": 8}),
     Architecture("t5", "T5ForConditionalGeneration", T5, {"d_kv": 64}),
     Architecture("mt5", "MT5ForConditionalGeneration", T5, _MT5),
     Architecture("umt5", "UMT5ForConditionalGeneration", T5, _MT5),
@@ -352,11 +412,21 @@ _TABLE = (
     Architecture("blenderbot-small", "BlenderbotSmallForConditionalGeneration", BART),
     Architecture("bigbird_pegasus", "BigBirdPegasusForConditionalGeneration", BART),
     Architecture("pegasus_x", "PegasusXForConditionalGeneration", BART),
+    Architecture("fsmt", "FSMTForConditionalGeneration", BART),
+    Architecture("led", "LEDForConditionalGeneration", BART),
+    Architecture("nllb-moe", "NllbMoeForConditionalGeneration", NLLB_MOE),
+    Architecture(
+        "t5gemma",
+        "T5GemmaForConditionalGeneration",
+        T5GEMMA,
+        {"decoder.num_key_value_heads": 4, "decoder.head_dim": 256},
+    ),
     Architecture("whisper", "WhisperForConditionalGeneration", BART),
 )
 # Models whose layers have names of these and are something else, by how the names of their classes begin.
 _LATENT = "its attention is latent, for which TensorRT-LLM has no LoRA"
 _GATED_QUERY = "its q_proj has a gate beside the queries, for which TensorRT-LLM has no LoRA"
+_UNLIKE_HEADS = "its layers differ in their heads, and TensorRT-LLM has one number and one size for all"
 NOT_THESE: Mapping[str, str] = {
     **dict.fromkeys(
         (
@@ -365,13 +435,20 @@ NOT_THESE: Mapping[str, str] = {
         ),
         _LATENT,
     ),
-    **dict.fromkeys(("Qwen3Next", "Qwen3_5", "Qwen4Exp"), _GATED_QUERY),
+    **dict.fromkeys(
+        ("MiniCPMOcr", "MiniCPMV4_6", "MiniCPMV4_7", "Qwen3Next", "Qwen3_5", "Qwen4Exp"),
+        _GATED_QUERY,
+    ),
+    **dict.fromkeys(("Gemma4", "Laguna", "Step3p5", "Step3p7"), _UNLIKE_HEADS),
+    "Dory": "its layers are run several times over, and TensorRT-LLM has a LoRA for each run",
     "Moshi": "its fc1 is two layers in one",
     "T5Gemma2": "its q_proj is that of two attentions in one",
 }
 # The same by what their checkpoints are called, where nothing else tells: a regular expression, in lower case.
 NOT_THESE_BY_NAME: Mapping[str, str] = {
-    r"qwen-?3([-_.]?next|\.5)": _GATED_QUERY,
+    r"qwen-?3([-_.]?next|\.5)|minicpm-(v-4[._][67]|ocr)": _GATED_QUERY,
+    r"(^|[-/])gemma-4-|step-3[._][57]|poolside/laguna": _UNLIKE_HEADS,
+    r"t5gemma-2-": "its q_proj is that of two attentions in one",
     r"deepseek[-_.]?(v[23]|coder-v2)|minicpm3|glm-?4\.7-flash|kimi-(k2|linear)": _LATENT,
 }
 ARCHITECTURES: Mapping[str, Architecture] = {architecture.name: architecture for architecture in _TABLE}

@@ -353,6 +353,8 @@ _EQUAL = (
     ("attn_k", _IN, "attn_v", _IN),
     ("attn_k", _OUT, "attn_v", _OUT),
     ("cross_attn_q", _OUT, "cross_attn_dense", _IN),
+    ("cross_attn_q", _IN, "cross_attn_k", _IN),
+    ("cross_attn_q", _IN, "cross_attn_v", _IN),
     ("cross_attn_k", _OUT, "cross_attn_v", _OUT),
     ("mlp_h_to_4h", _OUT, "mlp_gate", _OUT),
     ("mlp_h_to_4h", _OUT, "mlp_4h_to_h", _IN),

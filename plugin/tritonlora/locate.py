@@ -15,7 +15,7 @@ _WHY_NOT = (
     (r"(^|\.)(lm_head|embed_out|proj_out)$", "TensorRT-LLM has no LoRA for the output embedding"),
     (r"(^|\.)(embed_tokens|wte|word_embeddings|shared|embed_in)$", "TensorRT-LLM has no LoRA for embeddings"),
     (r"experts?(\.|$)|block_sparse_moe|shared_mlp", "LoRA on expert layers cannot be sent to a TensorRT-LLM engine"),
-    (r"\.(gate|router|shared_expert_gate)$", "LoRA on an expert router is not supported"),
+    (r"\.(gate|router|shared_expert_gate)$|\.router\.", "LoRA on an expert router is not supported"),
     (
         r"(^|\.)(vision|visual|vision_tower|vision_model|multi_modal_projector|audio_tower)",
         "not a part of the text model",
