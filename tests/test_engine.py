@@ -182,6 +182,7 @@ def test_unknown_architecture_is_refused() -> None:
     ("name", "why"),
     [
         ("Qwen3NextForCausalLM", "its q_proj has a gate"),
+        ("Kimi_K25ForConditionalGeneration", "its attention is latent"),
         ("MiniCPMV4_6ForConditionalGeneration", "its q_proj has a gate"),
         ("DeepseekV3ForCausalLM", "its attention is latent"),
         ("Gemma4ForConditionalGeneration", "its layers differ in their heads"),

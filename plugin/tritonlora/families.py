@@ -431,7 +431,17 @@ NOT_THESE: Mapping[str, str] = {
     **dict.fromkeys(
         (
             *("AXK1", "AXK2", "BailingHybrid", "DeepseekV2", "DeepseekV3", "Dots3Note", "Glm4MoeLite", "Glm5Next"),
-            *("GlmMoeDsa", "HYV4", "KimiLinear", "LongcatFlash", "MiniCPM3", "Mistral4", "MistralLarge4", "Youtu"),
+            *(
+                "GlmMoeDsa",
+                "HYV4",
+                "KimiLinear",
+                "Kimi_K25",
+                "LongcatFlash",
+                "MiniCPM3",
+                "Mistral4",
+                "MistralLarge4",
+                "Youtu",
+            ),
         ),
         _LATENT,
     ),
