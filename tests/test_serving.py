@@ -132,18 +132,6 @@ def test_who_listens_to_the_log_does_not_stop_the_server(
     assert ["a", "b", "c"] == heard == server.log()
 
 
-def test_a_setpriv_that_cannot_end_it_with_us_is_left_out(stand_in: Callable[[str], None], tmp_path: Path) -> None:
-    """Busybox's, say: the server is started all the same."""
-    stand_in("echo started")
-    setpriv = tmp_path / "bin" / "setpriv"
-    setpriv.write_text("#!/bin/sh\nexit 1\n")
-    setpriv.chmod(0o755)
-    with Server(tmp_path) as server:
-        assert 0 == server.wait()
-
-    assert ["started"] == server.log()
-
-
 def test_a_server_that_was_stopped_is_not_killed_again(
     stand_in: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -278,17 +278,16 @@ def server_command(
     ]
 
 
-def _ended_with_us() -> list[str]:
-    """What to put before a command, so that it gets SIGTERM when this process is killed and can pass on none.
-
-    Linux means the thread that started it; others than the first one may end before.
-    """
-    setpriv = shutil.which("setpriv")  # of util-linux, which Debian and Ubuntu always have
-    if setpriv is None or threading.current_thread() is not threading.main_thread():
-        return []
-    command = [setpriv, "--pdeathsig", "TERM", "--"]  # not known to busybox, nor before 2.33
-    is_known = subprocess.run([*command, "true"], capture_output=True, check=False).returncode == 0
-    return command if is_known else []
+# A shell that does what `Server.stop` does, once this process is gone without having done it: the other end of its
+# stdin is closed then. A server that is still loading dies of SIGTERM at once, and leaves stubs and regions behind.
+_WATCH = """
+read -r _
+kill -TERM "$1"
+waited=0
+while kill -0 "$1" && [ $waited -lt "$2" ]; do sleep 1; waited=$((waited + 1)); done
+kill -KILL "-$1"
+rm -f "$3"*
+"""
 
 
 class Server:
@@ -323,14 +322,15 @@ class Server:
             )
         self.ports = ports or free_ports()
         self._address = address or "127.0.0.1"
-        self._shm_prefix = f"tritonlora_{secrets.token_hex(4)}_"  # containers that share /dev/shm have the same pids
-        self._exit_timeout = exit_timeout
+        # Containers that share /dev/shm have the same pids.
+        self._regions = SHARED_MEMORY / f"tritonlora_{secrets.token_hex(4)}_"
+        self._patience = exit_timeout + GRACE_SECONDS
         self.command = server_command(
             tritonserver,
             repository,
             self.ports,
             address=address,
-            shm_prefix=self._shm_prefix,
+            shm_prefix=self._regions.name,
             exit_timeout=exit_timeout,
             complete_configs=complete_configs,
             extra=extra,
@@ -340,6 +340,7 @@ class Server:
         self._log: deque[str] = deque(maxlen=LOG_LINES_KEPT)
         self._on_log = on_log
         self._explain = explain
+        self._watcher: subprocess.Popen[bytes] | None = None
         self._stopped = False
 
     def __enter__(self) -> Server:
@@ -350,7 +351,7 @@ class Server:
             with held():
                 # A session of its own: Ctrl-C on the terminal reaches us alone, and we end the server in order.
                 process = self._process = subprocess.Popen(
-                    [*_ended_with_us(), *self.command],
+                    self.command,
                     env=self._environment,
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.PIPE,
@@ -361,6 +362,13 @@ class Server:
                 )
                 self._log_reader = threading.Thread(target=self._read_log, name="tritonserver-log", daemon=True)
                 self._log_reader.start()
+                self._watcher = subprocess.Popen(
+                    ["sh", "-c", _WATCH, "sh", *map(str, (process.pid, self._patience, self._regions))],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    start_new_session=True,
+                )
         except BaseException:  # there is no __exit__ yet that would do it
             if process:
                 self.stop()
@@ -466,13 +474,16 @@ class Server:
             if self._process.poll() is None:
                 self._process.send_signal(signal.SIGTERM)
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    self._process.wait(self._exit_timeout + GRACE_SECONDS)
+                    self._process.wait(self._patience)
         finally:
             # Python backend stubs share the server's process group, and outlive it when it was killed.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
             self._log_reader.join(timeout=5)
-            for region in SHARED_MEMORY.glob(f"{self._shm_prefix}*"):
+            for region in SHARED_MEMORY.glob(f"{self._regions.name}*"):
                 region.unlink(missing_ok=True)
             self._stopped = True
+            if self._watcher is not None:
+                self._watcher.kill()
+                self._watcher.communicate()

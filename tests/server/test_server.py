@@ -77,13 +77,13 @@ def test_a_ready_server_answers_on_its_ports_and_leaves_nothing_behind(tmp_path:
         connection.request("POST", "/v2/models/echo/infer", body)
         answer = connection.getresponse().read().decode()
         connection.close()
-        regions = list(server_module.SHARED_MEMORY.glob(f"{server._shm_prefix}*"))
+        regions = list(server_module.SHARED_MEMORY.glob(f"{server._regions.name}*"))
         assert len(_group(server.pid)) >= 2, "tritonserver and one stub"
 
     assert '"data":[8]' in answer
     assert regions
     assert [] == _survivors(server.pid)
-    assert [] == list(server_module.SHARED_MEMORY.glob(f"{server._shm_prefix}*"))
+    assert [] == list(server_module.SHARED_MEMORY.glob(f"{server._regions.name}*"))
     server.stop()  # a second time is harmless
 
 
