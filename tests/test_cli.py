@@ -228,6 +228,32 @@ def test_an_alias_is_given_switched_and_taken_away(capsys: pytest.CaptureFixture
     assert (0, "haiku removed: lora_task_id 2 is retired\n") == run(capsys, "remove", "haiku", "--repo", repo)[:2]
 
 
+def test_several_are_removed_at_once(capsys: pytest.CaptureFixture[str], repo: Path) -> None:
+    """An adapter together with its aliases, in any order; or none, when one of them is not there."""
+    run(capsys, "alias", "prod", "pirate", "--repo", repo)
+    assert 1 == run(capsys, "remove", "pirate", "haiku", "--repo", repo)[0]
+    assert 1 == run(capsys, "remove", "pirate", "prod", "nobody", "--repo", repo)[0]
+    assert {"haiku", "pirate"} == json.loads(run(capsys, "list", "--repo", repo, "--json")[1]).keys()
+    code, out, _ = run(capsys, "remove", "pirate", "prod", "--repo", repo, "--json")
+    assert (0, ["prod", "pirate"]) == (code, [one["name"] for one in json.loads(out)])
+    assert {"haiku"} == json.loads(run(capsys, "list", "--repo", repo, "--json")[1]).keys()
+
+
+def test_add_says_what_it_did_to_an_adapter_that_there_was(
+    capsys: pytest.CaptureFixture[str], repo: Path, adapter: Path
+) -> None:
+    """A lost file is put back; what a dry run would do depends on the content."""
+    run(capsys, "add", "new", adapter, "--repo", repo)
+    code, out, _ = run(capsys, "add", "new", adapter, "--repo", repo, "--dry-run")
+    assert 0 == code
+    assert "(was: lora_task_id 3, and stays if its content is the same)\n" in out
+    (repo / "tensorrt_llm" / "warmup" / "adapter_model_3.bin").unlink()
+    code, out, err = run(capsys, "add", "--all", adapter.parent, "--repo", repo)
+
+    assert (0, "new is complete again: lora_task_id 3, 8.0 KiB\n") == (code, out)
+    assert "note: new: tensorrt_llm/warmup/adapter_model_3.bin was missing or altered, and is there again\n" == err
+
+
 def test_add_all(capsys: pytest.CaptureFixture[str], repo: Path, tmp_path: Path) -> None:
     """A line for each; exit code 1 when one was refused."""
     for number in range(3):
@@ -335,17 +361,17 @@ def test_init_shows_a_diff_and_then_says_what_it_wrote(capsys: pytest.CaptureFix
 
 def test_init_can_be_undone(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """It says what it does to which file; notes go to stderr."""
-    root = upstream_repository(tmp_path / "repo", "v0.18.0")
+    root = upstream_repository(tmp_path / "r[/bold]:x:", "v0.18.0")  # no markup
     ensemble = root / "ensemble" / "config.pbtxt"
     before = ensemble.read_bytes()
     code, out, _ = run(capsys, "init", root, "--dry-run")
-    assert re.search(r"^\+\+\+ .*/lora_router/1/model\.py: new, \d+ lines$", out, re.MULTILINE)
+    assert re.search(r"^\+\+\+ .*/r\[/bold\]:x:/lora_router/1/model\.py: new, \d+ lines$", out, re.MULTILINE)
     assert (0, True, False) == (code, '+      model_name: "lora_router"' in out, "+import" in out)
     code, out, err = run(capsys, "init", root)
     assert (0, True) == (code, f"wrote {root / 'lora_router' / 'config.pbtxt'}\nwrote" in out)
     assert "note: 'tensorrt_llm_bls' calls 'tensorrt_llm' itself" in err
     code, out, _ = run(capsys, "init", root, "--undo", "--dry-run")
-    assert (0, True) == (code, '-      model_name: "lora_router"' in out.splitlines())
+    assert (0, True, False) == (code, '-      model_name: "lora_router"' in out.splitlines(), "\n-import" in out)
     code, out, _ = run(capsys, "init", root, "--undo", "--json")
 
     assert (0, before) == (code, ensemble.read_bytes())

@@ -330,7 +330,7 @@ def test_a_table_with_the_times_of_the_one_before_is_seen(
 
 
 @pytest.mark.parametrize(
-    "name", ["lora_name", "LoRA-Name", "loraName", "lora_weights", "lora_path", "adapter_id", "model"]
+    "name", ["lora_name", "LoRA-Name", "loraName", "lora_weights", "lora_path", "adapter_id", "model", "Model_Name"]
 )
 def test_an_adapter_among_the_parameters_is_refused(name: str) -> None:
     """Triton makes parameters of what it knows no input for: the base model would answer instead."""

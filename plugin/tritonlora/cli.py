@@ -212,7 +212,14 @@ def add(
     name: Annotated[str | None, typer.Argument(help="The name that clients will send.")] = None,
     adapter_dir: Annotated[Path | None, typer.Argument(help="The PEFT adapter's directory.")] = None,
     every: Annotated[
-        Path | None, typer.Option("--all", metavar="DIR", help="Add every adapter in DIR, named as its directory.")
+        Path | None,
+        typer.Option(
+            "--all",
+            metavar="DIR",
+            help="Add every adapter in DIR, named as its directory.",
+            exists=True,
+            file_okay=False,
+        ),
     ] = None,
     warmup: Annotated[bool, typer.Option("--warmup/--no-warmup", help="Load it at start, or on first use.")] = True,
     task_id: Annotated[int | None, typer.Option("--task-id", min=1, help="Its lora_task_id, never used yet.")] = None,
@@ -250,50 +257,64 @@ def _add_all(opened: Repository, directory: Path, options: Options, *, as_json: 
     from tritonlora import register
 
     adapters = {path.parent.name: path.parent for path in sorted(directory.glob("*/adapter_config.json"))}
+    if (directory / "adapter_config.json").exists():
+        raise RepositoryError(f"{str(directory)!r} is an adapter itself: give the directory that it is in, or NAME")
     if not adapters:
         raise RepositoryError(f"{str(directory)!r} has no directory with an adapter_config.json in it")
     _import_torch()
     with Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
         task = progress.add_task(f"converting {len(adapters)} adapters", total=len(adapters))
         results = register.add_all(opened, adapters, options, on_done=lambda _: progress.advance(task))
-    refused = [one for one in results if isinstance(one, register.Refused)]
+    results.sort(key=lambda one: one.name)
     if as_json:
-        print_json(sorted(results, key=lambda one: one.name))
-    for one in sorted(results, key=lambda one: one.name):
+        print_json(results)
+    for one in results:
         if isinstance(one, register.Refused):
             stderr.print(f"{one.name} refused: {one.error}", markup=False, highlight=False, soft_wrap=True)
-        elif not as_json:
+            continue
+        for remark in one.remarks:
+            print_note(f"{one.name}: {remark}")
+        if not as_json:
             sys.stdout.write(_what_was_done(one))
-    if refused:
+    if any(isinstance(one, register.Refused) for one in results):
         raise typer.Exit(1)
 
 
 def _what_was_done(added: Added, *, dry_run: bool = False) -> str:
     if added.unchanged:
         did = "is unchanged"
+    elif added.restored:
+        did = "is complete again"
     elif added.known:
         did = "is loaded at start" if added.entry.warm else "is loaded on its first request"
     else:
         did = "would be added" if dry_run else "added"
-    was = "" if added.was is None else f" (was: lora_task_id {added.was})"
+    stays = ", and stays if its content is the same" if dry_run else ""
+    was = "" if added.was is None else f" (was: lora_task_id {added.was}{stays})"
     task_id, nbytes = added.entry.lora_task_id, added.entry.lora_weights_nbytes
     return f"{added.name} {did}: lora_task_id {task_id}, {size(nbytes)}{was}\n"
 
 
 @app.command()
 def remove(
-    name: Annotated[str, typer.Argument(help="The adapter's name, or an alias.")], repo: Repo, as_json: AsJson = False
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Adapters' names, or aliases.")],
+    repo: Repo,
+    as_json: AsJson = False,
 ) -> None:
-    """Take an adapter out of the repository, whose lora_task_id is never used again; or an alias."""
+    """Take adapters out of the repository, whose lora_task_ids are never used again; or aliases."""
     from tritonlora import register, repository
 
-    removed = register.remove(repository.open_repository(repo), name)
+    removed = register.remove(repository.open_repository(repo), *names)
     if as_json:
         print_json(removed)
-    elif removed.entry is None:
-        sys.stdout.write(f"{name} removed: adapter {removed.alias_of} stays\n")
-    else:
-        sys.stdout.write(f"{name} removed: lora_task_id {removed.entry.lora_task_id} is retired\n")
+        return
+    for one in removed:
+        what = (
+            f"adapter {one.alias_of} stays"
+            if one.entry is None
+            else f"lora_task_id {one.entry.lora_task_id} is retired"
+        )
+        sys.stdout.write(f"{one.name} removed: {what}\n")
 
 
 @app.command()

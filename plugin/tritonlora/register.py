@@ -14,8 +14,9 @@ from __future__ import annotations
 import contextlib
 import datetime
 import itertools
+import re
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,6 +38,7 @@ from tritonlora.engine import EngineProfile, load_profile
 from tritonlora.errors import EngineMismatch, RepositoryError, TritonLoraError, UnknownArchitecture, one_message
 from tritonlora.files import locked, publish, sha256_of, temporary_name, write_text
 from tritonlora.flavours import Flavour, flavour_of_config
+from tritonlora.interrupts import held
 from tritonlora.locate import families_of
 from tritonlora.model_config import ModelConfig
 from tritonlora.modules import MODULES
@@ -77,7 +79,8 @@ class Added:
     name: str
     entry: AdapterEntry
     known: bool  # the same content was registered under this name already
-    unchanged: bool  # so was all else, and its files are there
+    restored: tuple[str, ...]  # its files that were missing or altered, and are there again
+    unchanged: bool  # there was nothing to do
     remarks: tuple[str, ...]  # what the user should know
     was: int | None = None  # the lora_task_id of the adapter that had the name
 
@@ -110,7 +113,9 @@ def add(
         # Everything that can be refused is refused before a byte is written.
         generated.rendered_config(repository, with_adapter(table, name, planned.entry))
         if dry_run:
-            return _after(table, Added(name, planned.entry, known=False, unchanged=False, remarks=planned.remarks))
+            return _after(
+                table, Added(name, planned.entry, known=False, restored=(), unchanged=False, remarks=planned.remarks)
+            )
         generated.sweep(repository, table)
         added = _write_tensors(repository, planned, table.entries.get(name) if task_id is None else None)
         generated.write_table(repository, table, _with(table, added))
@@ -134,37 +139,44 @@ def add_all(
         on_done(result)
 
     with locked(repository.table_path.parent):
-        table = before = read_table(repository)
-        generated.sweep(repository, table)
-        planned = []
+        before = read_table(repository)
+        planned, after = [], before
         for name, directory in adapters.items():
             try:
-                one = _plan(repository, table, name, directory, options)
-                with_it = with_adapter(table, name, one.entry)
-                generated.rendered_config(repository, with_adapter(AdapterTable(), name, one.entry))
+                one = _plan(repository, after, name, directory, options)
+                after = with_adapter(after, name, one.entry)  # so that each gets an id of its own
             except TritonLoraError as error:
                 note(Refused(name, str(error)))
             else:
                 planned.append(one)
-                table = with_it  # so that each gets an id of its own
+        generated.rendered_config(repository, after)  # or nothing is converted
+        generated.sweep(repository, before)
         table = before
         pool = ThreadPoolExecutor(CONVERSIONS_AT_A_TIME)
+        futures = {
+            pool.submit(_write_tensors, repository, one, before.entries.get(one.name)): one.name for one in planned
+        }
+        planned.clear()  # so that each is let go of, and its file closed, when it has been converted
         try:
-            futures = {
-                pool.submit(_write_tensors, repository, one, before.entries.get(one.name)): one.name for one in planned
-            }
-            planned.clear()  # so that each is let go of, and its file closed, when it has been converted
             for future in as_completed(futures):
-                try:
-                    added = future.result()
-                    table = _with(table, added)
-                    note(_after(before, added))
-                except TritonLoraError as error:
-                    note(Refused(futures[future], str(error)))
+                note(_result_of(future, futures.pop(future), before))
         finally:
-            pool.shutdown(cancel_futures=True)
-            generated.write_table(repository, before, table)
+            with held():
+                pool.shutdown(cancel_futures=True)
+                ended = {future: name for future, name in futures.items() if not future.cancelled()}  # meanwhile
+                results += [_result_of(future, name, before) for future, name in ended.items()]
+                for added in results:
+                    if isinstance(added, Added):
+                        table = _with(table, added)
+                generated.write_table(repository, before, table)
     return results
+
+
+def _result_of(future: Future[Added], name: str, before: AdapterTable) -> Added | Refused:
+    try:
+        return _after(before, future.result())
+    except TritonLoraError as error:
+        return Refused(name, str(error))
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,47 +241,53 @@ def _told_by(base: Path, profile: EngineProfile | None, dtype: str | None) -> En
         if len(candidates) == 1:  # the engine's own name says enough
             return profile
         raise
+    families, engine, checkpoint = families_of(told.architecture), _told(profile), _told(told)
     differ = [
-        f"{what} is {theirs} there, {ours} here"
-        for what, theirs, ours in zip(_SIZES, _sizes(profile), _sizes(told), strict=True)
-        if 0 not in (theirs, ours) and theirs != ours  # what the engine's config does not say
+        f"{what}: {engine[what]} and {checkpoint[what]}"
+        for what in engine.keys() & checkpoint.keys()
+        if engine[what] != checkpoint[what]
     ]
+    if candidates and not families & candidates:
+        differ.append(f"architecture: {profile.architecture} and {told.architecture}")
     if differ:
-        heading = f"the engine, {profile.source}, was not built from {str(base)!r}; give its own base model with --base"
-        raise EngineMismatch(one_message(heading, differ))
-    if len(candidates) == 1:
+        heading = f"--base {base} is not what {profile.source} was built from; in the engine, and there"
+        raise EngineMismatch(one_message(heading, sorted(differ)))
+    if len(candidates) == 1 or not families <= candidates:
         return profile
-    return replace(profile, architecture=told.architecture) if families_of(told.architecture) <= candidates else profile
+    return replace(profile, architecture=told.architecture)
 
 
-_SIZES = ("the number of layers", "that of attention heads", "that of key-value heads", "the size of a head")
-
-
-def _sizes(profile: EngineProfile) -> tuple[int, ...]:
-    return profile.num_layers, profile.num_heads, profile.num_kv_heads, profile.head_size
+def _told(profile: EngineProfile) -> dict[str, int]:
+    """What a profile says of its model, by what that is called in an error: what no build of an engine changes."""
+    after_hidden = [profile.modules[name] for name in ("attn_q", "attn_qkv", "mlp_h_to_4h") if name in profile.modules]
+    numbers = {
+        "layers": profile.num_layers,
+        "attention heads": profile.num_heads,
+        "key-value heads": profile.num_kv_heads,
+        "head size": profile.head_size,
+        "hidden size": after_hidden[0].in_features if after_hidden else 0,
+    }
+    return {what: number for what, number in numbers.items() if number}  # 0: it does not say
 
 
 def _other_base(table: AdapterTable, name: str, base: str) -> tuple[str, ...]:
-    """A remark where the others were trained on another base model, by what PEFT noted: one engine is of one.
-
-    The same model may lie in several directories, so that only the last part of a name counts.
-    """
-
-    def last(name_or_path: str) -> str:
-        return name_or_path.rstrip("/").rpartition("/")[2].casefold()
-
-    others = {
-        last(entry.base_model_name_or_path): other
-        for other, entry in table.entries.items()
-        if other != name and entry.base_model_name_or_path
-    }
-    if not base or not others or last(base) in others:
+    """A remark where the others were trained on another base model, by what PEFT noted: one engine is of one."""
+    known = {other: entry.base_model_name_or_path for other, entry in table.entries.items() if other != name}
+    others = {_base_name(noted): other for other, noted in known.items() if _base_name(noted)}
+    if not others or _base_name(base) in {"", *others}:
         return ()
     other = next(iter(others.values()))
-    return (
-        f"it was trained on {base!r}, and adapter {other!r} on {table.entries[other].base_model_name_or_path!r}: are "
-        "both of the engine's model?",
-    )
+    return (f"it was trained on {base!r}, and adapter {other!r} on {known[other]!r}: are both of the engine's model?",)
+
+
+_CACHED = re.compile(r".*/models--[^/]*--(?P<name>[^/]+)/snapshots/[^/]+", re.DOTALL)  # huggingface_hub's cache
+
+
+def _base_name(name_or_path: str) -> str:
+    """What a base model is called wherever it lies: only the last part of a name or a path says that. "" for "."."""
+    path = name_or_path.rstrip("/")
+    cached = _CACHED.fullmatch(path)
+    return (cached["name"] if cached else path.rpartition("/")[2]).casefold().strip(".")
 
 
 def _write_tensors(repository: Repository, planned: _Planned, known: AdapterEntry | None) -> Added:
@@ -287,11 +305,11 @@ def _write_tensors(repository: Repository, planned: _Planned, known: AdapterEntr
             restored = _restore(repository, known, weights, rows)
             remarks = (*planned.remarks, *(f"{file} was missing or altered, and is there again" for file in restored))
             unchanged = known.warm == options.warm and not restored
-            return Added(planned.name, entry, known=True, unchanged=unchanged, remarks=remarks)
+            return Added(planned.name, entry, known=True, restored=restored, unchanged=unchanged, remarks=remarks)
         weights_path.parent.mkdir(exist_ok=True)
         publish(weights, weights_path)
         publish(rows, config_path)
-    return Added(planned.name, entry, known=False, unchanged=False, remarks=planned.remarks)
+    return Added(planned.name, entry, known=False, restored=(), unchanged=False, remarks=planned.remarks)
 
 
 def _owns_its_files(repository: Repository, planned: _Planned, entry: AdapterEntry) -> bool:
@@ -300,7 +318,7 @@ def _owns_its_files(repository: Repository, planned: _Planned, entry: AdapterEnt
     return (own.lora_weights_file, own.lora_config_file) == (entry.lora_weights_file, entry.lora_config_file)
 
 
-def _restore(repository: Repository, entry: AdapterEntry, weights: Path, rows: Path) -> list[str]:
+def _restore(repository: Repository, entry: AdapterEntry, weights: Path, rows: Path) -> tuple[str, ...]:
     """Give these files the place of those of `entry` that are not there as they are registered, and say which."""
     restored = []
     for fresh, (file, sha256) in zip((weights, rows), entry.sha256_by_file.items(), strict=True):
@@ -309,7 +327,7 @@ def _restore(repository: Repository, entry: AdapterEntry, weights: Path, rows: P
             path.parent.mkdir(exist_ok=True)
             publish(fresh, path)
             restored.append(file)
-    return restored
+    return tuple(restored)
 
 
 def _after(before: AdapterTable, added: Added) -> Added:
@@ -336,23 +354,28 @@ class Removed:
     alias_of: str | None  # of an alias: the adapter, which stays
 
 
-def remove(repository: Repository, name: str) -> Removed:
-    """Take an adapter out: its warmup sample and its name. Its lora_task_id is never used again.
+def remove(repository: Repository, *names: str) -> list[Removed]:
+    """Take adapters out, all of them or none: their warmup samples and names. Their ids are never used again.
 
-    Its files stay for as long as requests under way may need them; a later command deletes them. Of an alias, the name
-    alone is taken away. Refuses an adapter that has aliases.
+    Their files stay for as long as requests under way may need them; a later command deletes them. Of an alias, the
+    name alone is taken away. Refuses an adapter that has aliases which stay.
     """
     with locked(repository.table_path.parent):
-        table = read_table(repository)
-        if name in table.aliases:
-            write_text(repository.table_path, render(without_alias(table, name)))
-            return Removed(name, None, alias_of=table.aliases[name])
-        new_table = without_adapter(table, name)
-        generated.keep_for_a_while(repository, table, new_table)
-        generated.write_config(repository, new_table)
-        write_text(repository.table_path, render(new_table))
-        generated.sweep(repository, new_table)
-        return Removed(name, table.entries[name], alias_of=None)
+        before = table = read_table(repository)
+        removed = []
+        for name in sorted(dict.fromkeys(names), key=lambda name: name not in before.aliases):  # aliases first
+            if name in table.aliases:
+                removed.append(Removed(name, None, alias_of=table.aliases[name]))
+                table = without_alias(table, name)
+            else:
+                table, entry = without_adapter(table, name), table.entries.get(name)
+                removed.append(Removed(name, entry, alias_of=None))
+        if table.entries != before.entries:
+            generated.keep_for_a_while(repository, before, table)
+            generated.write_config(repository, table)
+        write_text(repository.table_path, render(table))
+        generated.sweep(repository, table)
+        return removed
 
 
 @dataclass(frozen=True, slots=True)

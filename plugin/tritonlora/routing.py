@@ -88,25 +88,29 @@ def resolve_rows(
 
 
 # How other servers are told: vLLM's backend, and TGI and LoRAX (adapter_id, adapter_source). OpenAI's `model` may be
-# the base model's name, which nobody knows here.
+# the base model's name, which nobody knows here. In lower case.
 _MEANT_FOR_ADAPTERS = ("lora", "adapter")
-_MAY_NAME_AN_ADAPTER = "model"
+_MAY_NAME_AN_ADAPTER = frozenset({"model", "model_name"})
 
 
 def check_parameters(table: AdapterTable, parameters: Mapping[str, object]) -> None:
     """InvalidRequest when a parameter of a request means an adapter: by how it begins, in capitals or not, or because
-    it is `model` and has an adapter's name.
+    it is `model` and an adapter's name.
 
     Triton's generate extension makes a parameter of whatever it knows no input for, a misspelt lora_name among it, and
     other servers take parameters: the base model must not answer for these. Nor is it for clients to choose what only
     the router sends.
     """
-    names = sorted(name for name in parameters if name.casefold().startswith(_MEANT_FOR_ADAPTERS))
-    asked = parameters.get(_MAY_NAME_AN_ADAPTER)
-    if any(asked in known for known in (table.entries, table.aliases, table.unavailable)):
-        names.append(_MAY_NAME_AN_ADAPTER)
+    registered = (table.entries, table.aliases, table.unavailable)
+    names = [
+        name
+        for name, value in parameters.items()
+        if name.casefold().startswith(_MEANT_FOR_ADAPTERS)
+        or (name.casefold() in _MAY_NAME_AN_ADAPTER and any(value in known for known in registered))
+    ]
     if names:
-        raise InvalidRequest(f"{', '.join(names)}: not taken as a parameter; name the adapter with the input lora_name")
+        listed = ", ".join(sorted(names))
+        raise InvalidRequest(f"{listed}: not taken as a parameter; name the adapter with the input lora_name")
 
 
 def _decoded(lora_name: bytes | str) -> str:

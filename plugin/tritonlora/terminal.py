@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from tritonlora.plan import AdapterPlan, CachePlan, WarmChoice
     from tritonlora.undo import FileChange
 
-stdout = Console()
-stderr = Console(stderr=True)
+stdout = Console(emoji=False)
+stderr = Console(emoji=False, stderr=True)
 
 NAMES_SHOWN = 20
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -58,11 +58,13 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def print_diff(change: FileChange) -> None:
-    """What a command does to a file, as a unified diff; new code, which is tritonlora's own, as one line."""
+    """What a command does to a file, as a unified diff; code that comes or goes, which is our own, as a line."""
     styles = {"+": "green", "-": "red", "@": "cyan"}
-    if change.before is None and change.after is not None and change.path.suffix == ".py":
-        lines = len(change.after.splitlines())
-        stdout.print(f"+++ {change.path}: new, {lines} lines", style="green", highlight=False, soft_wrap=True)
+    if change.path.suffix == ".py" and None in (change.before, change.after):
+        mark, what = ("+", "new") if change.before is None else ("-", "removed")
+        lines = len((change.before or change.after or "").splitlines())
+        line = f"{mark * 3} {change.path}: {what}, {lines} lines"
+        stdout.print(line, style=styles[mark], markup=False, highlight=False, soft_wrap=True)
         return
     old, new = (
         ("/dev/null", []) if text is None else (str(change.path), text.splitlines())

@@ -117,9 +117,10 @@ def plan_undo(root: Path) -> list[FileChange]:
         raise RepositoryError(
             f"there is nothing to undo: {str(root)!r} has no {WRITTEN}, which is there after `tritonlora init`"
         )
-    if names := sorted(read_table(Repository(root)).entries):
+    table = read_table(Repository(root))
+    if names := sorted([*table.entries, *table.aliases]):
         raise RepositoryError(
-            f"adapters are registered: {', '.join(names)}; take them out first, with: tritonlora remove NAME"
+            f"adapters are registered; take them out first, with: tritonlora remove {' '.join(names)}"
         )
     digests = _read_digests(root)
     problems = [
