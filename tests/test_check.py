@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from engine_configs import ENGINE
-from repositories import let_time_pass, set_cache_pages, synthetic_repository
+from repositories import let_time_pass, set_cache_pages, set_decoupled, synthetic_repository
 from tritonlora import check, cli, install, register, repository, warmup
 from tritonlora.adapters import with_warm
 from tritonlora.adapters_json import render
@@ -90,6 +90,11 @@ def _own_sample(opened: Repository, key: str, file: str, content: bytes) -> None
     value = f'{{ data_type: TYPE_INT32 dims: [ 1 ] input_data_file: "{file}" }}'
     sample = f'model_warmup {{ name: "mine" inputs {{ key: "{key}" value {value} }} }}\n'
     opened.config_path.write_text(sample + read_text(opened.config_path))
+
+
+def _model(root: Path, name: str, config: str) -> None:
+    (root / name).mkdir()
+    (root / name / "config.pbtxt").write_text(config)
 
 
 def _bls_model(root: Path) -> None:
@@ -307,6 +312,21 @@ PLANTED: dict[str, tuple[Callable[[Repository], object], str, str]] = {
         "warning",
         "tensorrt_llm_bls/config.pbtxt: it calls tensorrt_llm itself: a lora_name in a request to it has no effect",
     ),
+    "a step of an ensemble has no model": (
+        lambda opened: shutil.rmtree(opened.root / "postprocessing"),
+        "error",
+        "ensemble/config.pbtxt: it has a step for 'postprocessing', and there is no such model",
+    ),
+    "another model's config cannot be read": (
+        lambda opened: _model(opened.root, "aa", 'name: "aa'),
+        "error",
+        "aa/config.pbtxt: ",
+    ),
+    "the tokenizer's place is still a placeholder": (
+        lambda opened: edit(opened.root / "preprocessing" / "config.pbtxt", 'string_value: ""', 'string_value: "${x}"'),
+        "error",
+        "preprocessing/config.pbtxt: tokenizer_dir is still ${x}",
+    ),
     "Triton keeps what clients have left": (
         lambda opened: edit(
             opened.root / "postprocessing" / "config.pbtxt",
@@ -374,6 +394,9 @@ OF_ANOTHER_ENGINE = {
     "the engine has another dtype",
 }
 IN_WORDS = {
+    "a step of an ensemble has no model",
+    "another model's config cannot be read",
+    "the tokenizer's place is still a placeholder",
     "the engine was built without LoRA",
     "the engine was built for fewer beams",
     "the user's own warmup asks for more beams",
@@ -419,6 +442,45 @@ def test_the_remedy_works(opened: Repository, sound: Path, name: str, monkeypatc
 
     assert bool(arguments) == (problem not in " ".join(what for _, what in found(opened)))
     assert bool(arguments) == (name not in {*IN_WORDS, *OF_ANOTHER_ENGINE})
+
+
+def test_a_config_that_cannot_be_read_hides_nothing(opened: Repository) -> None:
+    """What is wrong elsewhere is found all the same, and is not put down to the engine's model."""
+    _model(opened.root, "aa", 'name: "aa')
+    _bls_model(opened.root)
+
+    assert ["aa/config.pbtxt", "tensorrt_llm_bls/config.pbtxt"] == [one.where for one in check.check(opened)]
+
+
+OUTER = """
+platform: "ensemble"
+max_batch_size: 4
+input [ { name: "text" data_type: TYPE_STRING dims: [ 1 ] } ]
+output [ { name: "out" data_type: TYPE_STRING dims: [ -1 ] } ]
+ensemble_scheduling { step [
+  { model_name: "last" model_version: -1 input_map { key: "x" value: "middle" } output_map { key: "y" value: "out" } },
+  { model_name: "ensemble" model_version: -1 input_map { key: "text_input" value: "text" }
+    output_map { key: "text_output" value: "inner" } },
+  { model_name: "between" model_version: -1 input_map { key: "x" value: "inner" }
+    output_map { key: "y" value: "middle" } }
+] }
+"""
+BATCHED = 'backend: "python" max_batch_size: 4 dynamic_batching { }'
+
+
+@pytest.mark.parametrize(("topology", "decoupled"), [("forward", True), ("resolve", True), ("forward", False)])
+def test_what_is_batched_behind_a_stream_is_found(opened: Repository, topology: str, decoupled: bool) -> None:
+    """However far behind, once for each model; what is before it, and what no stream comes to, is none."""
+    for model in ("preprocessing", "postprocessing"):
+        edit(opened.root / model / "config.pbtxt", "max_batch_size: 64", "max_batch_size: 64 dynamic_batching { }")
+    for name, config in {"outer": OUTER, "between": 'backend: "python"', "last": BATCHED, "lonely": BATCHED}.items():
+        _model(opened.root, name, config)
+    if not decoupled:
+        set_decoupled(opened, False)
+    install.init(opened.root, topology=topology)
+    found = [one.where for one in check.check(opened) if "it has dynamic_batching" in one.problem]
+
+    assert (["last/config.pbtxt", "postprocessing/config.pbtxt"] if decoupled else []) == sorted(found)
 
 
 def test_an_altered_file_is_found_by_its_digest(opened: Repository) -> None:
@@ -523,7 +585,7 @@ def test_ports_in_use_are_found(opened: Repository) -> None:
 
 def test_a_real_engine_s_config_is_checked(tmp_path: Path) -> None:
     """Upstream's repository with an engine that was built without LoRA, and for three beams."""
-    root = upstream_repository(tmp_path / "repo", "v0.18.0")
+    root = upstream_repository(tmp_path / "repo", "v0.18.0", values={"tokenizer_dir": "/tokenizer"})
     install.init(root)
     opened = repository.open_repository(root)
     build = {**ENGINE["build_config"], "plugin_config": {"lora_plugin": None}}

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -60,6 +61,24 @@ def test_an_answer_that_is_no_json_object_is_an_error(answering: Callable[[bytes
 
     with pytest.raises(ServerError, match=f"^{url} answered something other than a JSON object: .*; is it a Triton"):
         list(client.generate("hi", url=url))
+
+
+def test_an_answer_that_is_no_http_is_an_error() -> None:
+    """As that of the gRPC endpoint, whose bytes no terminal should get."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            with server.accept()[0] as connection:
+                connection.sendall(b"\0\x1b\n")
+                while connection.recv(1 << 16):
+                    pass
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        url = f"127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(ServerError, match=rf"^{url} does not answer in HTTP: [ -~]*; is that the HTTP endpoint\?$"):
+            list(client.generate("hi", url=url))
+        thread.join()
 
 
 def test_texts_may_be_anything(answering: Callable[[bytes], str]) -> None:

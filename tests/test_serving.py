@@ -20,7 +20,7 @@ from tritonlora import install, register, repository, serving
 from tritonlora.errors import ServerError
 from tritonlora.findings import Finding
 from tritonlora.repository import read_config
-from tritonlora.server import Ports, Server, Tritonserver, World, check_ports, ports_in_use, server_command
+from tritonlora.server import Ports, Server, Tritonserver, World, ports_in_use, server_command
 from upstream_configs import upstream_repository
 
 
@@ -77,11 +77,12 @@ def test_the_number_of_processes_is_the_engine_s(tmp_path: Path) -> None:
 def test_ports_that_somebody_listens_on_are_found(family: socket.AddressFamily) -> None:
     """By number, and no others."""
     address = "::1" if family is socket.AF_INET6 else "127.0.0.1"
-    with socket.socket(family) as taken, socket.socket(family) as free:
-        for one in (taken, free):
+    with socket.socket(family) as taken, socket.socket(family) as free, socket.socket(family) as other:
+        for one in (taken, free, other):
             one.bind((address, 0))
-        taken.listen()
-        ports = Ports(taken.getsockname()[1], free.getsockname()[1], taken.getsockname()[1])
+        for one in (taken, other):
+            one.listen()
+        ports = Ports(*(one.getsockname()[1] for one in (taken, free, other)))
         free.close()
 
         assert [ports.http, ports.metrics] == ports_in_use(ports, address)
@@ -90,7 +91,7 @@ def test_ports_that_somebody_listens_on_are_found(family: socket.AddressFamily) 
 def test_two_endpoints_with_one_port_are_refused() -> None:
     """tritonserver would load every model before it says so."""
     with pytest.raises(ServerError, match="a port of its own, got --http-port 1, --grpc-port 2, --metrics-port 1$"):
-        check_ports(Ports(1, 2, 1))
+        Ports(1, 2, 1)
 
 
 def test_an_ipv6_address_is_spelt_as_each_endpoint_takes_it() -> None:

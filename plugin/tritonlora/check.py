@@ -8,6 +8,7 @@ Reads only; `register.repair` is what puts right what can be.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator
 
 from tritonlora import generated, surroundings, warmup
@@ -46,6 +47,12 @@ def check(repository: Repository, *, deep: bool = False, ports: Ports | None = N
     config = served_config(repository.config_path)
     flavour = flavour_of_config(config)
     findings: list[Finding] = []
+    configs = {repository.target: config}
+    for path in sorted(repository.root.glob("*/config.pbtxt")):
+        try:
+            configs.setdefault(path.parent.name, read_config(path))
+        except TritonLoraError as error:
+            findings.append(_error(f"{path.parent.name}/config.pbtxt", str(error), "put the file right"))
     try:
         profile = engine_profile(repository, config)
     except TritonLoraError as error:
@@ -56,7 +63,7 @@ def check(repository: Repository, *, deep: bool = False, ports: Ports | None = N
         plan = plan_of(repository, table, config, profile)
     except TritonLoraError:
         plan = None  # _files or _rows says why
-    subject = Subject(repository, table, text, config, flavour, profile, plan, deep, ports)
+    subject = Subject(repository, table, text, config, flavour, configs, profile, plan, deep, ports)
     for one in CHECKS:
         try:
             findings += one(subject)
@@ -223,9 +230,8 @@ def _cache(subject: Subject) -> Iterator[Finding]:
         )
     if found is None:
         return
-    for model in (ROUTER, RESOLVER):
-        path = subject.repository.root / model / "config.pbtxt"
-        believed = read_config(path).parameters.get("cache_pages", "0") if path.is_file() else "0"
+    for model in {ROUTER, RESOLVER} & subject.configs.keys():
+        believed = subject.configs[model].parameters.get("cache_pages", "0")
         if believed not in ("0", str(found.tightest.host_pages)):
             yield _warning(
                 f"{model}/config.pbtxt",
@@ -259,8 +265,8 @@ def _cache(subject: Subject) -> Iterator[Finding]:
 def _router(subject: Subject) -> Iterator[Finding]:
     """The router is in step with the engine's model, and an ensemble leads to it."""
     root, target = subject.repository.root, subject.repository.target
-    init = f"tritonlora init {root}"
-    router = read_config(root / ROUTER / "config.pbtxt")
+    init = f"tritonlora init {shlex.quote(str(root))}"
+    router = subject.configs[ROUTER]
     mine = {spec.name: spec for spec in (*router.inputs, *router.outputs)}
     for spec in (*subject.config.inputs, *subject.config.outputs):
         here = mine.get(spec.name)
@@ -270,9 +276,7 @@ def _router(subject: Subject) -> Iterator[Finding]:
             yield _error(f"{ROUTER}/config.pbtxt", f"{spec.name} is not declared as {target} declares it", init)
     if router.decoupled != subject.config.decoupled:
         yield _error(f"{ROUTER}/config.pbtxt", f"its transaction policy is not that of {target}", init)
-    configs = {path.parent.name: read_config(path) for path in sorted(root.glob("*/config.pbtxt"))}
-    ensembles = {name: config for name, config in configs.items() if config.steps}
-    for name, config in ensembles.items():
+    for name, config in subject.configs.items():
         if config.leads_to(target) and not config.leads_to(ROUTER) and not config.leads_to(RESOLVER):
             yield _error(f"{name}/config.pbtxt", f"it leads to {target} past the router: names have no effect", init)
 
@@ -297,6 +301,7 @@ def _leftovers(subject: Subject) -> Iterator[Finding]:
 
 CHECKS: tuple[Callable[[Subject], Iterator[Finding]], ...] = (
     surroundings.placeholders,
+    surroundings.steps,
     _engine,
     _beam_width,
     _router,

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tritonlora.adapters import AdapterTable
@@ -34,6 +35,7 @@ class Subject:
     config_text: str
     config: ModelConfig
     flavour: Flavour
+    configs: Mapping[str, ModelConfig]  # of all models whose config.pbtxt can be read, by name
     profile: EngineProfile | None
     plan: CachePlan | None  # None, too, where an adapter's files are not what they should be
     deep: bool

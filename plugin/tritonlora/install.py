@@ -268,6 +268,7 @@ def notes(root: Path) -> list[str]:
     router = read_config(root / ROUTER / "config.pbtxt")
     target = router.parameters.get("target", DEFAULT_TARGET)
     found = _ensembles_of(root, target)
+    configs = {path.parent.name: read_config(path) for path in sorted(root.glob("*/config.pbtxt"))}
     said = [] if found else [f"no ensemble has a step for {target!r}: clients send their tokens to {ROUTER!r}"]
     if topology_of(root) == RESOLVE and router.parameters.get("cache_pages", "0") == "0":
         said.append(
@@ -277,16 +278,15 @@ def notes(root: Path) -> list[str]:
     return said + [
         f"{name!r} calls {target!r} itself and takes no lora_name: clients that want adapters ask "
         + (" or ".join(repr(path.parent.name) for path in found) or repr(ROUTER))
-        for name in models_past_the_router(root, target)
+        for name in models_past_the_router(configs, target)
     ]
 
 
-def models_past_the_router(root: Path, target: str) -> list[str]:
+def models_past_the_router(configs: Mapping[str, ModelConfig], target: str) -> list[str]:
     """The models that call the engine's by BLS, which no config can lead through the router.
 
     Upstream's tensorrt_llm_bls forwards the inputs that it knows, and lora_name is none of them.
     """
-    configs = {path.parent.name: read_config(path) for path in sorted(root.glob("*/config.pbtxt"))}
     called = {name: config.parameters.get(_BLS_TARGET) for name, config in configs.items()}
     return [
         name

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,7 +70,8 @@ def open_repository(root: Path) -> Repository:
     router_config = root / ROUTER / "config.pbtxt"
     if not router_config.is_file():
         raise RepositoryError(
-            f"model repository {str(root)!r} has no {ROUTER!r}; put it there with: tritonlora init {root}"
+            f"model repository {str(root)!r} has no {ROUTER!r}; put it there with: "
+            f"tritonlora init {shlex.quote(str(root))}"
         )
     parameters = read_config(router_config).parameters
     target = parameters.get("target", DEFAULT_TARGET)

@@ -64,6 +64,9 @@ _OUR_OPTIONS = {
 _LOADING = re.compile(r"\bloading: (?P<begun>[^:\s\"]+):\d+|successfully loaded '(?P<done>[^']+)'")
 
 
+_ERROR = re.compile(r"E\d{4} ")  # glog's; what tritonserver prints without its log has no time and no level
+
+
 @dataclass(frozen=True, slots=True)
 class Tritonserver:
     """An installed tritonserver: what to execute, and what that one needs."""
@@ -80,6 +83,12 @@ class Ports:
     http: int = 8000
     grpc: int = 8001
     metrics: int = 8002
+
+    def __post_init__(self) -> None:
+        """ServerError when two endpoints have the same port: tritonserver would load all models before it says so."""
+        if len({self.http, self.grpc, self.metrics}) < len(ENDPOINTS):
+            options = ", ".join(f"--{kind}-port {getattr(self, kind)}" for kind in ENDPOINTS)
+            raise ServerError(f"each endpoint needs a port of its own, got {options}")
 
 
 def find_tritonserver() -> Tritonserver:
@@ -172,9 +181,6 @@ def numeric_address(address: str) -> str:
 
 def check_ports(ports: Ports, address: str | None = None) -> None:
     """ServerError when no server can listen on these ports at `address`, in numbers (None: any interface)."""
-    if len({ports.http, ports.grpc, ports.metrics}) < len(ENDPOINTS):
-        options = ", ".join(f"--{kind}-port {getattr(ports, kind)}" for kind in ENDPOINTS)
-        raise ServerError(f"each endpoint needs a port of its own, got {options}")
     if taken := ports_in_use(ports, address):
         raise ServerError(
             f"in use already: port {', '.join(map(str, taken))}; choose others with --http-port and so on"
@@ -451,10 +457,12 @@ class Server:
 
     def _failure(self, what: str) -> ServerError:
         self.stop()
+        heading, lines = "the end of its log", list(self._log)
+        if self._on_log:  # who listens has seen it all, and may not have found what matters
+            heading, lines = "the errors in its log", [line for line in lines if _ERROR.match(line)]
         message = f"tritonserver (pid {self.pid}) {what}"
-        if not self._on_log:  # who listens has seen it
-            tail = [f"  | {line}" for line in list(self._log)[-LOG_LINES_SHOWN:]]
-            message = "\n".join([f"{message}; the end of its log:", *tail])
+        if lines:
+            message = "\n".join([f"{message}; {heading}:", *(f"  | {line}" for line in lines[-LOG_LINES_SHOWN:])])
         reason = self._explain(list(self._log))
         return ServerError(f"{message}\n{reason}" if reason else message)
 

@@ -4,39 +4,58 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 from tritonlora import install
 from tritonlora.errors import TritonLoraError
 from tritonlora.findings import Finding, Subject, error, warning
-from tritonlora.model_config import Unfilled
-from tritonlora.repository import COPY_AGAIN, RESOLVER, ROUTER, dead_links, read_config
+from tritonlora.model_config import Step, Unfilled, has_template
+from tritonlora.repository import COPY_AGAIN, RESOLVER, ROUTER, dead_links
 from tritonlora.server import SHARED_MEMORY, ports_in_use
 from tritonlora.undo import OURS
 
+# Parameters that no model of upstream's loads without; where others are still a ${…}, it takes its defaults.
+_OF_THE_ENGINE = ("gpt_model_path",)
+_OF_THE_TEXT_MODELS = ("tokenizer_dir",)
+
 
 def placeholders(subject: Subject) -> Iterator[Finding]:
-    """What is still a ${…} where Triton needs a value, in any model."""
-    for path in sorted(subject.repository.root.glob("*/config.pbtxt")):
-        name = path.parent.name
-        config = subject.config if name == subject.repository.target else read_config(path)
+    """What is still a ${…} where a value is needed, in any model."""
+    for name, config in subject.configs.items():
         values: list[object] = [config.max_batch_size, config.decoupled, config.instance_count]
         for spec in (*config.inputs, *config.outputs):
             values += [spec.data_type, spec.dims, spec.optional]
-        for value in values:
-            if isinstance(value, Unfilled):
+        unfilled = [(value.what, value.template) for value in values if isinstance(value, Unfilled)]
+        needed = _OF_THE_ENGINE if name == subject.repository.target else _OF_THE_TEXT_MODELS
+        parameters = {key: config.parameters.get(key, "") for key in needed}
+        unfilled += [(key, value) for key, value in parameters.items() if has_template(value)]
+        for what, template in unfilled:
+            yield error(
+                f"{name}/config.pbtxt",
+                f"{what} is still {template}",
+                "fill it in with upstream's tools/fill_template.py, or edit the file",
+            )
+
+
+def steps(subject: Subject) -> Iterator[Finding]:
+    """The models that ensembles lead to are there: else Triton loads neither the ensemble nor, by itself, anything."""
+    root = subject.repository.root
+    for name, config in subject.configs.items():
+        for step in config.steps:
+            if not (root / step.model_name).is_dir():
                 yield error(
                     f"{name}/config.pbtxt",
-                    f"{value.what} is still {value.template}",
-                    "fill it in with upstream's tools/fill_template.py, or edit the file",
+                    f"it has a step for {step.model_name!r}, and there is no such model",
+                    f"put the model there, or {name} elsewhere",
                 )
 
 
 def models_past_the_router(subject: Subject) -> Iterator[Finding]:
     """Models that call the engine's by themselves. The generate endpoint drops what is no input of theirs unheard."""
-    root, target = subject.repository.root, subject.repository.target
-    for name in install.models_past_the_router(root, target):
+    target = subject.repository.target
+    for name in install.models_past_the_router(subject.configs, target):
         yield warning(
             f"{name}/config.pbtxt",
             f"it calls {target} itself: a lora_name in a request to it has no effect",
@@ -52,32 +71,44 @@ def left_streams(subject: Subject) -> Iterator[Finding]:
     """
     if not subject.config.decoupled:
         return
-    root, engines = subject.repository.root, {subject.repository.target, ROUTER}
-    for path in sorted(root.glob("*/config.pbtxt")):
-        steps = read_config(path).steps
-        streamed = {tensor for step in steps if step.model_name in engines for tensor in step.output_map.values()}
+    configs, streaming, batched = subject.configs, {subject.repository.target, ROUTER}, dict[str, str]()
+    for _ in configs:  # an ensemble may be a step of another one
+        streaming |= {name for name, config in configs.items() if _streamed(config.steps, streaming)}
+    for ensemble, config in configs.items():
+        tensors = _streamed(config.steps, streaming)
+        for step in config.steps:
+            after = configs.get(step.model_name)
+            if after and after.dynamic_batching and not tensors.isdisjoint(step.input_map.values()):
+                batched.setdefault(step.model_name, ensemble)
+    for name, ensemble in batched.items():
+        yield warning(
+            f"{name}/config.pbtxt",
+            f"it has dynamic_batching: before 26.02, Triton never lets go of a stream of {ensemble} that its client "
+            "has left, nor of its memory, and takes all its time to stop",
+            "take dynamic_batching out of it, unless your Triton is 26.02 or later",
+        )
+
+
+def _streamed(steps: Sequence[Step], streaming: Collection[str]) -> set[str]:
+    """The tensors of an ensemble that come several times: those of models that are `streaming`, and what follows."""
+    tensors = set[str]()
+    for _ in steps:  # which may stand in any order
         for step in steps:
-            after = root / step.model_name / "config.pbtxt"
-            if streamed & set(step.input_map.values()) and after.is_file() and read_config(after).dynamic_batching:
-                yield warning(
-                    f"{step.model_name}/config.pbtxt",
-                    f"it has dynamic_batching: before 26.02, Triton never lets go of a stream of {path.parent.name} "
-                    "that its client has left, nor of its memory, and takes all its time to stop",
-                    "take dynamic_batching out of it, unless your Triton is 26.02 or later",
-                )
+            if step.model_name in streaming or not tensors.isdisjoint(step.input_map.values()):
+                tensors.update(step.output_map.values())
+    return tensors
 
 
 def resolver(subject: Subject) -> Iterator[Finding]:
     """The resolver's tensors are those of the engine's model: Triton loads no ensemble that leads to others."""
     root, target = subject.repository.root, subject.repository.target
-    path = root / RESOLVER / "config.pbtxt"
-    for spec in read_config(path).outputs if path.is_file() else ():
+    for spec in subject.configs[RESOLVER].outputs if RESOLVER in subject.configs else ():
         declared = subject.config.input(spec.name)
         if declared is None or declared.data_type != spec.data_type:
             yield error(
                 f"{RESOLVER}/config.pbtxt",
                 f"{spec.name} is not declared as {target} declares it",
-                f"tritonlora init {root}",
+                f"tritonlora init {shlex.quote(str(root))}",
             )
 
 
@@ -93,7 +124,7 @@ def router_files(subject: Subject) -> Iterator[Finding]:
     for change in changes:
         if any(change.path.is_relative_to(root / model / "1") for model in OURS):
             name = change.path.relative_to(root).as_posix()
-            remedy = f"tritonlora init {root}"
+            remedy = f"tritonlora init {shlex.quote(str(root))}"
             if change.before is None:
                 yield error(name, "it is missing: the model does not load", remedy)
             else:
@@ -113,8 +144,7 @@ def shared_memory(subject: Subject) -> Iterator[Finding]:
             "docker run --shm-size …",
         )
     elif not plan.fits or not all(adapter.warm for adapter in plan.adapters):
-        path = subject.repository.root / ROUTER / "config.pbtxt"
-        instances = read_config(path).instance_count if path.is_file() else 1
+        instances = subject.configs[ROUTER].instance_count if ROUTER in subject.configs else 1
         if isinstance(instances, int) and there_is < instances * plan.resend_shm_bytes:
             yield warning(
                 str(SHARED_MEMORY),

@@ -99,7 +99,7 @@ def test_serve_that_is_killed_leaves_nothing_behind(
     repo: Path, processes: list[subprocess.Popen[str]], ready: bool
 ) -> None:
     """By the kernel, say, when memory is short: tritonserver and its stubs end, also those that are still loading."""
-    ports, before = free_ports(), {*SHARED_MEMORY.glob("tritonlora_*")}
+    ports = free_ports()
     processes.append(start(repo, ports))
     serving = processes[0]
     assert serving.stdout is not None
@@ -109,6 +109,9 @@ def test_serve_that_is_killed_leaves_nothing_behind(
     while not any(is_stub(one) for one in family):
         assert time.monotonic() < deadline
         family = psutil.Process(serving.pid).children(recursive=True)
+    words = [word for one in psutil.Process(serving.pid).children() for word in one.cmdline()]
+    [prefix] = re.findall(r"shm-region-prefix-name=(\w+)", " ".join(words))
+    assert any(SHARED_MEMORY.glob(f"{prefix}*"))
     serving.kill()
     _, left = psutil.wait_procs(family, timeout=60)
     for one in left:
@@ -116,7 +119,7 @@ def test_serve_that_is_killed_leaves_nothing_behind(
 
     assert [] == left
     assert [] == ports_in_use(ports)
-    assert before >= {*SHARED_MEMORY.glob("tritonlora_*")}
+    assert [] == list(SHARED_MEMORY.glob(f"{prefix}*"))
 
 
 def test_serve_names_the_reason_when_the_server_does_not_start(
