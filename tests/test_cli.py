@@ -25,9 +25,10 @@ from rich.console import Console
 
 from adapters import write_adapter
 from repositories import SYNTHETIC_GEOMETRY, set_cache_pages, synthetic_adapter, synthetic_repository
-from tritonlora import __version__, cli, install, register, repository, terminal
+from tritonlora import __version__, check, cli, install, register, repository, terminal
 from tritonlora.files import publish
 from tritonlora.interrupts import ENDING
+from tritonlora.repository import read_table
 from tritonlora.server import free_ports
 from upstream_configs import upstream_repository
 
@@ -264,6 +265,28 @@ def test_add_all(capsys: pytest.CaptureFixture[str], repo: Path, tmp_path: Path)
     assert code == 1
     assert [line.split(":")[0] for line in out.splitlines()] == ["n0 added", "n2 added"]
     assert err.startswith("n1 refused: ")
+
+
+def test_add_all_that_is_interrupted_says_how_far_it_came(
+    capsys: pytest.CaptureFixture[str], repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was finished is registered."""
+    for number in range(9):
+        synthetic_adapter(tmp_path / "all" / f"n{number}", number)
+    advanced = []
+
+    def interrupt(*_: object) -> None:
+        advanced.append(True)
+        if len(advanced) == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("rich.progress.Progress.advance", interrupt)
+    code, out, err = run(capsys, "add", "--all", tmp_path / "all", "--repo", repo)
+    registered = [name for name in read_table(repository.open_repository(repo)).entries if name.startswith("n")]
+
+    assert (130, "", True) == (code, out, 3 <= len(registered) <= 9)
+    assert f"note: {len(registered)} of 9 are registered; the same command adds the others\ninterrupted\n" == err
+    assert [] == check.check(repository.open_repository(repo))
 
 
 def test_plan_says_whether_all_fit_and_sets_what_it_recommends(capsys: pytest.CaptureFixture[str], repo: Path) -> None:

@@ -8,6 +8,7 @@ import copy
 import errno
 import gc
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -403,20 +404,22 @@ def test_a_base_model_that_the_engine_was_not_built_from_is_refused(
 
 def test_an_adapter_of_another_base_model_is_remarked(opened: Repository, tmp_path: Path) -> None:
     """By the name that PEFT noted, of which the directory says nothing: an engine is of one model."""
+    seeds = itertools.count()
 
     def remarks(name: str, base: str | None) -> tuple[str, ...]:
-        adapter = synthetic_adapter(tmp_path / name, len(name))
+        adapter = synthetic_adapter(tmp_path / name, next(seeds))
         config = json.loads((adapter / "adapter_config.json").read_text())
         (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": base}))
         return register.add(opened, name, adapter).remarks
 
-    assert () == remarks("a", "meta-llama/Llama-3.1-8B")
+    assert () == remarks("a", "Qwen/Qwen3-8B")
+    assert () == remarks("a", "meta-llama/Llama-3.1-8B"), "it replaces that"
     assert () == remarks("bb", "/models/llama-3.1-8b/")
     for base in (None, ".", "/hub/models--meta-llama--Llama-3.1-8B/snapshots/0e9e39f249a16976918f6564b8830bc894c89659"):
         assert () == remarks("ccc", base)
     assert () == remarks("ccc", "/models/llama-3.1-8b")
     assert (
-        "it was trained on 'Qwen/Qwen3-8B', and adapter 'bb' on '/models/llama-3.1-8b/': are both of the engine's "
+        "it was trained on 'Qwen/Qwen3-8B', and adapter 'ccc' on '/models/llama-3.1-8b': are both of the engine's "
         "model?",
     ) == remarks("dddd", "Qwen/Qwen3-8B")
 

@@ -255,6 +255,7 @@ def add(
 
 def _add_all(opened: Repository, directory: Path, options: Options, *, as_json: bool) -> None:
     from tritonlora import register
+    from tritonlora.repository import read_table
 
     adapters = {path.parent.name: path.parent for path in sorted(directory.glob("*/adapter_config.json"))}
     if (directory / "adapter_config.json").exists():
@@ -264,7 +265,12 @@ def _add_all(opened: Repository, directory: Path, options: Options, *, as_json: 
     _import_torch()
     with Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
         task = progress.add_task(f"converting {len(adapters)} adapters", total=len(adapters))
-        results = register.add_all(opened, adapters, options, on_done=lambda _: progress.advance(task))
+        try:
+            results = register.add_all(opened, adapters, options, on_done=lambda _: progress.advance(task))
+        except _Interrupted:
+            registered = adapters.keys() & read_table(opened).entries.keys()
+            print_note(f"{len(registered)} of {len(adapters)} are registered; the same command adds the others")
+            raise
     results.sort(key=lambda one: one.name)
     if as_json:
         print_json(results)

@@ -133,11 +133,6 @@ def add_all(
     The table and config.pbtxt are written once, at the end. Interrupted, those that were finished are registered.
     """
     results: list[Added | Refused] = []
-
-    def note(result: Added | Refused) -> None:
-        results.append(result)
-        on_done(result)
-
     with locked(repository.table_path.parent):
         before = read_table(repository)
         planned, after = [], before
@@ -146,12 +141,12 @@ def add_all(
                 one = _plan(repository, after, name, directory, options)
                 after = with_adapter(after, name, one.entry)  # so that each gets an id of its own
             except TritonLoraError as error:
-                note(Refused(name, str(error)))
+                results.append(Refused(name, str(error)))
+                on_done(results[-1])
             else:
                 planned.append(one)
         generated.rendered_config(repository, after)  # or nothing is converted
         generated.sweep(repository, before)
-        table = before
         pool = ThreadPoolExecutor(CONVERSIONS_AT_A_TIME)
         futures = {
             pool.submit(_write_tensors, repository, one, before.entries.get(one.name)): one.name for one in planned
@@ -159,15 +154,16 @@ def add_all(
         planned.clear()  # so that each is let go of, and its file closed, when it has been converted
         try:
             for future in as_completed(futures):
-                note(_result_of(future, futures.pop(future), before))
+                on_done(_result_of(future, futures[future], before))
         finally:
             with held():
                 pool.shutdown(cancel_futures=True)
-                ended = {future: name for future, name in futures.items() if not future.cancelled()}  # meanwhile
-                results += [_result_of(future, name, before) for future, name in ended.items()]
-                for added in results:
-                    if isinstance(added, Added):
-                        table = _with(table, added)
+                for future, name in futures.items():
+                    if not future.cancelled() and isinstance(future.exception(), TritonLoraError | None):
+                        results.append(_result_of(future, name, before))
+                table = before
+                for result in results:
+                    table = _with(table, result) if isinstance(result, Added) else table
                 generated.write_table(repository, before, table)
     return results
 
