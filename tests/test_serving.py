@@ -133,6 +133,22 @@ def test_who_listens_to_the_log_does_not_stop_the_server(
     assert ["a", "b", "c"] == heard == server.log()
 
 
+def test_a_failed_start_tells_who_listened_the_errors_alone(stand_in: Callable[[str], None], tmp_path: Path) -> None:
+    """And who did not listen the end of the log."""
+    stand_in("echo 'I1127 fine'; echo 'E1127 bad'; echo 'I1127 bye'; echo \"terminate called after throwing\"; exit 3")
+    errors = []
+    for listener in (print, None):
+        with Server(tmp_path, on_log=listener) as server, pytest.raises(ServerError) as caught:
+            server.wait_until_ready()
+        errors.append(str(caught.value).partition("exited with status 3 before it was ready; ")[2])
+
+    bad, end = "  | E1127 bad\n", "  | terminate called after throwing"
+    assert [
+        f"the errors in its log:\n{bad}{end}",
+        f"the end of its log:\n  | I1127 fine\n{bad}  | I1127 bye\n{end}",
+    ] == errors
+
+
 def test_a_server_that_was_stopped_is_not_killed_again(
     stand_in: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

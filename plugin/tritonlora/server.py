@@ -64,7 +64,8 @@ _OUR_OPTIONS = {
 _LOADING = re.compile(r"\bloading: (?P<begun>[^:\s\"]+):\d+|successfully loaded '(?P<done>[^']+)'")
 
 
-_ERROR = re.compile(r"E\d{4} ")  # glog's; what tritonserver prints without its log has no time and no level
+# glog's, and what a process says that crashes; what else tritonserver prints without its log has no level.
+_ERROR = re.compile(r"E\d{4} |terminate called|  what\(\): |Signal \(")
 
 
 @dataclass(frozen=True, slots=True)
