@@ -63,20 +63,29 @@ def test_an_answer_that_is_no_json_object_is_an_error(answering: Callable[[bytes
         list(client.generate("hi", url=url))
 
 
-def test_an_answer_that_is_no_http_is_an_error() -> None:
-    """As that of the gRPC endpoint, whose bytes no terminal should get."""
+@pytest.mark.parametrize(
+    ("answered", "message"),
+    [
+        (b"\0\x1b\n", r"{} does not answer in HTTP: [ -~]*; is that the HTTP endpoint\?"),
+        (b"", r"no answer from {}: [ -~]*; is the server running\?"),
+    ],
+    ids=["bytes", "nothing"],
+)
+def test_an_answer_that_is_no_http_is_an_error(answered: bytes, message: str) -> None:
+    """As that of the gRPC endpoint, whose bytes no terminal should get; a server that goes away says nothing at all."""
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def answer() -> None:
             with server.accept()[0] as connection:
-                connection.sendall(b"\0\x1b\n")
+                connection.sendall(answered)
+                connection.shutdown(socket.SHUT_WR)
                 while connection.recv(1 << 16):
                     pass
 
         thread = threading.Thread(target=answer)
         thread.start()
         url = f"127.0.0.1:{server.getsockname()[1]}"
-        with pytest.raises(ServerError, match=rf"^{url} does not answer in HTTP: [ -~]*; is that the HTTP endpoint\?$"):
+        with pytest.raises(ServerError, match=f"^{message.format(url)}$"):
             list(client.generate("hi", url=url))
         thread.join()
 

@@ -48,9 +48,9 @@ def check(repository: Repository, *, deep: bool = False, ports: Ports | None = N
     flavour = flavour_of_config(config)
     findings: list[Finding] = []
     configs = {repository.target: config}
-    for path in sorted(repository.root.glob("*/config.pbtxt")):
+    for path in sorted({*repository.root.glob("*/config.pbtxt")} - {repository.config_path}):
         try:
-            configs.setdefault(path.parent.name, read_config(path))
+            configs[path.parent.name] = read_config(path)
         except TritonLoraError as error:
             findings.append(_error(f"{path.parent.name}/config.pbtxt", str(error), "put the file right"))
     try:
@@ -230,7 +230,7 @@ def _cache(subject: Subject) -> Iterator[Finding]:
         )
     if found is None:
         return
-    for model in {ROUTER, RESOLVER} & subject.configs.keys():
+    for model in (one for one in (ROUTER, RESOLVER) if one in subject.configs):
         believed = subject.configs[model].parameters.get("cache_pages", "0")
         if believed not in ("0", str(found.tightest.host_pages)):
             yield _warning(

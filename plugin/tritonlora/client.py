@@ -109,7 +109,7 @@ def _events(url: str, path: str, body: bytes, timeout: float) -> Iterator[dict[s
             if line.startswith(b"data:"):
                 yield _json_object(line[len(b"data:") :])
     except (OSError, http.client.HTTPException) as error:
-        if isinstance(error, http.client.BadStatusLine):
+        if isinstance(error, http.client.BadStatusLine) and not isinstance(error, http.client.RemoteDisconnected):
             raise ServerError(f"{url} does not answer in HTTP: {error!r}; is that the HTTP endpoint?") from None
         raise ServerError(f"no answer from {url}: {error or type(error).__name__}; is the server running?") from None
     except (ValueError, RecursionError) as error:

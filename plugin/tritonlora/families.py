@@ -260,13 +260,17 @@ T5 = Family(
 # Older releases left out of a `text_config` all that is the class's default, and so do LLaVA, Idefics and Pixtral.
 _SEVEN_BILLION = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
 # Theirs are of Llama's class, and what these leave out is their own all the same.
-_VOXTRAL = {"hidden_size": 3072, "num_hidden_layers": 30, "num_attention_heads": 32, "num_key_value_heads": 8} | {
-    "head_dim": 128,
+_VOXTRAL = {
+    "hidden_size": 3072, "num_hidden_layers": 30, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
     "intermediate_size": 8192,
-}
-_GLM_ASR = {"hidden_size": 2048, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 4} | {
-    "intermediate_size": 6144
-}
+}  # fmt: skip
+_GLM_ASR = {
+    "hidden_size": 2048, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 4,
+    "intermediate_size": 6144,
+}  # fmt: skip
+_LFM2: Mapping[str, int | str] = {
+    "num_key_value_heads": 8, "block_auto_adjust_ff_dim": True, "block_ffn_dim_multiplier": 1, "block_multiple_of": 256,
+}  # fmt: skip
 _GEMMA2 = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256}
 _MT5: Mapping[str, int | str] = {"d_kv": 64, "feed_forward_proj": "gated-gelu"}
 _TABLE = (
@@ -327,13 +331,7 @@ _TABLE = (
     Architecture("voxtral", "VoxtralForConditionalGeneration", LLAMA, nested=_VOXTRAL),
     Architecture("glmasr", "GlmAsrForConditionalGeneration", LLAMA, nested=_GLM_ASR),
     Architecture("bamba", "BambaForCausalLM", BAMBA, {"num_key_value_heads": 8}),
-    Architecture(
-        "lfm2",
-        "Lfm2ForCausalLM",
-        LFM2,
-        {"num_key_value_heads": 8, "block_auto_adjust_ff_dim": True}
-        | {"block_ffn_dim_multiplier": 1, "block_multiple_of": 256},
-    ),
+    Architecture("lfm2", "Lfm2ForCausalLM", LFM2, _LFM2),
     Architecture("baichuan", "BaichuanForCausalLM", BAICHUAN),
     Architecture("internlm2", "InternLM2ForCausalLM", INTERNLM2),
     Architecture("exaone", "ExaoneForCausalLM", EXAONE),
@@ -431,17 +429,8 @@ NOT_THESE: Mapping[str, str] = {
     **dict.fromkeys(
         (
             *("AXK1", "AXK2", "BailingHybrid", "DeepseekV2", "DeepseekV3", "Dots3Note", "Glm4MoeLite", "Glm5Next"),
-            *(
-                "GlmMoeDsa",
-                "HYV4",
-                "KimiLinear",
-                "Kimi_K25",
-                "LongcatFlash",
-                "MiniCPM3",
-                "Mistral4",
-                "MistralLarge4",
-                "Youtu",
-            ),
+            *("GlmMoeDsa", "HYV4", "KimiLinear", "Kimi_K25", "LongcatFlash", "MiniCPM3", "Mistral4"),
+            *("MistralLarge4", "Youtu"),
         ),
         _LATENT,
     ),

@@ -22,7 +22,7 @@ from tritonlora.errors import ConfigError, RepositoryError
 from tritonlora.files import delete, write_text
 from tritonlora.flavours import flavour_of_config
 from tritonlora.model_config import parse_config
-from tritonlora.repository import RESOLVER, Repository, half_written, read_config, read_text
+from tritonlora.repository import RESOLVER, Repository, half_written, read_config, read_configs, read_text
 
 FILES_STAY_SECONDS = 600.0
 
@@ -92,8 +92,8 @@ def _resolver_in_step(repository: Repository, text: str) -> Iterator[None]:
     if weights is None or now is None or now.data_type == weights.data_type:
         yield
         return
-    configs = sorted(repository.root.glob("*/config.pbtxt"))
-    resolving = {one: read_text(one) for one in configs if read_config(one).leads_to(RESOLVER)}
+    configs = read_configs(repository.root)
+    resolving = {one: read_text(one) for one, config in configs.items() if config.leads_to(RESOLVER)}
     forward = {one: ensembles.rewire_to_forward(before, target=repository.target) for one, before in resolving.items()}
     undo.write(repository.root, {one: text.encode() for one, text in forward.items()})
     yield

@@ -37,6 +37,7 @@ from tritonlora.repository import (
     dead_links,
     half_written,
     read_config,
+    read_configs,
     read_text,
     served_config,
 )
@@ -175,8 +176,7 @@ def plan_init(
 
 def topology_of(root: Path) -> str:
     """Which way the ensembles of a repository lead."""
-    configs = (read_config(path) for path in sorted(root.glob("*/config.pbtxt")))
-    return RESOLVE if any(config.leads_to(RESOLVER) for config in configs) else FORWARD
+    return RESOLVE if any(config.leads_to(RESOLVER) for config in read_configs(root).values()) else FORWARD
 
 
 def _resolver_config(root: Path, target: str, engine_config: ModelConfig, router: ModelConfig | None) -> str:
@@ -268,7 +268,7 @@ def notes(root: Path) -> list[str]:
     router = read_config(root / ROUTER / "config.pbtxt")
     target = router.parameters.get("target", DEFAULT_TARGET)
     found = _ensembles_of(root, target)
-    configs = {path.parent.name: read_config(path) for path in sorted(root.glob("*/config.pbtxt"))}
+    configs = {path.parent.name: config for path, config in read_configs(root).items()}
     said = [] if found else [f"no ensemble has a step for {target!r}: clients send their tokens to {ROUTER!r}"]
     if topology_of(root) == RESOLVE and router.parameters.get("cache_pages", "0") == "0":
         said.append(
@@ -317,8 +317,8 @@ def _choose_target(root: Path, asked: str | None) -> str:
     if not (root / target / "config.pbtxt").is_file():
         candidates = [
             repr(path.parent.name)
-            for path in sorted(root.glob("*/config.pbtxt"))
-            if not (config := read_config(path)).steps
+            for path, config in read_configs(root).items()
+            if not config.steps
             and not flavour_of_config(config).missing([spec.name for spec in config.inputs])
             and _BLS_TARGET not in config.parameters
         ]
@@ -331,8 +331,7 @@ def _choose_target(root: Path, asked: str | None) -> str:
 
 def _ensembles_of(root: Path, target: str) -> dict[Path, ModelConfig]:
     """The ensembles with a step for `target` or for the router; RepositoryError where all lead to other models."""
-    configs = {path: read_config(path) for path in sorted(root.glob("*/config.pbtxt"))}
-    candidates = {path: config for path, config in configs.items() if config.steps}
+    candidates = {path: config for path, config in read_configs(root).items() if config.steps}
     found = {
         path: config
         for path, config in candidates.items()

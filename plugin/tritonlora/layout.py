@@ -346,16 +346,19 @@ def _disagreements(dims: Mapping[str, tuple[int, int]]) -> Iterator[str]:
 
 _SIDES = ("inputs", "outputs")
 _IN, _OUT = range(2)
+_EQUAL_IN_ATTENTION = (
+    ("q", _OUT, "dense", _IN),
+    ("q", _IN, "k", _IN),
+    ("q", _IN, "v", _IN),
+    ("k", _IN, "v", _IN),
+    ("k", _OUT, "v", _OUT),
+)
 _EQUAL = (
-    ("attn_q", _OUT, "attn_dense", _IN),
-    ("attn_q", _IN, "attn_k", _IN),
-    ("attn_q", _IN, "attn_v", _IN),
-    ("attn_k", _IN, "attn_v", _IN),
-    ("attn_k", _OUT, "attn_v", _OUT),
-    ("cross_attn_q", _OUT, "cross_attn_dense", _IN),
-    ("cross_attn_q", _IN, "cross_attn_k", _IN),
-    ("cross_attn_q", _IN, "cross_attn_v", _IN),
-    ("cross_attn_k", _OUT, "cross_attn_v", _OUT),
+    *(
+        (f"{attention}_{one}", side, f"{attention}_{other}", other_side)
+        for attention in ("attn", "cross_attn")
+        for one, side, other, other_side in _EQUAL_IN_ATTENTION
+    ),
     ("mlp_h_to_4h", _OUT, "mlp_gate", _OUT),
     ("mlp_h_to_4h", _OUT, "mlp_4h_to_h", _IN),
     ("mlp_gate", _OUT, "mlp_4h_to_h", _IN),

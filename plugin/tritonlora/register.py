@@ -78,10 +78,10 @@ class Added:
 
     name: str
     entry: AdapterEntry
-    known: bool  # the same content was registered under this name already
-    restored: tuple[str, ...]  # its files that were missing or altered, and are there again
-    unchanged: bool  # there was nothing to do
     remarks: tuple[str, ...]  # what the user should know
+    known: bool = False  # the same content was registered under this name already
+    restored: tuple[str, ...] = ()  # its files that were missing or altered, and are there again
+    unchanged: bool = False  # there was nothing to do
     was: int | None = None  # the lora_task_id of the adapter that had the name
 
 
@@ -113,9 +113,7 @@ def add(
         # Everything that can be refused is refused before a byte is written.
         generated.rendered_config(repository, with_adapter(table, name, planned.entry))
         if dry_run:
-            return _after(
-                table, Added(name, planned.entry, known=False, restored=(), unchanged=False, remarks=planned.remarks)
-            )
+            return _after(table, Added(name, planned.entry, planned.remarks))
         generated.sweep(repository, table)
         added = _write_tensors(repository, planned, table.entries.get(name) if task_id is None else None)
         generated.write_table(repository, table, _with(table, added))
@@ -226,7 +224,7 @@ def _told_by(base: Path, profile: EngineProfile | None, dtype: str | None) -> En
     """The engine's profile, with what only the base model says of it: of an absent engine all, else its architecture,
     where the engine's own name for that stands for several (GPTForCausalLM), or is not known.
 
-    EngineMismatch where the engine was built from a model of other sizes.
+    EngineMismatch where the engine was built from a model of other sizes, or of another architecture.
     """
     if profile is None:
         return load_profile(base, dtype=dtype)
@@ -301,11 +299,11 @@ def _write_tensors(repository: Repository, planned: _Planned, known: AdapterEntr
             restored = _restore(repository, known, weights, rows)
             remarks = (*planned.remarks, *(f"{file} was missing or altered, and is there again" for file in restored))
             unchanged = known.warm == options.warm and not restored
-            return Added(planned.name, entry, known=True, restored=restored, unchanged=unchanged, remarks=remarks)
+            return Added(planned.name, entry, remarks, known=True, restored=restored, unchanged=unchanged)
         weights_path.parent.mkdir(exist_ok=True)
         publish(weights, weights_path)
         publish(rows, config_path)
-    return Added(planned.name, entry, known=False, restored=(), unchanged=False, remarks=planned.remarks)
+    return Added(planned.name, entry, planned.remarks)
 
 
 def _owns_its_files(repository: Repository, planned: _Planned, entry: AdapterEntry) -> bool:

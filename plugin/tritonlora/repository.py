@@ -99,6 +99,11 @@ def read_config(path: Path) -> ModelConfig:
         raise RepositoryError(f"{path}: {error}") from None
 
 
+def read_configs(root: Path) -> dict[Path, ModelConfig]:
+    """What `read_config` gives for each model of a repository, in the order of their names."""
+    return {path: read_config(path) for path in sorted(root.glob("*/config.pbtxt"))}
+
+
 def read_table(repository: Repository) -> AdapterTable:
     """adapters.json; an absent file is an empty table, unless there are adapters: their ids must not be given again."""
     try:

@@ -62,8 +62,6 @@ _OUR_OPTIONS = {
 
 # core, src/model_lifecycle.cc: "loading: lora_router:1", "successfully loaded 'lora_router'"
 _LOADING = re.compile(r"\bloading: (?P<begun>[^:\s\"]+):\d+|successfully loaded '(?P<done>[^']+)'")
-
-
 # glog's, and what a process says that crashes; what else tritonserver prints without its log has no level.
 _ERROR = re.compile(r"E\d{4} |terminate called|  what\(\): |Signal \(")
 
@@ -458,13 +456,14 @@ class Server:
 
     def _failure(self, what: str) -> ServerError:
         self.stop()
-        heading, lines = "the end of its log", list(self._log)
+        log = self.log()
+        heading, lines = "the end of its log", log
         if self._on_log:  # who listens has seen it all, and may not have found what matters
-            heading, lines = "the errors in its log", [line for line in lines if _ERROR.match(line)]
+            heading, lines = "the errors in its log", [line for line in log if _ERROR.match(line)]
         message = f"tritonserver (pid {self.pid}) {what}"
         if lines:
             message = "\n".join([f"{message}; {heading}:", *(f"  | {line}" for line in lines[-LOG_LINES_SHOWN:])])
-        reason = self._explain(list(self._log))
+        reason = self._explain(log)
         return ServerError(f"{message}\n{reason}" if reason else message)
 
     def wait(self) -> int:

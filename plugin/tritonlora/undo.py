@@ -34,7 +34,7 @@ from tritonlora.repository import (
     Repository,
     half_written,
     open_repository,
-    read_config,
+    read_configs,
     read_table,
     read_text,
 )
@@ -182,7 +182,7 @@ def _of_removed_adapters(root: Path) -> list[Path]:
 
 def _lead_past_resolver(root: Path) -> None:
     """Lead the ensembles that lead to the resolver to the router: Triton loads none from one type to another."""
-    resolving = [path for path in sorted(root.glob("*/config.pbtxt")) if read_config(path).leads_to(RESOLVER)]
+    resolving = [path for path, config in read_configs(root).items() if config.leads_to(RESOLVER)]
     if resolving:
         target = open_repository(root).target
         forward = {path: ensembles.rewire_to_forward(read_text(path), target=target) for path in resolving}

@@ -25,15 +25,15 @@ def launch() -> Iterator[Callable[..., Server]]:
     servers: list[Server] = []
     with contextlib.ExitStack() as running:
 
-        def start(repository: Path, **options: object) -> Server:
+        def start(repository: Path, *, again: bool = True, **options: object) -> Server:
             server = running.enter_context(Server(repository, exit_timeout=5, **options))  # type: ignore[arg-type]
             servers.append(server)
             try:
                 server.wait_until_ready(READY_TIMEOUT)
             except ServerError as error:
-                if CRASH not in str(error):
+                if CRASH not in str(error) or not again:
                     raise
-                return start(repository, **options)
+                return start(repository, again=False, **options)
             return server
 
         yield start
