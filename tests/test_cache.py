@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from tritonlora.cache import (
+    BatchError,
     CacheParameters,
     LoraCache,
     LoraCacheError,
@@ -148,8 +149,8 @@ def test_real_models_have_the_worked_out_pages(
 
 def test_a_cache_below_one_max_sized_adapter_is_refused_in_the_engines_words() -> None:
     """An engine whose cache cannot hold one adapter of the max size does not load."""
-    enough = small(CacheParameters(8, 64, small().min_host_bytes))
-    short = small(CacheParameters(8, 64, small().min_host_bytes - 1))
+    enough = small(CacheParameters(8, 64, small().min_bytes))
+    short = small(CacheParameters(8, 64, small().min_bytes - 1))
 
     assert enough.too_small() is None
     assert "Not enough space allocated to host LoRA cache to hold 1 max sized LoRA 1962 < 1963" == short.too_small()
@@ -218,8 +219,51 @@ def test_rows_of_other_pipeline_ranks_take_no_slots() -> None:
 
 
 def test_layers_are_shared_out_to_pipeline_ranks() -> None:
-    """Contiguous, and the first ranks have one more where it does not divide."""
-    assert (range(4), range(4, 7), range(7, 10)) == layer_ranges(10, 3)
+    """Contiguous, in equal shares. Layers that do not divide are refused: upstream loses the LoRA of some."""
+    assert (range(4), range(4, 8), range(8, 12)) == layer_ranges(12, 3)
+    with pytest.raises(ValueError, match="10 layers do not divide among 3"):
+        layer_ranges(10, 3)
+
+
+# A row that is wider than a page
+
+
+def test_the_first_row_that_is_wider_than_a_page_is_found() -> None:
+    """80 slots of 16 elements hold (8 + 12) * 64 elements, and no more; rows of other ranks do not count."""
+    geometry = custom({0: (8, 12)}, page_width=16, slots_per_page=80)
+
+    assert geometry.too_wide([(0, 0, 64), (0, 1, 64)]) is None
+    assert (0, 1, 65) == geometry.too_wide([(0, 0, 64), (0, 1, 65), (0, 1, 66)])
+    assert geometry.too_wide([(0, 0, 64), (0, 2, 65)]) is None
+
+
+@pytest.mark.parametrize(("dora", "size"), [(0, 65), (1, 66), (-1, 66)])
+def test_the_max_adapter_size_that_a_row_needs_makes_the_page_wide_enough(dora: int, size: int) -> None:
+    """It is the rank, and one more where DoRA's magnitudes come on top; any flag but 0 is DoRA."""
+    modules, row = modules_of(attn_dense=(16, 16)), (4, 0, 65, dora)
+
+    def page(max_adapter_size: int) -> PageGeometry:
+        parameters = CacheParameters(optimal_adapter_size=1, max_adapter_size=max_adapter_size)
+        return page_geometry(modules, layers=range(1), max_lora_rank=99, parameters=parameters)
+
+    assert size == page(1).max_size_for(row)
+    assert page(size).too_wide([row]) is None
+    assert row == page(size - 1).too_wide([row])
+
+
+def test_a_task_that_cannot_be_loaded_is_accepted_and_never_goes() -> None:
+    """Upstream tells why once, and later that the task is being loaded. Its pages stay taken without any request."""
+    cache = PeftCache(LoraCache[str](1))
+    for request in (1, 2):
+        cache.add(1, request, (1, lambda: "weights"), load_error="slice 9 exceeds buffer size 8")
+        with pytest.raises(BatchError) as told:
+            cache.check_batch([1])
+        cache.finish(1, request)
+        assert ("slice 9 exceeds" in str(told.value)) == (request == 1)
+
+    assert "Caught exception during copyTask ensure batch -- can't move a processing task taskId=1" == str(told.value)
+    with pytest.raises(LoraCacheError, match="no done tasks"):
+        cache.add(2, 3, (1, lambda: "other weights"))
 
 
 def test_parameters_left_out_or_unfilled_have_the_engines_defaults() -> None:
@@ -235,6 +279,17 @@ def test_parameters_left_out_or_unfilled_have_the_engines_defaults() -> None:
     assert CacheParameters(8, 64, 4096) == parameters
     remark = "lora_cache_max_adapter_size is 'many', expected a whole number above 0: the engine's default is assumed"
     assert {"lora_cache_max_adapter_size": remark} == remarks
+
+
+@pytest.mark.parametrize(
+    ("text", "fraction", "remarks"),
+    [("0.25", 0.25, 0), ("1", 1.0, 0), ("5e-2", 0.05, 0), ("0", 0.02, 1), ("1.5", 0.02, 1), ("nan", 0.02, 1)],
+)
+def test_the_share_of_gpu_memory_is_a_fraction(text: str, fraction: float, remarks: int) -> None:
+    """Anything else has the engine's default, and is remarked on."""
+    parameters, said = parse_parameters({"lora_cache_gpu_memory_fraction": text})
+
+    assert (fraction, remarks) == (parameters.gpu_memory_fraction, len(said))
 
 
 # The cache

@@ -8,17 +8,22 @@ import json
 import re
 import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+from adapters import lora_pair, write_adapter
 from engine_configs import ENGINE
 from repositories import let_time_pass, set_cache_pages, set_decoupled, synthetic_repository
 from tritonlora import check, cli, install, register, repository, warmup
 from tritonlora.adapters import with_warm
 from tritonlora.adapters_json import render
+from tritonlora.errors import EngineMismatch
 from tritonlora.files import TEMPORARY_SUFFIX
 from tritonlora.repository import Repository, read_table, read_text
 from tritonlora.server import SHARED_MEMORY, free_ports
@@ -581,6 +586,146 @@ def test_ports_in_use_are_found(opened: Repository) -> None:
         findings = check.check(opened, ports=ports)
 
     assert [("warning", f"port {ports.metrics}")] == [(one.severity, one.where) for one in findings]
+
+
+def engine_repository(tmp_path: Path, parameters: dict[str, str] | None = None, **changes: Any) -> Repository:
+    """Upstream's repository, with an engine of one LoRA module (attn_dense), four pipeline ranks and max rank 128.
+
+    `changes` go into its config.json: dotted paths with "__" for the dots.
+    """
+    engine: dict[str, Any] = json.loads(json.dumps(ENGINE))
+    engine["pretrained_config"]["mapping"] = {"tp_size": 1, "pp_size": 4}
+    engine["build_config"]["lora_config"] |= {"max_lora_rank": 128, "lora_target_modules": ["attn_dense"]}
+    for path, value in changes.items():
+        *parents, last = path.split("__")
+        section = engine
+        for parent in parents:
+            section = section[parent]
+        section[last] = value
+    root = upstream_repository(tmp_path / "repo", "v0.18.0", values={"tokenizer_dir": "/tokenizer"})
+    install.init(root)
+    opened = repository.open_repository(root)
+    (tmp_path / "config.json").write_text(json.dumps(engine))
+    register.set_parameters(opened, {"gpt_model_path": str(tmp_path), **(parameters or {})})
+    return opened
+
+
+def dense_adapter(tmp_path: Path, rank: int, layers: Iterable[int] = range(32)) -> Path:
+    """An adapter of attn_dense alone."""
+    tensors: dict[str, torch.Tensor] = {}
+    for layer in layers:
+        path = f"model.layers.{layer}.self_attn.o_proj"
+        tensors |= lora_pair(path, r=rank, in_features=4096, out_features=4096)
+    return write_adapter(tmp_path / f"adapter-{rank}", tensors, r=rank, lora_alpha=rank)
+
+
+def findings_about(opened: Repository, words: str) -> list[tuple[str, str]]:
+    """(severity, where) of the findings whose problem has these words."""
+    return [(one.severity, one.where) for one in check.check(opened) if words in one.problem]
+
+
+def test_an_adapter_that_the_engine_cannot_load_is_refused_until_its_page_is_wide_enough(tmp_path: Path) -> None:
+    """With the default parameters it is refused; the command that the refusal names makes it loadable."""
+    opened, adapter = engine_repository(tmp_path), dense_adapter(tmp_path, 128)
+    with pytest.raises(EngineMismatch, match="cannot load 'wide'") as refused:
+        register.add(opened, "wide", adapter)
+    command = str(refused.value).partition("tritonlora ")[2]
+
+    assert 0 == cli.main([*command.split(), "--repo", str(opened.root)])
+    assert register.add(opened, "wide", adapter).entry.pages
+    assert [] == [one for one in found(opened) if "adapter wide" in one[1]]
+
+
+def test_a_registered_adapter_that_the_engine_cannot_load_is_found_until_plan_apply(tmp_path: Path) -> None:
+    """It was added while the parameter was larger."""
+    opened = engine_repository(tmp_path, {"lora_cache_max_adapter_size": "128"})
+    register.add(opened, "wide", dense_adapter(tmp_path, 128))
+    register.set_parameters(opened, {"lora_cache_max_adapter_size": "64"})
+    (before,) = (one for one in check.check(opened) if "never load" in one.problem)
+    command = before.remedy.partition("tritonlora ")[2].partition(",")[0]
+
+    assert ("error", "adapter wide") == (before.severity, before.where)
+    assert 0 == cli.main([*command.split(), "--repo", str(opened.root)])
+    assert [] == [one for one in found(opened) if "adapter wide" in one[1]]
+
+
+def test_adapters_that_pipeline_ranks_cannot_serve_are_refused_and_found(tmp_path: Path) -> None:
+    """One without layers on a rank; and where not all fit, one that takes other pages on other ranks."""
+    opened = engine_repository(tmp_path)
+    with pytest.raises(EngineMismatch, match="pipeline-parallel rank 3"):
+        register.add(opened, "idle", dense_adapter(tmp_path, 8, range(24)))
+    even = dense_adapter(tmp_path, 8)
+    for name in ("uneven", "other"):
+        register.add(opened, name, even)
+    rows = np.array([(4, layer, 64 if layer >= 24 else 8) for layer in range(32)], "<i4")
+    config_file = opened.root / read_table(opened).entries["uneven"].lora_config_file
+    config_file.write_bytes(rows.tobytes())
+    roomy = findings_about(opened, "pages on different pipeline-parallel ranks")
+    register.set_parameters(opened, {"lora_cache_host_memory_bytes": str(8 << 20)})
+    narrow = findings_about(opened, "pages on different pipeline-parallel ranks")
+    rows[24:, 1] = 0
+    config_file.write_bytes(rows.tobytes())
+    idle = findings_about(opened, "pipeline-parallel rank 3")
+
+    assert [] == roomy
+    assert [("warning", "adapter uneven")] == narrow
+    assert [("error", "adapter uneven")] == idle
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"build_config__plugin_config__lora_plugin": "float16"}, "lora_plugin is float16 and its model bfloat16"),
+        (
+            {"pretrained_config__dtype": "float16", "build_config__plugin_config__lora_plugin": "bfloat16"},
+            "lora_plugin is bfloat16 and its model float16",
+        ),
+        ({"pretrained_config__num_hidden_layers": 30}, "30 layers do not divide among its 4 pipeline-parallel ranks"),
+    ],
+)
+def test_an_engine_for_which_no_adapter_is_right_is_refused_and_found(
+    tmp_path: Path, change: dict[str, Any], problem: str
+) -> None:
+    """`add` refuses, with the remedy; `check` reports the engine."""
+    opened = engine_repository(tmp_path, **change)
+    with pytest.raises(EngineMismatch, match=f"{problem}.*; build the engine"):
+        register.add(opened, "x", dense_adapter(tmp_path, 8))
+
+    assert [("error", True)] == [
+        (one.severity, problem in one.problem) for one in check.check(opened) if one.where == "engine"
+    ]
+
+
+@pytest.mark.parametrize("plugin", ["auto", "bfloat16"])
+def test_a_lora_plugin_of_the_model_s_dtype_is_right(tmp_path: Path, plugin: str) -> None:
+    """ "auto" is that dtype."""
+    opened = engine_repository(tmp_path, build_config__plugin_config__lora_plugin=plugin)
+    register.add(opened, "x", dense_adapter(tmp_path, 8))
+
+    assert [] == [one for one in check.check(opened) if one.where == "engine"]
+
+
+def test_the_gpu_s_cache_is_checked_where_its_memory_is_known(tmp_path: Path) -> None:
+    """Too little for the engine to load; and enough for that, but not for one adapter; and enough for all."""
+    opened = engine_repository(tmp_path, {"lora_cache_max_adapter_size": "64", "lora_cache_optimal_adapter_size": "8"})
+    register.add(opened, "big", dense_adapter(tmp_path, 64))
+    register.set_parameters(opened, {"lora_cache_max_adapter_size": "1"})
+    problems = {
+        nbytes: [
+            one.problem
+            for one in check.check(opened, gpu_memory=nbytes)
+            if "GPU memory" in one.problem or "device" in one.problem
+        ]
+        for nbytes in (1 << 20, 1 << 27, 1 << 34)
+    }
+
+    assert ["the engine will not load", "it is larger than the engine's LoRA cache in GPU memory"] == [
+        problem.partition(":")[0] for problem in problems[1 << 20]
+    ]
+    assert ["it is larger than the engine's LoRA cache in GPU memory"] == [
+        problem.partition(":")[0] for problem in problems[1 << 27]
+    ]
+    assert [] == problems[1 << 34]
 
 
 def test_a_real_engine_s_config_is_checked(tmp_path: Path) -> None:

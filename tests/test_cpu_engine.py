@@ -273,7 +273,10 @@ LORA_CHECKS: list[tuple[str, LoraInputs]] = [
         "Expected batch dimension to be 1 for each lora request",
         LoraInputs(1, torch.zeros(2, 1, 1), torch.zeros(1, 2, 2)),
     ),
-    ("Expected  lora keys to have TYPE_INT32 but was FP32", LoraInputs(1, torch.zeros(1, 1, 1), torch.zeros(1, 2, 2))),
+    (
+        "Expected  lora keys to have TYPE_INT32 but was float32",
+        LoraInputs(1, torch.zeros(1, 1, 1), torch.zeros(1, 2, 2)),
+    ),
     (
         "Expected dim1 lora_weights and lora_keys to have the same size",
         LoraInputs(1, torch.zeros(1, 1, 1), torch.zeros(1, 2, 2, dtype=torch.int32)),
@@ -457,6 +460,34 @@ def test_a_cache_too_small_for_one_adapter_stops_the_engine_from_loading(open_en
     """In the engine's words, and with what to set."""
     with pytest.raises(EngineMismatch, match=r"hold 1 max sized LoRA 20 < 1366; set lora_cache_host_memory_bytes to"):
         open_engine(lora_cache_host_memory_bytes="1000")
+
+
+# An adapter with a row wider than a page: the engine of one module and one layer a rank has pages for rank 8
+
+WIDE = adapter([[4, 0, 8]])
+
+
+def narrow_engine(open_engine: Open, **parameters: str) -> CpuEngine:
+    """Pages of 8 slots for attn_dense alone, in which a row of rank 16 does not fit; three of them."""
+    narrow = {"lora_target_modules": "attn_dense", "lora_cache_optimal_adapter_size": "1"}
+    memory = {"lora_cache_max_adapter_size": "4", "lora_cache_host_memory_bytes": str(3 * 4 * 32 * 2)}
+    return open_engine(**narrow, **memory, **PACE, **parameters)
+
+
+def test_an_adapter_that_cannot_be_loaded_ends_every_running_request(open_engine: Open) -> None:
+    """As upstream: accepted, then all active requests fail; later that task fails so too, and its pages are lost."""
+    engine = narrow_engine(open_engine)
+    other = held(engine, 1, **adapter([[4, 0, 4]]))
+    first = answer_to(engine, 2, **WIDE)
+    later = [answer_to(engine, 2, **lora) for lora in (WIDE, {})]
+    full = [answer_to(engine, task, **adapter([[4, 0, 4], [4, 1, 4]])) for task in (3, 4)]
+
+    ended = "Encountered an error in forwardAsync function: "
+    processing = "Caught exception during copyTask ensure batch -- can't move a processing task taskId=2"
+    assert PREFIX.format(1) + ended + "slice 8 exceeds buffer size 4" == other.failure()
+    assert PREFIX.format(2) + ended + "slice 8 exceeds buffer size 4" == first
+    assert [PREFIX.format(id_) + ended + processing for id_ in (3, 4)] == later
+    assert [True, True] == ["There are no done tasks" in str(error) or "pageIds" in str(error) for error in full]
 
 
 # The life of a request

@@ -9,6 +9,7 @@ An instance of the router is a process; here it is a thread with a descriptor of
 from __future__ import annotations
 
 import contextlib
+import json
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -53,6 +54,56 @@ def cold(task_id: int) -> Route:
 def test_an_engine_error_is_understood_whatever_surrounds_it(error: str | None, meaning: Meaning) -> None:
     """Prefixes and suffixes differ between versions and backends."""
     assert meaning is meaning_of(error)
+
+
+ONCE, AGAIN_WITH_WEIGHTS, UNTIL_ROOM = "once", "again with weights", "until there is room"
+FETCHING = "Encountered an error when fetching new request: "
+ASYNC = "Encountered an error in forwardAsync function: "
+COPY = "Caught exception during copyTask ensure batch -- "
+THROWN = " (/src/cpp/tensorrt_llm/batch_manager/peftCacheManager.cpp:432)\n1       0x7f tensorrt_llm::common::throw"
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "lora_cache.json").read_text())
+REFUSED = sorted({case[-1] for case in GOLDEN["validation"] if case[-1]})
+# What the engine says -> how often the router sends the request. The texts are those of TensorRT-LLM's executed code.
+ENGINE_TEXTS = [
+    (MISS, AGAIN_WITH_WEIGHTS),
+    (FETCHING + FULL, UNTIL_ROOM),
+    (f"{FETCHING}Error storing task=3 in PEFT cache -- {FULL}{THROWN}", UNTIL_ROOM),
+    (f"{FETCHING}Error storing task=3 in PEFT cache -- Assertion failed: pageIds.has_value(){THROWN}", UNTIL_ROOM),
+    (f"{ASYNC}slice 128 exceeds buffer size 64", ONCE),
+    (f"{ASYNC}{COPY}can't move a processing task taskId=3", ONCE),
+    (f"{ASYNC}{COPY}Couldn't claim pages during copyTask -- {FULL}", ONCE),
+    (f"{COPY}Couldn't claim pages during copyTask -- Assertion failed: pageIds.has_value()", ONCE),
+    (f"{ASYNC}Caught Exception while storing peft weights -- {FULL}", ONCE),
+    (f"{ASYNC}any other text -- {FULL}", ONCE),
+    ("Not enough space allocated to device LoRA cache to hold 1 max sized LoRA 34 < 2048", ONCE),
+    ("[TensorRT-LLM][ERROR] Assertion failed: !peftValues.empty()", ONCE),
+    *((f"{FETCHING}[TensorRT-LLM][ERROR] Assertion failed: {text}{THROWN}", ONCE) for text in REFUSED),
+]
+
+
+@pytest.mark.parametrize("prefix", ["", "Executor failed process requestId 1 due to the following error: "])
+@pytest.mark.parametrize(("text", "sent"), ENGINE_TEXTS)
+def test_what_the_router_makes_of_each_error_of_the_engine(tmp_path: Path, prefix: str, text: str, sent: str) -> None:
+    """Trouble of the device, and what validation refuses, is the client's at once; only a full cache is waited for."""
+    residency = open_residency(tmp_path / "shared", {1: 1})
+    tried: list[bool] = []
+
+    def send(attach: bool) -> Iterator[str]:
+        tried.append(attach)
+        yield f"!{prefix}{text}"
+
+    forwarder: Forwarder[str] = Forwarder(residency, lambda answer: answer[1:], cache_full_timeout=0.05)
+    try:
+        got = list(forwarder.forward(PIRATE, send))
+    except AdapterUnavailable as error:
+        got = [str(error)]
+
+    if sent == UNTIL_ROOM:
+        assert len(tried) > 1
+        assert "does not fit beside the adapters in use" in got[0]
+    else:
+        assert [f"!{prefix}{text}"] == got[-1:]
+        assert {ONCE: [False], AGAIN_WITH_WEIGHTS: [False, True]}[sent] == tried
 
 
 def test_backtraces_and_paths_stay_on_the_server() -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 
 import pytest
@@ -16,7 +17,7 @@ from tritonlora.cache import CacheParameters, LoraCache, LoraCacheError, PeftCac
 from tritonlora.engine import EngineProfile
 from tritonlora.errors import EngineMismatch, TritonLoraError
 from tritonlora.modules import BY_NAME, ModuleDims
-from tritonlora.plan import CachePlan, Entry, choose_warm, plan_cache, what_if
+from tritonlora.plan import CachePlan, Entry, choose_warm, loadable_remedy, plan_cache, what_if
 
 MIB = 2**20
 
@@ -153,19 +154,148 @@ def test_what_if_adds_adapters_on_all_modules() -> None:
 
 
 def test_processes_of_all_ranks_are_counted_and_planned() -> None:
-    """Two pipeline ranks with three and two layers, each split in two: four caches with pages of two sizes."""
-    profile = profile_of({"attn_q": (64, 64)}, num_layers=5, tp_size=2, pp_size=2)
+    """Two pipeline ranks with two layers each, split in two: four caches, where an adapter takes one or two pages."""
+    profile = profile_of({"attn_q": (64, 64)}, num_layers=4, tp_size=2, pp_size=2)
     parameters = {"lora_cache_max_adapter_size": "8", "lora_cache_host_memory_bytes": "100000"}
-    plan = plan_cache([Entry("a", ((1, 0, 8), (1, 3, 8), (1, 4, 16)), 4096)], profile, parameters)
+    plan = plan_cache([Entry("a", ((1, 0, 8), (1, 2, 8), (1, 3, 16)), 4096)], profile, parameters)
 
-    assert [(3 * 8 * 96 * 2, 22, 1), (2 * 8 * 96 * 2, 33, 2)] == [
+    assert [(2 * 8 * 96 * 2, 33, 1), (2 * 8 * 96 * 2, 33, 2)] == [
         (rank.page_bytes, rank.host_pages, rank.pages) for rank in plan.ranks
     ]
-    assert (4, 2, 2 * (22 * 4608 + 33 * 3072)) == (
+    assert (4, 2, (1, 2), 2 * (33 * 3072 + 33 * 3072)) == (
         plan.processes,
         plan.adapters[0].pages,
+        plan.adapters[0].pages_by_rank,
         plan.recommendations[-1].cost_bytes,
     )
+
+
+# What the engine accepts and cannot serve
+
+
+ONE_MODULE = profile_of({"attn_dense": (4096, 4096)}, num_layers=32, pp_size=4, max_lora_rank=128)
+
+
+def one_module_adapter(name: str, rank: int, layers: Iterable[int] = range(32)) -> Entry:
+    rows = tuple((BY_NAME["attn_dense"].id, layer, rank) for layer in layers)
+    return Entry(name, rows, len(rows) * rank * 8192 * 2)
+
+
+def test_an_adapter_with_a_row_wider_than_a_page_does_not_fit() -> None:
+    """With default parameters the engine has pages for it and never loads it; what is recommended makes it loadable."""
+    plan = plan_cache([one_module_adapter("wide", 128), one_module_adapter("small", 8)], ONE_MODULE, {})
+    applied = plan_cache([one_module_adapter("wide", 128)], ONE_MODULE, recommended(plan))
+
+    assert not plan.fits
+    assert ["wide"] == [adapter.name for adapter in plan.unloadable]
+    assert "takes 128 slots, and a page of the engine's LoRA cache has 64" in str(plan.unloadable[0].unloadable)
+    assert "128" == recommended(plan)["lora_cache_max_adapter_size"]
+    assert (True, ()) == (applied.fits, applied.unloadable)
+
+
+@pytest.mark.parametrize(
+    ("max_lora_rank", "registered", "remedy"),
+    [
+        (128, True, "set lora_cache_max_adapter_size to at least 128: tritonlora plan --apply"),
+        (
+            128,
+            False,
+            "set lora_cache_max_adapter_size to at least 128: tritonlora plan --apply --what-if rank=128,count=1",
+        ),
+        (127, True, "build the engine with --max_lora_rank 128"),
+    ],
+)
+def test_the_remedy_for_a_row_wider_than_a_page_is_a_parameter_or_another_engine(
+    max_lora_rank: int, registered: bool, remedy: str
+) -> None:
+    """The page cannot become wider than the engine's max_lora_rank makes it."""
+    plan = replace(plan_cache([one_module_adapter("wide", 128)], ONE_MODULE, {}), max_lora_rank=max_lora_rank)
+
+    assert remedy == loadable_remedy(plan, plan.adapters[0], registered=registered)
+
+
+def test_nothing_more_fits_of_a_rank_that_cannot_be_loaded() -> None:
+    """A page of 64 slots holds no row of rank 128."""
+    plan = plan_cache([one_module_adapter("small", 8), one_module_adapter("wide", 128)], ONE_MODULE, {})
+
+    assert (0, True) == (plan.room[128], plan.room[64] > 0)
+
+
+def test_an_adapter_without_layers_on_a_pipeline_rank_is_refused() -> None:
+    """Layers 16 to 23 are all that rank 2 has."""
+    missing = [*range(16), *range(24, 32)]
+    with pytest.raises(
+        EngineMismatch, match="'x': it has no LoRA in layers 16 to 23, all that pipeline-parallel rank 2"
+    ):
+        plan_cache([one_module_adapter("x", 8, missing)], ONE_MODULE, {})
+
+
+def test_layers_that_do_not_divide_among_the_ranks_are_refused() -> None:
+    """TensorRT-LLM would lose the LoRA of the last ones."""
+    engine = replace(ONE_MODULE, num_layers=30)
+    with pytest.raises(EngineMismatch, match="30 layers do not divide among its 4 pipeline-parallel ranks"):
+        plan_cache([], engine, {})
+
+
+def test_adapters_with_other_pages_on_other_ranks_are_named_where_not_all_fit() -> None:
+    """Ranks would evict different adapters. Where all fit, none is evicted."""
+    uneven = one_module_adapter("uneven", 8, [0, 8, 16, *range(24, 32)])
+    uneven = replace(uneven, rows=tuple((*row[:2], 64) if row[1] >= 24 else row for row in uneven.rows))
+    entries = [uneven, one_module_adapter("even", 8)]
+    roomy = plan_cache(entries, ONE_MODULE, {})
+    narrow = plan_cache(entries, ONE_MODULE, {"lora_cache_host_memory_bytes": str(8 * roomy.ranks[0].page_bytes)})
+
+    assert (1, 1, 1, 8) == narrow.adapters[0].pages_by_rank
+    assert ((), ("uneven",)) == (roomy.diverging, narrow.diverging)
+
+
+# The GPU's cache
+
+
+def test_the_gpus_cache_is_planned_from_its_free_memory() -> None:
+    """Llama-2-7B, pages of 40 MiB: 2 % of 10 GiB are 204 MiB, 6 pages; an adapter of rank 64 takes 8 and never runs."""
+    entries = [llama_adapter("a", 8), llama_adapter("b", 16), llama_adapter("c", 64)]
+    parameters = {"lora_cache_max_adapter_size": "32"}
+    plan = plan_cache(entries, LLAMA_2_7B, parameters, gpu_memory=10 * 1024 * MIB)
+    applied = plan_cache(entries, LLAMA_2_7B, recommended(plan), gpu_memory=10 * 1024 * MIB)
+
+    assert plan.device is not None
+    assert (6, None, 0, 2, ("c",)) == (
+        plan.device.pages,
+        plan.device.refusal,
+        plan.device.any_in_one_batch,
+        plan.device.most_in_one_batch,
+        plan.device.never_scheduled,
+    )
+    assert "0.0313" == recommended(plan)["lora_cache_gpu_memory_fraction"]  # 8 pages of 40 MiB
+    assert applied.device is not None
+    assert (9, 1, 2, ()) == (
+        applied.device.pages,
+        applied.device.any_in_one_batch,
+        applied.device.most_in_one_batch,
+        applied.device.never_scheduled,
+    )
+
+
+def test_a_gpu_with_too_little_memory_is_refused_in_the_engines_words() -> None:
+    """One adapter of lora_cache_max_adapter_size must fit: 320 MiB for rank 64, of which 2 % of 10 GiB is less."""
+    plan = plan_cache([], LLAMA_2_7B, {}, gpu_memory=10 * 1024 * MIB)
+    least = plan_cache([], LLAMA_2_7B, {}, gpu_memory=plan.min_gpu_bytes)
+
+    assert plan.device is not None
+    assert (
+        "Not enough space allocated to device LoRA cache to hold 1 max sized LoRA 13107 < 19520" == plan.device.refusal
+    )
+    assert least.device is not None
+    assert least.device.refusal is None
+
+
+def test_without_the_gpus_memory_nothing_is_said_of_its_cache() -> None:
+    """No fraction is recommended either."""
+    plan = plan_cache([], LLAMA_2_7B, {})
+
+    assert plan.device is None
+    assert "lora_cache_gpu_memory_fraction" not in recommended(plan)
 
 
 def test_a_plan_is_json() -> None:
@@ -245,9 +375,13 @@ LAYERS = 4
 @st.composite
 def adapters(draw: st.DrawFn) -> list[Entry]:
     module_ids = [BY_NAME[name].id for name in SMALL]
-    row = st.tuples(st.sampled_from(module_ids), st.integers(0, LAYERS - 1), st.integers(1, 16), st.integers(0, 1))
-    rows = draw(st.lists(st.lists(row, min_size=1, max_size=20, unique_by=lambda row: row[:2]), max_size=8))
-    return [Entry(f"a{number}", tuple(each), 0) for number, each in enumerate(rows)]
+    row = st.tuples(st.sampled_from(module_ids), st.integers(1, 16), st.integers(-1, 1))
+    of_layer = st.lists(row, min_size=1, max_size=5, unique_by=lambda row: row[0])  # no pipeline rank is without rows
+    layers = draw(st.lists(st.tuples(*[of_layer] * LAYERS), max_size=8))
+    return [
+        Entry(f"a{number}", tuple((id_, layer, r, dora) for layer in range(LAYERS) for id_, r, dora in each[layer]), 0)
+        for number, each in enumerate(layers)
+    ]
 
 
 def all_stay(entries: list[Entry], profile: EngineProfile, parameters: CacheParameters) -> bool:
@@ -274,7 +408,7 @@ def all_stay(entries: list[Entry], profile: EngineProfile, parameters: CachePara
 @given(
     entries=adapters(),
     tp_size=st.sampled_from([1, 2, 4]),
-    pp_size=st.sampled_from([1, 2, 3]),
+    pp_size=st.sampled_from([1, 2, 4]),
     optimal=st.integers(1, 20),
     memory=st.integers(20_000, 200_000),
 )
@@ -286,7 +420,8 @@ def test_plan_and_cache_agree(entries: list[Entry], tp_size: int, pp_size: int, 
     better = plan_cache(entries, profile, recommended(plan))
 
     assert all_stay(entries, profile, plan.parameters) == all(rank.free_pages >= 0 for rank in plan.ranks)
-    assert better.fits
+    # A row of the engine's highest rank with DoRA's magnitude on top can be wider than any page of one layer.
+    assert better.fits or (better.unloadable and pp_size == LAYERS)
     assert all_stay(entries, profile, better.parameters)
     assert better.parameters.host_memory_bytes >= plan.parameters.host_memory_bytes
 
@@ -316,7 +451,7 @@ def upstreams_pages(
         if layer not in layers:
             continue
         name = next(name for name in SMALL if BY_NAME[name].id == module_id)
-        slots = math.ceil((r * one_dim[name] + dora * local(name)[1]) / width)
+        slots = math.ceil((r * one_dim[name] + (local(name)[1] if dora else 0)) / width)
         if used + slots > slots_per_page:
             page, used = page + 1, 0
         used += slots

@@ -1,31 +1,36 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""TensorRT-LLM's LoRA host cache: how many pages an adapter takes, and which adapter goes when pages run out.
+"""TensorRT-LLM's LoRA cache: how many pages an adapter takes, and which adapter goes when pages run out.
 
-One implementation for the planner, which must predict it, and the CPU engine, which must behave like it. Its
-oddities are kept on purpose, each marked "sic".
+The planner predicts this cache, and the CPU engine behaves like it: both use this one implementation. Oddities of
+upstream are kept on purpose, each marked "sic".
 
     slot   page_width elements: the smallest (in + out) of the engine's LoRA modules
     row    one (module, layer) of lora_config; it takes whole slots and never spans pages
-    page   slots_per_page slots: room for one adapter of optimal_adapter_size on every module and layer
+    page   slots_per_page slots: capacity for one adapter of optimal_adapter_size on every module and layer
     task   a cached adapter, under its lora_task_id; it takes whole pages
 
+The engine has two such caches with the same pages: one in host memory, and one in GPU memory for the adapters of the
+running batch.
+
 Sources: TensorRT-LLM cpp/tensorrt_llm/runtime/loraCache.cpp (pages, lists, eviction) and
-cpp/tensorrt_llm/batch_manager/peftCacheManager.cpp (geometry, which request pins what).
+cpp/tensorrt_llm/batch_manager/peftCacheManager.cpp (geometry, which request pins what). tests/golden holds results of
+that code.
 """
 
 from __future__ import annotations
 
+import re
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from tritonlora.errors import TritonLoraError
 from tritonlora.model_config import has_template
 from tritonlora.modules import ModuleDims
 
-LoraConfigRow = Sequence[int]  # (module_id, layer, adapter_size), or with a fourth value: 1 where the row has DoRA
+LoraConfigRow = Sequence[int]  # (module_id, layer, adapter_size), or with a fourth value: not 0 where it has DoRA
 
 Value = TypeVar("Value")
 
@@ -38,6 +43,10 @@ class TaskNotCachedError(LoraCacheError):
     """A request named a task without sending weights, and the task is not cached."""
 
 
+class BatchError(LoraCacheError):
+    """The engine's own words for trouble that ends every request of the running batch."""
+
+
 # Parameters
 
 
@@ -48,12 +57,15 @@ class CacheParameters:
     optimal_adapter_size: int = 8
     max_adapter_size: int = 64
     host_memory_bytes: int = 1024**3
+    # Of the GPU memory that is free when the engine makes its caches. Older releases take 0.05 where nothing is set.
+    gpu_memory_fraction: float = 0.02
 
 
 PARAMETER_NAMES = {
     "optimal_adapter_size": "lora_cache_optimal_adapter_size",
     "max_adapter_size": "lora_cache_max_adapter_size",
     "host_memory_bytes": "lora_cache_host_memory_bytes",
+    "gpu_memory_fraction": "lora_cache_gpu_memory_fraction",
 }
 
 
@@ -63,17 +75,33 @@ def parse_parameters(parameters: Mapping[str, str]) -> tuple[CacheParameters, di
     A parameter that is absent, empty or a template's unfilled `${...}` has the engine's default, as upstream's
     `getPeftCacheConfigFromParams` has it.
     """
-    given = {}
+    given: dict[str, Any] = {}
     remarks = {}
     for attribute, name in PARAMETER_NAMES.items():
         text = parameters.get(name, "").strip()
         if not text or has_template(text):
             continue
-        if text.isascii() and text.isdigit() and int(text) > 0:
-            given[attribute] = int(text)
+        parse, expected = _PARSE.get(attribute, (_positive_integer, "a whole number above 0"))
+        value = parse(text)
+        if value is None:
+            remarks[name] = f"{name} is {text!r}, expected {expected}: the engine's default is assumed"
         else:
-            remarks[name] = f"{name} is {text!r}, expected a whole number above 0: the engine's default is assumed"
+            given[attribute] = value
     return CacheParameters(**given), remarks
+
+
+def _positive_integer(text: str) -> int | None:
+    return int(text) if text.isascii() and text.isdigit() and int(text) > 0 else None
+
+
+def _fraction(text: str) -> float | None:
+    return float(text) if _FRACTION.fullmatch(text) and 0 < float(text) <= 1 else None
+
+
+_FRACTION = re.compile(r"[0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]{1,3})?", re.ASCII)
+_PARSE: Mapping[str, tuple[Callable[[str], float | None], str]] = {
+    "gpu_memory_fraction": (_fraction, "a number above 0, and at most 1")
+}
 
 
 # Geometry
@@ -111,16 +139,24 @@ class PageGeometry:
         return _ceil_div(self.host_slots, self.slots_per_page)
 
     @property
-    def min_host_bytes(self) -> int:
-        """The least lora_cache_host_memory_bytes with which the engine loads."""
+    def min_bytes(self) -> int:
+        """The least bytes of the host cache, and of the GPU's, with which the engine loads."""
         return self.min_total_slots * self.page_width * self.element_size
+
+    def device_slots(self, nbytes: int) -> int:
+        """Slots of a GPU cache of `nbytes` bytes."""
+        return nbytes // (self.page_width * self.element_size)
+
+    def device_pages(self, nbytes: int) -> int:
+        """Pages of a GPU cache of `nbytes` bytes, rounded up as those of the host cache are."""
+        return _ceil_div(self.device_slots(nbytes), self.slots_per_page)
 
     def row_slots(self, row: LoraConfigRow) -> int:
         """Slots that one row takes. KeyError if the engine has no LoRA for its module."""
         module_id, _, adapter_size = row[:3]
         in_features, out_features = self.local_dims[module_id]
-        magnitude = out_features if len(row) > 3 and row[3] else 0
-        return _ceil_div(adapter_size * (in_features + out_features) + magnitude, self.page_width)
+        elements = adapter_size * (in_features + out_features) + _magnitude(row, out_features)
+        return _ceil_div(elements, self.page_width)
 
     def place(self, rows: Sequence[LoraConfigRow]) -> Iterator[Placement]:
         """Where each row of this rank lies: in the order given, without going back to fill a gap."""
@@ -141,21 +177,48 @@ class PageGeometry:
             last = placement.page
         return last + 1
 
+    def too_wide(self, rows: Sequence[LoraConfigRow]) -> LoraConfigRow | None:
+        """The first row of this rank that is wider than a page, or None.
+
+        The engine accepts an adapter with such a row, cannot load it, and never evicts it.
+        """
+        widest: dict[Sequence[int], LoraConfigRow] = {}  # rows of different layers take the same slots
+        for row in rows:
+            if row[1] in self.layers:
+                widest.setdefault((row[0], *row[2:]), row)
+        return next((row for row in widest.values() if self.row_slots(row) > self.slots_per_page), None)
+
+    def max_size_for(self, row: LoraConfigRow) -> int:
+        """The least lora_cache_max_adapter_size with which a page holds `row`, and that is not below its rank."""
+        module_id, _, adapter_size = row[:3]
+        in_features, out_features = self.local_dims[module_id]
+        elements = adapter_size * (in_features + out_features) + _magnitude(row, out_features)
+        return max(adapter_size, _ceil_div(elements, max(map(sum, self.local_dims.values()))))
+
     def too_small(self) -> str | None:
-        """The engine's words when it refuses to load with so little memory, else None."""
-        if self.host_slots >= self.min_total_slots:
+        """The engine's words when it refuses to load with so little host memory, else None."""
+        return self._refusal("host", self.host_slots)
+
+    def device_too_small(self, nbytes: int) -> str | None:
+        """The engine's words when it refuses to load with a GPU cache of `nbytes` bytes, else None."""
+        return self._refusal("device", self.device_slots(nbytes))
+
+    def _refusal(self, cache: str, slots: int) -> str | None:
+        if slots >= self.min_total_slots:
             return None
-        return (
-            "Not enough space allocated to host LoRA cache to hold 1 max sized LoRA "
-            f"{self.host_slots} < {self.min_total_slots}"
-        )
+        needed = f"{slots} < {self.min_total_slots}"
+        return f"Not enough space allocated to {cache} LoRA cache to hold 1 max sized LoRA {needed}"
 
 
 def layer_ranges(num_layers: int, pp_size: int) -> tuple[range, ...]:
-    """The layers of each pipeline-parallel rank; the first ranks take the remainder."""
+    """The layers of each pipeline-parallel rank: equal shares. ValueError where `pp_size` does not divide the layers.
+
+    Upstream's ranks then begin at rank * (num_layers // pp_size), and the LoRA of the last layers is lost.
+    """
     each, remainder = divmod(num_layers, pp_size)
-    ends = [each * (rank + 1) + min(rank + 1, remainder) for rank in range(pp_size)]
-    return tuple(range(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True))
+    if remainder:
+        raise ValueError(f"{num_layers} layers do not divide among {pp_size} pipeline-parallel ranks")
+    return tuple(range(rank * each, (rank + 1) * each) for rank in range(pp_size))
 
 
 def page_geometry(
@@ -189,6 +252,11 @@ def page_geometry(
     )
 
 
+def _magnitude(row: LoraConfigRow, out_features: int) -> int:
+    """Elements of DoRA's magnitude in a row: any flag but 0 counts."""
+    return out_features if len(row) > 3 and row[3] else 0
+
+
 def _ceil_div(dividend: int, divisor: int) -> int:
     return -(-dividend // divisor)
 
@@ -202,6 +270,7 @@ class _Task(Generic[Value]):
     loaded: bool = False
     done: bool = False
     value: Value | None = None
+    load_error: str = ""  # why it could not be loaded; upstream tells it once
 
 
 @dataclass(slots=True)
@@ -301,11 +370,19 @@ class PeftCache(Generic[Value]):
     cache: LoraCache[Value]
     requests: dict[int, set[int]] = field(init=False, default_factory=dict)  # task id -> the requests that use it
 
-    def add(self, task_id: int, request_id: int, weights: tuple[int, Callable[[], Value]] | None = None) -> None:
+    def add(
+        self,
+        task_id: int,
+        request_id: int,
+        weights: tuple[int, Callable[[], Value]] | None = None,
+        *,
+        load_error: str = "",
+    ) -> None:
         """Take a request for a task. `weights`, if it carries any: the pages they take, and what loads them.
 
         Weights for a cached task are not even loaded (sic). TaskNotCachedError and LoraCacheError carry the engine's
-        text; the request is then not taken.
+        text; the request is then not taken. With a `load_error` the request is taken, and its task is cached, never
+        loaded and never evicted (sic): `check_batch` tells.
         """
         if weights is None and task_id not in self.cache:
             raise TaskNotCachedError(f"LoRA task {task_id} not found in cache. Please send LoRA weights with request")
@@ -313,13 +390,29 @@ class PeftCache(Generic[Value]):
             self.cache.bump(task_id)
         else:
             pages, load = weights
-            value = load()  # first: a task that has pages but could not be loaded would be pinned for ever
+            value = load()  # before the pages are claimed: a request whose weights are broken must not pin any
             try:
                 self.cache.put(task_id, pages)
             except LoraCacheError as error:
                 raise LoraCacheError(f"Error storing task={task_id} in PEFT cache -- {error}") from error
-            self.cache.load(task_id, value)
+            if load_error:
+                self.cache.tasks[task_id].load_error = load_error
+            else:
+                self.cache.load(task_id, value)
         self.requests.setdefault(task_id, set()).add(request_id)
+
+    def check_batch(self, task_ids: Iterable[int]) -> None:
+        """BatchError when one of these tasks, those of the running requests, could not be loaded.
+
+        Upstream: `PeftCacheManager::ensureBatch`. The first time it tells why, and later that the task is still being
+        loaded; either way all running requests end.
+        """
+        for task_id in dict.fromkeys(task_ids):
+            task = self.cache.tasks[task_id]
+            if not task.loaded:
+                text, task.load_error = task.load_error, ""
+                processing = f"can't move a processing task taskId={task_id}"
+                raise BatchError(text or f"Caught exception during copyTask ensure batch -- {processing}")
 
     def finish(self, task_id: int, request_id: int) -> None:
         """The request has ended, however it ended."""

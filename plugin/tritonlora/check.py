@@ -22,6 +22,7 @@ from tritonlora.findings import warning as _warning
 from tritonlora.flavours import Rows, flavour_of_config
 from tritonlora.model_config import TRITON_TYPES, has_template
 from tritonlora.modules import BY_ID
+from tritonlora.plan import CachePlan, loadable_remedy, pipeline_problems
 from tritonlora.repository import (
     RESOLVER,
     ROUTER,
@@ -39,9 +40,12 @@ from tritonlora.server import Ports
 REPAIR = "tritonlora check --fix"
 
 
-def check(repository: Repository, *, deep: bool = False, ports: Ports | None = None) -> list[Finding]:
+def check(
+    repository: Repository, *, deep: bool = False, ports: Ports | None = None, gpu_memory: int | None = None
+) -> list[Finding]:
     """All findings, errors first; `deep` also compares the files' SHA-256 with the table, `ports` are to be free.
 
+    `gpu_memory` is what is free of each GPU's memory when the engine makes its caches, in bytes; None: not checked.
     Raises TritonLoraError only where nothing can be checked at all: adapters.json or a config.pbtxt is unreadable.
     """
     config = served_config(repository.config_path)
@@ -60,7 +64,7 @@ def check(repository: Repository, *, deep: bool = False, ports: Ports | None = N
         findings.append(_error("gpt_model_path", str(error), "give the parameter the engine's own directory"))
     table, text = read_table(repository), read_text(repository.config_path)
     try:
-        plan = plan_of(repository, table, config, profile)
+        plan = plan_of(repository, table, config, profile, gpu_memory=gpu_memory)
     except TritonLoraError:
         plan = None  # _files or _rows says why
     subject = Subject(repository, table, text, config, flavour, configs, profile, plan, deep, ports)
@@ -88,6 +92,9 @@ def _engine(subject: Subject) -> Iterator[Finding]:
             "it was built without LoRA: it ignores adapters and answers from the base model",
             subject.flavour.to_lora,
         )
+    if profile is not None and profile.modules and subject.flavour.sends_weights:
+        for problem, remedy in profile.faults():
+            yield _error("engine", problem, remedy)
     dtypes = {entry.dtype for entry in subject.table.entries.values()}
     by_numpy = config.backend == "python" and subject.flavour.sends_weights
     if by_numpy and "bfloat16" in dtypes and not is_cpu_engine(config.parameters):
@@ -168,7 +175,7 @@ def _row_problems(entry: AdapterEntry, rows: Rows, subject: Subject) -> Iterator
             if dims is None:
                 yield f"the engine has no LoRA for {module.name}"
             elif (
-                size * (dims.in_features + dims.out_features) + sum(dora) * dims.out_features
+                size * (dims.in_features + dims.out_features) + any(dora) * dims.out_features
                 > (entry.lora_weights_shape[1])
             ):
                 yield f"its rows are too short for {module.name} ({dims.in_features} to {dims.out_features})"
@@ -176,6 +183,8 @@ def _row_problems(entry: AdapterEntry, rows: Rows, subject: Subject) -> Iterator
                 yield f"it has layer {layer}, and the engine has {profile.num_layers}"
             if size > profile.rank_limit:
                 yield f"it has rank {size}, and the engine's max_lora_rank is {profile.max_lora_rank}"
+    if profile and subject.flavour.sends_weights:
+        yield from pipeline_problems(rows, profile)
 
 
 def _declarations(subject: Subject) -> Iterator[Finding]:
@@ -250,6 +259,19 @@ def _cache(subject: Subject) -> Iterator[Finding]:
         yield _warning(where, remark, "tritonlora plan --apply")
     for refusal in dict.fromkeys(rank.refusal for rank in found.ranks if rank.refusal):
         yield _error(where, f"the engine will not load: {refusal}", "tritonlora plan --apply")
+    for adapter in found.unloadable:
+        remedy = loadable_remedy(found, adapter, registered=True)
+        yield _error(
+            f"adapter {adapter.name}", str(adapter.unloadable), f"{remedy}, or tritonlora remove {adapter.name}"
+        )
+    for name in found.diverging:
+        yield _warning(
+            f"adapter {name}",
+            "it takes different numbers of pages on different pipeline-parallel ranks, and not all adapters fit: one "
+            "rank may evict an adapter that another rank still has",
+            "tritonlora plan --apply",
+        )
+    yield from _device_cache(where, found)
     if not found.warm_fits:
         yield _warning(
             where,
@@ -257,6 +279,18 @@ def _cache(subject: Subject) -> Iterator[Finding]:
             "the first ones are evicted while the server starts",
             "tritonlora plan --apply, or add some with --no-warmup",
         )
+
+
+def _device_cache(where: str, plan: CachePlan) -> Iterator[Finding]:
+    """The engine's LoRA cache in GPU memory, where that is known, holds what it must."""
+    if plan.device is None:
+        return
+    apply = f"tritonlora plan --apply --gpu-memory {plan.device.free_bytes}, or give the GPU more free memory"
+    if plan.device.refusal:
+        yield _error(where, f"the engine will not load: {plan.device.refusal}", apply)
+    for name in plan.device.never_scheduled:
+        problem = "it is larger than the engine's LoRA cache in GPU memory: its requests would wait for ever"
+        yield _error(f"adapter {name}", problem, apply)
 
 
 # What leads to them

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import os
+import re
 import shlex
 import signal
 import sys
@@ -25,6 +26,7 @@ from tritonlora import __version__, interrupts
 from tritonlora.bench.commands import bench
 from tritonlora.errors import RepositoryError, ServerError, TritonLoraError, one_message
 from tritonlora.terminal import (
+    GPU_NOT_CHECKED,
     AsJson,
     loading,
     print_diff,
@@ -73,6 +75,30 @@ HttpPort = Annotated[int, typer.Option("--http-port", min=1, max=65535)]
 GrpcPort = Annotated[int, typer.Option("--grpc-port", min=1, max=65535)]
 MetricsPort = Annotated[int, typer.Option("--metrics-port", min=1, max=65535)]
 MOST_WHAT_IF = 100_000
+
+
+def _nbytes(text: str) -> int:
+    """The bytes that "85899345920", "80GB" or "80GiB" says."""
+    match = re.fullmatch(r"(?P<number>\d+(?:\.\d+)?) ?(?P<unit>[kKMGT]?i?)B?", text.strip(), re.ASCII)
+    unit = match["unit"].upper() if match else ""
+    nbytes = (
+        int(float(match["number"]) * (1024 if "I" in unit else 1000) ** " KMGT".index(unit[:1] or " ")) if match else 0
+    )
+    if not 0 < nbytes < 1 << 50:
+        raise typer.BadParameter(f"{text!r} is not a number of bytes; give for example 85899345920 or 80GiB")
+    return nbytes
+
+
+GpuMemory = Annotated[
+    int | None,
+    typer.Option(
+        "--gpu-memory",
+        metavar="BYTES",
+        help="What is free of each GPU's memory once the engine's weights are loaded; also as 80GiB.",
+        parser=_nbytes,
+        show_default=False,
+    ),
+]
 Url = Annotated[str, typer.Option("--url", metavar="HOST:PORT", help="The server's HTTP endpoint.")]
 
 
@@ -407,6 +433,7 @@ def plan(
             "text of the server's /metrics; '-' reads standard input.",
         ),
     ] = None,
+    gpu_memory: GpuMemory = None,
     base: Base = None,
     as_json: AsJson = False,
 ) -> None:
@@ -422,7 +449,7 @@ def plan(
     flavour = flavour_of_config(config)
     room = flavour.room(opened.target_directory)
     if room is not None:
-        if apply or what_if or weights:
+        if apply or what_if or weights or gpu_memory:
             raise RepositoryError(
                 f"{opened.target!r} reads adapters from disk itself, and has no cache in pages: give plan no options"
             )
@@ -442,10 +469,10 @@ def plan(
         )
     entries = repository.plan_entries(opened, table, config)
     if what_if is None:
-        found = planning.plan_cache(entries, profile, config.parameters)
+        found = planning.plan_cache(entries, profile, config.parameters, gpu_memory=gpu_memory)
     else:
         rank, count = _rank_and_count(what_if)
-        found = planning.what_if(entries, profile, config.parameters, rank=rank, count=count)
+        found = planning.what_if(entries, profile, config.parameters, rank=rank, count=count, gpu_memory=gpu_memory)
     traffic = None if weights is None else parse_traffic(_text(weights), table.entries)
     choice = None if traffic is None else planning.choose_warm(found, traffic)
     applied = None
@@ -456,7 +483,7 @@ def plan(
         return
     for remark in found.remarks:
         print_note(remark)
-    print_plan(found, table.entries, choice, applied)
+    print_plan(found, table.entries, choice, applied, has_gpu=repository.has_gpu_cache(config))
 
 
 def _text(file: TextIO) -> str:
@@ -483,6 +510,7 @@ def check(
     http_port: HttpPort = 8000,
     grpc_port: GrpcPort = 8001,
     metrics_port: MetricsPort = 8002,
+    gpu_memory: GpuMemory = None,
     as_json: AsJson = False,
 ) -> None:
     """Find everything that would make the server fail to load, or answer wrongly. Exit code 1 on any error."""
@@ -496,7 +524,10 @@ def check(
                 put_right()
             except TritonLoraError as error:
                 print_note(f"not everything could be put right: {error}")
-    findings = checks.check(opened, deep=deep, ports=server.Ports(http_port, grpc_port, metrics_port))
+    ports = server.Ports(http_port, grpc_port, metrics_port)
+    findings = checks.check(opened, deep=deep, ports=ports, gpu_memory=gpu_memory)
+    if gpu_memory is None and repository.has_gpu_cache(repository.read_config(opened.config_path)):
+        print_note(GPU_NOT_CHECKED)
     if as_json:
         print_json(findings)
     else:

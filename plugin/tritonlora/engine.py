@@ -39,11 +39,29 @@ class EngineProfile:
     num_heads: int = 0  # 0 where it is not known; fused attention layers cannot be taken apart then
     num_kv_heads: int = 0
     head_size: int = 0
+    lora_plugin_dtype: str | None = None  # of an engine whose lora_plugin has another one than its model
 
     @property
     def rank_limit(self) -> int:
         """`max_lora_rank`; where it is not known, the most that lora_config can say."""
         return (1 << 31) - 1 if self.max_lora_rank is None else self.max_lora_rank
+
+    def faults(self) -> list[tuple[str, str]]:
+        """(problem, remedy) for all that is wrong with the engine itself: no adapter is right for such an engine."""
+        faults = []
+        if self.lora_plugin_dtype is not None:
+            problem = (
+                f"the engine's lora_plugin is {self.lora_plugin_dtype} and its model {self.dtype}: it would read the "
+                "weights of every adapter as another type"
+            )
+            faults.append((problem, "build the engine again with --lora_plugin auto"))
+        if self.num_layers % self.pp_size:
+            problem = (
+                f"the engine's {self.num_layers} layers do not divide among its {self.pp_size} pipeline-parallel "
+                "ranks: TensorRT-LLM loses the LoRA of some layers"
+            )
+            faults.append((problem, "build the engine with a pp_size that divides its layers"))
+        return faults
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +234,8 @@ def profile_from_engine(config: Mapping[str, Any], source: str) -> EngineProfile
     if dtype not in DTYPES:
         problems.append(f"pretrained_config.dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
     # trtllm-build writes null (or leaves the key out) where LoRA is off; the other two fields say nothing then.
-    has_lora = bool(plugins.get("lora_plugin"))
+    plugin = plugins.get("lora_plugin")
+    has_lora = bool(plugin)
     targets = _engine_targets(lora.get("lora_target_modules"), problems) if has_lora else []
     tp_size = _size(mapping, ("tp_size",), problems, missing=1)
     # Each rank has one key-value head at least, and createLoraModules multiplies what each has.
@@ -235,6 +254,7 @@ def profile_from_engine(config: Mapping[str, Any], source: str) -> EngineProfile
         num_heads=sizes.heads,
         num_kv_heads=sizes.kv_heads,
         head_size=sizes.head_size,
+        lora_plugin_dtype=plugin if isinstance(plugin, str) and plugin not in ("", "auto", dtype) else None,
     )
     if problems:
         raise EngineMismatch(

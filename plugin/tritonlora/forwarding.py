@@ -45,10 +45,14 @@ class Meaning(enum.Enum):
     ERROR = enum.auto()  # anything else: the client's to see
 
 
-# Substrings, because prefixes and suffixes differ between versions and backends.
-# Sources: TensorRT-LLM batch_manager/peftCacheManager.cpp, runtime/loraCache.cpp. The last one is what is left of
-# "cache full" when some adapters could be evicted, but not enough.
+# Substrings, because prefixes and suffixes differ between versions and backends. The first one that is found counts.
+# Sources: TensorRT-LLM batch_manager/peftCacheManager.cpp, runtime/loraCache.cpp. The first three are trouble with
+# the GPU, which ends all running requests; their errors may quote the other texts. The last text is upstream's when
+# some adapters could be evicted, but not enough.
 _MEANINGS = {
+    "forwardAsync": Meaning.ERROR,
+    "copyTask": Meaning.ERROR,
+    "storing peft weights": Meaning.ERROR,
     "not found in cache. Please send LoRA weights with request": Meaning.MISS,
     "There are no done tasks to evict": Meaning.FULL,
     "pageIds.has_value()": Meaning.FULL,

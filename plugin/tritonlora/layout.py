@@ -123,6 +123,8 @@ def plan_layout(
     problems = _Problems()
     if dtype not in DTYPES:
         problems.engine.append(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+    if profile is not None and not engine_reads:
+        problems.engine += [f"{problem}; {remedy}" for problem, remedy in profile.faults()]
     if profile is not None and profile.dtype != dtype:
         problems.engine.append(f"dtype is {dtype!r}, but the engine takes only its own, {profile.dtype!r}")
     if base is None and any(module.magnitude is not None for module in adapter.modules.values()):

@@ -3,14 +3,16 @@
 """Does it fit: adapters + engine + config.pbtxt's parameters -> pages, bytes, and the parameters to set.
 
 All numbers come from `cache`, so that they are the engine's own. Each process of the engine (a tensor-parallel and
-pipeline-parallel rank) has a host cache of lora_cache_host_memory_bytes to itself; pipeline-parallel ranks hold other
-layers, so each is planned, and an adapter fits only if it fits on every one.
+pipeline-parallel rank) has a host cache of lora_cache_host_memory_bytes to itself, and a share of its GPU's memory.
+Pipeline-parallel ranks hold different layers. So each rank is planned, and an adapter fits only if it fits on all.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 
 from tritonlora.adapters import ITEMSIZES
 from tritonlora.cache import (
@@ -22,7 +24,7 @@ from tritonlora.cache import (
     parse_parameters,
 )
 from tritonlora.engine import EngineProfile
-from tritonlora.errors import EngineMismatch, TritonLoraError, one_message
+from tritonlora.errors import EngineMismatch, TritonLoraError, layers_text, one_message
 from tritonlora.modules import BY_ID
 
 Rows = tuple[tuple[int, ...], ...]  # lora_config, row by row
@@ -30,6 +32,8 @@ Rows = tuple[tuple[int, ...], ...]  # lora_config, row by row
 _USUAL_RANKS = (8, 16, 32, 64)
 _DEFAULT_MAX_LORA_RANK = 64
 _SHM_GROWTH = 2 * 1024**2  # a stub's region grows in steps and holds the request's other tensors too
+_FRACTION_STEPS = 10_000  # a recommended fraction has four decimals
+PIPELINE_REMEDY = "train it on layers of every rank, or build the engine with a smaller --pp_size"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +41,7 @@ class Entry:
     """One registered adapter, as the planner needs it."""
 
     name: str
-    rows: Rows  # (module_id, layer, adapter_size), or with a fourth value: 1 where the row has DoRA
+    rows: Rows  # (module_id, layer, adapter_size), or with a fourth value: not 0 where the row has DoRA
     weights_nbytes: int
     warm: bool = True  # loaded at start by model_warmup
 
@@ -56,6 +60,9 @@ class AdapterPlan:
     modules: tuple[str, ...]
     nbytes: int
     pages: int  # on the pipeline-parallel rank where it takes most
+    pages_by_rank: tuple[int, ...]
+    max_adapter_size: int  # the least lora_cache_max_adapter_size with which a page holds its widest row
+    unloadable: str | None  # why the engine would accept it, and never load it
     warm: bool
 
 
@@ -76,12 +83,24 @@ class RankPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class DevicePlan:
+    """The LoRA cache in the memory of one GPU. It holds the adapters of the running batch."""
+
+    free_bytes: int  # of the GPU's memory when the engine makes its caches
+    pages: int
+    refusal: str | None  # the engine's words when it does not load with these parameters
+    any_in_one_batch: int  # so many different adapters fit into one batch, whichever they are
+    most_in_one_batch: int  # and at most so many
+    never_scheduled: tuple[str, ...]  # adapters larger than the whole cache: their requests wait for ever
+
+
+@dataclass(frozen=True, slots=True)
 class Recommendation:
     """The value to set one parameter to. Equal to the one in effect where nothing has to change."""
 
     parameter: str
-    in_effect: int
-    value: int
+    in_effect: float
+    value: float
     cost_bytes: int
     cost: str  # what the bytes are
 
@@ -92,7 +111,10 @@ class CachePlan:
 
     parameters: CacheParameters
     remarks: tuple[str, ...]  # about parameters that could not be read
+    max_lora_rank: int  # the engine's; trtllm-build's default where it is not known
     processes: int  # tensor-parallel times pipeline-parallel, each with a host cache of its own
+    min_cache_bytes: int  # the engine does not load with a smaller host cache, nor with a smaller GPU cache
+    device: DevicePlan | None  # None: the GPU's free memory is not known
     ranks: tuple[RankPlan, ...]
     adapters: tuple[AdapterPlan, ...]
     recommendations: tuple[Recommendation, ...]
@@ -107,8 +129,28 @@ class CachePlan:
 
     @property
     def fits(self) -> bool:
-        """Whether all adapters can be cached at once."""
-        return all(rank.refusal is None and rank.free_pages >= 0 for rank in self.ranks)
+        """Whether all adapters can be loaded, and be cached at once."""
+        return not self.unloadable and all(rank.refusal is None and rank.free_pages >= 0 for rank in self.ranks)
+
+    @property
+    def unloadable(self) -> tuple[AdapterPlan, ...]:
+        """The adapters that the engine would accept, and never load."""
+        return tuple(adapter for adapter in self.adapters if adapter.unloadable)
+
+    @property
+    def diverging(self) -> tuple[str, ...]:
+        """The adapters that take different numbers of pages on different pipeline-parallel ranks, unless all fit.
+
+        Then one rank may evict an adapter that another rank still has.
+        """
+        if all(rank.free_pages >= 0 for rank in self.ranks):
+            return ()
+        return tuple(adapter.name for adapter in self.adapters if len({*adapter.pages_by_rank}) > 1)
+
+    @property
+    def min_gpu_bytes(self) -> int:
+        """The least free memory of each GPU with which the engine loads."""
+        return math.ceil(self.min_cache_bytes / self.parameters.gpu_memory_fraction)
 
     @property
     def warm_fits(self) -> bool:
@@ -126,10 +168,15 @@ class WarmChoice:
     resend_bytes: float  # that a request has to carry on average
 
 
-def plan_cache(entries: Sequence[Entry], profile: EngineProfile, parameters: Mapping[str, str]) -> CachePlan:
+def plan_cache(
+    entries: Sequence[Entry], profile: EngineProfile, parameters: Mapping[str, str], *, gpu_memory: int | None = None
+) -> CachePlan:
     """The plan for `entries` with the model's `parameters` (those of config.pbtxt, as text).
 
-    EngineMismatch: the engine has no LoRA at all, or rows name modules, layers or sizes that it does not take.
+    `gpu_memory` is what is free of each GPU's memory when the engine makes its caches, in bytes; None: not known.
+
+    EngineMismatch: the engine has no LoRA at all, its layers do not divide among its pipeline-parallel ranks, or rows
+    name modules, layers or sizes that it does not take, or leave a pipeline-parallel rank without any.
     """
     _check(entries, profile)
     if profile.max_lora_rank is None:  # trtllm-build's default, unless an adapter is for an engine that takes more
@@ -148,10 +195,14 @@ def plan_cache(entries: Sequence[Entry], profile: EngineProfile, parameters: Map
         )
         for geometry, pages_of in zip(geometries, pages, strict=True)
     )
+    why_unloadable = {rows: _why_unloadable(rows, geometries) for rows in {entry.rows for entry in entries}}
     plan = CachePlan(
         parameters=in_effect,
         remarks=tuple(remarks.values()),
+        max_lora_rank=profile.rank_limit,
         processes=profile.tp_size * profile.pp_size,
+        min_cache_bytes=max(geometry.min_bytes for geometry in geometries),
+        device=None,
         ranks=ranks,
         adapters=tuple(
             AdapterPlan(
@@ -160,6 +211,9 @@ def plan_cache(entries: Sequence[Entry], profile: EngineProfile, parameters: Map
                 modules=tuple(BY_ID[module_id].name for module_id in sorted({row[0] for row in entry.rows})),
                 nbytes=entry.nbytes,
                 pages=max(pages_of[entry.rows] for pages_of in pages),
+                pages_by_rank=tuple(pages_of[entry.rows] for pages_of in pages),
+                max_adapter_size=max((geometries[0].max_size_for(row) for row in {*entry.rows}), default=0),
+                unloadable=why_unloadable[entry.rows],
                 warm=entry.warm,
             )
             for entry in entries
@@ -170,11 +224,22 @@ def plan_cache(entries: Sequence[Entry], profile: EngineProfile, parameters: Map
         resend_shm_bytes=max((entry.nbytes for entry in entries), default=0) + _SHM_GROWTH,
     )
     best = in_effect if plan.fits else _cheapest(entries, profile, in_effect)
-    return replace(plan, recommendations=_recommendations(in_effect, best, profile))
+    if gpu_memory is None:
+        return replace(plan, recommendations=_recommendations(in_effect, best, profile))
+    device = _device_plan(plan.adapters, geometries[0], in_effect, gpu_memory)
+    best = _with_fraction(entries, profile, best, gpu_memory)
+    recommendations = _recommendations(in_effect, best, profile, gpu_memory)
+    return replace(plan, device=device, recommendations=recommendations)
 
 
 def what_if(
-    entries: Sequence[Entry], profile: EngineProfile, parameters: Mapping[str, str], *, rank: int, count: int
+    entries: Sequence[Entry],
+    profile: EngineProfile,
+    parameters: Mapping[str, str],
+    *,
+    rank: int,
+    count: int,
+    gpu_memory: int | None = None,
 ) -> CachePlan:
     """The plan with `count` more warm adapters of adapter size `rank`, on all modules and layers.
 
@@ -186,7 +251,16 @@ def what_if(
     width = max((rank * (dims.in_features + dims.out_features) for dims in profile.modules.values()), default=0)
     weights_nbytes = len(rows) * width * ITEMSIZES[profile.dtype]
     more = [Entry(f"what-if-{number}", rows, weights_nbytes) for number in range(1, count + 1)]
-    return plan_cache([*entries, *more], profile, parameters)
+    return plan_cache([*entries, *more], profile, parameters, gpu_memory=gpu_memory)
+
+
+def loadable_remedy(plan: CachePlan, adapter: AdapterPlan, *, registered: bool) -> str:
+    """What makes an unloadable adapter of `plan` loadable. The command plans for adapters that are `registered`."""
+    size = adapter.max_adapter_size
+    if size > plan.max_lora_rank:
+        return f"build the engine with --max_lora_rank {size}"
+    other = "" if registered else f" --what-if rank={size},count=1"
+    return f"set {PARAMETER_NAMES['max_adapter_size']} to at least {size}: tritonlora plan --apply{other}"
 
 
 def choose_warm(plan: CachePlan, traffic: Mapping[str, float]) -> WarmChoice:
@@ -223,6 +297,8 @@ def choose_warm(plan: CachePlan, traffic: Mapping[str, float]) -> WarmChoice:
 def _check(entries: Sequence[Entry], profile: EngineProfile) -> None:
     if not profile.modules:
         raise EngineMismatch(f"{profile.source}: the engine has no LoRA modules, it would ignore every adapter")
+    if profile.num_layers % profile.pp_size:
+        raise EngineMismatch(one_message(profile.source, map("; ".join, profile.faults())))
     enabled = {dims.module.id for dims in profile.modules.values()}
     problems = []
     for entry in entries:
@@ -234,8 +310,25 @@ def _check(entries: Sequence[Entry], profile: EngineProfile) -> None:
         ]
         problems += [f"{entry.name!r}: layer {layer} of {profile.num_layers} layers" for layer in sorted(layers)]
         problems += [f"{entry.name!r}: rank {r}, the engine takes 1 to {profile.rank_limit}" for r in sorted(sizes)]
+        idle = pipeline_problems(entry.rows, profile)
+        problems += [f"{entry.name!r}: {problem}; {PIPELINE_REMEDY}" for problem in idle]
     if problems:
         raise EngineMismatch(one_message(f"adapters that are not for the engine of {profile.source}", problems))
+
+
+def pipeline_problems(rows: Rows, profile: EngineProfile) -> list[str]:
+    """A line for each pipeline-parallel rank on which an adapter has no row: its requests would end all others there.
+
+    Source: TensorRT-LLM `LoraManager::fillInputTensors`, which asserts that there is one.
+    """
+    if profile.num_layers % profile.pp_size:
+        return []  # `EngineProfile.faults` says so
+    layers = {row[1] for row in rows}
+    return [
+        f"it has no LoRA in {layers_text(mine)}, all that pipeline-parallel rank {rank} has: TensorRT-LLM fails there"
+        for rank, mine in enumerate(layer_ranges(profile.num_layers, profile.pp_size))
+        if layers.isdisjoint(mine)
+    ]
 
 
 def _module_name(module_id: int) -> str:
@@ -261,6 +354,46 @@ def _pages_by_rows(entries: Sequence[Entry], geometry: PageGeometry) -> dict[Row
     return {rows: geometry.pages(rows) for rows in {entry.rows for entry in entries}}
 
 
+def _why_unloadable(rows: Rows, geometries: Sequence[PageGeometry]) -> str | None:
+    """Why the engine would accept these rows and never load them, on any rank; None where it loads them."""
+    for geometry in geometries:
+        if row := geometry.too_wide(rows):
+            return (
+                f"its row for {_module_name(row[0])} (rank {row[2]}) takes {geometry.row_slots(row)} slots, and a page "
+                f"of the engine's LoRA cache has {geometry.slots_per_page}: the engine would accept the adapter, never "
+                "load it, and fail all running requests"
+            )
+    return None
+
+
+def _device_plan(
+    adapters: Sequence[AdapterPlan], geometry: PageGeometry, parameters: CacheParameters, gpu_memory: int
+) -> DevicePlan:
+    """Each rank has as many layers as the others, so one geometry tells for all."""
+    nbytes = int(parameters.gpu_memory_fraction * gpu_memory)
+    pages = geometry.device_pages(nbytes)
+    sizes = sorted(adapter.pages for adapter in adapters)
+    return DevicePlan(
+        free_bytes=gpu_memory,
+        pages=pages,
+        refusal=geometry.device_too_small(nbytes),
+        any_in_one_batch=sum(total <= pages for total in accumulate(reversed(sizes))),
+        most_in_one_batch=sum(total <= pages for total in accumulate(sizes)),
+        never_scheduled=tuple(adapter.name for adapter in adapters if adapter.pages > pages),
+    )
+
+
+def _with_fraction(
+    entries: Sequence[Entry], profile: EngineProfile, parameters: CacheParameters, gpu_memory: int
+) -> CacheParameters:
+    """`parameters` with the least fraction of the GPU's memory that the engine, and each adapter, needs."""
+    geometry = _geometries(profile, parameters)[0]
+    pages = max((geometry.pages(rows) for rows in {entry.rows for entry in entries}), default=0)
+    needed = max(geometry.min_bytes, pages * geometry.page_bytes)
+    fraction = max(parameters.gpu_memory_fraction, math.ceil(needed / gpu_memory * _FRACTION_STEPS) / _FRACTION_STEPS)
+    return replace(parameters, gpu_memory_fraction=min(fraction, 1.0))
+
+
 def _full_rows(profile: EngineProfile, rank: int) -> Rows:
     module_ids = sorted(dims.module.id for dims in profile.modules.values())
     return tuple((module_id, layer, rank) for layer in range(profile.num_layers) for module_id in module_ids)
@@ -274,7 +407,7 @@ def _room(
     for size in sorted(size for size in sizes if size <= profile.rank_limit):
         rows = _full_rows(profile, size)
         free = [
-            rank.free_pages // geometry.pages(rows) if rank.refusal is None else 0
+            rank.free_pages // geometry.pages(rows) if rank.refusal is None and not geometry.too_wide(rows) else 0
             for geometry, rank in zip(geometries, ranks, strict=True)
         ]
         room[size] = max(0, min(free))
@@ -285,20 +418,23 @@ def _cheapest(entries: Sequence[Entry], profile: EngineProfile, in_effect: Cache
     """The parameters with which all adapters fit in the least host memory; memory is never taken away.
 
     A page is best when most adapters fill it. So only the sizes at which one of them just fills a page, or that are
-    the rank of one, are tried.
+    the rank of one, are tried. Parameters with which an adapter cannot be loaded are the last resort.
     """
-    largest = max((row[2] for entry in entries for row in entry.rows), default=in_effect.max_adapter_size)
-    candidates = {in_effect.optimal_adapter_size} | {row[2] for entry in entries for row in entry.rows}
+    shapes = {entry.rows for entry in entries}
+    largest = in_effect.max_adapter_size if not shapes else 1
+    candidates = {in_effect.optimal_adapter_size} | {row[2] for rows in shapes for row in rows}
     for geometry in _geometries(profile, replace(in_effect, optimal_adapter_size=1, max_adapter_size=1)):
-        for rows in {entry.rows for entry in entries}:
+        for rows in shapes:
+            largest = max(largest, *map(geometry.max_size_for, rows))
             slots = sum(placement.slots for placement in geometry.place(rows))
             candidates.add(max(1, -(-slots // geometry.slots_per_page)))
 
     options = []
     for optimal in {min(size, profile.rank_limit) for size in candidates}:
         option = replace(in_effect, optimal_adapter_size=optimal, max_adapter_size=largest)
-        options.append(replace(option, host_memory_bytes=_needed(entries, profile, option)))
-    best = min(options, key=lambda option: (option.host_memory_bytes, -option.optimal_adapter_size))
+        is_loadable = not any(_why_unloadable(rows, _geometries(profile, option)) for rows in shapes)
+        options.append((is_loadable, replace(option, host_memory_bytes=_needed(entries, profile, option))))
+    _, best = min(options, key=lambda one: (not one[0], one[1].host_memory_bytes, -one[1].optimal_adapter_size))
     return replace(best, host_memory_bytes=max(best.host_memory_bytes, in_effect.host_memory_bytes))
 
 
@@ -308,23 +444,25 @@ def _needed(entries: Sequence[Entry], profile: EngineProfile, parameters: CacheP
     for geometry in _geometries(profile, parameters):
         pages_of = _pages_by_rows(entries, geometry)
         pages = sum(pages_of[entry.rows] for entry in entries)
-        least_pages = -(-geometry.min_host_bytes // geometry.page_bytes)
+        least_pages = -(-geometry.min_bytes // geometry.page_bytes)
         needed = max(needed, max(pages, least_pages) * geometry.page_bytes)
     return needed
 
 
 def _recommendations(
-    in_effect: CacheParameters, best: CacheParameters, profile: EngineProfile
+    in_effect: CacheParameters, best: CacheParameters, profile: EngineProfile, gpu_memory: int | None = None
 ) -> tuple[Recommendation, ...]:
     geometries = _geometries(profile, best)
     caches = sum(geometry.host_pages * geometry.page_bytes for geometry in geometries) * profile.tp_size
     costs = {
         "optimal_adapter_size": (max(g.page_bytes for g in geometries), "one page, the least an adapter takes"),
-        "max_adapter_size": (max(g.min_host_bytes for g in geometries), "the least host cache the engine loads with"),
+        "max_adapter_size": (max(g.min_bytes for g in geometries), "the least host cache the engine loads with"),
         "host_memory_bytes": (caches, f"host memory of all {profile.tp_size * profile.pp_size} processes"),
     }
-    values = asdict(best)
+    if gpu_memory is not None:
+        costs["gpu_memory_fraction"] = (int(best.gpu_memory_fraction * gpu_memory), "memory of each GPU")
+    before, after = asdict(in_effect), asdict(best)
     return tuple(
-        Recommendation(PARAMETER_NAMES[attribute], before, values[attribute], *costs[attribute])
-        for attribute, before in asdict(in_effect).items()
+        Recommendation(PARAMETER_NAMES[attribute], before[attribute], after[attribute], *cost)
+        for attribute, cost in costs.items()
     )

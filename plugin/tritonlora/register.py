@@ -214,7 +214,7 @@ def _plan(
     entry = replace(
         _entry_of(repository, flavour, _task_id(repository, table, task_id), layout, warm=options.warm),
         base_model_name_or_path=adapter.config.base_model_name_or_path or "",
-        pages=_pages(layout, profile, config) if flavour.sends_weights else None,
+        pages=_pages(name, layout, profile, config) if flavour.sends_weights else None,
     )
     remarks = (*remarks, *_other_base(table, name, entry.base_model_name_or_path))
     return _Planned(name, adapter, layout, entry, flavour, options, remarks)
@@ -515,10 +515,17 @@ def _choose_dtype(
     return chosen, ()
 
 
-def _pages(layout: Layout, profile: EngineProfile | None, config: ModelConfig) -> int | None:
-    """Pages of the engine's cache that the adapter takes; None when the engine is not known."""
+def _pages(name: str, layout: Layout, profile: EngineProfile | None, config: ModelConfig) -> int | None:
+    """Pages of the engine's cache that the adapter takes; None when the engine is not known.
+
+    EngineMismatch where the engine would accept the adapter and could not serve it.
+    """
     if profile is None:
         return None
     rows = tuple((row.module.id, row.layer, row.adapter_size, int(row.dora)) for row in layout.rows)
-    entry = plan.Entry("", rows, layout.weights_nbytes)
-    return plan.plan_cache([entry], profile, config.parameters).adapters[0].pages
+    planned = plan.plan_cache([plan.Entry(name, rows, layout.weights_nbytes)], profile, config.parameters)
+    adapter = planned.adapters[0]
+    if adapter.unloadable:
+        remedy = plan.loadable_remedy(planned, adapter, registered=False)
+        raise EngineMismatch(f"the engine cannot load {name!r}: {adapter.unloadable}; {remedy}")
+    return adapter.pages

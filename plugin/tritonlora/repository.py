@@ -14,6 +14,7 @@ from pathlib import Path
 from tritonlora import warmup
 from tritonlora.adapters import AdapterTable
 from tritonlora.adapters_json import parse
+from tritonlora.cpu_engine.settings import is_cpu_engine
 from tritonlora.engine import EngineProfile
 from tritonlora.errors import AdapterTableError, ConfigError, RepositoryError
 from tritonlora.files import TEMPORARY_SUFFIX
@@ -138,6 +139,11 @@ def engine_profile(repository: Repository, config: ModelConfig) -> EngineProfile
     return flavour_of_config(config).profile(config, repository.target_directory)
 
 
+def has_gpu_cache(config: ModelConfig) -> bool:
+    """Whether the engine behind the target keeps adapters in GPU memory, in pages."""
+    return flavour_of_config(config).sends_weights and not is_cpu_engine(config.parameters)
+
+
 def dead_links(root: Path) -> list[Path]:
     """Links to models' code that lead nowhere: a checkout's repository was copied without the checkout."""
     links = (path / "tritonlora" for path in sorted(root.glob("*/1")))
@@ -151,13 +157,18 @@ def half_written(root: Path) -> list[Path]:
 
 
 def plan_of(
-    repository: Repository, table: AdapterTable, config: ModelConfig, profile: EngineProfile | None
+    repository: Repository,
+    table: AdapterTable,
+    config: ModelConfig,
+    profile: EngineProfile | None,
+    *,
+    gpu_memory: int | None = None,
 ) -> CachePlan | None:
     """The cache plan of a repository's adapters; None when the engine is not known or its cache is not in pages."""
     flavour = flavour_of_config(config)
     if profile is None or not profile.modules or not flavour.sends_weights:
         return None
-    return plan_cache(plan_entries(repository, table, config), profile, config.parameters)
+    return plan_cache(plan_entries(repository, table, config), profile, config.parameters, gpu_memory=gpu_memory)
 
 
 def plan_entries(repository: Repository, table: AdapterTable, config: ModelConfig) -> list[Entry]:

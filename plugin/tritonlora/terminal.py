@@ -25,6 +25,7 @@ stdout = Console(emoji=False)
 stderr = Console(emoji=False, stderr=True)
 
 NAMES_SHOWN = 20
+GPU_NOT_CHECKED = "not checked: the engine's LoRA cache in GPU memory, which --gpu-memory BYTES tells"
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -111,13 +112,18 @@ def _listing_row(name: str, about: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def print_plan(
-    plan: CachePlan, registered: Iterable[str], choice: WarmChoice | None, applied: Mapping[str, str] | None
+    plan: CachePlan,
+    registered: Iterable[str],
+    choice: WarmChoice | None,
+    applied: Mapping[str, str] | None,
+    *,
+    has_gpu: bool,
 ) -> None:
     """A plan; of its adapters only the `registered` ones get a row. `applied`: the parameters that were set."""
     names = set(registered)
     columns = ("lora_name", "rank", "modules", "size", "pages", "start")
     print_table(columns, [_plan_row(one) for one in plan.adapters if one.name in names])
-    sys.stdout.write("".join(f"{line}\n" for line in _plan_lines(plan, choice, applied)))
+    sys.stdout.write("".join(f"{line}\n" for line in _plan_lines(plan, choice, applied, has_gpu)))
 
 
 def print_room(room: Room, table: AdapterTable) -> None:
@@ -145,7 +151,9 @@ def _plan_row(adapter: AdapterPlan) -> tuple[str, ...]:
     )
 
 
-def _plan_lines(plan: CachePlan, choice: WarmChoice | None, applied: Mapping[str, str] | None) -> Iterator[str]:
+def _plan_lines(
+    plan: CachePlan, choice: WarmChoice | None, applied: Mapping[str, str] | None, has_gpu: bool
+) -> Iterator[str]:
     tightest = plan.tightest
     yield (
         f"{'all adapters fit' if plan.fits else 'NOT all adapters fit'}: "
@@ -154,6 +162,13 @@ def _plan_lines(plan: CachePlan, choice: WarmChoice | None, applied: Mapping[str
     )
     if tightest.refusal:
         yield f"the engine will not load: {tightest.refusal}"
+    yield from (f"{one.name} cannot be loaded: {one.unloadable}" for one in plan.unloadable)
+    if plan.diverging:
+        yield (
+            f"{_listed(plan.diverging)}: different numbers of pages on different pipeline-parallel ranks, and not all "
+            "adapters fit: one rank may evict an adapter that another rank still has"
+        )
+    yield from _device_lines(plan) if has_gpu else ()
     yield (
         f"loading takes {size(plan.load_bytes)} of host memory, "
         f"sending an adapter again {size(plan.resend_shm_bytes)} of /dev/shm"
@@ -172,6 +187,23 @@ def _plan_lines(plan: CachePlan, choice: WarmChoice | None, applied: Mapping[str
             f"{choice.resend_share:.1%} of requests may carry weights again, "
             f"{size(choice.resend_bytes)} a request on average"
         )
+
+
+def _device_lines(plan: CachePlan) -> Iterator[str]:
+    fraction, device = plan.parameters.gpu_memory_fraction, plan.device
+    least = f"with lora_cache_gpu_memory_fraction {fraction:g} it needs {size(plan.min_gpu_bytes)} free of each GPU"
+    if device is None:
+        yield f"{GPU_NOT_CHECKED}; {least}"
+        return
+    if device.refusal:
+        yield f"the engine will not load: {device.refusal}; {least}"
+    yield (
+        f"GPU memory: {device.pages} pages; one batch takes any {device.any_in_one_batch} different adapters, "
+        f"and at most {device.most_in_one_batch}"
+    )
+    if device.never_scheduled:
+        names = _listed(device.never_scheduled)
+        yield f"larger than the cache in GPU memory, so that their requests would wait for ever: {names}"
 
 
 def _listed(names: Sequence[str]) -> str:

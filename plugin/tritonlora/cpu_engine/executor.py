@@ -19,6 +19,7 @@ from typing import Generic, Protocol, TypeVar
 
 from tritonlora.adapters import ITEMSIZES
 from tritonlora.cache import (
+    BatchError,
     CacheParameters,
     LoraCache,
     LoraCacheError,
@@ -30,7 +31,7 @@ from tritonlora.cache import (
 )
 from tritonlora.cpu_engine.flavour import Flavour
 from tritonlora.cpu_engine.request import GenerationRequest, LoraInputs
-from tritonlora.cpu_engine.validation import check_lora_tensors
+from tritonlora.cpu_engine.validation import Rows, check_lora_tensors
 from tritonlora.engine import EngineProfile
 from tritonlora.errors import EngineMismatch
 
@@ -153,6 +154,7 @@ class Executor(Generic[AdapterT, StateT]):
             if asks:
                 self._next_cancellation_check = began + self._cancellation_check_seconds
             self._active = [active for active in self._active if self._is_wanted(active, asks)]
+            self._ensure_loaded()
             self._active = [active for active in self._active if self._advance(active)]
             left = began + self._model.iteration_seconds - time.monotonic()
             if left > 0 and self._active:
@@ -188,8 +190,11 @@ class Executor(Generic[AdapterT, StateT]):
         adapter = None
         if self._geometry and lora.task_id is not None:
             rows = check_lora_tensors(lora, self._profile)
-            weights = None if rows is None else (self._geometry.pages(rows), lambda: self._model.load_adapter(lora))
-            self._peft.add(lora.task_id, submitted.id, weights)
+            weights, load_error = None, ""
+            if rows is not None:
+                weights = self._geometry.pages(rows), lambda: self._model.load_adapter(lora)
+                load_error = _load_error(rows, self._geometry)
+            self._peft.add(lora.task_id, submitted.id, weights, load_error=load_error)
             adapter = self._peft.cache.value(lora.task_id)
         try:
             # The executor keeps the request as long as it is active: not its weights too.
@@ -199,6 +204,17 @@ class Executor(Generic[AdapterT, StateT]):
             self._release(submitted)
             raise
         return _Active(submitted, min(request.max_tokens, room), state)
+
+    def _ensure_loaded(self) -> None:
+        """End every active request when the adapter of one of them could not be loaded, as upstream does."""
+        task_ids = (active.submitted.request.lora.task_id for active in self._active)
+        try:
+            self._peft.check_batch(task_id for task_id in task_ids if self._geometry and task_id is not None)
+        except BatchError as error:
+            ended, self._active = self._active, []
+            for active in ended:
+                self._release(active.submitted)
+                self._fail(active.submitted, f"Encountered an error in forwardAsync function: {error}")
 
     def _is_wanted(self, active: _Active[StateT], asks: bool) -> bool:
         """False when the request has been ended: it was stopped, or, if `asks`, its client turns out to have gone."""
@@ -253,8 +269,14 @@ def _geometry(profile: EngineProfile, parameters: CacheParameters) -> PageGeomet
         tp_size=profile.tp_size,
     )
     if refusal := geometry.too_small():
-        raise EngineMismatch(f"{refusal}; set lora_cache_host_memory_bytes to at least {geometry.min_host_bytes}")
+        raise EngineMismatch(f"{refusal}; set lora_cache_host_memory_bytes to at least {geometry.min_bytes}")
     return geometry
+
+
+def _load_error(rows: Rows, geometry: PageGeometry) -> str:
+    """Upstream's words when an adapter's pages cannot take it; "" when they can."""
+    row = geometry.too_wide(rows)
+    return f"slice {geometry.row_slots(row)} exceeds buffer size {geometry.slots_per_page}" if row else ""
 
 
 def _ends_in(tokens: list[int], request: GenerationRequest) -> bool:

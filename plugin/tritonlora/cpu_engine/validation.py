@@ -17,8 +17,6 @@ from tritonlora.modules import BY_ID
 
 Rows = list[list[int]]
 
-_TRITON_NAMES = {torch.int64: "INT64", torch.float16: "FP16", torch.bfloat16: "BF16", torch.float32: "FP32"}
-
 
 def check_lora_config(lora: LoraInputs) -> None:
     """The checks of `executor::LoraConfig`, which a request does not get past to be queued at all."""
@@ -53,7 +51,7 @@ def check_lora_tensors(lora: LoraInputs, profile: EngineProfile) -> Rows | None:
         _expect(tensor.shape[0] == 1, "Expected batch dimension to be 1 for each lora request")
     for tensor in (weights, config):
         _expect(tensor.device.type == "cpu", "Expected lora weights to be in CPU memory")
-    got = _TRITON_NAMES.get(config.dtype, str(config.dtype))
+    got = str(config.dtype).removeprefix("torch.")
     _expect(config.dtype == torch.int32, f"Expected  lora keys to have TYPE_INT32 but was {got}")
     _expect(weights.shape[1] == config.shape[1], "Expected dim1 lora_weights and lora_keys to have the same size")
     _expect(config.shape[2] in (3, 4), "Expected dim2 of lora_keys to have a size in [3, 4]")
@@ -73,7 +71,7 @@ def _check_row(row: list[int], width: int, profile: EngineProfile) -> None:
     name = BY_ID[module_id].name if module_id in BY_ID else "INVALID"
     _expect(name in profile.modules, f"lora module {name} not enabled for this model")
     dims = profile.modules[name]
-    magnitude = dims.out_features if len(row) == 4 and row[3] == 1 else 0
+    magnitude = dims.out_features if len(row) == 4 and row[3] else 0
     elements = adapter_size * (dims.in_features + dims.out_features) + magnitude
     _expect(elements <= width, f"lora_weights has to few values for {name}")
     _expect(
