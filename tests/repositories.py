@@ -23,6 +23,7 @@ from tritonlora.install import shipped_models
 from tritonlora.repository import Repository
 
 LLM_API = Path(__file__).parent / "llm_api" / "tensorrt_llm"
+MANY_OUTPUTS = Path(__file__).parent / "many_outputs_engine.py"
 SYNTHETIC_GEOMETRY = json.loads((shipped_models() / "tensorrt_llm" / "1" / "config.json").read_text())
 
 
@@ -60,6 +61,11 @@ def synthetic_repository(
         register.add(opened, name, adapter, register.Options(warm=number < len(tuple(warm))))
     set_cache_pages(opened, pages)
     return opened
+
+
+def put_many_outputs_engine(opened: Repository) -> None:
+    """Put the engine of many_outputs_engine.py in the place of the CPU engine."""
+    shutil.copyfile(MANY_OUTPUTS, opened.target_directory / "1" / "model.py")
 
 
 def register_copies(opened: Repository, names: Iterable[str]) -> None:

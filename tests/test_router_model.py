@@ -199,6 +199,50 @@ def test_a_stream_with_an_error_is_read_to_its_end(router: Any, name: str | None
     assert [False] * 3 + [True] * 4 == answers.told
 
 
+def test_a_stream_has_a_state_for_each_sequence_of_each_row(router: Any) -> None:
+    """previous_ids are the sequence's own, and its end repeats what says whose it is and how likely it was."""
+    spoken = [(0, [1, 2]), (1, [3]), (1, [4]), (0, [5]), (0, [])]
+
+    def served(_: InferenceRequest) -> Iterator[InferenceResponse]:
+        for said, (index, new) in enumerate(spoken):
+            arrays = {
+                "output_ids": np.array([[new]], np.int32),
+                "sequence_length": np.array([[len(new)]], np.int32),
+                "sequence_index": np.array([[index]], np.int32),
+                "cum_log_probs": np.array([[-said]], np.float32),
+                "generation_logits": np.zeros((1, 1, len(new), 4), np.float32),
+            }
+            yield InferenceResponse([Tensor(name, array) for name, array in arrays.items()])
+
+    fake_pb_utils.serve("tensorrt_llm", served)
+    client = Client()
+    names = ["output_ids", "previous_ids", "batch_index", "sequence_index", "cum_log_probs"]
+    inputs = {"input_ids": np.ones((2, 1), np.int32), "streaming": np.array([[True], [True]])}
+    tensors = [Tensor(name, array) for name, array in inputs.items()]
+    router.execute([client.send(InferenceRequest(model_name="", inputs=tensors, requested_output_names=names))])
+    found = [
+        {tensor.name(): tensor.as_numpy().reshape(-1).tolist() for tensor in response.output_tensors()}
+        for response in client.responses
+    ]
+    of_a_row = [
+        ([1, 2], [0], [0], []),
+        ([3], [1], [-1], []),
+        ([4], [1], [-2], [3]),
+        ([5], [0], [-3], [1, 2]),
+        ([], [0], [-4], None),
+        ([], [0], [-4], [1, 2, 5]),
+        ([], [1], [-2], [3, 4]),
+    ]
+    wanted = [
+        {"output_ids": new, "sequence_index": index, "cum_log_probs": likely, "batch_index": [row]}
+        | ({} if before is None else {"previous_ids": before})
+        for row in range(2)
+        for new, index, likely, before in of_a_row
+    ]
+
+    assert wanted == found
+
+
 def test_no_file_of_an_adapter_stays_in_use(router: Any, opened: Repository) -> None:
     """Of one that was removed, the space would stay taken."""
     weights = opened.root / read_table(opened).entries["pirate"].lora_weights_file

@@ -1,6 +1,10 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""What an answer of a stream says beside what the engine says: what came before it, and what is new.
+"""What the router adds to the responses of a stream: the tokens before each response, or the text that is new in it.
+
+A stream has a state for each of its sequences. TensorRT-LLM gives num_return_sequences of them, one sequence in each
+response, in any order; the output sequence_index says which one (cpp/tensorrt_llm/batch_manager/llmRequest.cpp,
+createResult). Beams need no state: with beam_width above 1 each response has all that was generated so far.
 
 This file runs inside a plain Triton container: standard library and numpy only.
 """
@@ -8,9 +12,13 @@ This file runs inside a plain Triton container: standard library and numpy only.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+
+T = TypeVar("T")
 
 
 class PreviousIds:
@@ -31,6 +39,15 @@ class PreviousIds:
     def add(self, ids: npt.NDArray[np.int32]) -> None:
         """These, (n,) int32, have been sent. What `ids` gave before stays as it is."""
         self._ids = np.concatenate((self._ids, ids[None]), axis=1)[:, -self.COUNT :]
+
+
+@dataclass(slots=True)
+class SequenceState(Generic[T]):
+    """One sequence of a stream, as far as it has come. `T` is a tensor."""
+
+    previous_ids: PreviousIds = field(default_factory=PreviousIds)
+    # Outputs of its last response that its end repeats. TensorRT-LLM's log probabilities are of all tokens so far.
+    repeated: Sequence[T] = ()
 
 
 class WholeTexts:

@@ -45,12 +45,15 @@ from tritonlora.kept_weights import KeptWeights
 from tritonlora.residency import Residency, take_part
 from tritonlora.routing import Route, TableFile, check_id, check_parameters, resolve_rows
 from tritonlora.statistics import BASE, DIRECTORY, OUTCOMES, Statistics
-from tritonlora.stream import PreviousIds, WholeTexts
+from tritonlora.stream import SequenceState, WholeTexts
 from tritonlora.worker import Silence, Worker
 
 Inputs: TypeAlias = "Mapping[str, pb_utils.Tensor]"  # of a request, by name
 
 TOKENS = ("output_ids", "sequence_length")
+NO_TOKENS = (np.zeros((1, 1, 0), np.int32), np.zeros((1, 1), np.int32))
+# What says whose tokens they are, and how likely they were: the end of a sequence says it again.
+REPEATED = ("batch_index", "sequence_index", "cum_log_probs", "output_log_probs")
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 FAILED = "the router failed on this request; the server's log says why"
 OWN_OUTPUTS = {"previous_ids", "all_outputs", "text_diff"}
@@ -188,7 +191,7 @@ class TritonPythonModel:
             forwarded = functools.partial(
                 pb_utils.InferenceRequest,
                 model_name=self._target,
-                requested_output_names=sorted(self._engine_outputs & {*reply.wanted, *self._flavour.needed_outputs}),
+                requested_output_names=sorted(self._engine_outputs & reply.asked),
                 request_id=request.request_id() or own_id,
                 correlation_id=request.correlation_id(),
                 timeout=request.timeout(),
@@ -319,13 +322,15 @@ class Reply:
         self._sending = threading.Lock()  # between the worker, and who has left it behind
         self.is_complete = False  # for who is left behind: nobody hears it any more
         self._decoupled = decoupled
-        self.wanted = frozenset(request.requested_output_names())
-        self._has_unwanted = not self.wanted.issuperset(needed_outputs)
         self.is_stream = decoupled and any(values_of(inputs, "streaming") or [])
+        self._beam_widths = values_of(inputs, "beam_width")
+        self._sequence_counts = values_of(inputs, "num_return_sequences")
+        self.wanted = frozenset(request.requested_output_names())
         # A third tensor in each answer takes a fifth of the tokens per second: the router's own are for who names them.
         named = () if "all_outputs" in self.wanted else self.wanted
         self._detokenised = self.is_stream and "previous_ids" in named
         self._differences = "text_diff" in named
+        self.asked = self.wanted.union(needed_outputs, ["sequence_index"] if self._detokenised else [])
         self.names: list[str] = []  # of its rows' adapters
         self._error: pb_utils.TritonError | None = None
         self._has_sent = False
@@ -350,38 +355,60 @@ class Reply:
     def begin_row(self, row: int | None) -> None:
         """What follows is of this row of a batch that is split; None when it is not."""
         self._row = row
-        self._has_unwanted |= row is not None  # batch_index
-        self._previous_ids = PreviousIds()
+        self._has_unwanted = row is not None or not self.wanted.issuperset(self.asked)  # batch_index is one
+        self._sequences: dict[int, SequenceState[pb_utils.Tensor]] = {}  # by sequence_index
         self._texts = WholeTexts()
         self.answered = False  # the row
 
-    def send(self, tensors: list[pb_utils.Tensor], *, ends: bool = False) -> None:
-        """Pass on one answer of the engine: the outputs that the client asked for."""
+    def send(self, tensors: list[pb_utils.Tensor]) -> None:
+        """Pass on one response of the engine: the outputs that the client asked for."""
         if self._row is not None:  # the engine has seen a batch of one
             tensors = [tensor for tensor in tensors if tensor.name() != "batch_index"]
             tensors.append(pb_utils.Tensor("batch_index", np.array([[self._row]], np.int32)))
         if self._detokenised:
-            by_name = {tensor.name(): tensor for tensor in tensors}
-            output_ids, sequence_length = (by_name[name].as_numpy() for name in TOKENS)
-            new = output_ids[0, 0, : sequence_length[0, 0]]
-            # Without new tokens previous_ids mean the end of the stream, which the engine's answers never do.
-            if ends or (new.size and output_ids.shape[1] == 1):
-                tensors = [*tensors, pb_utils.Tensor("previous_ids", self._previous_ids.ids())]
-            self._previous_ids.add(new)
+            tensors = [*tensors, *self._previous_ids({tensor.name(): tensor for tensor in tensors})]
         if self._differences:
             texts = tensor_of(tensors, "text_output").as_numpy()
             diffs = self._texts.new(texts.reshape(-1).tolist())
             tensors = [*tensors, pb_utils.Tensor("text_diff", np.array(diffs, np.object_).reshape(texts.shape))]
-        if self._has_unwanted:
-            tensors = [tensor for tensor in tensors if tensor.name() in self.wanted]
-        self._respond(pb_utils.InferenceResponse(tensors))
+        self._send_wanted(tensors)
+
+    def _previous_ids(self, tensors: Inputs) -> list[pb_utils.Tensor]:
+        """The tokens that were sent before this response's, for the detokeniser: one tensor, or none with beams.
+
+        Without new tokens previous_ids mean the end of a sequence, which no response of the engine means.
+        """
+        output_ids, sequence_length = (tensors[name].as_numpy() for name in TOKENS)
+        if max(self._of_row(self._beam_widths), output_ids.shape[1]) > 1:
+            return []
+        index = 0
+        if "sequence_index" in tensors:
+            index = tensors["sequence_index"].as_numpy().item()
+        elif (count := self._of_row(self._sequence_counts)) > 1:
+            raise InvalidRequest(
+                f"num_return_sequences is {count}, and the engine's responses have no sequence_index, which says whose "
+                "tokens they are; do not stream, or ask for one sequence"
+            )
+        sequence = self._sequences.setdefault(index, SequenceState())
+        sequence.repeated = [tensors[name] for name in REPEATED if name in tensors]
+        before, new = sequence.previous_ids.ids(), output_ids[0, 0, : sequence_length[0, 0]]
+        sequence.previous_ids.add(new)
+        return [pb_utils.Tensor("previous_ids", before)] if new.size else []
 
     def end_row(self) -> None:
         """Tell the detokeniser, which holds back a character that is not complete, that no more tokens come."""
-        if self._detokenised:
-            nothing = (np.zeros((1, 1, 0), np.int32), np.zeros((1, 1), np.int32))
-            tensors = [pb_utils.Tensor(name, value) for name, value in zip(TOKENS, nothing, strict=True)]
-            self.send(tensors, ends=True)
+        for _, sequence in sorted(self._sequences.items()):
+            tensors = [pb_utils.Tensor(name, array) for name, array in zip(TOKENS, NO_TOKENS, strict=True)]
+            previous_ids = pb_utils.Tensor("previous_ids", sequence.previous_ids.ids())
+            self._send_wanted([*tensors, *sequence.repeated, previous_ids])
+
+    def _of_row(self, values: list[int] | None) -> int:
+        return values[self._row or 0] if values else 1
+
+    def _send_wanted(self, tensors: list[pb_utils.Tensor]) -> None:
+        if self._has_unwanted:
+            tensors = [tensor for tensor in tensors if tensor.name() in self.wanted]
+        self._respond(pb_utils.InferenceResponse(tensors))
 
     def fail(self, error: Exception) -> None:
         """End with an error, the first one: its own words if it is for clients, else a log entry and INTERNAL."""
