@@ -15,12 +15,13 @@ import torch
 import yaml
 
 from adapters import lora_pair, write_adapter
-from tritonlora import install, register, repository
+from tritonlora import install, register, repository, undo
 from tritonlora.adapters import with_adapter
 from tritonlora.adapters_json import render
 from tritonlora.files import write_text
 from tritonlora.install import shipped_models
 from tritonlora.repository import Repository
+from upstream_configs import as_rewired_before
 
 LLM_API = Path(__file__).parent / "llm_api" / "tensorrt_llm"
 MANY_OUTPUTS = Path(__file__).parent / "many_outputs_engine.py"
@@ -126,6 +127,21 @@ def set_decoupled(opened: Repository, decoupled: bool) -> None:
     assert text.count(before) == 1
     write_text(opened.config_path, text.replace(before, after))
     install.init(opened.root)
+
+
+def lead_as_before(opened: Repository) -> None:
+    """Lead the ensemble to the resolver, and declare the resolver's tensors, as `init` did in earlier versions."""
+    ensemble, resolver = (opened.root / model / "config.pbtxt" for model in ("ensemble", "lora_resolver"))
+    text = repository.read_text(resolver)
+    for declared in (
+        '  {\n    name: "request_output_len"\n    data_type: TYPE_INT32\n    dims: [ 1 ]\n    optional: true\n  },\n',
+        '  {\n    name: "request_output_len"\n    data_type: TYPE_INT32\n    dims: [ 1 ]\n  },\n',
+    ):
+        assert 1 == text.count(declared)
+        text = text.replace(declared, "")
+    text = text.replace("optional: true\n  ", "", 1)  # of input_lengths
+    contents = {ensemble: as_rewired_before(repository.read_text(ensemble)), resolver: text}
+    undo.write(opened.root, {path: content.encode() for path, content in contents.items()})
 
 
 def llm_api_repository(root: Path, base: Path, **settings: object) -> Path:

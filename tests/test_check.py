@@ -19,7 +19,7 @@ import torch
 
 from adapters import lora_pair, write_adapter
 from engine_configs import ENGINE
-from repositories import let_time_pass, set_cache_pages, set_decoupled, synthetic_repository
+from repositories import lead_as_before, let_time_pass, set_cache_pages, set_decoupled, synthetic_repository
 from tritonlora import check, cli, install, register, repository, warmup
 from tritonlora.adapters import with_warm
 from tritonlora.adapters_json import render
@@ -76,6 +76,11 @@ def _without_router_step(opened: Repository) -> None:
 def _resolve(opened: Repository, before: str, after: str) -> None:
     install.init(opened.root, topology="resolve")
     edit(opened.root / "lora_resolver" / "config.pbtxt", before, after)
+
+
+def _resolve_as_before(opened: Repository) -> None:
+    install.init(opened.root, topology="resolve")
+    lead_as_before(opened)
 
 
 def _engine(opened: Repository) -> Path:
@@ -341,6 +346,16 @@ PLANTED: dict[str, tuple[Callable[[Repository], object], str, str]] = {
         "warning",
         "postprocessing/config.pbtxt: it has dynamic_batching: before 26.02, Triton never lets go of a stream",
     ),
+    "Triton keeps the responses of the resolver": (
+        lambda opened: _resolve(opened, "instance_group", "response_cache { enable: true }\ninstance_group"),
+        "error",
+        "lora_resolver/config.pbtxt: response_cache is on: Triton's response cache keeps an error as an empty success",
+    ),
+    "the ensemble is as init led it to the resolver before": (
+        _resolve_as_before,
+        "warning",
+        "ensemble/config.pbtxt: request_output_len goes past lora_resolver: tensorrt_llm would take an empty response",
+    ),
     "the router's code is an older one": (
         lambda opened: edit(opened.root / "lora_router" / "1" / "model.py", "import", "import  "),
         "warning",
@@ -399,6 +414,7 @@ OF_ANOTHER_ENGINE = {
     "the engine has another dtype",
 }
 IN_WORDS = {
+    "Triton keeps the responses of the resolver",
     "a step of an ensemble has no model",
     "another model's config cannot be read",
     "the tokenizer's place is still a placeholder",
@@ -470,6 +486,30 @@ ensemble_scheduling { step [
     output_map { key: "y" value: "middle" } }
 ] }
 """
+
+
+@pytest.mark.parametrize("topology", ["forward", "resolve"])
+def test_no_response_is_kept_of_a_model_that_adapters_depend_on(opened: Repository, topology: str) -> None:
+    """The engine's, ours, those that call these, and ensembles, however far before them. Of others Triton may."""
+    install.init(opened.root, topology=topology)
+    _bls_model(opened.root)
+    for name, config in {"outer": OUTER, "between": 'backend: "python"', "last": 'backend: "python"'}.items():
+        _model(opened.root, name, config)
+    models = sorted(path.parent.name for path in opened.root.glob("*/config.pbtxt"))
+    others = {"preprocessing", "postprocessing", "between", "last"}
+    before = found(opened)
+    for model in models:
+        with (opened.root / model / "config.pbtxt").open("a") as file:
+            file.write("response_cache { enable: false }\n")
+    assert before == found(opened)
+    for model in models:
+        edit(opened.root / model / "config.pbtxt", "enable: false", "enable: true")
+
+    assert [f"{model}/config.pbtxt" for model in models if model not in others] == sorted(
+        one.where for one in check.check(opened) if "response_cache is on" in one.problem
+    )
+
+
 BATCHED = 'backend: "python" max_batch_size: 4 dynamic_batching { }'
 
 

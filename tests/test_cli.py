@@ -524,6 +524,22 @@ def test_serve_refuses_to_tell_tritonserver_what_it_must_know_itself(
     assert "log-verbose" not in err
 
 
+def test_serve_starts_nothing_where_triton_would_keep_responses(capsys: pytest.CaptureFixture[str], repo: Path) -> None:
+    """Each file is named, with what to do; a config that cannot be read is left to Triton."""
+    for model in ("ensemble", "lora_router", "preprocessing"):
+        with (repo / model / "config.pbtxt").open("a") as config:
+            config.write("response_cache { enable: true }\n")
+    (repo / "postprocessing" / "config.pbtxt").write_text('name: "')
+    for words in ([], ["--print-command"]):
+        code, out, err = run(capsys, "serve", "--repo", repo, *words)
+
+        assert (1, "") == (code, out)
+        assert "response_cache is on. Triton's response cache keeps an error as an empty success" in err
+        assert [f"{model}/config.pbtxt: take response_cache out of it" for model in ("ensemble", "lora_router")] == [
+            line.strip() for line in err.splitlines()[1:]
+        ]
+
+
 @pytest.mark.parametrize("address", ["192.0.2.1", "2001:db8::1", "no such host", "a..b"])
 def test_serve_says_where_it_cannot_listen(capsys: pytest.CaptureFixture[str], repo: Path, address: str) -> None:
     """An address of nobody, or a name of none: that is no port in use."""

@@ -4,13 +4,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from tritonlora.ensembles import rewire_to_forward, rewire_to_resolve
 from tritonlora.errors import ConfigError
-from upstream_configs import VERSIONS, fill, protobuf, removed_and_added, upstream
+from upstream_configs import VERSIONS, as_rewired_before, fill, protobuf, removed_and_added, step_of, upstream
 
 ENSEMBLE = """\
 platform: "ensemble"
@@ -25,11 +23,6 @@ ensemble_scheduling {
   ]
 }
 """
-
-
-def step_of(ensemble: Any, name: str) -> Any:
-    """The step for a model."""
-    return next(step for step in ensemble.ensemble_scheduling.step if step.model_name == name)
 
 
 # --- rewire_to_forward ------------------------------------------------------------------------------------------------
@@ -195,12 +188,26 @@ def test_rewire_to_resolve_makes_exactly_the_intended_change(version: str) -> No
             wanted.input.remove(tensor)
     wanted.input.add(name="lora_name", data_type=13, dims=[1], optional=True)
     resolver = wanted.ensemble_scheduling.step.add(model_name="lora_resolver", model_version=-1)
-    resolver.input_map.update({"input_lengths": engine.input_map["input_lengths"], "lora_name": "lora_name"})
+    required = engine.input_map["request_output_len"]
+    resolver.input_map.update({"request_output_len": required, "lora_name": "lora_name"})
     resolver.input_map.update({"lora_task_id": given} if given else {})
     for name in ("lora_task_id", "lora_weights", "lora_config"):
         resolver.output_map[name] = engine.input_map[name] = f"_{name.upper()}"
+    resolver.output_map["request_output_len"] = engine.input_map["request_output_len"] = "_RESOLVED_OUTPUT_LEN"
 
     assert wanted == protobuf(rewire_to_resolve(text))
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_an_ensemble_that_was_led_past_the_router_before_gets_what_it_lacked(version: str) -> None:
+    """The engine's request_output_len comes from the resolver now; and it can be led to the router again, as ever."""
+    text = fill(upstream(version, "ensemble"))
+    resolve = rewire_to_resolve(text)
+    before = as_rewired_before(resolve)
+    assert protobuf(before) != protobuf(resolve)
+
+    assert protobuf(resolve) == protobuf(rewire_to_resolve(before))
+    assert protobuf(rewire_to_forward(text)) == protobuf(rewire_to_forward(before))
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -232,7 +239,7 @@ def test_rewire_to_resolve_leaves_all_other_lines_as_they_are(version: str) -> N
     ("text", "message"),
     [
         ("", "expected an ensemble, got a config without ensemble_scheduling steps"),
-        (ENSEMBLE % ("", ""), "gives the step for 'tensorrt_llm' no input_lengths; rewire this ensemble by hand"),
+        (ENSEMBLE % ("", ""), "gives the step for 'tensorrt_llm' no request_output_len; rewire this ensemble by hand"),
         (
             (ENSEMBLE % ("", ""))
             .replace("tensorrt_llm", "lora_router")
@@ -240,7 +247,7 @@ def test_rewire_to_resolve_leaves_all_other_lines_as_they_are(version: str) -> N
             "the step asks for version 3 of 'lora_router'",
         ),
     ],
-    ids=["no ensemble", "no input_lengths", "a pinned version"],
+    ids=["no ensemble", "no request_output_len", "a pinned version"],
 )
 def test_rewire_to_resolve_refuses_what_it_cannot_do_without_guessing(text: str, message: str) -> None:
     """The reason is named."""

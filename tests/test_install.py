@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from repositories import llm_api_repository, synthetic_adapter
+from repositories import lead_as_before, llm_api_repository, synthetic_adapter
 from tritonlora import install, register, repository, undo, wiring
 from tritonlora.errors import RepositoryError
 from tritonlora.files import TEMPORARY_SUFFIX
@@ -301,9 +301,9 @@ def test_init_leads_the_ensemble_past_the_router_when_asked_to(tmp_path: Path, v
         step.model_name for step in ensemble.ensemble_scheduling.step
     ]
     assert engine.max_batch_size == resolver.max_batch_size
-    assert types["input_lengths"] == resolver.input[0].data_type
-    lora = ("lora_task_id", "lora_weights", "lora_config")
-    assert {name: types[name] for name in lora} == {one.name: one.data_type for one in resolver.output}
+    assert types["request_output_len"] == resolver.input[0].data_type
+    given = ("request_output_len", "lora_task_id", "lora_weights", "lora_config")
+    assert {name: types[name] for name in given} == {one.name: one.data_type for one in resolver.output}
     assert {f"lora_resolver/1/tritonlora/{name}" for name in MODEL_MODULES["lora_resolver"]} <= after.keys()
     assert [] == install.init(root)
 
@@ -326,6 +326,50 @@ def test_the_topology_can_be_changed_there_and_back(tmp_path: Path, version: str
     written = "lora_router/1/originals/written.json"
     assert {"ensemble/config.pbtxt", written} >= {name for name in after if after[name] != forward.get(name)}
     assert protobuf(forward["ensemble/config.pbtxt"]) == protobuf(after["ensemble/config.pbtxt"])
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_init_gives_an_earlier_resolver_what_it_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    """After each file, every tensor that an ensemble maps is declared: Triton loads no ensemble that maps another.
+
+    And undo finds the way back all the same.
+    """
+    root = upstream_repository(tmp_path / "repo", version)
+    original = contents(root)
+    install.init(root, topology="resolve")
+    now = contents(root)
+    lead_as_before(repository.open_repository(root))
+    assert now != contents(root)
+    write, seen = undo.write, []
+
+    def watch(root: Path, written: dict[Path, bytes]) -> None:
+        write(root, written)
+        resolver, *steps = (
+            parse_config(read_text(root / model / "config.pbtxt")) for model in ("lora_resolver", "ensemble")
+        )
+        step = next(one for one in steps[0].steps if one.model_name == "lora_resolver")
+        mapped = {*step.input_map, *step.output_map}
+        seen.append(mapped - {spec.name for spec in (*resolver.inputs, *resolver.outputs)})
+
+    with monkeypatch.context() as watched:
+        watched.setattr("tritonlora.undo.write", watch)
+        install.init(root)
+    written = "lora_router/1/originals/written.json"
+
+    assert [set()] * 2 == seen
+    assert {name: protobuf(text) for name, text in configs(now).items()} == {
+        name: protobuf(text) for name, text in configs(contents(root)).items()
+    }
+    assert {written, "ensemble/config.pbtxt"} >= {name for name, text in contents(root).items() if text != now[name]}
+    undo.undo(root)
+    assert original == contents(root)
+
+
+def configs(files: dict[str, str]) -> dict[str, str]:
+    """The config.pbtxt files."""
+    return {name: text for name, text in files.items() if name.endswith("/config.pbtxt")}
 
 
 def test_init_keeps_what_somebody_has_tuned_in_the_resolver(tmp_path: Path) -> None:

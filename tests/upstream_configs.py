@@ -48,6 +48,22 @@ def protobuf(text: str) -> Any:
     return text_format.Parse(text, ModelConfig())
 
 
+def step_of(ensemble: Any, name: str) -> Any:
+    """The step for a model."""
+    return next(step for step in ensemble.ensemble_scheduling.step if step.model_name == name)
+
+
+def as_rewired_before(text: str) -> str:
+    """What rewire_to_resolve has given, as it was when the resolver got input_lengths, and gave nothing of the kind."""
+    steps = [step_of(protobuf(text), model) for model in ("lora_resolver", "tensorrt_llm")]
+    required, lengths = steps[0].input_map["request_output_len"], steps[1].input_map["input_lengths"]
+    mapped = '{}_map: {{\n        key: "request_output_len"\n        value: "{}"\n      }}\n      '
+    given, asked = mapped.format("output", "_RESOLVED_OUTPUT_LEN"), mapped.format("input", required)
+    assert [1, 1] == [text.count(given), text.count(asked)]
+    before = asked.replace("request_output_len", "input_lengths").replace(required, lengths)
+    return text.replace(given, "").replace(asked, before).replace("_RESOLVED_OUTPUT_LEN", required)
+
+
 def upstream_repository(
     root: Path, version: str, *, filled: bool = True, values: Mapping[str, str] | None = None
 ) -> Path:

@@ -345,6 +345,7 @@ CHECKS: tuple[Callable[[Subject], Iterator[Finding]], ...] = (
     _warmup_block,
     _cache,
     _leftovers,
+    surroundings.response_caches,
     surroundings.resolver,
     surroundings.models_past_the_router,
     surroundings.left_streams,

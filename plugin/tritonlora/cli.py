@@ -596,6 +596,7 @@ def serve(
     address = server.numeric_address(address) if address else None
     opened = repository.open_repository(repo)
     config = repository.served_config(opened.config_path)
+    serving.refuse_cached_responses(opened)
     flavour = flavour_of_config(config)
     table = repository.read_table(opened)
     ports = server.Ports(http_port, grpc_port, metrics_port)

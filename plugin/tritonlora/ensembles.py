@@ -10,16 +10,24 @@ Either way can be changed into the other.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from tritonlora.errors import ConfigError
 from tritonlora.flavours import FLAVOURS
 from tritonlora.model_config import ModelConfig, parse_config
 from tritonlora.pbtxt import append_value, quote, remove_value, replace_value
 from tritonlora.repository import DEFAULT_TARGET, RESOLVER, ROUTER
 from tritonlora.textformat import Document, Message, error_at, parse
-from tritonlora.wiring import ALWAYS_THERE
+from tritonlora.wiring import FORMERLY_THERE, REQUIRED
 
 PREVIOUS_TOKENS = "_PREVIOUS_TOKENS"
-RESOLVED = {"lora_task_id": "_LORA_TASK_ID", "lora_weights": "_LORA_WEIGHTS", "lora_config": "_LORA_CONFIG"}
+# Outputs of the resolver -> the ensemble's tensors, from which the engine's step gets its inputs of the same names.
+RESOLVED = {
+    REQUIRED: "_RESOLVED_OUTPUT_LEN",
+    "lora_task_id": "_LORA_TASK_ID",
+    "lora_weights": "_LORA_WEIGHTS",
+    "lora_config": "_LORA_CONFIG",
+}
 
 
 def rewire_to_forward(
@@ -52,19 +60,22 @@ def rewire_to_forward(
 def rewire_to_resolve(text: str, *, target: str = DEFAULT_TARGET) -> str:
     """An ensemble's config.pbtxt with a step for the resolver, which gives the step for `target` its LoRA inputs.
 
-    The resolver gets the optional inputs lora_name, and lora_task_id where the ensemble gave one to the target; and
-    the target's input_lengths. The router's previous_ids go: nobody but the router knows them.
+    The resolver gets the optional inputs lora_name, and lora_task_id where the ensemble gave one to the target. The
+    target's request_output_len goes through the resolver: the target refuses to be without, so that an empty response
+    of the resolver is no request to the base model. The router's previous_ids go: nobody but the router knows them.
 
     Raises ConfigError when it is not plain which step to change.
     """
     _require_one_step(text, target)
     text = _rename_step(text, ROUTER, target)
     text = _declare_lora_name(text)
-    step = next(step for step in parse_config(text).steps if step.model_name == target)
-    if ALWAYS_THERE not in step.input_map:
-        raise ConfigError(f"the ensemble gives the step for {target!r} no {ALWAYS_THERE}; rewire this ensemble by hand")
-    inputs = {ALWAYS_THERE: step.input_map[ALWAYS_THERE], "lora_name": "lora_name"}
-    task_id = step.input_map.get("lora_task_id", RESOLVED["lora_task_id"])
+    given = _input_map(text, target)
+    asked = _input_map(text, RESOLVER)
+    required = asked.get(REQUIRED, given.get(REQUIRED))
+    if required is None:
+        raise ConfigError(f"the ensemble gives the step for {target!r} no {REQUIRED}; rewire this ensemble by hand")
+    inputs = {REQUIRED: required, "lora_name": "lora_name"}
+    task_id = given.get("lora_task_id", RESOLVED["lora_task_id"])
     if task_id != RESOLVED["lora_task_id"]:
         inputs["lora_task_id"] = task_id
     document = parse(text)
@@ -75,11 +86,10 @@ def rewire_to_resolve(text: str, *, target: str = DEFAULT_TARGET) -> str:
     for key, tensor in inputs.items():
         text = _connect(text, RESOLVER, "input_map", key, tensor)
     text = _disconnect(text, target, "lora_name")
+    text = _disconnect(text, RESOLVER, FORMERLY_THERE)
     for key, tensor in RESOLVED.items():
         text = _connect(text, RESOLVER, "output_map", key, tensor)
-        if step.input_map.get(key) != tensor:
-            text = _disconnect(text, target, key)
-            text = _connect(text, target, "input_map", key, tensor)
+        text = _reconnect(text, target, key, tensor)
     for other in parse_config(text).steps:
         for key, tensor in other.input_map.items():
             if tensor == PREVIOUS_TOKENS:
@@ -88,17 +98,21 @@ def rewire_to_resolve(text: str, *, target: str = DEFAULT_TARGET) -> str:
 
 
 def _remove_resolver(text: str, target: str) -> str:
-    """The ensemble without that step; what it was given as lora_task_id leads to `target` again."""
-    step = next((step for step in parse_config(text).steps if step.model_name == RESOLVER), None)
-    if step is None:
+    """The ensemble without that step; what the resolver got of the target's inputs leads to `target` again."""
+    if _find_step(parse(text), RESOLVER) is None:
         return text
-    for key in RESOLVED:
-        text = _disconnect(text, target, key)
-    if task_id := step.input_map.get("lora_task_id"):
-        text = _connect(text, target, "input_map", "lora_task_id", task_id)
+    given, asked = _input_map(text, target), _input_map(text, RESOLVER)
+    for key, tensor in RESOLVED.items():
+        if given.get(key) == tensor:
+            text = _reconnect(text, target, key, asked[key]) if key in asked else _disconnect(text, target, key)
     document = parse(text)
     gone = _find_step(document, RESOLVER)
     return remove_value(document, document.message.messages("ensemble_scheduling")[-1], gone) if gone else text
+
+
+def _input_map(text: str, model: str) -> Mapping[str, str]:
+    """That of the ensemble's step for `model`; empty where there is none."""
+    return next((step.input_map for step in parse_config(text).steps if step.model_name == model), {})
 
 
 def _require_one_step(text: str, target: str) -> None:
@@ -161,8 +175,21 @@ def _connect(text: str, model: str, kind: str, key: str, tensor: str) -> str:
     return text
 
 
+def _reconnect(text: str, model: str, key: str, tensor: str) -> str:
+    """Lead `tensor` to the input `key` of the step for `model`, whatever led there; what nothing uses then goes."""
+    document = parse(text)
+    step = _find_step(document, model)
+    entry = step.find("input_map", "key", key) if step else None
+    value = entry.scalar("value") if entry else None
+    if value is None:
+        return _connect(text, model, "input_map", key, tensor)
+    if value.value == tensor:
+        return text
+    return _without_unused(replace_value(document, value, quote(tensor)), value.value)
+
+
 def _disconnect(text: str, model: str, key: str) -> str:
-    """Take the input `key` from the step for `model`, and whatever in the ensemble nothing else uses then."""
+    """Take the input `key` from the step for `model`; what nothing in the ensemble uses then goes."""
     document = parse(text)
     step = _find_step(document, model)
     entry = step.find("input_map", "key", key) if step else None
@@ -170,9 +197,12 @@ def _disconnect(text: str, model: str, key: str) -> str:
         return text
     value = entry.scalar("value")
     text = remove_value(document, step, entry)
-    if value is None or _is_used(parse_config(text), value.value):
-        return text
-    return _remove_producers(text, value.value)
+    return text if value is None else _without_unused(text, value.value)
+
+
+def _without_unused(text: str, tensor: str) -> str:
+    """The ensemble without `tensor`, if nothing uses it: Triton refuses an ensemble with an unused tensor."""
+    return text if _is_used(parse_config(text), tensor) else _remove_producers(text, tensor)
 
 
 def _is_used(ensemble: ModelConfig, tensor: str) -> bool:

@@ -230,13 +230,19 @@ def init(
             is_new = any(change.after is not None and change.path.is_relative_to(root / model) for change in planned)
             if is_new and not (root / model).exists():
                 _put(model, root, planned)
-        for change in sorted(planned, key=lambda change: change.before is not None):
+        for change in sorted(planned, key=_step):
             if change.after is not None:
                 change.path.parent.mkdir(parents=True, exist_ok=True)
                 undo.write(root, {change.path: change.after.encode()})
         if any(change.after is None for change in planned):
             undo.take_out(root, [RESOLVER])
     return changes
+
+
+def _step(change: FileChange) -> int:
+    """When it is written: new files, then what was there, and last the ensembles, which lead to what a model gives."""
+    is_ensemble = change.path.name == "config.pbtxt" and bool(parse_config(change.after or "").steps)
+    return 0 if change.before is None else 2 if is_ensemble else 1
 
 
 def _put(model: str, root: Path, changes: Sequence[FileChange]) -> None:

@@ -97,6 +97,7 @@ class ModelConfig:
     backend: str
     max_batch_size: int | Unfilled
     dynamic_batching: bool  # whether the block is there, whatever is in it
+    response_cache: bool | Unfilled  # whether Triton may keep responses
     decoupled: bool | Unfilled
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
@@ -127,11 +128,13 @@ def parse_config(text: str) -> ModelConfig:
     root = parse(text).message
     policy = reader.message(root, "model_transaction_policy")
     scheduling = reader.message(root, "ensemble_scheduling")
+    cache = reader.message(root, "response_cache")
     config = ModelConfig(
         name=reader.string(root, "name", "name"),
         backend=reader.string(root, "backend", "backend"),
         max_batch_size=reader.integer(root, "max_batch_size", "max_batch_size"),
         dynamic_batching=bool(reader.messages(root, "dynamic_batching")),
+        response_cache=reader.boolean(cache, "enable", "enable of response_cache"),
         decoupled=reader.boolean(policy, "decoupled", "decoupled"),
         inputs=tuple(reader.tensor(spec, "input") for spec in reader.messages(root, "input")),
         outputs=tuple(reader.tensor(spec, "output") for spec in reader.messages(root, "output")),

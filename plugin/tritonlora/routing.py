@@ -15,10 +15,18 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tritonlora.adapters import NAME_PATTERN, AdapterEntry, AdapterTable, available
 from tritonlora.adapters_json import TableReader, unavailable
-from tritonlora.errors import AdapterTableError, AdapterUnavailable, InvalidRequest, UnknownAdapter, one_message
+from tritonlora.errors import (
+    AdapterTableError,
+    AdapterUnavailable,
+    ConfigError,
+    InvalidRequest,
+    UnknownAdapter,
+    one_message,
+)
 from tritonlora.versions import is_settled, open_file, version_of
 
 MOST_REPORTED = 20  # malformed entries in one log entry
@@ -125,6 +133,19 @@ def _check_legal(name: str) -> None:
         raise InvalidRequest("lora_name is empty; to ask the base model, leave it out")
     if not NAME_PATTERN.fullmatch(name):
         raise InvalidRequest(f"lora_name {name[:100]!r} is not a legal adapter name")
+
+
+# Why no model that adapters depend on has a response_cache.
+CACHED = (
+    "Triton's response cache keeps an error as an empty success, and gives what an adapter said also when it was "
+    "replaced or removed"
+)
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """ConfigError when Triton's response cache is on for a model of ours, whose config.pbtxt Triton has as `config`."""
+    if config.get("response_cache", {}).get("enable"):
+        raise ConfigError(f"response_cache is on in the config.pbtxt of {config['name']}; take it out: {CACHED}")
 
 
 def warmed(table: AdapterTable) -> dict[int, int]:

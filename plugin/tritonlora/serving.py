@@ -7,18 +7,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Sequence
 
 from tritonlora import client
 from tritonlora.adapters import MAX_TASK_ID, AdapterTable
-from tritonlora.errors import ServerError, TritonLoraError
+from tritonlora.errors import ServerError, TritonLoraError, one_message
 from tritonlora.findings import Finding
 from tritonlora.flavours import flavour_of_config
 from tritonlora.forwarding import Meaning, meaning_of
 from tritonlora.model_config import ModelConfig
-from tritonlora.repository import ROUTER, Repository, engine_profile
+from tritonlora.repository import ROUTER, Repository, engine_profile, read_config
+from tritonlora.routing import CACHED
 from tritonlora.server import World
+from tritonlora.surroundings import cached_responses
 from tritonlora.warmup import task_id_of_sample
 
 VERIFY_TIMEOUT_SECONDS = 120.0
@@ -54,6 +57,19 @@ def world_of(repository: Repository, config: ModelConfig, size: int | None = Non
             profile = None
         size = profile.tp_size * profile.pp_size if profile else 1
     return World(size or 1, repository.target)
+
+
+def refuse_cached_responses(repository: Repository) -> None:
+    """ServerError, naming each file, where Triton's response cache is on for a model that adapters depend on.
+
+    A config.pbtxt that cannot be read is none of them: Triton says what is wrong with it.
+    """
+    configs = {}
+    for path in repository.root.glob("*/config.pbtxt"):
+        with contextlib.suppress(TritonLoraError):
+            configs[path.parent.name] = read_config(path)
+    if found := [f"{one.where}: {one.remedy}" for one in cached_responses(configs, repository.target)]:
+        raise ServerError(one_message(f"response_cache is on. {CACHED}", sorted(found)))
 
 
 def explain(log: Sequence[str], table: AdapterTable) -> str | None:

@@ -6,15 +6,17 @@ from __future__ import annotations
 
 import shlex
 import shutil
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from tritonlora import install
 from tritonlora.errors import TritonLoraError
 from tritonlora.findings import Finding, Subject, error, warning
-from tritonlora.model_config import Step, Unfilled, has_template
-from tritonlora.repository import COPY_AGAIN, RESOLVER, ROUTER, dead_links
+from tritonlora.model_config import ModelConfig, Step, Unfilled, has_template
+from tritonlora.repository import COPY_AGAIN, LISTING, RESOLVER, ROUTER, dead_links
+from tritonlora.routing import CACHED
 from tritonlora.server import SHARED_MEMORY, ports_in_use
 from tritonlora.undo import OURS
+from tritonlora.wiring import REQUIRED
 
 # Parameters that no model of upstream's loads without; where others are still a ${…}, it takes its defaults.
 _OF_THE_ENGINE = ("gpt_model_path",)
@@ -24,7 +26,7 @@ _OF_THE_TEXT_MODELS = ("tokenizer_dir",)
 def placeholders(subject: Subject) -> Iterator[Finding]:
     """What is still a ${…} where a value is needed, in any model."""
     for name, config in subject.configs.items():
-        values: list[object] = [config.max_batch_size, config.decoupled, config.instance_count]
+        values: list[object] = [config.max_batch_size, config.decoupled, config.instance_count, config.response_cache]
         for spec in (*config.inputs, *config.outputs):
             values += [spec.data_type, spec.dims, spec.optional]
         unfilled = [(value.what, value.template) for value in values if isinstance(value, Unfilled)]
@@ -99,9 +101,36 @@ def _streamed(steps: Sequence[Step], streaming: Collection[str]) -> set[str]:
     return tensors
 
 
+def response_caches(subject: Subject) -> Iterator[Finding]:
+    """`cached_responses` of a repository."""
+    yield from cached_responses(subject.configs, subject.repository.target)
+
+
+def cached_responses(configs: Mapping[str, ModelConfig], target: str) -> Iterator[Finding]:
+    """Triton keeps no responses of the engine's model, of ours, and of models that lead to these."""
+    concerned = {ROUTER, RESOLVER, LISTING, target, *install.models_past_the_router(configs, target)}
+    for _ in configs:  # an ensemble may be a step of another one
+        concerned |= {name for name, config in configs.items() if any(map(config.leads_to, concerned))}
+    for name, config in configs.items():
+        if name in concerned and config.response_cache is True:
+            yield error(f"{name}/config.pbtxt", f"response_cache is on: {CACHED}", "take response_cache out of it")
+
+
 def resolver(subject: Subject) -> Iterator[Finding]:
-    """The resolver's tensors are those of the engine's model: Triton loads no ensemble that leads to others."""
+    """The resolver's tensors are those of the engine's model: Triton loads no ensemble that leads to others.
+
+    And an empty response of the resolver fails in the engine's step, which requires one of its outputs.
+    """
     root, target = subject.repository.root, subject.repository.target
+    for name, config in subject.configs.items():
+        given = {tensor for step in config.steps if step.model_name == RESOLVER for tensor in step.output_map.values()}
+        past = [step for step in config.steps if step.model_name == target]
+        if given and any(step.input_map.get(REQUIRED) not in given for step in past):
+            yield warning(
+                f"{name}/config.pbtxt",
+                f"{REQUIRED} goes past {RESOLVER}: {target} would take an empty response of it for the base model's",
+                f"tritonlora init {shlex.quote(str(root))}",
+            )
     for spec in subject.configs[RESOLVER].outputs if RESOLVER in subject.configs else ():
         declared = subject.config.input(spec.name)
         if declared is None or declared.data_type != spec.data_type:

@@ -16,7 +16,9 @@ from tritonlora.model_config import ModelConfig, TensorSpec, Unfilled, filled
 from tritonlora.pbtxt import append_value, insert_field, quote, replace_value
 from tritonlora.textformat import parse
 
-ALWAYS_THERE = "input_lengths"  # an input of the engine's: a step of which no input is there fails (Triton 2.51)
+# An input that the engine refuses to be without; Triton counts required inputs, and does not look which ones are there.
+REQUIRED = "request_output_len"
+FORMERLY_THERE = "input_lengths"  # what ensembles gave the resolver in its place
 
 # --- The router and the resolver -------------------------------------------------------------------------------------
 
@@ -51,11 +53,12 @@ _RESOLVER = """\
 name: {name}
 backend: "python"
 max_batch_size: {max_batch_size}
-# {always_there} is always there; a step of which no input is there fails.
+# An ensemble gives {required}, or as before {formerly_there}: a step of which no input is there fails.
 input [
 {inputs}
 ]
-# The LoRA inputs of the target; left out for the base model, and the weights where the engine has them.
+# {required} as it came, and the LoRA inputs of the target: none for the base model, and no weights where the
+# engine has them. The engine refuses to be without {required}: no empty response means the base model.
 output [
 {outputs}
 ]
@@ -134,19 +137,22 @@ def resolver_config(
 ) -> str:
     """The complete config.pbtxt of the Python-backend resolver for `target`, which reads the table of `router`.
 
-    Its outputs are the target's LoRA inputs. Raises ConfigError when the target has none, takes no batches or is not
-    complete.
+    Its outputs are request_output_len and the target's LoRA inputs. Raises ConfigError when the target has no LoRA
+    inputs, takes no batches, does not require request_output_len or is not complete.
     """
     flavour = require_flavour(target)
     _require_complete(target, target_name)
-    if target.max_batch_size == 0 or target.input(ALWAYS_THERE) is None:
-        raise ConfigError(f"{target_name!r} needs a max_batch_size above 0, and the input {ALWAYS_THERE}")
     declared = {spec.name: spec for spec in target.inputs}
-    optional = TensorSpec("lora_name", "TYPE_STRING", (1,), optional=True), declared[flavour.task_id]
+    if target.max_batch_size == 0 or REQUIRED not in declared or declared[REQUIRED].optional:
+        raise ConfigError(
+            f"{target_name!r} needs a max_batch_size above 0, and the input {REQUIRED}, which must not be optional"
+        )
+    inputs = [declared[name] for name in (REQUIRED, FORMERLY_THERE) if name in declared]
+    inputs += [TensorSpec("lora_name", "TYPE_STRING", (1,)), declared[flavour.task_id]]
     outputs = [
         # Adapters with DoRA have a column more.
         replace(declared[name], dims=(-1, -1) if name == "lora_config" else declared[name].dims)
-        for name in flavour.inputs
+        for name in (REQUIRED, *flavour.inputs)
     ]
     parameters = {
         "router": router,
@@ -157,10 +163,11 @@ def resolver_config(
     return _RESOLVER.format(
         target=quote(target_name),
         name=quote(name),
-        always_there=ALWAYS_THERE,
+        required=REQUIRED,
+        formerly_there=FORMERLY_THERE,
         max_batch_size=target.max_batch_size,
         instances=instances,
-        inputs=",\n".join(map(_tensor, (replace(declared[ALWAYS_THERE], optional=False), *optional))),
+        inputs=",\n".join(_tensor(replace(spec, optional=True)) for spec in inputs),
         outputs=",\n".join(_tensor(replace(spec, optional=False, allow_ragged_batch=False)) for spec in outputs),
         parameters=_parameters(parameters),
     )

@@ -53,22 +53,25 @@ def narrow(tmp_path_factory: pytest.TempPathFactory, launch: Launch) -> tuple[Re
 
 
 def resolve(server: Server, lora_names: list[bytes] | None = None, task_ids: list[int] | None = None) -> dict[str, Any]:
-    """What the resolver gives: the tensors' bytes as numbers."""
+    """What the resolver gives beside request_output_len, which goes through it: the tensors' shapes and bytes."""
     rows = len(lora_names or task_ids or [0])
-    arrays: dict[str, np.ndarray[Any, Any]] = {"input_lengths": np.full((rows, 1), 5, np.int32)}
+    required = np.arange(rows, dtype=np.int32).reshape(rows, 1)
+    arrays: dict[str, np.ndarray[Any, Any]] = {"request_output_len": required}
     if lora_names is not None:
         arrays["lora_name"] = np.array([[name] for name in lora_names], np.object_)
     if task_ids is not None:
         arrays["lora_task_id"] = np.array([[task_id] for task_id in task_ids], np.uint64)
     inputs = []
     for name, array in arrays.items():
-        kind = {"lora_name": "BYTES", "lora_task_id": "UINT64", "input_lengths": "INT32"}[name]
+        kind = {"lora_name": "BYTES", "lora_task_id": "UINT64", "request_output_len": "INT32"}[name]
         inputs.append(grpc.InferInput(name, list(array.shape), kind))
         inputs[-1].set_data_from_numpy(array)
     with grpc.InferenceServerClient(server.grpc_url) as client:
         response = client.infer("lora_resolver", inputs).get_response()
     contents = zip(response.outputs, response.raw_output_contents, strict=True)
-    return {output.name: (list(output.shape), content) for output, content in contents}
+    found = {output.name: (list(output.shape), content) for output, content in contents}
+    assert ([rows, 1], required.tobytes()) == found.pop("request_output_len")
+    return found
 
 
 WAYS = {

@@ -25,7 +25,7 @@ from tritonlora import metrics
 from tritonlora.errors import RequestError
 from tritonlora.listing import describe
 from tritonlora.residency import take_part
-from tritonlora.routing import TableFile, resolve
+from tritonlora.routing import TableFile, check_config, resolve
 from tritonlora.statistics import DIRECTORY, read_statistics
 
 
@@ -34,9 +34,9 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Read the router's table, and publish metrics from now on."""
-        parameters = {
-            key: value["string_value"] for key, value in json.loads(args["model_config"])["parameters"].items()
-        }
+        config = json.loads(args["model_config"])
+        check_config(config)
+        parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
         self._repository = Path(args["model_repository"]).parent
         router = parameters["router"]
         self._path = self._repository / router / "adapters.json"

@@ -28,8 +28,12 @@ from tritonlora.estimate import ResidencyEstimate, started_at, warmed_at_start
 from tritonlora.flavours import TENSORS
 from tritonlora.kept_weights import KeptWeights
 from tritonlora.residency import take_part
-from tritonlora.routing import Route, TableFile, check_id, check_parameters, resolve_rows
+from tritonlora.routing import Route, TableFile, check_config, check_id, check_parameters, resolve_rows
 from tritonlora.statistics import BASE, DIRECTORY, Statistics
+
+# An input that the engine refuses to be without, and that it gets from here: an empty response, which Triton's response
+# cache makes of an error, cannot mean the base model.
+REQUIRED = "request_output_len"
 
 
 class TritonPythonModel:
@@ -38,6 +42,7 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Read the router's adapter table; the model does not load when there is no good one."""
         config = json.loads(args["model_config"])
+        check_config(config)
         parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
         repository = Path(args["model_repository"]).parent
         self._batching = config["max_batch_size"] > 0
@@ -75,7 +80,8 @@ class TritonPythonModel:
         try:
             routes = self._routes(request)
             names = [route.lora_name if route else BASE for route in routes]
-            response = pb_utils.InferenceResponse(self._tensors([route for route in routes if route]))
+            tensors = self._tensors([route for route in routes if route])
+            response = pb_utils.InferenceResponse([*required(request), *tensors])
             outcome = "OK"
         except RequestError as error:
             outcome = error.code
@@ -123,6 +129,12 @@ class TritonPythonModel:
     def _table_failed(self, problem: str) -> None:
         pb_utils.Logger.log_error(problem)
         self._statistics.add(BASE, "table_failures")
+
+
+def required(request: pb_utils.InferenceRequest) -> list[pb_utils.Tensor]:
+    """REQUIRED as it came; nothing for an ensemble from before, which neither gives it nor asks for it."""
+    asked = {REQUIRED} & set(request.requested_output_names())
+    return [pb_utils.Tensor(tensor.name(), tensor.as_numpy()) for tensor in request.inputs() if tensor.name() in asked]
 
 
 def failure(message: str, code: str) -> pb_utils.InferenceResponse:

@@ -43,7 +43,7 @@ from tritonlora.flavours import flavour_of
 from tritonlora.forwarding import Forwarder, is_unavailable, public
 from tritonlora.kept_weights import KeptWeights
 from tritonlora.residency import Residency, take_part
-from tritonlora.routing import Route, TableFile, check_id, check_parameters, resolve_rows
+from tritonlora.routing import Route, TableFile, check_config, check_id, check_parameters, resolve_rows
 from tritonlora.statistics import BASE, DIRECTORY, OUTCOMES, Statistics
 from tritonlora.stream import SequenceState, WholeTexts
 from tritonlora.worker import Silence, Worker
@@ -69,6 +69,7 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Read the adapter table; the model does not load when there is no good one."""
         config = json.loads(args["model_config"])
+        check_config(config)
         parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
         directory = Path(args["model_repository"])
         self._target = parameters["target"]
