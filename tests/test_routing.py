@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from dataclasses import replace
@@ -17,10 +18,12 @@ from tritonlora.adapters import AdapterTable, Problem, with_adapter, with_alias
 from tritonlora.adapters_json import render
 from tritonlora.errors import AdapterTableError, AdapterUnavailable, InvalidRequest, RequestError, UnknownAdapter
 from tritonlora.routing import (
+    MOST_JSON_CHARACTERS,
     Route,
     TableFile,
     check_id,
     check_parameters,
+    parameters_of,
     resolve,
     resolve_rows,
     warmed_contents,
@@ -329,15 +332,119 @@ def test_a_table_with_the_times_of_the_one_before_is_seen(
     assert changed == file.table()
 
 
-@pytest.mark.parametrize(
-    "name", ["lora_name", "LoRA-Name", "loraName", "lora_weights", "lora_path", "adapter_id", "model", "Model_Name"]
-)
+PEERS = (
+    "lora_name", "LoRA-Name", "loraName", "lora_weights", "lora_path", "lora_request", "lora", "x-lora-id", "useLoRA",
+    "adapter_id", "merged_adapters", "mergedAdapters", "ADAPTER", "model", "Model_Name",
+)  # fmt: skip
+HARMLESS = {"priority": 1, "exploration": "x", "Flora": "y", "model": "llama", "b": ["pirate"], "c": "[INST] lora"}
+
+
+@pytest.mark.parametrize("name", PEERS)
 def test_an_adapter_among_the_parameters_is_refused(name: str) -> None:
     """Triton makes parameters of what it knows no input for: the base model would answer instead."""
-    check_parameters(TABLE, {"priority": 1, "exploration": "x", "model": "llama", "b": ["pirate"]})
+    check_parameters(TABLE, HARMLESS)
 
     with pytest.raises(InvalidRequest, match=f"{name}: not taken as a parameter; name the adapter with the input lora"):
         check_parameters(TABLE, {"priority": 1, name: "pirate"})
+
+
+def within(name: str, depth: int) -> object:
+    """A member of that name, in objects and lists."""
+    found: object = {"temperature": 0.5, name: "pirate"}
+    for _ in range(depth):
+        found = {"extra": [1, found], "z": None}
+    return found
+
+
+@pytest.mark.parametrize("name", PEERS)
+@pytest.mark.parametrize("depth", [0, 1, 5])
+@pytest.mark.parametrize("times", [1, 2])
+def test_an_adapter_in_a_parameter_that_is_json_is_refused(name: str, depth: int, times: int) -> None:
+    """However deep, in JSON within JSON, too; Triton's vLLM backend takes sampling_parameters so."""
+    asked, harmless = within(name, depth), within("llama", depth)
+    for _ in range(times):
+        asked, harmless = ({"more": json.dumps(one)} for one in (asked, harmless))
+    check_parameters(TABLE, {"sampling_parameters": json.dumps(harmless)})
+
+    with pytest.raises(InvalidRequest, match="^sampling_parameters: not taken as a parameter; name the adapter with"):
+        check_parameters(TABLE, {"sampling_parameters": f" {json.dumps(asked)}", "b": 1})
+
+
+@pytest.mark.parametrize(
+    ("text", "is_refused"),
+    [
+        ('{"lora_name": "nobody"}', True),
+        ('{"lora_request": {"name": "x", "id": 1}}', True),
+        ('{"lora": [{"id": 0}]}', True),
+        ('{"lora_int_id": 1}', True),
+        (r'{"\u006cora_name": "pirate"}', True),
+        ('[{"model": ["llama", "pirate"]}]', True),
+        ('{"lora_name": null}', False),
+        ('{"model": "lora"}', False),
+        ('{"stop": ["lora_name", "pirate"]}', False),
+        ("{'lora_name': 'pirate'}", True),
+        ('{"lora_name": "pirate",}', True),
+        ('{"lora_name": NaN}', True),
+        ("[lora] {adapter}", False),
+        ("{", False),
+        ("[" * 100_000 + '"adapter_id"', True),
+        ("[" * 100_000, False),
+        ('{"a": ' + "9" * 100_000 + "}", False),
+        ("", False),
+    ],
+)
+def test_json_is_read_as_those_who_take_it_read_it(text: str, is_refused: bool) -> None:
+    """What names no adapter is none of the router's business; what is broken, or too deep, may name one."""
+    with pytest.raises(InvalidRequest) if is_refused else contextlib.nullcontext():
+        check_parameters(TABLE, {"sampling_parameters": text})
+
+
+def test_a_bounded_part_of_the_parameters_is_read_as_json() -> None:
+    """All of them together; what is no JSON may be of any length."""
+    half = json.dumps(["x" * (MOST_JSON_CHARACTERS // 2 - 4)])
+    check_parameters(TABLE, {"a": half, "b": half, "c": "x" * MOST_JSON_CHARACTERS * 2})
+
+    for more in ({"c": "[]"}, {"c": json.dumps([half])}):
+        with pytest.raises(InvalidRequest, match=f"^[abc]: at most {MOST_JSON_CHARACTERS} characters of JSON are read"):
+            check_parameters(TABLE, {"a": half, "b": half} | more)
+
+
+class Undecodable:
+    """A request of which one thing is no UTF-8."""
+
+    def __init__(self, what: str, parameters: str = "{}") -> None:
+        self._what = what
+        self._parameters = parameters
+
+    def _read(self, what: str, text: str) -> str:
+        return (b"\xff" if what == self._what else text.encode()).decode()
+
+    def request_id(self) -> str:
+        return self._read("id", "1")
+
+    def correlation_id(self) -> int | str:
+        return self._read("correlation id", "2")
+
+    def parameters(self) -> str:
+        return self._read("parameters", self._parameters)
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (Undecodable("id"), "the request's id is not UTF-8"),
+        (Undecodable("correlation id"), "the request's correlation id is not UTF-8"),
+        (Undecodable("parameters"), "the request's parameters are not UTF-8, or cannot be read"),
+        (Undecodable("", '{"a": '), "the request's parameters are not UTF-8, or cannot be read"),
+    ],
+)
+def test_what_is_no_text_is_the_client_s_error(request_: Undecodable, message: str) -> None:
+    """Of its parameters and its ids; sound ones are read."""
+    assert {"a": 1, "b": "x"} == parameters_of(Undecodable("", '{"a": 1, "b": "x"}'))
+    assert {} == parameters_of(Undecodable(""))
+
+    with pytest.raises(InvalidRequest, match=message):
+        parameters_of(request_)
 
 
 @pytest.mark.parametrize("name", ["alias", "broken"])

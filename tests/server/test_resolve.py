@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -162,13 +163,14 @@ def test_weights_are_those_of_their_adapter_however_they_take_turns(narrow: tupl
         assert (opened.root / entries[name].lora_weights_file).read_bytes() == weights
 
 
-def test_clients_do_not_choose_weights(roomy: tuple[Repository, Server]) -> None:
+@pytest.mark.parametrize("name", ["lora_weights", "sampling_parameters"])
+def test_clients_choose_adapters_and_weights_in_no_other_way(roomy: tuple[Repository, Server], name: str) -> None:
     """What Triton's generate extension knows no input for comes as a parameter."""
-    body = {"text_input": PROMPT, "max_tokens": 4, "lora_name": "pirate", "lora_weights": 1.0}
+    body = {"text_input": PROMPT, "max_tokens": 4, name: json.dumps({"lora_name": "pirate"})}
     status, answer = post(roomy[1], "/v2/models/ensemble/generate", body)
 
     assert 400 == status
-    assert "lora_weights: not taken as a parameter" in answer["error"]
+    assert f"{name}: not taken as a parameter" in answer["error"]
 
 
 def test_a_cache_that_is_too_small_is_no_client_s_business(narrow: tuple[Repository, Server]) -> None:

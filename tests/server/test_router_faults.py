@@ -146,10 +146,19 @@ def test_what_belongs_to_a_request_reaches_the_engine(puppet: Server) -> None:
     assert {"a": 1, "b": "c"}.items() <= json.loads(parameters).items()
 
 
-def test_an_adapter_that_is_named_in_a_parameter_is_an_error(puppet: Server) -> None:
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"lora_name": "pirate"},
+        {"sampling_parameters": '{"temperature": 0.5, "lora_name": "pirate"}'},
+        {"a": float("nan"), "request": '{"model": "pirate"}'},
+    ],
+)
+def test_an_adapter_that_is_named_in_a_parameter_is_an_error(puppet: Server, parameters: dict[str, Any]) -> None:
     """Where other servers take it: the base model must not answer instead."""
-    with pytest.raises(InferenceServerException, match="lora_name: not taken as a parameter; name the adapter with"):
-        list(tell(puppet, TELL, parameters={"lora_name": "pirate"}))
+    name = [*parameters][-1]
+    with pytest.raises(InferenceServerException, match=f"{name}: not taken as a parameter; name the adapter with"):
+        list(tell(puppet, TELL, parameters=parameters))
 
 
 def test_a_trace_goes_on_in_the_engine(tmp_path: Path, launch: Launch) -> None:

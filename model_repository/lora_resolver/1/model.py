@@ -28,7 +28,15 @@ from tritonlora.estimate import ResidencyEstimate, started_at, warmed_at_start
 from tritonlora.flavours import TENSORS
 from tritonlora.kept_weights import KeptWeights
 from tritonlora.residency import take_part
-from tritonlora.routing import Route, TableFile, check_config, check_id, check_parameters, resolve_rows
+from tritonlora.routing import (
+    Route,
+    TableFile,
+    check_config,
+    check_id,
+    check_parameters,
+    parameters_of,
+    resolve_rows,
+)
 from tritonlora.statistics import BASE, DIRECTORY, Statistics
 
 # An input that the engine refuses to be without, and that it gets from here: an empty response, which Triton's response
@@ -101,7 +109,7 @@ class TritonPythonModel:
             self._seen_table = table
             self._estimate.see(table)
             self._statistics.add(BASE, "table_reloads")
-        check_parameters(table, json.loads(request.parameters() or "{}"))
+        check_parameters(table, parameters_of(request))
         lora_names, lora_task_ids = (values_of(request, name) for name in ("lora_name", TENSORS.task_id))
         rows = request.inputs()[0].shape()[0] if self._batching else 1
         return resolve_rows(table, lora_names, lora_task_ids, rows)

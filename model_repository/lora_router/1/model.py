@@ -43,7 +43,15 @@ from tritonlora.flavours import flavour_of
 from tritonlora.forwarding import Forwarder, is_unavailable, public
 from tritonlora.kept_weights import KeptWeights
 from tritonlora.residency import Residency, take_part
-from tritonlora.routing import Route, TableFile, check_config, check_id, check_parameters, resolve_rows
+from tritonlora.routing import (
+    Route,
+    TableFile,
+    check_config,
+    check_id,
+    check_parameters,
+    parameters_of,
+    resolve_rows,
+)
 from tritonlora.statistics import BASE, DIRECTORY, OUTCOMES, Statistics
 from tritonlora.stream import SequenceState, WholeTexts
 from tritonlora.worker import Silence, Worker
@@ -476,13 +484,6 @@ def values_of(inputs: Inputs, name: str) -> list[Any] | None:
     """The elements of an input, or None when the request does not have it."""
     tensor = inputs.get(name)
     return None if tensor is None else tensor.as_numpy().reshape(-1).tolist()
-
-
-def parameters_of(request: pb_utils.InferenceRequest) -> dict[str, Any]:
-    """The request's parameters."""
-    text = request.parameters()
-    parameters: dict[str, Any] = {} if text in {"", "{}"} else json.loads(text)
-    return parameters
 
 
 def carried(parameters: dict[str, Any]) -> dict[str, Any]:
