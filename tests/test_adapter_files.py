@@ -34,8 +34,13 @@ REGISTERED = Route(
 @pytest.fixture
 def files(tmp_path: Path) -> AdapterFiles:
     """Those of a repository in `tmp_path`."""
-    (tmp_path / "shared").mkdir()
-    return AdapterFiles(tmp_path, tmp_path / "shared")
+    (tmp_path / "digests").mkdir()
+    return opened(tmp_path)
+
+
+def opened(root: Path) -> AdapterFiles:
+    """Those of a repository, whose digests are kept in it, too."""
+    return AdapterFiles(root, os.open(root / "digests", os.O_RDONLY))
 
 
 def _write_tensors(root: Path, weights: bytes = WEIGHTS, config: bytes = CONFIG) -> None:
@@ -86,7 +91,8 @@ def test_no_file_stays_open(files: AdapterFiles, tmp_path: Path) -> None:
     _write_tensors(tmp_path)
     _read(files)
 
-    assert not [link for link in Path("/proc/self/fd").iterdir() if str(tmp_path) in os.path.realpath(link)]
+    held = {os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()}
+    assert {str(tmp_path / "digests")} == {path for path in held if path.startswith(str(tmp_path))}
     assert str(tmp_path) not in Path("/proc/self/maps").read_text()
 
 
@@ -226,7 +232,7 @@ def test_a_file_is_digested_once(of: str, files: AdapterFiles, tmp_path: Path, m
     _read(files)
     monkeypatch.delattr("tritonlora.adapter_files.hashlib.sha256")
 
-    _read(files if of == "this process" else AdapterFiles(tmp_path, tmp_path / "shared"))
+    _read(files if of == "this process" else opened(tmp_path))
 
 
 def test_an_altered_file_with_the_times_of_the_one_before_is_seen(
@@ -261,7 +267,7 @@ def test_the_digest_of_a_file_that_has_just_changed_is_not_kept(
 def test_lost_digests_are_computed_again(files: AdapterFiles, tmp_path: Path) -> None:
     """What the processes share is in memory, where anything may happen to it."""
     _write_tensors(tmp_path)
-    shutil.rmtree(tmp_path / "shared")
+    shutil.rmtree(tmp_path / "digests")
     _read(files)
     _write_tensors(tmp_path, WEIGHTS[::-1])
 

@@ -10,16 +10,20 @@ import os
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tritonlora import residency
-from tritonlora.residency import Residency, open_residency, shared_directory
+from tritonlora.errors import SharedMemoryError
+from tritonlora.residency import Residency, open_file_inside, open_inside, open_residency, shared_directory
+from tritonlora.statistics import Statistics, read_statistics
 
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -122,7 +126,7 @@ def test_an_instance_that_is_killed_holds_up_nobody(tmp_path: Path) -> None:
     assert loads
     assert not mine.has_line_for(9)
 
-    os.close(mine._descriptor)  # as if killed, too
+    os.close(mine.descriptor)  # as if killed, too
 
     with closing(open_residency(tmp_path / f"{residency.PREFIX}1-3-lora_router", {})):
         assert [f"{residency.PREFIX}1-3-lora_router"] == [path.name for path in tmp_path.iterdir()]
@@ -257,9 +261,9 @@ def test_instances_that_forget_the_same_adapter_leave_no_descriptor_open(
     with closing(open_residency(tmp_path / "shared", {1: 1}, 1)) as mine:
         unlink = os.unlink
 
-        def unlink_twice(path: str) -> None:
-            unlink(path)
-            unlink(path)
+        def unlink_twice(path: str, **within: int) -> None:
+            unlink(path, **within)
+            unlink(path, **within)
 
         before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
         with monkeypatch.context() as another:
@@ -362,10 +366,93 @@ def test_a_request_that_ends_twice_at_once_closes_one_descriptor_once(
     assert 1 == len(closed)
 
 
-def test_servers_in_containers_do_not_share_by_accident() -> None:
-    """The name says which server, of which process id namespace, and which model."""
+def test_servers_do_not_share_by_accident(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name says which server, of which process id namespace, and which model; and when that one was started."""
     directory = shared_directory("lora_router")
+    namespace = Path("/proc/self/ns/pid").stat().st_ino
+    started = psutil.Process(os.getppid()).create_time() - psutil.boot_time()
 
-    assert directory.name.startswith(residency.PREFIX)
-    assert str(Path("/proc/self/ns/pid").stat().st_ino) in directory.name
+    assert directory.name.startswith(f"{residency.PREFIX}{namespace}-")
     assert directory.name.endswith(f"-{os.getppid()}-lora_router")
+    ticks = int(directory.name.split("-")[2])
+    assert abs(ticks / os.sysconf("SC_CLK_TCK") - started) < 1
+
+    monkeypatch.setattr(residency, "start_ticks", lambda _: ticks + 1)
+
+    assert directory != shared_directory("lora_router"), "of a server that has the process id of one that is gone"
+
+
+# What somebody else could put there
+
+
+def _directory(path: Path, mode: int) -> Path:
+    path.mkdir()
+    path.chmod(mode)
+    return path
+
+
+PLANTED: dict[str, Callable[[Path], object]] = {
+    "anybody may write": lambda shared: _directory(shared, 0o777),
+    "a group may write": lambda shared: _directory(shared, 0o770),
+    "a link to a directory": lambda shared: shared.symlink_to("elsewhere"),
+    "a link to nothing": lambda shared: shared.symlink_to("nowhere"),
+    "a file": lambda shared: shared.touch(),
+    "a part is a link": lambda shared: (_directory(shared, 0o700) / "held").symlink_to("../elsewhere"),
+    "a part is open to all": lambda shared: _directory(_directory(shared, 0o700) / "line", 0o777),
+}
+
+
+@pytest.mark.parametrize("plant", PLANTED)
+def test_a_directory_that_others_could_write_to_is_refused(tmp_path: Path, plant: str) -> None:
+    """With its path, and what to do; what a link leads to is not touched."""
+    elsewhere = tmp_path / "elsewhere"
+    open_residency(elsewhere, {7: 1}).abandon()  # it stays
+    before = sorted(path.relative_to(tmp_path) for path in elsewhere.rglob("*"))
+    shared = tmp_path / "shared"
+    PLANTED[plant](shared)
+    with pytest.raises(SharedMemoryError, match=rf"^{shared}.*; remove it$"):
+        open_residency(shared, {5: 1})
+
+    assert before == sorted(path.relative_to(tmp_path) for path in elsewhere.rglob("*"))
+
+
+def test_a_directory_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Although nobody else can write to it. Nor is it removed, when its server is gone."""
+    left = tmp_path / f"{residency.PREFIX}1-2-3-lora_router"
+    open_residency(left, {}).abandon()
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    with pytest.raises(
+        SharedMemoryError, match=rf"^{left} belongs to user {os.getuid()}, with mode 700; expected user"
+    ):
+        open_residency(left, {})
+    with pytest.raises(SharedMemoryError):  # the new one is not of that user either
+        open_residency(tmp_path / f"{residency.PREFIX}1-2-4-lora_router", {})
+
+    assert left.exists()
+
+
+def test_no_link_in_it_is_followed(tmp_path: Path) -> None:
+    """Not to truncate, to write, to date, nor to lock what it leads to."""
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    os.utime(victim, (1, 1))
+    with closing(open_residency(tmp_path / "shared", {}, 1)) as mine:
+        for name in ("held/5", "loading/5", "statistics/0", "ended", "publisher"):
+            path = tmp_path / "shared" / name
+            path.parent.mkdir(exist_ok=True)
+            path.unlink(missing_ok=True)
+            path.symlink_to(victim)
+        statistics = open_inside(mine.descriptor, "statistics")
+        Statistics(statistics).add("pirate", "OK")
+        for task_id in (5, 6):
+            mine.accepted(task_id, 1)
+            mine.ended()
+        with pytest.raises(OSError, match="Too many levels of symbolic links"), mine.claim(5, 1):
+            pass
+        with pytest.raises(OSError, match="Too many levels of symbolic links"):
+            open_file_inside(mine.descriptor, "publisher", "wb")
+
+        assert {"pirate": 1.0} == {name: row["OK"] for name, row in read_statistics(statistics).items()}
+
+    found = victim.stat()
+    assert (1.0, 1.0, "mine") == (found.st_atime, found.st_mtime, victim.read_text())

@@ -19,7 +19,8 @@ from repositories import synthetic_adapter, synthetic_repository
 from test_fake_pb_utils import load_model
 from tritonlora import register
 from tritonlora.repository import Repository, read_table
-from tritonlora.statistics import BASE, DIRECTORY, read_statistics
+from tritonlora.residency import open_inside
+from tritonlora.statistics import BASE, STATISTICS, read_statistics
 
 OUTPUTS = ("output_ids", "sequence_length")
 TOKENS = 6
@@ -141,7 +142,7 @@ def test_the_requests_of_clients_that_stay_and_leave_are_counted_apart(router: A
     for patience in (TOKENS + 1, 1, 2):
         client = Client()
         ask(router, client, "pirate", lambda request, client=client, patience=patience: Answers(client, patience))
-    counts = read_statistics(router._residency.directory / DIRECTORY)["pirate"]
+    counts = read_statistics(open_inside(router._residency.descriptor, STATISTICS))["pirate"]
 
     assert (1, 2, 0) == (counts["OK"], counts["CANCELLED"], counts["running"])
 
@@ -170,7 +171,7 @@ def test_a_request_whose_error_cannot_be_told_is_an_error(router: Any, monkeypat
         client = Client()
         assert [1, 2, TritonError.INTERNAL] == ask(router, client, None, lambda request: Failing(client))
 
-    counts = read_statistics(router._residency.directory / DIRECTORY)[BASE]
+    counts = read_statistics(open_inside(router._residency.descriptor, STATISTICS))[BASE]
     assert (0, 2) == (counts["OK"], counts["INTERNAL"])
     assert [TritonError.NOT_FOUND] == ask(router, Client(), "nobody", lambda request: Answers(Client(), TOKENS + 1))
 

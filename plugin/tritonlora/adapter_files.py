@@ -32,6 +32,7 @@ from tritonlora.errors import AdapterUnavailable
 from tritonlora.routing import Route
 from tritonlora.versions import is_settled, open_file, version_of
 
+DIGESTS = "digests"  # the directory in the one that the instances share
 PARALLEL_NBYTES = 4 << 20  # less is read before another thread has begun
 
 Memory: TypeAlias = "npt.NDArray[np.uint8]"  # flat
@@ -76,11 +77,10 @@ class Weights:
 class AdapterFiles:
     """The files of a repository's adapters."""
 
-    def __init__(self, repository: Path, shared: Path) -> None:
-        """`shared`: the directory of what a router's processes share."""
+    def __init__(self, repository: Path, digests: int) -> None:
+        """`digests`: a descriptor of the directory in which the router's processes share them."""
         self.repository = repository
-        self._digests = shared / "digests"
-        self._digests.mkdir(exist_ok=True)
+        self._digests = digests
 
     def weights(self, route: Route) -> Weights:
         """lora_weights of an adapter."""
@@ -102,8 +102,8 @@ class AdapterFiles:
             found = os.fstat(opened.fileno())
             _check_size(path, found, len(memory))
             version, may_share = version_of(found), is_settled(found)
-            link = self._digests / "-".join(map(str, version))
-            digest, is_same = _target_of(link), True
+            link = "-".join(map(str, version))
+            digest, is_same = self._known_digest(link), True
             if digest in ("", sha256):
                 _read_ranges(opened.fileno(), memory, ranges)
                 with contextlib.suppress(OSError):
@@ -113,7 +113,7 @@ class AdapterFiles:
                 digest = hashlib.sha256(memory.data).hexdigest()
                 if may_share and is_same:
                     with contextlib.suppress(OSError):
-                        link.symlink_to(digest)
+                        os.symlink(digest, link, dir_fd=self._digests)
             if digest != sha256:
                 if not is_same:
                     raise _being_written()
@@ -121,12 +121,11 @@ class AdapterFiles:
                     f"{path.name} was altered on the server: its SHA-256 is not the registered one"
                 )
 
-
-def _target_of(link: Path) -> str:
-    """What a symbolic link leads to; "" when it is not there."""
-    with contextlib.suppress(OSError):
-        return str(link.readlink())
-    return ""
+    def _known_digest(self, link: str) -> str:
+        """What the link of a file's version says; "" when it is not there."""
+        with contextlib.suppress(OSError):
+            return os.readlink(link, dir_fd=self._digests)
+        return ""
 
 
 def _check_size(path: Path, found: os.stat_result, nbytes: int) -> None:

@@ -11,6 +11,7 @@
   - ConfigError               a config.pbtxt that cannot be read or edited; carries line and column
   - RepositoryError           a model repository that is not in the state the command needs
     - AdapterTableError       adapters.json is malformed
+  - SharedMemoryError         what the router's instances share in /dev/shm is not theirs alone
   - ServerError               tritonserver cannot be found, did not start, or answered with an error
   - RequestError              one inference request; `code` names the Triton error code of the answer
     - InvalidRequest          INVALID_ARG
@@ -73,6 +74,10 @@ class RepositoryError(TritonLoraError):
 
 class AdapterTableError(RepositoryError):
     """adapters.json is malformed."""
+
+
+class SharedMemoryError(TritonLoraError):
+    """What the router's instances share in /dev/shm is not theirs alone."""
 
 
 class ServerError(TritonLoraError):

@@ -23,6 +23,7 @@ from datetime import datetime
 from pathlib import Path
 
 from tritonlora.adapters import AdapterTable
+from tritonlora.residency import start_ticks
 
 # The engine takes in an adapter beside its other work. Who asks for it meanwhile brings it, too.
 SETTLE_SECONDS = 0.5
@@ -123,7 +124,6 @@ def warmed_at_start(table: AdapterTable, started_at: float) -> set[int]:
 
 
 def started_at(pid: int) -> float:
-    """When a process was started, in seconds of the epoch (proc_pid_stat(5), field 22, and btime of proc_stat(5))."""
-    ticks = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    """When a process was started, in seconds of the epoch (btime of proc_stat(5))."""
     booted = next(line.split()[1] for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime "))
-    return int(booted) + ticks / os.sysconf("SC_CLK_TCK")
+    return int(booted) + start_ticks(pid) / os.sysconf("SC_CLK_TCK")

@@ -16,6 +16,9 @@ memory, and locks on files (`flock`), which the kernel takes from a process that
     retired                  the lora_task_ids that were retired before the engine was started, one a line
     ended                    touched whenever a request for an adapter has ended: there may be room now
 
+Others may write to /dev/shm. So the directory is used only if nobody else can write to it, and what is in it is opened
+relative to its descriptor, without following links.
+
 What is believed is learnt from the engine's answers only. The engine evicts the adapter whose last request ended
 longest ago, of those that no request uses (TensorRT-LLM cpp/tensorrt_llm/runtime/loraCache.cpp). Where the cache's size
 is known, what it cannot hold any more is forgotten in the same order, so that its next request brings the weights at
@@ -34,6 +37,7 @@ import fcntl
 import os
 import re
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -42,10 +46,12 @@ from types import MappingProxyType
 from typing import IO
 
 from tritonlora.adapters import AdapterTable
+from tritonlora.errors import SharedMemoryError
 from tritonlora.routing import warmed, warmed_contents
 
 PREFIX = "tritonlora-"
 _OURS = re.compile(PREFIX + r"\d+-\d+-.+")  # as `shared_directory` names them: others may begin in the same way
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 # How long requests for adapters that are held overtake a line, which makes the most of what is loaded, before they join
 # it, so that those in it are not kept waiting for ever.
 OVERTAKING_SECONDS = 1.0
@@ -62,10 +68,17 @@ def _go_on() -> None:
 def shared_directory(router: str) -> Path:
     """Where the instances of the router of that name in this tritonserver keep what they share.
 
-    Each instance is a child process of tritonserver. Containers may share /dev/shm and have process ids of their own.
+    Each instance is a child process of tritonserver, which its id and its start tell from servers that are gone.
+    Containers may share /dev/shm and have process ids of their own.
     """
-    memory = Path("/dev/shm")  # noqa: S108  names in it are unique, and symbolic links are not followed
-    return memory / f"{PREFIX}{Path('/proc/self/ns/pid').stat().st_ino}-{os.getppid()}-{router}"
+    server = os.getppid()
+    namespace = Path("/proc/self/ns/pid").stat().st_ino
+    return Path("/dev/shm", f"{PREFIX}{namespace}-{start_ticks(server)}-{server}-{router}")  # noqa: S108
+
+
+def start_ticks(pid: int) -> int:
+    """When a process was started, in clock ticks since the machine was (proc_pid_stat(5), field 22)."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
 
 
 def take_part(router: str, table: AdapterTable, cache_pages: int | None = None) -> Residency:
@@ -95,65 +108,105 @@ def open_residency(
     were loaded, and `given` tells their contents; `cache_pages` is the size of the engine's cache, None when it is not
     known. `retired` are the lora_task_ids that are in use no more.
 
-    Directories that servers have left behind, which were killed, are removed.
+    Directories that servers have left behind, which were killed, are removed. SharedMemoryError when others could write
+    to what is there.
     """
     for other in directory.parent.glob(f"{PREFIX}*"):
-        if other != directory and _OURS.fullmatch(other.name) and (other / "ended").exists():
+        if other != directory and _OURS.fullmatch(other.name):
             _remove_unused(other)
     while True:
-        if not directory.exists():
+        if not os.path.lexists(directory):
             _make(directory, warmed, given, retired)
         with contextlib.suppress(FileNotFoundError):
-            descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            descriptor = _open_ours(directory)
             fcntl.flock(descriptor, fcntl.LOCK_SH)
             with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(descriptor), directory.stat()):
+                if os.path.samestat(os.fstat(descriptor), directory.lstat()):
                     return Residency(directory, descriptor, cache_pages)
             os.close(descriptor)  # it was removed in between
 
 
+def _open_ours(path: Path | str, within: int | None = None) -> int:
+    """A descriptor of a directory; SharedMemoryError when it is none, or others can write to it."""
+    where = path if within is None else Path(os.readlink(f"/proc/self/fd/{within}"), path)  # noqa: PTH115
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=within)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise SharedMemoryError(f"{where} is no directory that can be read ({error.strerror}); remove it") from None
+    found = os.fstat(descriptor)
+    if found.st_uid == os.geteuid() and not found.st_mode & _OTHERS_WRITE:
+        return descriptor
+    os.close(descriptor)
+    raise SharedMemoryError(
+        f"{where} belongs to user {found.st_uid}, with mode {stat.S_IMODE(found.st_mode):o}; expected user "
+        f"{os.geteuid()}, and nobody else to have write permission; remove it"
+    )
+
+
+def open_inside(descriptor: int, name: str) -> int:
+    """A descriptor of a directory in another one; it is made if it is not there. SharedMemoryError as above."""
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(name, 0o700, dir_fd=descriptor)
+    return _open_ours(name, descriptor)
+
+
+def open_file_inside(descriptor: int, name: str, mode: str) -> IO[bytes]:
+    """A file in a directory, in a mode of `open`; OSError where it is a link."""
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_NOFOLLOW, 0o600, dir_fd=descriptor)
+
+    return open(name, mode, opener=opener)
+
+
 def _make(directory: Path, warmed: Mapping[int, int], given: Mapping[int, str], retired: Iterable[int]) -> None:
     """All of it at once, or nothing when another instance was faster."""
-    fresh = Path(tempfile.mkdtemp(prefix=f".{PREFIX}", dir=directory.parent))
-    for name in ("held", "loading", "line", "given"):
-        (fresh / name).mkdir()
-    (fresh / "retired").write_text("\n".join(map(str, retired)))
-    (fresh / "ended").touch()
-    os.utime(fresh / "ended", (0, 0))
-    for order, (task_id, pages) in enumerate(warmed.items(), 1):
-        (fresh / "loading" / str(task_id)).touch()
-        (fresh / "held" / str(task_id)).touch()
-        os.truncate(fresh / "held" / str(task_id), pages)  # which takes no page of memory
-        os.utime(fresh / "held" / str(task_id), ns=(order, order))
-    for task_id, content in given.items():
-        (fresh / "given" / str(task_id)).symlink_to(content)
+    fresh = tempfile.mkdtemp(prefix=f".{PREFIX}", dir=directory.parent)
+    with contextlib.ExitStack() as stack:
+
+        def opened(descriptor: int) -> int:
+            stack.callback(os.close, descriptor)
+            return descriptor
+
+        root = opened(_open_ours(fresh))
+        loading, held, links = (opened(open_inside(root, name)) for name in ("loading", "held", "given"))
+        with open_file_inside(root, "retired", "wb") as file:
+            file.write("\n".join(map(str, retired)).encode())
+        open_file_inside(root, "ended", "wb").close()
+        os.utime("ended", (0, 0), dir_fd=root)
+        for order, (task_id, pages) in enumerate(warmed.items(), 1):
+            open_file_inside(loading, str(task_id), "wb").close()
+            with open_file_inside(held, str(task_id), "wb") as file:
+                file.truncate(pages)  # which takes no page of memory
+                os.utime(file.fileno(), ns=(order, order))
+        for task_id, content in given.items():
+            os.symlink(content, str(task_id), dir_fd=links)
     try:
-        fresh.rename(directory)
+        os.rename(fresh, directory)  # noqa: PTH104
     except OSError:
         shutil.rmtree(fresh)
 
 
 def _remove_unused(directory: Path) -> None:
-    """Remove it when no process uses it."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    """Remove it when it is ours, and no process uses it."""
+    with contextlib.suppress(OSError, SharedMemoryError):
+        descriptor = _open_ours(directory)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(descriptor), directory.stat()):  # else others have removed it, and made anew
+            os.stat("ended", dir_fd=descriptor, follow_symlinks=False)  # else it is not one of these
+            if os.path.samestat(os.fstat(descriptor), directory.lstat()):  # else others have removed it, and made anew
                 shutil.rmtree(directory)
         finally:
             os.close(descriptor)
 
 
-def _forget_unused(path: str) -> bool:
+def _forget_unused(name: str, held: int) -> bool:
     """Forget a held adapter that no request uses; whether it was this process that did."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.unlink(path)  # noqa: PTH108
-        finally:
-            os.close(descriptor)
+    with contextlib.suppress(OSError), open_file_inside(held, name, "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.unlink(name, dir_fd=held)
         return True
     return False
 
@@ -166,21 +219,20 @@ class Residency:
         self._cache_pages = cache_pages
         self._used: int | None = None  # descriptor of the held adapter that a request of this instance uses
         self._used_since = 0  # the `belief` in it
-        self._claimed: IO[str] | None = None  # the adapter that a request of this instance loads
+        self._claimed: IO[bytes] | None = None  # the adapter that a request of this instance loads
         self._place: Place | None = None  # of a request of this instance
-        self.directory = directory
-        self._held = str(directory / "held")
-        self._line = str(directory / "line")
-        self._loading = str(directory / "loading")
-        self._ended = str(directory / "ended")
-        self._given_links = str(directory / "given")
         self._given: dict[int, str] = {}  # those that were looked at: they do not change
-        self._descriptor = descriptor
+        self._directory = directory
+        self.descriptor = descriptor
+        names = ("held", "line", "loading", "given")
+        self._parts = [open_inside(descriptor, name) for name in names]
+        self._held, self.line, self._loading, self._given_links = self._parts
 
     def close(self) -> None:
         """Take part no more; the last one removes the directory."""
-        os.close(self._descriptor)
-        _remove_unused(self.directory)
+        for descriptor in (*self._parts, self.descriptor):
+            os.close(descriptor)
+        _remove_unused(self._directory)
 
     def abandon(self) -> None:
         """Take part no more, in the midst of a request that another thread is stuck in: nobody waits for that one."""
@@ -188,7 +240,8 @@ class Residency:
         for held in (self._claimed, self._place):
             if held is not None:
                 held.close()
-        os.close(self._descriptor)
+        # They stay open: a number that was closed may be another file's by the time that the stuck thread goes on.
+        fcntl.flock(self.descriptor, fcntl.LOCK_UN)
 
     def holds(self, task_id: int) -> bool:
         """Whether a request for the adapter can go out without weights."""
@@ -197,13 +250,13 @@ class Residency:
     def belief(self, task_id: int) -> int:
         """Since when the adapter is believed to be held, which tells this belief from a later one; 0 when it is not."""
         with contextlib.suppress(OSError):
-            return os.stat(f"{self._held}/{task_id}").st_atime_ns  # noqa: PTH116  for every request: Path is slow
+            return os.stat(str(task_id), dir_fd=self._held, follow_symlinks=False).st_atime_ns
         return 0
 
     def accepted(self, task_id: int, pages: int) -> None:
         """The engine answered a request for the adapter, which takes that many pages, and holds it until `ended`."""
         with contextlib.suppress(OSError):
-            self._used = os.open(f"{self._held}/{task_id}", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+            self._used = os.open(str(task_id), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600, dir_fd=self._held)
             fcntl.flock(self._used, fcntl.LOCK_SH | fcntl.LOCK_NB)  # nobody holds another for longer than a moment
             found = os.fstat(self._used)
             self._used_since = found.st_atime_ns
@@ -217,18 +270,19 @@ class Residency:
         """Forget what the engine cannot hold beside the rest: those that have been idle for longest."""
         if self._cache_pages is None:
             return
-        held = sorted((file.stat().st_mtime_ns, file.stat().st_size, file.path) for file in os.scandir(self._held))
+        files = [(file.stat(follow_symlinks=False), file.name) for file in os.scandir(self._held)]
+        held = sorted((found.st_mtime_ns, found.st_size, name) for found, name in files)
         surplus = sum(pages for _, pages, _ in held) - self._cache_pages
-        for _, pages, path in held:
+        for _, pages, name in held:
             if surplus <= 0:
                 return
-            surplus -= pages * _forget_unused(path)
+            surplus -= pages * _forget_unused(name, self._held)
 
     def missed(self, task_id: int, belief: int) -> None:
         """The engine did not hold the adapter, against that `belief`; since then it may have been given it."""
         if self.belief(task_id) == belief:
             with contextlib.suppress(OSError):
-                os.unlink(f"{self._held}/{task_id}")  # noqa: PTH108
+                os.unlink(str(task_id), dir_fd=self._held)
 
     def ended(self) -> None:
         """This instance's request for an adapter ended, so that the engine may evict that adapter now."""
@@ -238,12 +292,12 @@ class Residency:
             os.utime(used, ns=(self._used_since, now))
             os.close(used)
         with contextlib.suppress(OSError):
-            os.utime(self._ended, ns=(now, now))
+            os.utime("ended", ns=(now, now), dir_fd=self.descriptor, follow_symlinks=False)
 
     def last_end(self) -> int:
         """When the last request for an adapter ended (time.monotonic_ns); 0 when none has."""
         with contextlib.suppress(OSError):
-            return os.stat(self._ended).st_mtime_ns  # noqa: PTH116  for every request: Path is slow
+            return os.stat("ended", dir_fd=self.descriptor, follow_symlinks=False).st_mtime_ns
         return 0
 
     @contextlib.contextmanager
@@ -253,7 +307,7 @@ class Residency:
         """
         with contextlib.ExitStack() as held:
             with contextlib.suppress(FileNotFoundError):
-                self._claimed = held.enter_context((self.directory / "loading" / str(task_id)).open("w"))
+                self._claimed = held.enter_context(open_file_inside(self._loading, str(task_id), "wb"))
                 _lock(self._claimed, time.monotonic() + timeout, check)
             mine = insist or not self.holds(task_id)
             if not mine:
@@ -266,14 +320,14 @@ class Residency:
         """
         if self._given.get(task_id) != content:
             with contextlib.suppress(OSError):
-                os.symlink(content, f"{self._given_links}/{task_id}")  # noqa: PTH211
+                os.symlink(content, str(task_id), dir_fd=self._given_links)
         return self.may_give(task_id, content)
 
     def may_give(self, task_id: int, content: str) -> bool:
         """Whether the engine was neither started with nor sent another content under the id."""
         if self._given.get(task_id) != content:
             with contextlib.suppress(OSError):
-                found = os.readlink(f"{self._given_links}/{task_id}")  # noqa: PTH115
+                found = os.readlink(str(task_id), dir_fd=self._given_links)
                 if found != content:
                     return False
                 self._given[task_id] = content
@@ -281,13 +335,16 @@ class Residency:
 
     def retired_before(self) -> frozenset[int]:
         """The lora_task_ids that were retired before the instances began, none when that is not known."""
-        with contextlib.suppress(OSError):
-            return frozenset(map(int, (self.directory / "retired").read_text().split()))
+        with contextlib.suppress(OSError), open_file_inside(self.descriptor, "retired", "rb") as file:
+            return frozenset(map(int, file.read().split()))
         return frozenset()
 
     def was_held(self, task_id: int) -> bool:
         """Whether any instance has loaded the adapter before."""
-        return os.path.exists(f"{self._loading}/{task_id}")  # noqa: PTH110
+        with contextlib.suppress(OSError):
+            os.stat(str(task_id), dir_fd=self._loading, follow_symlinks=False)
+            return True
+        return False
 
     def place(self, task_id: int, retry_interval: float) -> Place:
         """A request's place in the line for room in the cache; it does not stand there until it joins."""
@@ -304,21 +361,20 @@ class Residency:
     def first_in_line(self) -> str | None:
         """The file of the request that came first."""
         with contextlib.suppress(OSError):
-            return min(os.listdir(self._line), default=None)  # noqa: PTH208  for every request: Path is slow
+            return min(os.listdir(self.line), default=None)  # noqa: PTH208  a descriptor
         return None
 
     def waiting(self) -> list[int]:
         """lora_task_ids of the requests that wait for room, the first one first."""
         with contextlib.suppress(OSError):
-            return [int(ticket.split("-")[2]) for ticket in sorted(os.listdir(self._line))]  # noqa: PTH208
+            return [int(ticket.split("-")[2]) for ticket in sorted(os.listdir(self.line))]  # noqa: PTH208
         return []
 
     def drop_if_dead(self, ticket: str) -> None:
         """Remove a request from the line whose process has died."""
-        path = self.directory / "line" / ticket
-        with contextlib.suppress(OSError), path.open() as file:
+        with contextlib.suppress(OSError), open_file_inside(self.line, ticket, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
+            os.unlink(ticket, dir_fd=self.line)
 
 
 class Place:
@@ -334,7 +390,7 @@ class Place:
         self._arrived_at = time.monotonic_ns()
         self._ticket = ""
         self._has_joined = False
-        self._file: IO[str] | None = None  # of the ticket; None, too, when the directory was lost
+        self._file: IO[bytes] | None = None  # of the ticket; None, too, when the directory was lost
         self._tried_at = 0  # time.monotonic_ns
         self._pause = FIRST_RETRY_SECONDS
         self._retry_at = 0.0
@@ -350,13 +406,12 @@ class Place:
         if self._has_joined:
             return
         self._has_joined = True
-        directory = self._residency.directory
         self._ticket = f"{self._arrived_at:020d}-{os.getpid()}-{self._task_id}"
+        unseen, shared, line = f"ticket-{self._ticket}", self._residency.descriptor, self._residency.line
         with contextlib.suppress(OSError):
-            path = directory / f"ticket-{self._ticket}"
-            self._file = path.open("w")
+            self._file = open_file_inside(shared, unseen, "wb")
             fcntl.flock(self._file, fcntl.LOCK_EX)
-            path.rename(directory / "line" / self._ticket)  # locked before others see it
+            os.rename(unseen, self._ticket, src_dir_fd=shared, dst_dir_fd=line)  # locked before others see it
 
     def wait(self, deadline: float, check: Check = _go_on) -> None:
         """Return when the request may be tried: at once when it does not stand in line, else when it is the first and
@@ -385,7 +440,7 @@ class Place:
         self._has_joined = False
         if self._file:
             with contextlib.suppress(OSError):
-                (self._residency.directory / "line" / self._ticket).unlink()
+                os.unlink(self._ticket, dir_fd=self._residency.line)
             self._file.close()
             self._file = None
 
@@ -394,7 +449,7 @@ def _arrival(ticket: str) -> int:
     return int(ticket.split("-")[0])
 
 
-def _lock(file: IO[str], deadline: float, check: Check) -> None:
+def _lock(file: IO[bytes], deadline: float, check: Check) -> None:
     """Lock the file, or raise TimeoutError at `deadline` (time.monotonic)."""
     while True:
         try:

@@ -14,13 +14,14 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import tempfile
+import secrets
 from collections import defaultdict
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
+
+from tritonlora.residency import open_file_inside
 
 # Outcomes of requests ("OK", or the name of a Triton error code), loads by reason, and what else is counted.
 OUTCOMES = (
@@ -46,7 +47,7 @@ _ROW = np.dtype([("name", f"S{NAME_BYTES}"), *((column, "<f8") for column in COL
 _ROW_NUMBERS = _ROW.itemsize // 8
 _NUMBERS = {column: number for number, column in enumerate(COLUMNS, NAME_BYTES // 8)}
 
-DIRECTORY = "statistics"  # in the one that the instances share
+STATISTICS = "statistics"  # the directory in the one that the instances share
 
 Counts = dict[str, dict[str, float]]
 
@@ -54,11 +55,11 @@ Counts = dict[str, dict[str, float]]
 class Statistics:
     """The counts of one instance."""
 
-    def __init__(self, directory: Path) -> None:
-        """Count in a file in `directory`: that of an instance that has ended, or a new one."""
-        directory.mkdir(exist_ok=True)
-        self._descriptor, path = _own_file(directory)
-        self._rows: npt.NDArray[Any] = np.memmap(path, _ROW, "r+", shape=ROWS)
+    def __init__(self, directory: int) -> None:
+        """Count in a file in `directory`, a descriptor: in that of an instance that has ended, or in a new one."""
+        self._descriptor = _own_file(directory)
+        with open(self._descriptor, "r+b", closefd=False) as file:
+            self._rows: npt.NDArray[Any] = np.memmap(file, _ROW, "r+", shape=ROWS)
         self._rows["running"] = 0
         self._rows[1]["name"] = OTHERS.encode()
         # The same memory as plain numbers: to go by row and name of a column takes fifty times as long.
@@ -81,26 +82,36 @@ class Statistics:
         return row
 
 
-def _own_file(directory: Path) -> tuple[int, Path]:
+def _own_file(directory: int) -> int:
     """A file of which nobody else has the lock, and its descriptor, which has it for as long as this process lives."""
-    for path in sorted(directory.glob("[!.]*")):
-        descriptor = os.open(path, os.O_RDWR)
-        if _is_free(descriptor, fcntl.LOCK_EX):
-            return descriptor, path
-        os.close(descriptor)
-    descriptor, fresh = tempfile.mkstemp(prefix=".", dir=directory)
+    for name in _names(directory):
+        with contextlib.suppress(OSError):
+            descriptor = os.open(name, os.O_RDWR | os.O_NOFOLLOW, dir_fd=directory)
+            if _is_free(descriptor, fcntl.LOCK_EX):
+                return descriptor
+            os.close(descriptor)
+    name = secrets.token_hex(8)
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    descriptor = os.open(f".{name}", flags, 0o600, dir_fd=directory)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     # With all of its pages: written to later, when there is no room, a page that is not there ends the process.
     os.posix_fallocate(descriptor, 0, ROWS * _ROW.itemsize)
-    path = directory / Path(fresh).name.removeprefix(".")
-    return descriptor, Path(fresh).rename(path)  # complete before others see it
+    os.rename(f".{name}", name, src_dir_fd=directory, dst_dir_fd=directory)  # complete before others see it
+    return descriptor
 
 
-def read_statistics(directory: Path) -> Counts:
-    """The sum over all instances, by lora_name and column; only of adapters for which something was counted."""
+def _names(directory: int) -> list[str]:
+    return sorted(name for name in os.listdir(directory) if not name.startswith("."))
+
+
+def read_statistics(directory: int) -> Counts:
+    """The sum over all instances, by lora_name and column; only of adapters for which something was counted.
+
+    `directory` is a descriptor.
+    """
     counts: Counts = defaultdict(lambda: dict.fromkeys(COLUMNS, 0.0))
-    for path in sorted(directory.glob("[!.]*")):
-        with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+    for name in _names(directory):
+        with contextlib.suppress(OSError), open_file_inside(directory, name, "rb") as file:
             rows = _used_rows(file)
             alive = not _is_free(file.fileno(), fcntl.LOCK_SH)
             for row in rows[[0, *np.flatnonzero(rows["name"])]]:
@@ -110,7 +121,7 @@ def read_statistics(directory: Path) -> Counts:
     return {name: of_adapter for name, of_adapter in counts.items() if any(of_adapter.values())}
 
 
-def _used_rows(file: BinaryIO) -> npt.NDArray[Any]:
+def _used_rows(file: IO[bytes]) -> npt.NDArray[Any]:
     """The rows up to the first ones that have no name yet: most of a file was never written."""
     chunks: list[npt.NDArray[Any]] = []
     while len(chunk := np.fromfile(file, _ROW, count=CHUNK)):

@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).parent))  # the copy beside this file, wha
 from tritonlora import metrics
 from tritonlora.errors import RequestError
 from tritonlora.listing import describe
-from tritonlora.residency import take_part
+from tritonlora.residency import open_file_inside, open_inside, take_part
 from tritonlora.routing import TableFile, check_config, resolve
-from tritonlora.statistics import DIRECTORY, read_statistics
+from tritonlora.statistics import STATISTICS, read_statistics
 
 
 class TritonPythonModel:
@@ -43,6 +43,7 @@ class TritonPythonModel:
         self._table = TableFile(self._path, pb_utils.Logger.log_error)
         table = self._table.table()
         self._residency = take_part(router, table)
+        self._statistics = open_inside(self._residency.descriptor, STATISTICS)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._publish, args=(float(parameters["refresh_seconds"]),), daemon=True)
         self._thread.start()
@@ -73,14 +74,14 @@ class TritonPythonModel:
     def _publish(self, refresh_seconds: float) -> None:
         """Until there is no more to do; metrics that outlive `finalize` crash the stub."""
         publisher: Publisher | None = None
-        with (self._residency.directory / "publisher").open("w") as lock:
+        with open_file_inside(self._residency.descriptor, "publisher", "wb") as lock:
             while not self._stop.wait(refresh_seconds):
                 try:
                     # While a model is reloaded there are two instances of it for a time, and the metrics of both would
                     # be the same ones to Triton, which the older instance takes with it (seen with 2.51: a crash).
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     if publisher is None:
-                        publisher = Publisher(TableFile(self._path, lambda _: None), self._residency.directory)
+                        publisher = Publisher(TableFile(self._path, lambda _: None), self._statistics)
                     publisher.publish(self._residency.waiting())
                 except BlockingIOError:
                     continue
@@ -100,9 +101,9 @@ class Publisher:
     By increments only: unlike `set`, `increment` lets go of the GIL while the server answers.
     """
 
-    def __init__(self, table: TableFile, shared: Path) -> None:
+    def __init__(self, table: TableFile, statistics: int) -> None:
         self._table = table
-        self._statistics = shared / DIRECTORY
+        self._statistics = statistics
         self._families = {family: new_family(family) for family in metrics.FAMILIES}
         self._metrics: dict[metrics.Key, Any] = {}
         self._published: dict[metrics.Key, float] = {}

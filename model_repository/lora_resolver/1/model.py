@@ -22,12 +22,12 @@ import triton_python_backend_utils as pb_utils
 
 sys.path.insert(0, str(Path(__file__).parent))  # the copy beside this file, whatever else is installed
 
-from tritonlora.adapter_files import AdapterFiles
+from tritonlora.adapter_files import DIGESTS, AdapterFiles
 from tritonlora.errors import InvalidRequest, RequestError
 from tritonlora.estimate import ResidencyEstimate, started_at, warmed_at_start
 from tritonlora.flavours import TENSORS
 from tritonlora.kept_weights import KeptWeights
-from tritonlora.residency import take_part
+from tritonlora.residency import open_inside, take_part
 from tritonlora.routing import (
     Route,
     TableFile,
@@ -37,7 +37,7 @@ from tritonlora.routing import (
     parameters_of,
     resolve_rows,
 )
-from tritonlora.statistics import BASE, DIRECTORY, Statistics
+from tritonlora.statistics import BASE, STATISTICS, Statistics
 
 # An input that the engine refuses to be without, and that it gets from here: an empty response, which Triton's response
 # cache makes of an error, cannot mean the base model.
@@ -57,8 +57,9 @@ class TritonPythonModel:
         path = repository / parameters["router"] / "adapters.json"
         table = TableFile(path, lambda _: None).table()  # what is wrong is said below, once
         self._residency = take_part(parameters["router"], table)
-        self._statistics = Statistics(self._residency.directory / DIRECTORY)
-        self._files = AdapterFiles(repository, self._residency.directory)
+        shared = self._residency.descriptor
+        self._statistics = Statistics(open_inside(shared, STATISTICS))
+        self._files = AdapterFiles(repository, open_inside(shared, DIGESTS))
         self._kept = KeptWeights(functools.partial(pb_utils.Tensor.from_dlpack, "lora_weights"))
         self._table = TableFile(path, self._table_failed)
         self._seen_table = self._table.table()

@@ -37,12 +37,12 @@ import triton_python_backend_utils as pb_utils
 
 sys.path.insert(0, str(Path(__file__).parent))  # the copy beside this file, whatever else is installed
 
-from tritonlora.adapter_files import AdapterFiles
+from tritonlora.adapter_files import DIGESTS, AdapterFiles
 from tritonlora.errors import ClientLeft, EngineSilent, InvalidRequest, RequestError
 from tritonlora.flavours import flavour_of
 from tritonlora.forwarding import Forwarder, is_unavailable, public
 from tritonlora.kept_weights import KeptWeights
-from tritonlora.residency import Residency, take_part
+from tritonlora.residency import Residency, open_inside, take_part
 from tritonlora.routing import (
     Route,
     TableFile,
@@ -52,7 +52,7 @@ from tritonlora.routing import (
     parameters_of,
     resolve_rows,
 )
-from tritonlora.statistics import BASE, DIRECTORY, OUTCOMES, Statistics
+from tritonlora.statistics import BASE, OUTCOMES, STATISTICS, Statistics
 from tritonlora.stream import SequenceState, WholeTexts
 from tritonlora.worker import Silence, Worker
 
@@ -97,8 +97,9 @@ class TritonPythonModel:
         }
         self._table = TableFile(directory / "adapters.json", lambda _: None)  # what is wrong is said below, once
         self._residency = self._take_part()
-        self._statistics = Statistics(self._residency.directory / DIRECTORY)
-        self._files = AdapterFiles(directory.parent, self._residency.directory)
+        shared = self._residency.descriptor
+        self._statistics = Statistics(open_inside(shared, STATISTICS))
+        self._files = AdapterFiles(directory.parent, open_inside(shared, DIGESTS))
         self._kept = new_kept_weights()
         self._table = TableFile(directory / "adapters.json", self._table_failed)
         self._seen_table = self._table.table()
