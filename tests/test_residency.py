@@ -302,6 +302,53 @@ def test_what_has_been_idle_for_longest_is_forgotten_first(tmp_path: Path) -> No
         assert [True, False, True, False, True] == [one.holds(task_id) for task_id in (1, 2, 3, 4, 5)]
 
 
+@pytest.mark.parametrize(
+    ("pages", "held"),
+    [
+        (0, {1: False, 2: False, 3: False, 4: True}),
+        (None, {1: False, 2: False, 3: False, 4: True}),
+        (1, {4: True}),
+        (2, {4: True}),  # it has two pages
+        (3, {3: True, 4: True}),
+        (4, {3: True, 4: True}),  # two more are needed: the engine has evicted it, and all that ended before
+        (5, {2: True, 3: True, 4: True}),
+        (6, {1: True, 2: True, 3: True, 4: True}),
+        (100, {1: True, 2: True, 3: True, 4: True}),
+    ],
+)
+def test_what_the_engine_certainly_holds_is_what_fits_of_what_was_used_last(
+    tmp_path: Path, pages: int | None, held: dict[int, bool]
+) -> None:
+    """Its warmup has loaded them in this order. Who was told how large the cache is tells the others."""
+    with (
+        closing(open_residency(tmp_path / "shared", {1: 1, 2: 2, 3: 1, 4: 2}, pages)) as one,
+        closing(open_residency(tmp_path / "shared", {})) as other,
+    ):
+        assert held == one.certainty() == other.certainty()
+
+
+def test_what_was_used_last_is_certain_until_something_else_was(tmp_path: Path) -> None:
+    """In a cache of unknown size. A miss takes it away; and in a cache that is known later, the rest is known, too."""
+    with closing(open_residency(tmp_path / "shared", {1: 1, 2: 1, 3: 1}, 0)) as mine:
+        mine.accepted(1, 1)
+        mine.ended()
+        assert {1: True, 2: False, 3: False} == mine.certainty()
+
+        mine.accepted(4, 1)
+        assert {1: False, 2: False, 3: False, 4: True} == mine.certainty()
+
+        mine.ended()
+        mine.missed(4, mine.belief(4))
+        mine.missed(2, mine.belief(2))
+        assert {1: True, 3: False} == mine.certainty()
+
+        with closing(open_residency(tmp_path / "shared", {}, 2)):
+            assert {1: True, 3: True} == mine.certainty()
+
+        shutil.rmtree(tmp_path / "shared")
+        assert {} == mine.certainty()
+
+
 def test_those_in_line_are_told_apart(tmp_path: Path) -> None:
     """For whoever wants to know what is waited for."""
     with (

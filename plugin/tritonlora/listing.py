@@ -6,6 +6,7 @@
 |---|---|
 | warm | the engine holds it; its warmup loads it at every start |
 | loaded | the engine holds it since it was asked for |
+| unknown | the engine had it, and may have evicted it since: nobody has told the router how large the cache is |
 | cold | the engine does not hold it; the next request brings its weights |
 | unavailable | requests for it are refused; `reason` says why |
 
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tritonlora.adapter_files import check_files
-from tritonlora.adapters import AdapterTable
+from tritonlora.adapters import AdapterEntry, AdapterTable
 from tritonlora.errors import AdapterUnavailable
 from tritonlora.residency import Residency
 from tritonlora.routing import Route, check_id, malformed
@@ -33,20 +34,20 @@ def describe(
     Of an entry that is malformed, and of an alias of nothing, that is the state and the reason.
     """
     names = table.entries if only is None else (only,)
-    aliases = table.aliases_by_name()
-    found = {
-        name: {**_describe(repository, Route(name, table.entries[name]), residency), "aliases": aliases.get(name, [])}
-        for name in names
-    }
+    aliases, held = table.aliases_by_name(), residency.certainty()
+    found = {}
+    for name in names:
+        route = Route(name, table.entries[name])
+        state = _state(repository, route, residency, held)
+        found[name] = {**state, **_describe(route.entry), "aliases": aliases.get(name, [])}
     if only is None:
         for name in table.unavailable:
             found[name] = {"state": "unavailable", "reason": str(malformed(table, name))}
     return found
 
 
-def _describe(repository: Path, route: Route, residency: Residency) -> dict[str, Any]:
-    entry = route.entry
-    about = {
+def _describe(entry: AdapterEntry) -> dict[str, Any]:
+    return {
         "lora_task_id": entry.lora_task_id,
         "dtype": entry.dtype,
         "lora_weights_shape": list(entry.lora_weights_shape),
@@ -56,16 +57,17 @@ def _describe(repository: Path, route: Route, residency: Residency) -> dict[str,
         "base_model_name_or_path": entry.base_model_name_or_path,
         "added_at": entry.added_at,
     }
-    return {**_state(repository, route, residency), **about}
 
 
-def _state(repository: Path, route: Route, residency: Residency) -> Mapping[str, str]:
+def _state(repository: Path, route: Route, residency: Residency, held: Mapping[int, bool]) -> Mapping[str, str]:
     entry = route.entry
     try:
         check_files(repository, route)
         check_id(route, residency.may_give)
     except AdapterUnavailable as error:
         return {"state": "unavailable", "reason": str(error)}
-    if residency.holds(entry.lora_task_id):
-        return {"state": "warm" if entry.warm else "loaded"}
-    return {"state": "cold"}
+    if entry.lora_task_id not in held:
+        return {"state": "cold"}
+    if not held[entry.lora_task_id]:
+        return {"state": "unknown"}
+    return {"state": "warm" if entry.warm else "loaded"}

@@ -13,6 +13,7 @@ memory, and locks on files (`flock`), which the kernel takes from a process that
                              locked by a request that waits for room in the cache; the one that came first is tried next
     given/<lora_task_id>     a symbolic link to what tells the content that the engine was started with or sent under
                              that id: it ignores another one
+    cache_pages              as many bytes as the engine's cache has pages, as the router was told: 0 where it was not
     retired                  the lora_task_ids that were retired before the engine was started, one a line
     ended                    touched whenever a request for an adapter has ended: there may be room now
 
@@ -105,8 +106,8 @@ def open_residency(
     """Take part in what is shared in `directory`; the first one makes it, with `warmed` as held.
 
     `warmed` has the pages of the adapters that the engine was started with, by lora_task_id, in the order in which they
-    were loaded, and `given` tells their contents; `cache_pages` is the size of the engine's cache, None when it is not
-    known. `retired` are the lora_task_ids that are in use no more.
+    were loaded, and `given` tells their contents; `cache_pages` is the size of the engine's cache, 0 where it is not
+    known, and None of those who have not been told. `retired` are the lora_task_ids that are in use no more.
 
     Directories that servers have left behind, which were killed, are removed. SharedMemoryError when others could write
     to what is there.
@@ -227,6 +228,9 @@ class Residency:
         names = ("held", "line", "loading", "given")
         self._parts = [open_inside(descriptor, name) for name in names]
         self._held, self.line, self._loading, self._given_links = self._parts
+        if cache_pages is not None:
+            with open_file_inside(descriptor, "cache_pages", "ab") as file:
+                file.truncate(cache_pages)  # which takes no page of memory
 
     def close(self) -> None:
         """Take part no more; the last one removes the directory."""
@@ -268,15 +272,41 @@ class Residency:
 
     def _forget_evicted(self) -> None:
         """Forget what the engine cannot hold beside the rest: those that have been idle for longest."""
-        if self._cache_pages is None:
+        if not self._cache_pages:
             return
-        files = [(file.stat(follow_symlinks=False), file.name) for file in os.scandir(self._held)]
-        held = sorted((found.st_mtime_ns, found.st_size, name) for found, name in files)
-        surplus = sum(pages for _, pages, _ in held) - self._cache_pages
-        for _, pages, name in held:
+        held = self._by_last_end()
+        surplus = sum(pages for pages, _ in held) - self._cache_pages
+        for pages, name in held:
             if surplus <= 0:
                 return
             surplus -= pages * _forget_unused(name, self._held)
+
+    def _by_last_end(self) -> list[tuple[int, str]]:
+        """Pages and lora_task_id of each held adapter; first the one whose last request ended longest ago."""
+        files = [(file.stat(follow_symlinks=False), file.name) for file in os.scandir(self._held)]
+        held = sorted((found.st_mtime_ns, found.st_size, name) for found, name in files)
+        return [(pages, name) for _, pages, name in held]
+
+    def certainty(self) -> dict[int, bool]:
+        """The lora_task_ids of the adapters that the engine may hold, and whether it certainly does.
+
+        It certainly holds the one that was used last, and the ones used before that as far as they fit its cache
+        together. Where the size of the cache is known, it holds no others. This counts on the router alone: an adapter
+        that somebody else gives the engine takes room, too.
+        """
+        held = dict[int, bool]()
+        with contextlib.suppress(OSError):
+            room = 0
+            with contextlib.suppress(FileNotFoundError):
+                room = os.stat("cache_pages", dir_fd=self.descriptor, follow_symlinks=False).st_size
+            is_known = room > 0
+            for pages, name in reversed(self._by_last_end()):
+                room -= pages
+                fits = room >= 0 or not held
+                if is_known and not fits:
+                    break
+                held[int(name)] = fits
+        return held
 
     def missed(self, task_id: int, belief: int) -> None:
         """The engine did not hold the adapter, against that `belief`; since then it may have been given it."""

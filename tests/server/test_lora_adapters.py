@@ -18,8 +18,9 @@ import tritonclient.grpc as grpc
 from prometheus_client.parser import text_string_to_metric_families
 from tritonclient.utils import InferenceServerException
 
+from asking import ENGINE, Question, Refusal, ways
 from repositories import synthetic_repository
-from tritonlora import cli, client
+from tritonlora import cli, client, register, repository
 from tritonlora.errors import ServerError
 from tritonlora.repository import Repository, read_table
 from tritonlora.server import Server
@@ -82,6 +83,14 @@ def await_sample(server: Server, metric: str, condition: Callable[[float], bool]
         assert time.monotonic() < deadline, (metric, labels, value)
 
 
+def is_held(server: Server, task_id: int) -> bool:
+    """Whether the engine itself has the adapter: asked by id alone, it answers only then."""
+    [engine] = [way for way in ways([ENGINE], decoupled=False) if way.protocol == "grpc_stream"]
+    answer = engine.ask(server, Question(lora_task_id=[task_id], tokens=[1]))
+    assert not isinstance(answer, Refusal) or "not found in cache" in answer.message
+    return not isinstance(answer, Refusal)
+
+
 def ask(server: Server, lora_name: str | None, tokens: int = 4) -> Iterator[str]:
     """A streamed answer."""
     return client.generate("hello", lora_name=lora_name, max_tokens=tokens, url=server.http_url)
@@ -104,6 +113,34 @@ def test_the_listing_says_in_which_state_each_adapter_is(server: Server) -> None
     "".join(ask(server, "pirate"))  # a miss, which tells the router that it was evicted
 
     assert "warm" == listing(server)["pirate"]["state"]
+
+
+@pytest.mark.parametrize("is_told", [True, False])
+def test_what_is_listed_as_held_is_held(tmp_path: Path, launch: Launch, is_told: bool) -> None:
+    """Four warm adapters and four cold ones in a cache of three, right after the start and later.
+
+    Who knows how large the cache is lists all that the engine holds; who does not, the one that was used last.
+    """
+    names = [f"n{number}" for number in range(8)]
+    opened = synthetic_repository(tmp_path / "repo", warm=names[:4], cold=names[4:], pages=3)
+    if is_told:
+        profile = repository.engine_profile(opened, repository.read_config(opened.config_path))
+        assert profile is not None
+        register.apply_plan(opened, (), profile)
+    table = read_table(opened)
+    for asked in ([], [*names, *names[2:5], names[6]]):
+        server = launch(opened.root)
+        for name in asked:
+            "".join(ask(server, name))
+        states = {name: about["state"] for name, about in listing(server).items()}
+        listed = {name for name, state in states.items() if state in ("warm", "loaded")}
+        held = {name for name in names if is_held(server, table.entries[name].lora_task_id)}
+        server.stop()
+
+        assert 3 == len(held)
+        assert (held if is_told else {asked[-1] if asked else names[3]}) == listed
+        assert is_told != ("unknown" in states.values())
+        assert {"warm", "loaded", "unknown", "cold"} >= {*states.values()}
 
 
 def test_the_listing_has_shapes_and_ids(server: Server, opened: Repository) -> None:

@@ -90,7 +90,7 @@ class TritonPythonModel:
         self._engine_outputs = {output["name"] for output in config["output"]} - OWN_OUTPUTS
         self._decoupled = pb_utils.using_decoupled_model_transaction_policy(config)
         self._name = args["model_name"]
-        self._cache_pages = int(parameters.get("cache_pages", "0")) or None
+        self._cache_pages = int(parameters.get("cache_pages", "0"))
         self._timeouts = {
             "cache_full_timeout": float(parameters["cache_full_timeout_seconds"]),
             "load_timeout": float(parameters["load_timeout_seconds"]),
