@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from table import TABLE
-from tritonlora.adapters import Problem, with_alias
+from table import TABLE, entry
+from tritonlora.adapters import AdapterTable, Problem, with_adapter, with_alias
 from tritonlora.listing import describe
 from tritonlora.residency import Residency, open_residency
 from tritonlora.routing import content_of
@@ -42,12 +42,49 @@ def test_a_malformed_entry_is_listed_with_the_reason(tmp_path: Path, residency: 
     assert about["reason"].endswith("is malformed: 'dtype' must be one of …")
 
 
+@pytest.mark.parametrize("name", ["meta-llama/Llama-3.1-8B", "google/gemma_2", "a/b", "01-ai/Yi-34B"])
+def test_a_base_model_is_listed_by_its_name_on_the_hub(tmp_path: Path, residency: Residency, name: str) -> None:
+    """As PEFT noted it."""
+    assert name == listed_base(tmp_path, residency, name)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "", "/", "/home/alice/models/llama", "/models/llama", "./llama", "../llama", "~/llama", "~alice/llama", "llama",
+        "llama/", "models/llama/7b", "models//llama", ".cache/llama", "models/.llama", "models/..", "a/b\n", "a\nb/c",
+        "models/llama ", "C:/llama", "C:\\models\\llama", "\\\\host\\share", "file:///llama", "s3://bucket/llama",
+        "models--meta-llama--Llama-3/snapshots", "x" * 97 + "/y", "a/-b", "$HOME/llama", "base", "a/é",
+    ],
+)  # fmt: skip
+def test_no_path_of_a_base_model_is_listed(tmp_path: Path, residency: Residency, path: str) -> None:
+    """Nor anything else that may be one."""
+    assert listed_base(tmp_path, residency, path) is None
+
+
+def test_a_path_that_looks_like_a_name_is_not_listed_where_it_leads_somewhere(
+    tmp_path: Path, residency: Residency, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From where the server was started."""
+    (tmp_path / "models" / "llama").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+
+    assert listed_base(tmp_path, residency, "models/llama") is None
+    assert "models/mistral" == listed_base(tmp_path, residency, "models/mistral")
+
+
+def listed_base(root: Path, residency: Residency, noted: str) -> object:
+    """What the listing says of an adapter whose base model PEFT noted so."""
+    table = with_adapter(AdapterTable(), "pirate", entry(base_model_name_or_path=noted))
+    return describe(table, root, residency)["pirate"]["base_model_name_or_path"]
+
+
 def write_files(root: Path) -> None:
     """The adapters' files, as large as they must be."""
-    for entry in TABLE.entries.values():
+    for one in TABLE.entries.values():
         for file, nbytes in (
-            (entry.lora_weights_file, entry.lora_weights_nbytes),
-            (entry.lora_config_file, entry.lora_config_nbytes),
+            (one.lora_weights_file, one.lora_weights_nbytes),
+            (one.lora_config_file, one.lora_config_nbytes),
         ):
             (root / file).parent.mkdir(parents=True, exist_ok=True)
             (root / file).write_bytes(bytes(nbytes))
@@ -79,10 +116,10 @@ def test_an_adapter_whose_id_was_given_to_another_is_listed_as_unavailable(
     """As requests for it are refused, whatever the engine holds under its id."""
     write_files(tmp_path)
     for name in ("haiku", "pirate"):
-        entry = TABLE.entries[name]
-        residency.accepted(entry.lora_task_id, 1)
+        one = TABLE.entries[name]
+        residency.accepted(one.lora_task_id, 1)
         residency.ended()
-        residency.gives(entry.lora_task_id, "another" if name == "haiku" else content_of(entry))
+        residency.gives(one.lora_task_id, "another" if name == "haiku" else content_of(one))
 
     found = describe(TABLE, tmp_path, residency)
 

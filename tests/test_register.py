@@ -424,6 +424,25 @@ def test_an_adapter_of_another_base_model_is_remarked(opened: Repository, tmp_pa
     ) == remarks("dddd", "Qwen/Qwen3-8B")
 
 
+def test_a_path_that_looks_like_a_name_on_the_hub_is_noted_as_a_path(
+    opened: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it leads somewhere, from where `add` was called: clients are told names, and no paths."""
+    (tmp_path / "models" / "llama").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    adapter = synthetic_adapter(tmp_path / "adapter")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    noted = {
+        "models/llama": str(tmp_path / "models" / "llama"),
+        "models/llama/": str(tmp_path / "models" / "llama"),
+        **{name: name for name in ("models/mistral", "models", ".", "./models", "/", "/models/llama", "")},
+    }
+    for name, expected in noted.items():
+        (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": name}))
+
+        assert expected == register.add(opened, "pirate", adapter, dry_run=True).entry.base_model_name_or_path
+
+
 def test_a_table_that_cannot_be_read_is_named(opened: Repository, adapters: Callable[[int], Path]) -> None:
     """With its path."""
     opened.table_path.write_text("{")

@@ -15,6 +15,8 @@ This file runs inside a plain Triton container: standard library and numpy only.
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -54,9 +56,24 @@ def _describe(entry: AdapterEntry) -> dict[str, Any]:
         "lora_config_shape": list(entry.lora_config_shape),
         "adapter_sizes": list(entry.adapter_sizes),
         "modules": list(entry.modules),
-        "base_model_name_or_path": entry.base_model_name_or_path,
+        "base_model_name_or_path": public_base(entry.base_model_name_or_path),
         "added_at": entry.added_at,
     }
+
+
+_PART = r"[A-Za-z0-9](?:[\w.-]{0,94}[A-Za-z0-9])?"
+_HUB_NAME = re.compile(rf"(?!.*(?:--|\.\.)){_PART}/{_PART}", re.ASCII)  # huggingface_hub, validate_repo_id
+
+
+def public_base(name_or_path: str) -> str | None:
+    """What clients are told of an adapter's base model: its name on the Hugging Face hub, else None.
+
+    A path is none of theirs. So only what has the form organisation/name is given, unless it leads somewhere on this
+    machine. A relative path of that form is no such name either: `tritonlora add` notes one that leads somewhere as an
+    absolute path.
+    """
+    is_path = not _HUB_NAME.fullmatch(name_or_path) or os.path.exists(name_or_path)  # noqa: PTH110  it may be no path
+    return None if is_path else name_or_path
 
 
 def _state(repository: Path, route: Route, residency: Residency, held: Mapping[int, bool]) -> Mapping[str, str]:

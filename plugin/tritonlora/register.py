@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import itertools
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
@@ -213,7 +214,7 @@ def _plan(
     )
     entry = replace(
         _entry_of(repository, flavour, _task_id(repository, table, task_id), layout, warm=options.warm),
-        base_model_name_or_path=adapter.config.base_model_name_or_path or "",
+        base_model_name_or_path=_noted_base(adapter.config.base_model_name_or_path or ""),
         pages=_pages(name, layout, profile, config) if flavour.sends_weights else None,
     )
     remarks = (*remarks, *_other_base(table, name, entry.base_model_name_or_path))
@@ -272,6 +273,13 @@ def _other_base(table: AdapterTable, name: str, base: str) -> tuple[str, ...]:
         return ()
     other = next(iter(others.values()))
     return (f"it was trained on {base!r}, and adapter {other!r} on {known[other]!r}: are both of the engine's model?",)
+
+
+def _noted_base(name_or_path: str) -> str:
+    """`name_or_path`; absolute where it leads somewhere, but looks like a name on the hub, as "models/llama" does."""
+    path = Path(name_or_path)
+    looks_like_a_name = not path.is_absolute() and len(path.parts) == 2
+    return os.path.abspath(path) if looks_like_a_name and os.path.exists(path) else name_or_path  # noqa: PTH100, PTH110
 
 
 _CACHED = re.compile(r".*/models--[^/]*--(?P<name>[^/]+)/snapshots/[^/]+", re.DOTALL)  # huggingface_hub's cache

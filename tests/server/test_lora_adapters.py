@@ -9,6 +9,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from tritonclient.utils import InferenceServerException
 from asking import ENGINE, Question, Refusal, ways
 from repositories import synthetic_repository
 from tritonlora import cli, client, register, repository
+from tritonlora.adapters_json import render
 from tritonlora.errors import ServerError
+from tritonlora.files import write_text
 from tritonlora.repository import Repository, read_table
 from tritonlora.server import Server
 
@@ -156,6 +159,19 @@ def test_the_listing_has_shapes_and_ids(server: Server, opened: Repository) -> N
         found["pirate"]["dtype"],
     )
     assert str(opened.root) not in json.dumps(listing(server))
+
+
+def test_clients_are_told_a_base_model_by_name_alone(server: Server, opened: Repository) -> None:
+    """No path of the server, nor of whoever trained the adapter."""
+    table = read_table(opened)
+    noted = {"pirate": "meta-llama/Llama-3.1-8B", "haiku": "/home/alice/secret/llama", "counted": "../secret/llama"}
+    entries = {name: replace(table.entries[name], base_model_name_or_path=base) for name, base in noted.items()}
+    write_text(opened.table_path, render(replace(table, entries={**table.entries, **entries})))
+    found = listing(server)
+    write_text(opened.table_path, render(table))
+
+    assert ["meta-llama/Llama-3.1-8B", None, None] == [found[name]["base_model_name_or_path"] for name in noted]
+    assert "secret" not in json.dumps(found)
 
 
 def test_an_unknown_name_is_not_found(server: Server) -> None:
