@@ -68,9 +68,8 @@ _HUB_NAME = re.compile(rf"(?!.*(?:--|\.\.)){_PART}/{_PART}", re.ASCII)  # huggin
 def public_base(name_or_path: str) -> str | None:
     """What clients are told of an adapter's base model: its name on the Hugging Face hub, else None.
 
-    A path is none of theirs. So only what has the form organisation/name is given, unless it leads somewhere on this
-    machine. A relative path of that form is no such name either: `tritonlora add` notes one that leads somewhere as an
-    absolute path.
+    No path leaves the server. A name has the form organisation/name, and leads nowhere on this machine. A relative path
+    can have that form, too: where it leads somewhere, `tritonlora add` notes the absolute path in its place.
     """
     is_path = not _HUB_NAME.fullmatch(name_or_path) or os.path.exists(name_or_path)  # noqa: PTH110  it may be no path
     return None if is_path else name_or_path

@@ -102,12 +102,12 @@ def _streamed(steps: Sequence[Step], streaming: Collection[str]) -> set[str]:
 
 
 def response_caches(subject: Subject) -> Iterator[Finding]:
-    """`cached_responses` of a repository."""
+    """Triton's response cache is off for every model that adapters depend on."""
     yield from cached_responses(subject.configs, subject.repository.target)
 
 
 def cached_responses(configs: Mapping[str, ModelConfig], target: str) -> Iterator[Finding]:
-    """Triton keeps no responses of the engine's model, of ours, and of models that lead to these."""
+    """A finding for each response_cache of the engine's model, of ours, and of models that lead to these."""
     concerned = {ROUTER, RESOLVER, LISTING, target, *install.models_past_the_router(configs, target)}
     for _ in configs:  # an ensemble may be a step of another one
         concerned |= {name for name, config in configs.items() if any(map(config.leads_to, concerned))}

@@ -60,7 +60,7 @@ Inputs: TypeAlias = "Mapping[str, pb_utils.Tensor]"  # of a request, by name
 
 TOKENS = ("output_ids", "sequence_length")
 NO_TOKENS = (np.zeros((1, 1, 0), np.int32), np.zeros((1, 1), np.int32))
-# What says whose tokens they are, and how likely they were: the end of a sequence says it again.
+# Outputs that say whose the tokens are and how likely they were. The end of a sequence repeats them.
 REPEATED = ("batch_index", "sequence_index", "cum_log_probs", "output_log_probs")
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 FAILED = "the router failed on this request; the server's log says why"
@@ -411,6 +411,7 @@ class Reply:
             tensors = [pb_utils.Tensor(name, array) for name, array in zip(TOKENS, NO_TOKENS, strict=True)]
             previous_ids = pb_utils.Tensor("previous_ids", sequence.previous_ids.ids())
             self._send_wanted([*tensors, *sequence.repeated, previous_ids])
+        self._sequences.clear()  # and the engine's tensors in it
 
     def _of_row(self, values: list[int] | None) -> int:
         return values[self._row or 0] if values else 1
