@@ -33,7 +33,10 @@ from collections.abc import Iterable
 
 
 class TritonLoraError(Exception):
-    """All errors that this package raises on purpose."""
+    """All errors that this package raises on purpose. However much is wrong, the message is `bounded`."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(bounded(message))
 
 
 class AdapterError(TritonLoraError):
@@ -121,15 +124,28 @@ class ClientLeft(RequestError):
 
 
 def one_message(heading: str, problems: Iterable[str]) -> str:
-    """`heading`, then all the problems: on the same line when there is one, else a line each, of a bounded length."""
-    lines = ["\n".join(map(_without_middle, problem.split("\n"))) for problem in problems]
+    """`heading`, then the problems: on the same line when there is one, else a line each, and "and 9 more" at the end.
+
+    The message is `bounded`.
+    """
+    lines = list(problems)
     if len(lines) == 1:
-        return f"{heading}: {lines[0]}"
-    return "\n  ".join([f"{heading}:", *lines])
+        return bounded(f"{heading}: {lines[0]}")
+    more = [f"and {len(lines) - _MAX_PROBLEMS} more"] if len(lines) > _MAX_PROBLEMS else []
+    return bounded("\n  ".join([f"{heading}:", *lines[:_MAX_PROBLEMS], *more]))
+
+
+def bounded(message: str) -> str:
+    """`message` without the middles of lines that are too long, and without its own where it is too long itself."""
+    lines = [_without_middle(line, _MAX_WIDTH) for line in message.split("\n")]
+    if len(lines) > _MAX_LINES:
+        first, last = _MAX_LINES // 2, _MAX_LINES // 2 - 1
+        lines = [*lines[:first], f"  ... {len(lines) - first - last} lines are left out ...", *lines[-last:]]
+    return _without_middle("\n".join(lines), _MAX_CHARACTERS)
 
 
 def merge_layers(problems: Iterable[str]) -> list[str]:
-    """`problems`, with one line for those that differ only in the numbers of a layer's path, and a bound on the lines.
+    """`problems`, with one line for those that differ only in the numbers of a layer's path.
 
     "'layers.0.fc1': no", "'layers.1.fc1': no", "'layers.2.fc1': no" are "'layers.0.fc1': no (the same in layers 1, 2)".
     """
@@ -143,8 +159,7 @@ def merge_layers(problems: Iterable[str]) -> list[str]:
         others = set(texts.values()) - {texts[first]}
         same = f"in {layers_text(others)}" if others else f"{len(texts) - 1} times more" if len(texts) > 1 else ""
         lines.append(f"{first} (the same {same})" if same else first)
-    more = len(lines) - _MAX_LINES
-    return lines if more <= 0 else [*lines[:_MAX_LINES], f"and {more} more"]
+    return lines
 
 
 def layers_text(layers: Iterable[int]) -> str:
@@ -155,11 +170,13 @@ def layers_text(layers: Iterable[int]) -> str:
     return f"layer{'s' if len(ordered) > 1 else ''} {', '.join(map(str, ordered))}"
 
 
-def _without_middle(line: str) -> str:
-    half = _MAX_WIDTH // 2
-    return line if len(line) <= _MAX_WIDTH else f"{line[:half]} ... {line[-half:]}"
+def _without_middle(text: str, most: int) -> str:
+    half = most // 2
+    return text if len(text) <= most else f"{text[:half]} ... {text[-half:]}"
 
 
 _NUMBER = re.compile(r"(?<=\.)[0-9]{1,9}(?=\.)")
-_MAX_LINES = 100
+_MAX_PROBLEMS = 100
+_MAX_LINES = 200  # a problem may have several
 _MAX_WIDTH = 10_000  # characters; two paths fit, and a name that a file's header makes up can have megabytes
+_MAX_CHARACTERS = 50_000

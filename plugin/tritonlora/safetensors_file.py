@@ -38,7 +38,6 @@ _DTYPES: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 _FIELDS = frozenset({"dtype", "shape", "data_offsets"})
-_MAX_LISTED = 20
 
 
 class TensorEntry(NamedTuple):
@@ -82,7 +81,7 @@ def parse_header(header: bytes, data_nbytes: int) -> dict[str, TensorEntry]:
                 problems.append(f"{name!r}: {entry}")
     problems += _misplaced(entries, data_nbytes) if not problems else []
     if problems:
-        raise InvalidAdapter(one_message("the header is malformed", _shortened(problems)))
+        raise InvalidAdapter(one_message("the header is malformed", problems))
     return entries
 
 
@@ -145,8 +144,3 @@ def _misplaced(entries: Mapping[str, TensorEntry], data_nbytes: int) -> Iterable
         end = max(end, entry.stop)
     if end < data_nbytes:
         yield f"{data_nbytes - end} bytes at the end belong to no tensor"
-
-
-def _shortened(problems: list[str]) -> list[str]:
-    more = len(problems) - _MAX_LISTED
-    return problems if more <= 0 else [*problems[:_MAX_LISTED], f"and {more} more"]
