@@ -15,7 +15,6 @@ import os
 import re
 import resource
 import shutil
-import signal
 import struct
 import subprocess
 import sys
@@ -36,7 +35,6 @@ from tritonlora.errors import AdapterTableError, EngineMismatch, InvalidAdapter,
 from tritonlora.findings import Finding
 from tritonlora.register import Options
 from tritonlora.repository import Repository, read_table, read_text
-from tritonlora.textformat import parse
 from upstream_configs import protobuf, upstream_repository
 
 
@@ -513,68 +511,6 @@ def test_a_full_disk_leaves_everything_as_it_was(
         register.add(opened, "pirate", adapters(0))
 
     assert before == snapshot(opened.root)
-
-
-_KILLED = """
-import os, signal, sys
-from pathlib import Path
-from tritonlora import files, register, repository
-writes = 0
-publish = files.publish
-def publish_and_die(temporary, path):
-    global writes
-    if writes == int(sys.argv[3]):
-        os.kill(os.getpid(), signal.SIGKILL)
-    writes += 1
-    publish(temporary, path)
-files.publish = register.publish = publish_and_die
-opened = repository.open_repository(Path(sys.argv[1]))
-if sys.argv[4] == "add":
-    register.add(opened, "new", Path(sys.argv[2]))
-else:
-    register.remove(opened, "pirate")
-"""
-
-
-@pytest.mark.parametrize("verb", ["add", "remove"])
-def test_killed_before_any_of_its_writes_the_repository_is_sound_and_repairable(
-    opened: Repository, adapters: Callable[[int], Path], verb: str
-) -> None:
-    """SIGKILL before the first, second, … rename: no adapter is lost, it still loads, and the command finishes it."""
-    register.add(opened, "pirate", adapters(0))
-    register.add(opened, "haiku", adapters(1))
-    start = snapshot(opened.root)
-    for write in range(20):
-        shutil.rmtree(opened.root)
-        for name, content in start.items():
-            (opened.root / name).parent.mkdir(parents=True, exist_ok=True)
-            (opened.root / name).write_bytes(content)
-        command = [sys.executable, "-c", _KILLED, str(opened.root), str(adapters(2)), str(write), verb]
-        status = subprocess.run(command, check=False).returncode
-        kept = {"haiku"} if verb == "remove" else {"pirate", "haiku"}
-
-        assert kept <= read_table(opened).entries.keys()
-        assert not [error for error in errors(opened) if "warms up" not in error.problem]
-        for sample in parse(read_text(opened.config_path)).message.messages("model_warmup"):
-            for entry in sample.messages("inputs"):
-                value = entry.message("value")
-                file = value.scalar("input_data_file") if value else None
-                assert file is not None
-                assert (opened.warmup_directory / file.value).is_file(), "Triton would refuse to load the model"
-        if verb == "add":
-            register.add(opened, "new", adapters(2))
-            assert {"pirate", "haiku", "new"} == read_table(opened).entries.keys()
-        else:
-            register.repair(opened)
-            if "pirate" in read_table(opened).entries:
-                register.remove(opened, "pirate")
-            assert {"haiku"} == read_table(opened).entries.keys()
-        assert [] == check.check(opened, deep=True)
-        if status == 0:
-            break
-        assert -signal.SIGKILL == status
-    else:
-        pytest.fail("it never came to its end")
 
 
 def _add(root: str, name: str, adapter: str) -> None:

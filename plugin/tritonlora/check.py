@@ -30,12 +30,14 @@ from tritonlora.repository import (
     engine_profile,
     half_written,
     plan_of,
+    read_bytes,
     read_config,
     read_table,
     read_text,
     served_config,
 )
 from tritonlora.server import Ports
+from tritonlora.versions import has_content
 
 REPAIR = "tritonlora check --fix"
 
@@ -116,7 +118,7 @@ def _beam_width(subject: Subject) -> Iterator[Finding]:
         yield _error(where, f"max_beam_width is {asked}, and the engine was built for {most}", rebuild)
     for file in warmup.foreign_files(subject.config_text, "beam_width"):
         path = subject.repository.warmup_directory / file
-        width = int.from_bytes(path.read_bytes()[:4], "little") if path.is_file() else 0
+        width = int.from_bytes(read_bytes(path)[:4], "little") if path.exists() else 0
         if width > most:
             problem = f"a model_warmup sample of your own asks for {width} beams, and the engine was built for {most}"
             yield _error(f"warmup/{file}", problem, rebuild)
@@ -135,7 +137,11 @@ def _files(subject: Subject) -> Iterator[Finding]:
         again = f"add it again: tritonlora add {name} ADAPTER_DIR"
         digests = entry.sha256_by_file
         root = subject.repository.root
-        missing = [f"{file} is missing" for file in digests if not (root / file).is_file()]
+        missing = [
+            f"{file} is {'not a file' if (root / file).exists() else 'missing'}"
+            for file in digests
+            if not (root / file).is_file()
+        ]
         twice = [
             f"{file} is another adapter's, too, with another SHA-256" for file in digests if len(registered[file]) > 1
         ]
@@ -221,8 +227,7 @@ def _warmup_block(subject: Subject) -> Iterator[Finding]:
     for task_id in found.keys() - names.keys():
         yield _error(where, f"it warms up lora_task_id {task_id}, which no warm adapter has", REPAIR)
     for file, content in files.items():
-        path = subject.repository.warmup_directory / file
-        if not path.is_file() or path.read_bytes() != content:
+        if not has_content(subject.repository.warmup_directory / file, content):
             yield _error(f"warmup/{file}", "it is missing or altered, and warmup samples need it", REPAIR)
 
 
@@ -319,7 +324,7 @@ def _leftovers(subject: Subject) -> Iterator[Finding]:
     """Files that a command left when it was stopped, or that a replaced adapter has left."""
     for path in half_written(subject.repository.root):
         yield _warning(subject.repository.relative(path), "a command that was stopped left it half-written", REPAIR)
-    outlived = {*generated.outlived(subject.repository, subject.table)}
+    outlived = {*generated.left_over(subject.repository, subject.table)}
     mine = set(warmup.foreign_files(subject.config_text))
     for path in sorted(subject.repository.warmup_directory.glob("*")):
         task_id = warmup.task_id_of(path.name)

@@ -9,6 +9,7 @@ pickle runs.
 from __future__ import annotations
 
 import json
+import os
 import re
 import warnings
 import zipfile
@@ -20,6 +21,7 @@ import torch
 from tritonlora.errors import InvalidAdapter, one_message
 from tritonlora.safetensors_file import load_tensors
 from tritonlora.stored import StoredTensor, in_memory
+from tritonlora.versions import open_file, read_file
 
 MAX_JSON_BYTES = 16 << 20
 _LFS_POINTER = b"version https://git-lfs"
@@ -28,9 +30,9 @@ _LFS_POINTER = b"version https://git-lfs"
 def load_checkpoint(directory: Path, safetensors_name: str, pickle_name: str) -> dict[str, StoredTensor]:
     """All tensors of the checkpoint in `directory`, safetensors before pickles. Raises InvalidAdapter."""
     for name, load in ((safetensors_name, load_tensors), (pickle_name, load_pickle)):
-        if (directory / name).is_file() or (directory / name).is_symlink():
+        if os.path.lexists(directory / name):
             return load(file_inside(directory, name))
-        if (directory / f"{name}.index.json").is_file():
+        if os.path.lexists(directory / f"{name}.index.json"):
             return _load_shards(directory, file_inside(directory, f"{name}.index.json"), load)
     raise InvalidAdapter(
         f"there is neither a file {safetensors_name} nor {pickle_name} in {str(directory)!r}; fetch or save it again"
@@ -40,7 +42,7 @@ def load_checkpoint(directory: Path, safetensors_name: str, pickle_name: str) ->
 def load_pickle(path: Path) -> dict[str, StoredTensor]:
     """The state dict in `path`, read with `weights_only`. Raises InvalidAdapter."""
     try:
-        with path.open("rb") as file:
+        with open(open_file(path), "rb") as file:  # noqa: PTH123  a descriptor
             is_zip = file.read(2) == b"PK"  # the format before torch 1.6 is not, and cannot be mapped
             # What torch.load maps it takes as it stands, whether it is compressed or not.
             if is_zip and any(entry.compress_type != zipfile.ZIP_STORED for entry in zipfile.ZipFile(file).infolist()):
@@ -91,7 +93,7 @@ def read_json_bytes(path: Path) -> bytes:
         nbytes = path.stat().st_size
         if nbytes > MAX_JSON_BYTES:
             raise InvalidAdapter(f"{str(path)!r} has {nbytes} bytes, expected at most {MAX_JSON_BYTES}; save it again")
-        return path.read_bytes()
+        return read_file(path)
     except OSError as error:
         raise InvalidAdapter(f"cannot read {str(path)!r}: {error.strerror}") from error
 
@@ -136,7 +138,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 def _is_lfs_pointer(path: Path) -> bool:
     try:
-        with path.open("rb") as file:
+        with open(open_file(path), "rb") as file:  # noqa: PTH123  a descriptor
             return file.read(len(_LFS_POINTER)) == _LFS_POINTER
     except OSError:
         return False  # whoever reads it says why not

@@ -513,16 +513,21 @@ def check(
     gpu_memory: GpuMemory = None,
     as_json: AsJson = False,
 ) -> None:
-    """Find everything that would make the server fail to load, or answer wrongly. Exit code 1 on any error."""
+    """Find everything that would make the server fail to load, or answer wrongly.
+
+    Exit code 1 on any error, and when --fix could not put everything right.
+    """
     from tritonlora import check as checks
     from tritonlora import install, register, repository, server
 
     opened = repository.open_repository(repo)
+    failed = False
     if fix:
         for put_right in (lambda: install.init(opened.root), lambda: register.repair(opened)):
             try:
                 put_right()
             except TritonLoraError as error:
+                failed = True
                 print_note(f"not everything could be put right: {error}")
     ports = server.Ports(http_port, grpc_port, metrics_port)
     findings = checks.check(opened, deep=deep, ports=ports, gpu_memory=gpu_memory)
@@ -534,7 +539,7 @@ def check(
         for one in findings:
             sys.stdout.write(f"{one.severity}: {one.where}: {one.problem}\n  remedy: {one.remedy}\n")
         sys.stdout.write("" if findings else "no problem found\n")
-    if any(one.severity == "error" for one in findings):
+    if failed or any(one.severity == "error" for one in findings):
         raise typer.Exit(1)
 
 

@@ -19,6 +19,7 @@ from tritonlora.errors import EngineMismatch, UnknownArchitecture, one_message
 from tritonlora.families import ARCHITECTURES, BY_MODEL_TYPE, LFM2, T5, Architecture
 from tritonlora.locate import why_none
 from tritonlora.modules import BY_NAME, ModuleDims
+from tritonlora.versions import read_file
 
 _MAX_CONFIG_BYTES = 16 << 20
 
@@ -137,7 +138,7 @@ def read_config_json(file: Path) -> dict[str, Any]:
     try:
         if file.stat().st_size > _MAX_CONFIG_BYTES:
             raise EngineMismatch(f"{str(file)!r} is larger than any config.json; expected at most 16 MiB")
-        config = json.loads(file.read_bytes())
+        config = json.loads(read_file(file))
     except OSError as error:
         raise EngineMismatch(f"cannot read {str(file)!r}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
@@ -276,7 +277,7 @@ def _config_file(path: Path) -> Path:
         raise EngineMismatch(f"{str(path)!r} is neither a directory nor a config.json")
     # An encoder-decoder engine is a directory with one engine for each; LoRA tensors go to the decoder's.
     for file in (path / "config.json", path / "decoder" / "config.json"):
-        if file.is_file():
+        if file.exists():
             return file
     raise EngineMismatch(
         f"there is no config.json in {str(path)!r}; give an engine's or a Hugging Face model's directory"

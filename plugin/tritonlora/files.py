@@ -1,38 +1,54 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""Writing files so that nothing is ever half there.
+"""Writing files so that nothing is ever half there, and deleting them.
 
-A file is written under a temporary name in its own directory, synced and renamed. One process writes to a model
+A file is written under a temporary name in its own directory, synced and renamed. Its writer holds a lock (`flock`) on
+the temporary file: without the lock, the file was left by a command that was killed. One process writes to a model
 repository at a time.
+
+A file that replaces another one keeps its mode and owner. Everybody can read a new one, whatever the umask is, because
+the server may run as another user. Others can never write to it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import logging
 import os
+import re
 import secrets
 import shutil
+import stat
+import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import filelock
 
 from tritonlora.errors import RepositoryError
+from tritonlora.versions import has_content, open_file
 
+LOCK = ".lock"
 LOCK_TIMEOUT_SECONDS = 600.0
 SILENT_WAIT_SECONDS = 1.0
+POLL_SECONDS = 0.05
 HASH_CHUNK = 1 << 20
 TEMPORARY_SUFFIX = ".tritonlora-tmp"
+_NEW_FILE, _NEW_DIRECTORY = 0o664, 0o775  # less what the umask takes away
+_READABLE_FILE, _READABLE_DIRECTORY = 0o444, 0o555
 
 _log = logging.getLogger(__name__)  # warnings go to stderr where nobody has set up logging
+
+
+# One writer at a time
 
 
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
     """Be the only writer, and turn the file system's refusals into RepositoryError."""
-    lock = filelock.FileLock(directory / ".lock", timeout=LOCK_TIMEOUT_SECONDS)
+    lock = filelock.FileLock(directory / LOCK, timeout=LOCK_TIMEOUT_SECONDS, mode=0o644)
     with writing(directory), contextlib.ExitStack() as held:
         try:
             held.enter_context(lock.acquire(timeout=SILENT_WAIT_SECONDS))
@@ -41,9 +57,49 @@ def locked(directory: Path) -> Iterator[None]:
             try:
                 held.enter_context(lock)
             except filelock.Timeout:
-                problem = f"another tritonlora has been writing to {directory} for a long time"
-                raise RepositoryError(problem) from None
+                raise _busy(directory) from None
         yield
+
+
+@contextlib.contextmanager
+def reading(directory: Path) -> Iterator[bool]:
+    """Keep writers away while several files are read that belong together. The lock is shared with other readers.
+
+    Gives False where there is nothing to hold: nobody has written yet, or the file system has no locks. Writes nothing,
+    so that a directory that is read-only can be read.
+    """
+    try:
+        descriptor = os.open(directory / LOCK, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        yield False
+        return
+    try:
+        yield _hold_shared(descriptor, directory)
+    finally:
+        os.close(descriptor)
+
+
+def _hold_shared(descriptor: int, directory: Path) -> bool:
+    started, said = time.monotonic(), False
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waited = time.monotonic() - started
+            if waited > LOCK_TIMEOUT_SECONDS:
+                raise _busy(directory) from None
+            if waited > SILENT_WAIT_SECONDS and not said:
+                _log.warning("waiting for another tritonlora that is writing to %s", directory)
+                said = True
+            time.sleep(POLL_SECONDS)
+        except OSError:
+            return False
+        else:
+            return True
+
+
+def _busy(directory: Path) -> RepositoryError:
+    return RepositoryError(f"another tritonlora has been writing to {directory} for a long time")
 
 
 @contextlib.contextmanager
@@ -56,25 +112,83 @@ def writing(directory: Path) -> Iterator[None]:
         raise RepositoryError(f"cannot write to {path}: {reason}; put that right and run the command again") from error
 
 
+# In the making
+
+
 @contextlib.contextmanager
 def temporary_name(path: Path) -> Iterator[Path]:
-    """A name beside `path` for a file in the making; whatever is there at the end is deleted."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
+    """An empty file beside `path`, to write and to `publish`; whatever has its name at the end is deleted."""
+    temporary, descriptor = _new_file(path)
     try:
         yield temporary
     finally:
-        temporary.unlink(missing_ok=True)
+        try:
+            delete(temporary)
+        finally:
+            os.close(descriptor)
+
+
+def _new_file(path: Path) -> tuple[Path, int]:
+    """A new temporary file beside `path`, and a descriptor that holds its lock."""
+    while True:
+        temporary = _beside(path)
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _NEW_FILE)
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.fstat(descriptor).st_nlink:
+            return temporary, descriptor
+        os.close(descriptor)  # somebody took it for abandoned, just before it was locked
 
 
 @contextlib.contextmanager
 def temporary_directory(path: Path) -> Iterator[Path]:
-    """A directory in the making beside `path`; it is deleted at the end unless it was moved away."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
-    temporary.mkdir()
+    """A new directory beside `path` that everybody can read; it is deleted at the end unless it was moved away."""
+    temporary = _beside(path)
+    temporary.mkdir(_NEW_DIRECTORY)
+    descriptor = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        _set_mode(descriptor, stat.S_IMODE(os.fstat(descriptor).st_mode) | _READABLE_DIRECTORY)
         yield temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        os.close(descriptor)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
+
+
+def is_abandoned(path: Path) -> bool:
+    """Whether a temporary file or directory was left by a process that has ended.
+
+    It is not said of what cannot be opened, of a link, and where the file system has no locks.
+    """
+    try:
+        kind = path.lstat().st_mode
+        if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):
+            return False
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def abandoned_beside(paths: Collection[Path]) -> list[Path]:
+    """The temporary files of ours for `paths` that killed processes have left."""
+    left = []
+    for path in paths:
+        name = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}{re.escape(TEMPORARY_SUFFIX)}")
+        found = (one for one in path.parent.glob(f".*{TEMPORARY_SUFFIX}") if name.fullmatch(one.name))
+        left += [one for one in found if is_abandoned(one) and not one.is_dir() and one.stat().st_uid == os.geteuid()]
+    return left
 
 
 def place_for_models(root: Path, but: Collection[str] = ()) -> Path:
@@ -91,11 +205,62 @@ def place_for_models(root: Path, but: Collection[str] = ()) -> Path:
     return found
 
 
-def publish(temporary: Path, path: Path) -> None:
-    """Give a finished file its name, so that it is there whole or not at all, also after a power cut."""
-    with temporary.open("rb+") as file:
-        os.fsync(file.fileno())
+# In place
+
+
+def publish(temporary: Path, path: Path, *, like: Path | None = None, for_all: bool = True) -> None:
+    """Give a finished file its name, so that it is there whole or not at all, also after a power cut.
+
+    It has the mode and the owner of `like`, by default of the file that it replaces. Where there is none, everybody can
+    read it, unless it is not `for_all`: then the umask alone decides.
+    """
+    descriptor = os.open(temporary, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        _give_mode_and_owner(descriptor, like or path, for_all=for_all)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
     temporary.replace(path)
+    sync_directory(path.parent)
+
+
+def _give_mode_and_owner(descriptor: int, like: Path, *, for_all: bool) -> None:
+    mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
+    try:
+        before = like.lstat()
+    except FileNotFoundError:
+        before = None
+    if before is None or not stat.S_ISREG(before.st_mode):
+        _set_mode(descriptor, mode | _READABLE_FILE if for_all else mode)
+        return
+    mode = stat.S_IMODE(before.st_mode)
+    try:
+        os.fchown(descriptor, before.st_uid, before.st_gid)
+    except PermissionError:  # only root gives a file away
+        try:
+            os.fchown(descriptor, -1, before.st_gid)
+        except PermissionError:
+            mode |= _READABLE_FILE  # or its owner, who may be the server, could not read it any more
+    _set_mode(descriptor, mode)
+
+
+def _set_mode(descriptor: int, mode: int) -> None:
+    if stat.S_IMODE(os.fstat(descriptor).st_mode) != mode:
+        with contextlib.suppress(OSError):  # a file system without modes
+            os.fchmod(descriptor, mode)
+
+
+def make_directory(path: Path) -> None:
+    """Make `path` and what is missing above it, so that everybody can read it. It may be there already."""
+    if path.is_dir():
+        return
+    make_directory(path.parent)
+    with temporary_directory(path) as directory:
+        try:
+            directory.rename(path)
+        except OSError:
+            if not path.is_dir():
+                raise
     sync_directory(path.parent)
 
 
@@ -109,27 +274,30 @@ def sync_directory(path: Path) -> None:
 
 
 def delete(path: Path) -> None:
-    """Delete a file, a link or a whole directory; it may be gone already."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+    """Delete a file, a link or a whole directory; it may be gone already. OSError where something of it stays."""
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif os.path.lexists(path):
+            path.unlink()
+    except FileNotFoundError:
+        if path.is_dir() and not path.is_symlink():  # somebody else is deleting it, too
+            delete(path)
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a whole file, that which `path` leads to; one that has this content already is not touched."""
+def write_bytes(path: Path, content: bytes, *, like: Path | None = None) -> None:
+    """Write a whole file, that which `path` leads to; one that has this content already is not touched.
+
+    `like` is the file whose mode and owner a new one gets.
+    """
     path = path.resolve()
+    if has_content(path, content):
+        return
     with contextlib.suppress(FileNotFoundError):
-        if path.read_bytes() == content:
-            return
+        os.close(open_file(path))  # or say that this is no file
     with temporary_name(path) as temporary:
         temporary.write_bytes(content)
-        if path.exists():
-            before = path.stat()
-            temporary.chmod(before.st_mode & 0o7777)
-            with contextlib.suppress(PermissionError):  # of a file that is somebody else's
-                os.chown(temporary, before.st_uid, before.st_gid)
-        publish(temporary, path)
+        publish(temporary, path, like=None if path.exists() else like)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -138,9 +306,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file's content, in hexadecimal."""
+    """The SHA-256 of a regular file's content, in hexadecimal."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open(open_file(path), "rb", buffering=0) as file:  # noqa: PTH123  a descriptor
         while chunk := file.read(HASH_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()

@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tritonlora.errors import AdapterError, EngineMismatch, RepositoryError
+from tritonlora.versions import read_file
 
 if TYPE_CHECKING:
     from tritonlora.adapters import AdapterEntry
@@ -161,7 +162,7 @@ def _size_problems(root: Path, entry: AdapterEntry) -> list[str]:
 def _tensor_rows(root: Path, entry: AdapterEntry, _profile: EngineProfile | None) -> Rows:
     path = root / entry.lora_config_file
     try:
-        content = path.read_bytes()
+        content = read_file(path)
     except OSError as error:
         raise RepositoryError(f"cannot read {path}: {error.strerror}") from None
     if len(content) != entry.lora_config_nbytes:

@@ -22,7 +22,16 @@ from tritonlora.errors import ConfigError, RepositoryError
 from tritonlora.files import delete, write_text
 from tritonlora.flavours import flavour_of_config
 from tritonlora.model_config import parse_config
-from tritonlora.repository import RESOLVER, Repository, half_written, read_config, read_configs, read_text
+from tritonlora.repository import (
+    RESOLVER,
+    Repository,
+    half_written,
+    outlived,
+    read_config,
+    read_configs,
+    read_text,
+)
+from tritonlora.versions import has_content
 
 FILES_STAY_SECONDS = 600.0
 
@@ -43,7 +52,7 @@ def rendered_config(repository: Repository, table: AdapterTable) -> str:
 def _keep_foreign_files(repository: Repository, text: str, files: Mapping[str, bytes]) -> None:
     """Refuse to write over a file that warmup samples of the user's own read, unless it says the same."""
     paths = {name: repository.warmup_directory / name for name in warmup.foreign_files(text) if name in files}
-    taken = sorted(name for name, path in paths.items() if path.is_file() and path.read_bytes() != files[name])
+    taken = sorted(name for name, path in paths.items() if path.exists() and not has_content(path, files[name]))
     if taken:
         raise RepositoryError(
             f"model_warmup samples of your own read {', '.join(f'warmup/{name}' for name in taken)}, which tritonlora "
@@ -102,17 +111,20 @@ def _resolver_in_step(repository: Repository, text: str) -> Iterator[None]:
     undo.write(repository.root, {one: text.encode() for one, text in resolving.items()})
 
 
-def sweep(repository: Repository, table: AdapterTable) -> None:
-    """Delete what a stopped command left half-written, and the files of retired ids. Others are the user's.
+def sweep(repository: Repository, table: AdapterTable) -> list[str]:
+    """Delete what a stopped command left half-written, and the files of retired ids that no request needs any more.
 
-    Those of adapters that were replaced or removed a short while ago stay.
+    Gives a line for each file that could not be deleted. It is in nobody's way, and `check` reports it.
     """
-    for path in [*half_written(repository.root), *outlived(repository, table)]:
-        delete(path)
+    problems = []
+    for path in [*half_written(repository.root), *left_over(repository, table)]:
+        try:
+            delete(path)
+        except OSError as error:
+            problems.append(f"cannot delete {error.filename or path}: {error.strerror}")
+    return problems
 
 
-def outlived(repository: Repository, table: AdapterTable) -> list[Path]:
-    """Files of retired ids that no request needs any more."""
-    oldest = time.time() - FILES_STAY_SECONDS
-    retired = warmup.files_of(repository.warmup_directory, table.retired_lora_task_ids)
-    return [path for path in retired if path.stat().st_mtime <= oldest]
+def left_over(repository: Repository, table: AdapterTable) -> list[Path]:
+    """Files of adapters that were replaced or removed so long ago that no request needs them."""
+    return outlived(repository, table, time.time() - FILES_STAY_SECONDS)

@@ -18,6 +18,7 @@ from tritonlora.errors import ConfigError, RepositoryError, one_message
 from tritonlora.files import (
     delete,
     locked,
+    make_directory,
     place_for_models,
     sync_directory,
     temporary_directory,
@@ -232,7 +233,7 @@ def init(
                 _put(model, root, planned)
         for change in sorted(planned, key=_step):
             if change.after is not None:
-                change.path.parent.mkdir(parents=True, exist_ok=True)
+                make_directory(change.path.parent)
                 undo.write(root, {change.path: change.after.encode()})
         if any(change.after is None for change in planned):
             undo.take_out(root, [RESOLVER])
@@ -254,7 +255,7 @@ def _put(model: str, root: Path, changes: Sequence[FileChange]) -> None:
     }
     with writing(root), temporary_directory(place_for_models(root) / model) as directory:
         for name, content in contents.items():
-            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            make_directory((directory / name).parent)
             write_bytes(directory / name, content)
         if model == ROUTER:
             undo.begin(directory, contents)

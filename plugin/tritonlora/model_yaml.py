@@ -16,7 +16,9 @@ from typing import Any
 from tritonlora.engine import EngineProfile, profile_from_hf, read_config_json
 from tritonlora.errors import ConfigError, UnknownArchitecture, one_message
 from tritonlora.model_config import ModelConfig
+from tritonlora.versions import read_file
 
+_MAX_BYTES = 1 << 20
 NAME_VARIABLE = "LLM_CONFIG_PATH"  # upstream's: another name than model.yaml
 
 
@@ -50,7 +52,7 @@ def load_model_yaml(directory: Path) -> ModelYaml:
 
     path = directory / "1" / os.environ.get(NAME_VARIABLE, "model.yaml")
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        document = yaml.safe_load(read_file(path, _MAX_BYTES).decode())
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"cannot read {path}, which the LLM API's model needs: {error}") from None
     return parse_model_yaml(document, path)
@@ -96,7 +98,7 @@ def profile_of(found: ModelYaml) -> EngineProfile | None:
     The model reads adapters by itself, so that it may well serve one that could not be converted.
     """
     file = Path(found.model) / "config.json"
-    if not found.model or not file.is_file():
+    if not found.model or not file.exists():
         return None
     lora = found.lora or LoraSettings()
     try:

@@ -9,6 +9,7 @@ Shapes are never turned round: PEFT stores A as (r, in) and B as (out, r), for C
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -236,7 +237,7 @@ def _adapter_directory(path: Path) -> Path:
     if not path.is_dir():
         what = "is not a directory" if path.exists() else "does not exist"
         raise InvalidAdapter(f"{str(path)!r} {what}; give the directory that holds adapter_config.json")
-    if (path / "adapter_config.json").is_file():
+    if os.path.lexists(path / "adapter_config.json"):
         return path
     # save_pretrained puts an adapter that is not called "default" into a directory of its name.
     inner = sorted(p for p in path.iterdir() if not p.is_symlink() and (p / "adapter_config.json").is_file())

@@ -37,7 +37,7 @@ from tritonlora.adapters_json import render
 from tritonlora.cache import parse_parameters
 from tritonlora.engine import EngineProfile, load_profile
 from tritonlora.errors import EngineMismatch, RepositoryError, TritonLoraError, UnknownArchitecture, one_message
-from tritonlora.files import locked, publish, sha256_of, temporary_name, write_text
+from tritonlora.files import locked, make_directory, publish, sha256_of, temporary_name, write_text
 from tritonlora.flavours import Flavour, flavour_of_config
 from tritonlora.interrupts import held
 from tritonlora.locate import families_of
@@ -49,6 +49,7 @@ from tritonlora.repository import (
     Repository,
     engine_profile,
     plan_entries,
+    read_bytes,
     read_config,
     read_table,
     read_text,
@@ -296,7 +297,7 @@ def _write_tensors(repository: Repository, planned: _Planned, known: AdapterEntr
     """Convert or copy, and give the two files their names, unless `known` is the same content already."""
     options, entry = planned.options, planned.entry
     weights_path, config_path = (repository.root / file for file in (entry.lora_weights_file, entry.lora_config_file))
-    repository.warmup_directory.mkdir(exist_ok=True)
+    make_directory(repository.warmup_directory)
     # In the warmup directory, not beside the files, whose own directory may come to nothing.
     temporary = repository.warmup_directory / f"adapter_{entry.lora_task_id}"
     with temporary_name(temporary) as weights, temporary_name(temporary) as rows:
@@ -308,7 +309,7 @@ def _write_tensors(repository: Repository, planned: _Planned, known: AdapterEntr
             remarks = (*planned.remarks, *(f"{file} was missing or altered, and is there again" for file in restored))
             unchanged = known.warm == options.warm and not restored
             return Added(planned.name, entry, remarks, known=True, restored=restored, unchanged=unchanged)
-        weights_path.parent.mkdir(exist_ok=True)
+        make_directory(weights_path.parent)
         publish(weights, weights_path)
         publish(rows, config_path)
     return Added(planned.name, entry, planned.remarks)
@@ -326,7 +327,7 @@ def _restore(repository: Repository, entry: AdapterEntry, weights: Path, rows: P
     for fresh, (file, sha256) in zip((weights, rows), entry.sha256_by_file.items(), strict=True):
         path = repository.root / file
         if not path.is_file() or sha256_of(path) != sha256:
-            path.parent.mkdir(exist_ok=True)
+            make_directory(path.parent)
             publish(fresh, path)
             restored.append(file)
     return tuple(restored)
@@ -402,11 +403,15 @@ def alias(repository: Repository, alias: str, name: str) -> Aliased:
 
 
 def repair(repository: Repository) -> None:
-    """Bring what is generated in step with adapters.json again, and delete what stopped commands left behind."""
+    """Bring what is generated in step with adapters.json again, and delete what stopped commands left behind.
+
+    RepositoryError names what could not be deleted.
+    """
     with locked(repository.table_path.parent):
         table = read_table(repository)
-        generated.sweep(repository, table)
         generated.write_config(repository, table)
+        if problems := generated.sweep(repository, table):
+            raise RepositoryError(one_message("not everything that was left behind can be deleted", problems))
 
 
 def set_parameters(repository: Repository, parameters: Mapping[str, str]) -> None:
@@ -460,9 +465,9 @@ def _task_id(repository: Repository, table: AdapterTable, asked: int | None) -> 
     taken = {warmup.task_id_of(file) for file in warmup.foreign_files(text)}
     for file in warmup.foreign_files(text, *warmup.TASK_IDS):
         path = repository.warmup_directory / file
-        if not path.is_file():
+        if not path.exists():
             raise RepositoryError(f"a model_warmup sample of {repository.config_path} needs {path}, which is missing")
-        taken.add(int.from_bytes(path.read_bytes()[:8], "little"))
+        taken.add(int.from_bytes(read_bytes(path)[:8], "little"))
     if asked is not None:
         if asked in taken:
             raise RepositoryError(f"lora_task_id {asked} is loaded by a model_warmup sample of your own; take another")

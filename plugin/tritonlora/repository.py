@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +19,11 @@ from tritonlora.adapters_json import parse
 from tritonlora.cpu_engine.settings import is_cpu_engine
 from tritonlora.engine import EngineProfile
 from tritonlora.errors import AdapterTableError, ConfigError, RepositoryError
-from tritonlora.files import TEMPORARY_SUFFIX
+from tritonlora.files import TEMPORARY_SUFFIX, is_abandoned
 from tritonlora.flavours import flavour_of_config
 from tritonlora.model_config import ModelConfig, parse_config
 from tritonlora.plan import CachePlan, Entry, plan_cache
+from tritonlora.versions import read_file
 
 ROUTER = "lora_router"
 RESOLVER = "lora_resolver"
@@ -82,12 +85,18 @@ def open_repository(root: Path) -> Repository:
     return repository
 
 
+def read_bytes(path: Path) -> bytes:
+    """The content of a regular file; RepositoryError when it cannot be read."""
+    try:
+        return read_file(path)
+    except OSError as error:
+        raise RepositoryError(f"cannot read {path}: {error.strerror}") from None
+
+
 def read_text(path: Path) -> str:
     """A config's text with its line ends as they are; RepositoryError when it cannot be read."""
     try:
-        return path.read_bytes().decode()
-    except OSError as error:
-        raise RepositoryError(f"cannot read {path}: {error.strerror}") from None
+        return read_bytes(path).decode()
     except UnicodeDecodeError:
         raise RepositoryError(f"{path} is not UTF-8") from None
 
@@ -108,7 +117,7 @@ def read_configs(root: Path) -> dict[Path, ModelConfig]:
 def read_table(repository: Repository) -> AdapterTable:
     """adapters.json; an absent file is an empty table, unless there are adapters: their ids must not be given again."""
     try:
-        text = repository.table_path.read_text(encoding="utf-8")
+        text = read_file(repository.table_path).decode()
     except FileNotFoundError:
         found = [path for path in repository.warmup_directory.glob("*") if warmup.task_id_of(path.name)]
         if found:
@@ -150,10 +159,49 @@ def dead_links(root: Path) -> list[Path]:
     return [link for link in links if link.is_symlink() and not link.exists()]
 
 
+# What may be deleted: this alone, by whatever command.
+
+
 def half_written(root: Path) -> list[Path]:
-    """What commands that were stopped have left in a model repository: files and directories in the making."""
-    places = (f"*/.*{TEMPORARY_SUFFIX}", f"*/{WARMUP}/.*{TEMPORARY_SUFFIX}")
-    return sorted(path for place in places for path in root.glob(place))
+    """Files and directories in the making that commands which were stopped have left in a model repository."""
+    places = ("*", f"*/{WARMUP}", "*/1", "*/1/tritonlora")
+    found = {path for place in places for path in root.glob(f"{place}/.*{TEMPORARY_SUFFIX}")}
+    return sorted(path for path in found if is_abandoned(path))
+
+
+def outlived(repository: Repository, table: AdapterTable, oldest: float = math.inf) -> list[Path]:
+    """Files of retired ids that were last used before `oldest`, in seconds since 1970, and that nothing names.
+
+    No file goes that a model_warmup sample of a config.pbtxt names, whatever the table says: Triton would not load the
+    model. Nor do the other files of its id, for the one that is named may say where these are. While a config.pbtxt
+    cannot be read, none goes at all.
+    """
+    home = repository.warmup_directory
+    retired = warmup.files_of(home, table.retired_lora_task_ids)
+    found = [path for path in retired if path.lstat().st_mtime <= oldest]
+    try:
+        named = named_by_samples(repository.root) if found else set()
+    except RepositoryError:
+        return []
+    inside = (path.relative_to(place) for place in {home, home.resolve()} for path in named if place in path.parents)
+    kept = {warmup.task_id_of(path.parts[0]) for path in inside}
+    return [path for path in found if warmup.task_id_of(path.name) not in kept]
+
+
+def named_by_samples(root: Path) -> set[Path]:
+    """The files that model_warmup samples of any model name, as their paths are written and where links lead.
+
+    RepositoryError when a config.pbtxt cannot be read.
+    """
+    found = set()
+    for config in root.glob("*/config.pbtxt"):
+        try:
+            for file in warmup.named_files(read_text(config)):
+                path = config.parent / WARMUP / file
+                found |= {Path(os.path.normpath(path)), path.resolve()}
+        except (ConfigError, ValueError, RuntimeError) as error:  # a name that is no path; links in a circle
+            raise RepositoryError(f"{config}: {error}") from None
+    return found
 
 
 def plan_of(

@@ -21,6 +21,7 @@ import torch
 
 from tritonlora.errors import InvalidAdapter, one_message
 from tritonlora.stored import StoredFile, StoredTensor
+from tritonlora.versions import open_file
 
 MAX_HEADER_BYTES = 32 << 20
 _DTYPES: Mapping[str, torch.dtype] = {
@@ -88,7 +89,7 @@ def parse_header(header: bytes, data_nbytes: int) -> dict[str, TensorEntry]:
 def load_tensors(path: Path) -> dict[str, StoredTensor]:
     """Every tensor of `path`. Raises InvalidAdapter."""
     try:
-        with path.open("rb", buffering=0) as file:
+        with open(open_file(path), "rb", buffering=0) as file:  # noqa: PTH123  a descriptor
             found = os.fstat(file.fileno())
             nbytes = found.st_size
             (header_nbytes,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0")) if nbytes >= 8 else (0,)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from tritonlora.errors import InvalidAdapter
-from tritonlora.versions import version_of
+from tritonlora.versions import open_file, version_of
 
 if TYPE_CHECKING:
     import torch
@@ -78,7 +78,7 @@ class StoredFile:
             raise InvalidAdapter(f"cannot read {str(self._path)!r}: {error.strerror}") from error
 
     def _open(self) -> int:
-        descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = open_file(self._path)
         if version_of(os.fstat(descriptor)) != self._version:
             os.close(descriptor)
             raise InvalidAdapter(f"{str(self._path)!r} was changed after it had been looked at; try again")

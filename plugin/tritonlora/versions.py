@@ -1,12 +1,15 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""Files that may be changed at any time: whether one is a file, and still the one that was read.
+"""Files that may be changed at any time: whether one is a regular file, and still the one that was read.
+
+Everything that tritonlora reads it opens with `open_file`: a FIFO or a device in a file's place is refused at once.
 
 This file runs inside a plain Triton container: standard library only.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -28,13 +31,41 @@ def version_of(found: os.stat_result) -> Version:
     return (found.st_dev, found.st_ino, found.st_size, found.st_ctime_ns)
 
 
-def open_file(path: Path) -> int:
-    """A descriptor to read from. OSError where it is no regular file: opening a FIFO would wait for its other end."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+MOST_NBYTES = 1 << 28  # of a file that is read as a whole: a table of hundreds of thousands of adapters
+
+
+def open_file(path: Path, *, follow: bool = True) -> int:
+    """A descriptor to read the regular file `path` from. OSError where it is anything else, or a link without `follow`.
+
+    Nothing else is opened: to open a FIFO waits for its other end, and to open some devices does something.
+    """
+    if not stat.S_ISREG(path.stat(follow_symlinks=follow).st_mode):
+        raise _not_a_file(path)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # it has become something else since
         os.close(descriptor)
-        raise OSError(errno.EINVAL, "not a file", str(path))
+        raise _not_a_file(path)
     return descriptor
+
+
+def _not_a_file(path: Path) -> OSError:
+    return OSError(errno.EINVAL, "not a file", str(path))
+
+
+def read_file(path: Path, most: int = MOST_NBYTES, *, follow: bool = True) -> bytes:
+    """The content of the regular file `path`. OSError as of `open_file`, and where it has more than `most` bytes."""
+    with open(open_file(path, follow=follow), "rb", buffering=0) as file:
+        nbytes = os.fstat(file.fileno()).st_size
+        if nbytes > most:
+            raise OSError(errno.EFBIG, f"it has {nbytes} bytes, expected at most {most}", str(path))
+        return file.read()
+
+
+def has_content(path: Path, content: bytes) -> bool:
+    """Whether `path` is a regular file with exactly this content."""
+    with contextlib.suppress(OSError):
+        return path.stat().st_size == len(content) and read_file(path) == content
+    return False
 
 
 def is_settled(found: os.stat_result) -> bool:

@@ -176,9 +176,14 @@ def read_block(text: str) -> tuple[WarmupSample, ...]:
 
 def foreign_files(text: str, *inputs: str) -> tuple[str, ...]:
     """The files that samples outside the block, the user's own, read: those for `inputs`, or all."""
+    return named_files(replace_block(text, ""), *inputs)
+
+
+def named_files(text: str, *inputs: str) -> tuple[str, ...]:
+    """The files that a config.pbtxt's samples read, the block's and the user's own: those for `inputs`, or all."""
     entries = [
         entry
-        for sample in parse(replace_block(text, "")).message.messages("model_warmup")
+        for sample in parse(text).message.messages("model_warmup")
         for entry in sample.messages("inputs")
         if (key := entry.scalar("key")) and (not inputs or key.value in inputs)
     ]
