@@ -25,6 +25,7 @@ OPERATIONS = frozenset(
 )
 DELETIONS = frozenset({"os.remove", "os.rmdir"})
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+TIMEOUT = 120.0  # seconds
 _FAULTED = 64  # added to the exit code of a command that met its fault and lived on
 
 _context = multiprocessing.get_context("forkserver")
@@ -46,14 +47,16 @@ def run(
     *,
     error: int | None = None,
     operations: frozenset[str] = OPERATIONS,
+    umask: int = 0o022,
+    log: Path = Path(os.devnull),
 ) -> Outcome:
     """Run a command of tritonlora; its `at`-th operation on what is in `watched`, from 0, is not done any more.
 
-    The command is killed there, or gets the `error`, an errno.
+    The command is killed there, or gets the `error`, an errno. What it prints goes to `log`.
     """
-    process = _context.Process(target=_run, args=([*arguments], str(watched), at, error, operations))
+    process = _context.Process(target=_run, args=([*arguments], str(watched), at, error, operations, umask, str(log)))
     process.start()
-    process.join(120)
+    process.join(TIMEOUT)
     exit_code = process.exitcode
     if exit_code is None:
         process.kill()
@@ -64,7 +67,24 @@ def run(
     return Outcome(exit_code % _FAULTED, faulted=exit_code >= _FAULTED)
 
 
-def _run(arguments: list[str], watched: str, at: int, error: int | None, operations: frozenset[str]) -> None:
+def complete(arguments: Sequence[str], *, umask: int = 0o022, log: Path = Path(os.devnull)) -> int:
+    """Run a command of tritonlora, to which nothing happens; its exit code. TimeoutError where it does not end."""
+    return run(arguments, Path("/nowhere"), 0, umask=umask, log=log).exit_code
+
+
+def _run(
+    arguments: list[str],
+    watched: str,
+    at: int,
+    error: int | None,
+    operations: frozenset[str],
+    umask: int,
+    log: str,
+) -> None:
+    os.umask(umask)
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
     seen, faulted = 0, False
 
     def hook(event: str, parts: tuple[Any, ...]) -> None:

@@ -459,8 +459,8 @@ def test_convert_that_is_stopped_leaves_no_files_of_two_adapters(
     out = tmp_path / "out"
     cli.main(["convert", str(adapter), str(out)])
 
-    def publish_and_stop(temporary: Path, path: Path) -> None:
-        publish(temporary, path)
+    def publish_and_stop(temporary: Path, path: Path, **options: Any) -> None:
+        publish(temporary, path, **options)
         raise SystemExit
 
     monkeypatch.setattr("tritonlora.convert.publish", publish_and_stop)

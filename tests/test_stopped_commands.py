@@ -5,20 +5,26 @@
 from __future__ import annotations
 
 import errno
+import logging
 import math
+import os
 import shutil
 import signal
+import stat
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import faults
-from repositories import let_time_pass, synthetic_adapter, synthetic_repository
-from tritonlora import check, cli, generated, register, repository
+from repositories import let_time_pass, llm_api_repository, synthetic_adapter, synthetic_repository
+from tritonlora import check, cli, files, generated, register, repository, undo
 from tritonlora.errors import InvalidAdapter
 from tritonlora.repository import read_table, read_text
-from upstream_configs import protobuf
+from upstream_configs import protobuf, upstream_repository
 
 ITEMSIZES = {"TYPE_INT32": 4, "TYPE_UINT64": 8, "TYPE_BF16": 2}
 
@@ -225,3 +231,181 @@ def test_a_file_that_cannot_be_deleted_stops_no_other_command(base: Path, adapte
     assert [left] == check.check(opened)
     assert 0 == cli.main(["check", "--fix", "--repo", str(root)])
     assert [] == check.check(opened)
+
+
+# convert
+
+
+@pytest.mark.parametrize("file_format", ["bin", "npy"])
+def test_what_a_killed_convert_leaves_the_next_one_removes(adapter: Path, tmp_path: Path, file_format: str) -> None:
+    """Both files belong together, or the second one is not there; no temporary file is left, of either format."""
+    base, out = tmp_path / "base", tmp_path / "out"
+    base.mkdir()
+    options = [str(adapter), str(out), "--dtype", "float16", "--format"]
+    names = {"bin": ["adapter_config.bin", "adapter_model.bin"]}
+    names["npy"] = ["model.lora_config.npy", "model.lora_weights.npy"]
+    assert 0 == faults.complete(["convert", *options, file_format])
+    wanted = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert names[file_format] == sorted(wanted)
+    left = 0
+    for _ in stops(["convert", *options, file_format], base, out):
+        found = {path.name: path.read_bytes() for path in out.iterdir()}
+        left += any(name.startswith(".") for name in found)
+        assert all(wanted[name] == content for name, content in found.items() if not name.startswith("."))
+        other = "npy" if file_format == "bin" else "bin"
+        assert 0 == cli.main(["convert", *options, other])
+        assert {*names[other], *(name for name in found if name in wanted)} == {path.name for path in out.iterdir()}
+        assert 0 == cli.main(["convert", *options, file_format])
+        assert wanted == {path.name: path.read_bytes() for path in out.iterdir() if path.name in names[file_format]}
+    assert left, "the state that this is all about never came about"
+
+
+def test_convert_removes_nobody_else_s_file(adapter: Path, tmp_path: Path) -> None:
+    """Nor one that another process is writing, nor one of another user's, nor what only looks like one."""
+    suffix = files.TEMPORARY_SUFFIX
+    names = {
+        *(f"adapter_model.bin.01234567{suffix}", f".adapter_model.bin.0123456{suffix}"),
+        *(f".adapter_model.bin.0123456g{suffix}", f".notes.01234567{suffix}", ".adapter_model.bin.01234567"),
+        *(f".x.adapter_model.bin.01234567{suffix}", f".adapter_model.bin.01234567{suffix}.old"),
+    }
+    for name in names:
+        (tmp_path / name).write_text("mine")
+    (tmp_path / f".adapter_model.bin.89abcdef{suffix}").symlink_to("nowhere")
+    (tmp_path / f".adapter_config.bin.89abcdef{suffix}").mkdir()
+    foreign = tmp_path / f".adapter_model.bin.fedcba98{suffix}"
+    foreign.write_text("another user's")
+    if os.geteuid() == 0:
+        os.chown(foreign, 1234, 1234)
+    else:
+        foreign.rename(tmp_path / "adapter.txt")
+    ours = tmp_path / f".adapter_model.bin.76543210{suffix}"
+    ours.write_text("half")
+    before = {path.name for path in tmp_path.iterdir()} - {ours.name}
+    with files.temporary_name(tmp_path / "adapter_model.bin") as being_written:
+        assert 0 == faults.complete(["convert", str(adapter), str(tmp_path)])
+        assert {*before, being_written.name, "adapter_model.bin", "adapter_config.bin"} == {
+            path.name for path in tmp_path.iterdir()
+        }
+
+
+# Modes
+
+
+@pytest.mark.parametrize("umask", [0o077, 0o022, 0o000], ids=oct)
+@pytest.mark.parametrize("flavour", ["tensors", "llmapi"])
+def test_a_server_of_another_user_can_read_all_that_is_written_and_others_cannot_write_it(
+    adapter: Path, tmp_path: Path, umask: int, flavour: str
+) -> None:
+    """Whatever the umask is, and however private the adapter. What was there keeps its mode."""
+    if flavour == "tensors":
+        root = upstream_repository(tmp_path / "repo", "v0.18.0")
+    else:
+        root = llm_api_repository(tmp_path / "repo", tmp_path / "nowhere")
+    (root / "tensorrt_llm" / "config.pbtxt").chmod(0o640)
+    private = shutil.copytree(adapter, tmp_path / "adapters" / "one")
+    other = synthetic_adapter(tmp_path / "adapters" / "two", 3)
+    for path in (*private.iterdir(), *other.iterdir()):
+        path.chmod(0o600)
+    before = {path: path.lstat().st_mode for path in root.rglob("*")}
+    repo = ["--repo", str(root)]
+    for arguments in (
+        ["init", str(root)],
+        *([["init", str(root), "--topology", "resolve"]] if flavour == "tensors" else []),
+        ["add", "pirate", str(private), "--dtype", "bfloat16", *repo],
+        ["add", "pirate", str(other), "--dtype", "bfloat16", *repo],
+        ["add", "--all", str(tmp_path / "adapters"), "--dtype", "bfloat16", *repo],
+        ["alias", "prod", "pirate", *repo],
+        ["remove", "one", *repo],
+        ["check", "--fix", *repo],
+    ):
+        log = tmp_path / "log"
+        code = faults.complete(arguments, umask=umask, log=log)
+        assert code == 0 or arguments[0] == "check", log.read_text()
+    found = {path: path.lstat().st_mode for path in root.rglob("*")}
+    new = {path: mode for path, mode in found.items() if path not in before}
+
+    assert {path: mode for path, mode in found.items() if path in before} == before
+    assert any(path.name.startswith("adapter_model") for path in new)
+    for path, mode in new.items():
+        private_copy = path == root / undo.ORIGINALS / "tensorrt_llm" / "config.pbtxt"
+        needed = 0o640 if private_copy else 0o555 if stat.S_ISDIR(mode) else 0o444
+        assert needed == mode & needed, path
+        assert 0 == mode & 0o002, path
+
+
+# check beside a writer
+
+
+@pytest.mark.parametrize("lock", ["", "no lock"])
+def test_check_beside_a_writer_finds_nothing_that_is_not_there(base: Path, tmp_path: Path, lock: str) -> None:
+    """Whatever that one is just doing, also when it is the first one ever; with the digests compared."""
+    root = tmp_path / "repo"
+    shutil.copytree(base, root)
+    if lock:
+        (root / "lora_router" / ".lock").unlink()
+    opened = repository.open_repository(root)
+    adapters = [synthetic_adapter(tmp_path / f"adapter-{seed}", 20 + seed) for seed in range(4)]
+    commands = [["add", f"n{seed}", str(adapter)] for seed, adapter in enumerate(adapters)]
+    commands += [["add", "n0", str(adapters[1])], ["remove", "n1", "n2"], ["add", "n1", str(adapters[2])]]
+    commands += [["add", "n1", str(adapters[2]), "--no-warmup"], ["check", "--fix"], ["remove", "n0"]]
+    codes: list[int] = []
+
+    def write() -> None:
+        codes.extend(faults.complete([*command, "--repo", str(root)]) for command in commands)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    looks = 0
+    while writer.is_alive():
+        assert [] == check.check(opened, deep=True)
+        looks += 1
+    writer.join()
+
+    assert [0] * len(commands) == codes
+    assert looks > 1
+
+
+def test_check_waits_for_a_writer_that_is_half_way(
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Stopped between adapters.json and config.pbtxt, while `check` says that it waits."""
+    root = tmp_path / "repo"
+    shutil.copytree(base, root)
+    opened = repository.open_repository(root)
+    half_way, waits, write_config = threading.Event(), threading.Event(), generated.write_config
+
+    def stop_half_way(*arguments: Any) -> None:
+        half_way.set()
+        assert waits.wait(60)
+        write_config(*arguments)
+
+    class Waits(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.getMessage().startswith("waiting for another tritonlora"):
+                waits.set()
+
+    monkeypatch.setattr(files, "SILENT_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(generated, "write_config", stop_half_way)
+    handler = Waits()
+    logging.getLogger("tritonlora.files").addHandler(handler)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            adding = pool.submit(register.add, opened, "pirate", adapter)
+            assert half_way.wait(60)
+            found = pool.submit(check.check, opened)
+            assert [] == found.result(60)
+            adding.result(60)
+    finally:
+        logging.getLogger("tritonlora.files").removeHandler(handler)
+
+
+def test_check_writes_nothing(base: Path, tmp_path: Path) -> None:
+    """A repository that is mounted read-only can be checked: with a lock, and without."""
+    root = tmp_path / "repo"
+    shutil.copytree(base, root)
+    for _ in range(2):
+        before = {path: path.lstat().st_mtime_ns for path in (root, *root.rglob("*"))}
+        outcome = faults.run(["check", "--deep", "--repo", str(root)], root, 0, error=errno.EROFS)
+        assert faults.Outcome(0, faulted=False) == outcome
+        assert before == {path: path.lstat().st_mtime_ns for path in (root, *root.rglob("*"))}
+        (root / "lora_router" / ".lock").unlink(missing_ok=True)

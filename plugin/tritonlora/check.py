@@ -15,7 +15,7 @@ from tritonlora import generated, surroundings, warmup
 from tritonlora.adapters import AdapterEntry, AdapterTable
 from tritonlora.cpu_engine.settings import is_cpu_engine
 from tritonlora.errors import ConfigError, EngineMismatch, TritonLoraError
-from tritonlora.files import sha256_of
+from tritonlora.files import reading, sha256_of
 from tritonlora.findings import Finding, Subject
 from tritonlora.findings import error as _error
 from tritonlora.findings import warning as _warning
@@ -48,8 +48,21 @@ def check(
     """All findings, errors first; `deep` also compares the files' SHA-256 with the table, `ports` are to be free.
 
     `gpu_memory` is what is free of each GPU's memory when the engine makes its caches, in bytes; None: not checked.
-    Raises TritonLoraError only where nothing can be checked at all: adapters.json or a config.pbtxt is unreadable.
+    Nobody writes while the files are looked at, so that no finding is what a command was just writing. The files are
+    hashed after that, which may take minutes. Raises TritonLoraError only where nothing can be checked at all:
+    adapters.json or a config.pbtxt is unreadable.
     """
+    with reading(repository.table_path.parent) as is_steady:
+        findings = _findings(repository, ports, gpu_memory)
+    if findings and not is_steady:  # nobody had written before, so that there was no lock; somebody may have begun to
+        with reading(repository.table_path.parent):
+            findings = _findings(repository, ports, gpu_memory)
+    if deep:
+        findings += _altered(repository)
+    return sorted(dict.fromkeys(findings), key=lambda finding: finding.severity)
+
+
+def _findings(repository: Repository, ports: Ports | None, gpu_memory: int | None) -> list[Finding]:
     config = served_config(repository.config_path)
     flavour = flavour_of_config(config)
     findings: list[Finding] = []
@@ -69,13 +82,13 @@ def check(
         plan = plan_of(repository, table, config, profile, gpu_memory=gpu_memory)
     except TritonLoraError:
         plan = None  # _files or _rows says why
-    subject = Subject(repository, table, text, config, flavour, configs, profile, plan, deep, ports)
+    subject = Subject(repository, table, text, config, flavour, configs, profile, plan, ports)
     for one in CHECKS:
         try:
             findings += one(subject)
         except TritonLoraError as error:
             findings.append(_error(f"{repository.target}/config.pbtxt", str(error), REPAIR))
-    return sorted(dict.fromkeys(findings), key=lambda finding: finding.severity)
+    return findings
 
 
 # The engine's model
@@ -128,29 +141,52 @@ def _beam_width(subject: Subject) -> Iterator[Finding]:
 
 
 def _files(subject: Subject) -> Iterator[Finding]:
-    """Each adapter's files are there, whole and unaltered, and its own."""
+    """Each adapter's files are there, whole, and its own."""
+    root = subject.repository.root
     registered: dict[str, set[str]] = {}
     for entry in subject.table.entries.values():
         for file, digest in entry.sha256_by_file.items():
             registered.setdefault(file, set()).add(digest)
     for name, entry in subject.table.entries.items():
-        again = f"add it again: tritonlora add {name} ADAPTER_DIR"
-        digests = entry.sha256_by_file
-        root = subject.repository.root
+        files = entry.sha256_by_file
         missing = [
             f"{file} is {'not a file' if (root / file).exists() else 'missing'}"
-            for file in digests
+            for file in files
             if not (root / file).is_file()
         ]
         twice = [
-            f"{file} is another adapter's, too, with another SHA-256" for file in digests if len(registered[file]) > 1
+            f"{file} is another adapter's, too, with another SHA-256" for file in files if len(registered[file]) > 1
         ]
-        problems = missing or twice or subject.flavour.stored_problems(root, entry)
-        if not problems and subject.deep:
-            altered = [file for file, digest in digests.items() if sha256_of(root / file) != digest]
-            problems = [f"{file} was altered: its SHA-256 is not the registered one" for file in altered]
-        for problem in problems:
-            yield _error(f"adapter {name}", problem, again)
+        for problem in missing or twice or subject.flavour.stored_problems(root, entry):
+            yield _error(f"adapter {name}", problem, _add_again(name))
+
+
+def _altered(repository: Repository) -> Iterator[Finding]:
+    """Each adapter's files are unaltered. One that seems not to be is hashed again while nobody writes."""
+    entries = read_table(repository).entries
+    suspects = {name for name, entry in entries.items() if any(_alterations(repository, entry))}
+    if suspects:
+        with reading(repository.table_path.parent):
+            entries = read_table(repository).entries
+            for name in sorted(suspects & entries.keys()):
+                for problem in _alterations(repository, entries[name]):
+                    yield _error(f"adapter {name}", problem, _add_again(name))
+
+
+def _alterations(repository: Repository, entry: AdapterEntry) -> Iterator[str]:
+    for file, digest in entry.sha256_by_file.items():
+        path = repository.root / file
+        try:
+            if path.is_file() and sha256_of(path) != digest:
+                yield f"{file} was altered: its SHA-256 is not the registered one"
+        except FileNotFoundError:
+            continue  # it was removed meanwhile
+        except OSError as error:
+            yield f"{file} cannot be read: {error.strerror}"
+
+
+def _add_again(name: str) -> str:
+    return f"add it again: tritonlora add {name} ADAPTER_DIR"
 
 
 def _rows(subject: Subject) -> Iterator[Finding]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from tritonlora import pack, peft
 from tritonlora.engine import load_profile
 from tritonlora.errors import EngineMismatch, RepositoryError, UnsupportedAdapter
-from tritonlora.files import publish, temporary_name
+from tritonlora.files import abandoned_beside, delete, publish, temporary_name
 from tritonlora.interrupts import held
 from tritonlora.layout import plan_layout
 
@@ -48,6 +48,8 @@ def convert(
     allow_nonfinite: bool = False,
 ) -> Converted:
     """Write both files of the adapter into `out_directory`, whole or not at all.
+
+    Temporary files there, which a killed conversion has left, are deleted.
 
     `dtype` defaults to that of the base model in `base`, else to the adapter's own, when all its tensors share one.
     With `base` the adapter is checked against that model. Raises AdapterError, or RepositoryError when it cannot write.
@@ -83,19 +85,19 @@ def convert(
         weights_shape, config_shape = (1, *weights_shape), (1, *config_shape)
         weights_header, config_header = pack.npy_header(weights_shape, dtype), pack.npy_header(config_shape, "int32")
     try:
-        with (
-            _directory(out_directory),
-            temporary_name(weights_path) as weights,
-            temporary_name(config_path) as rows,
-        ):
-            pack.convert_file(
-                adapter, layout, weights, header=weights_header, base=base, allow_nonfinite=allow_nonfinite
-            )
-            rows.write_bytes(config_header + lora_config.tobytes())
-            with held():  # whenever this ends, the two that are there belong together
-                config_path.unlink(missing_ok=True)
-                publish(weights, weights_path)
-                publish(rows, config_path)
+        with _directory(out_directory):
+            for left in abandoned_beside([out_directory / name for names in NAMES.values() for name in names]):
+                with contextlib.suppress(OSError):
+                    delete(left)
+            with temporary_name(weights_path) as weights, temporary_name(config_path) as rows:
+                pack.convert_file(
+                    adapter, layout, weights, header=weights_header, base=base, allow_nonfinite=allow_nonfinite
+                )
+                rows.write_bytes(config_header + lora_config.tobytes())
+                with held():  # whenever this ends, the two that are there belong together
+                    config_path.unlink(missing_ok=True)
+                    publish(weights, weights_path, for_all=False)
+                    publish(rows, config_path, for_all=False)
     except OSError as error:
         raise RepositoryError(f"cannot write to {str(out_directory)!r}: {error.strerror or error}") from error
     return Converted(weights_path, config_path, dtype, weights_shape, config_shape)

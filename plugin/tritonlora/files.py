@@ -290,11 +290,11 @@ def write_bytes(path: Path, content: bytes, *, like: Path | None = None) -> None
 
     `like` is the file whose mode and owner a new one gets.
     """
-    path = path.resolve()
     if has_content(path, content):
         return
     with contextlib.suppress(FileNotFoundError):
         os.close(open_file(path))  # or say that this is no file
+    path = path.resolve()
     with temporary_name(path) as temporary:
         temporary.write_bytes(content)
         publish(temporary, path, like=None if path.exists() else like)

@@ -38,7 +38,6 @@ class Subject:
     configs: Mapping[str, ModelConfig]  # of all models whose config.pbtxt can be read, by name
     profile: EngineProfile | None
     plan: CachePlan | None  # None, too, where an adapter's files are not what they should be
-    deep: bool
     ports: Ports | None  # that a server is to listen on
 
 
