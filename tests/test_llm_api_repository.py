@@ -477,3 +477,21 @@ def test_serve_starts_one_server_whatever_the_number_of_gpus(sound: Repository) 
     _edit_yaml(sound, tensor_parallel_size=2)
 
     assert World(1, "tensorrt_llm") == serving.world_of(sound, repository.served_config(sound.config_path))
+
+
+def test_a_config_that_changes_after_it_was_read_is_refused(
+    opened: Repository, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine would read another one than was checked."""
+    read_config = register.read_config
+
+    def change_meanwhile(path: Path) -> Any:
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        (adapter / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 1}))
+        return read_config(path)
+
+    monkeypatch.setattr(register, "read_config", change_meanwhile)
+    with pytest.raises(InvalidAdapter, match="adapter_config.json' was changed after it had been looked at; try again"):
+        register.add(opened, "pirate", adapter)
+
+    assert {} == read_table(opened).entries

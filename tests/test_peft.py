@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import re
+import resource
 import struct
 import warnings
 import zipfile
@@ -27,6 +28,7 @@ from safetensors.torch import load_file, save_file
 
 from adapters import LLAMA_CONFIG, lora_pair, save_llama_adapter, write_adapter
 from tritonlora.errors import InvalidAdapter, UnsupportedAdapter
+from tritonlora.layout import plan_layout
 from tritonlora.peft import load_adapter
 from tritonlora.peft_config import AdapterConfig, parse_config
 
@@ -81,7 +83,7 @@ def test_patterns_match_as_in_peft(patterns: list[str], path: str) -> None:
     ranks = {pattern: number for number, pattern in enumerate(patterns, 1)}
     config = AdapterConfig("", 99, 1.0, rank_pattern=ranks)
 
-    assert ranks.get(get_pattern_key(list(ranks), path), 99) == config.ranks_of(path)[0]
+    assert ranks.get(get_pattern_key(list(ranks), path), 99) == config.stated([path])[path].ranks[0]
 
 
 @pytest.mark.parametrize(
@@ -450,10 +452,11 @@ def test_every_field_that_peft_writes_by_default_is_accepted() -> None:
         (config_bytes(rank_pattern={f"q{i}": 1 for i in range(5000)}), "'rank_pattern' has 5000 patterns, .* 4096"),
         (config_bytes(rank_pattern={"(a+)+x": 1}), "a repeated group"),
         (config_bytes(rank_pattern={"(a|a)*x": 1}), "a repeated group"),
-        (config_bytes(rank_pattern={".*" * 5: 1}), "too many alternatives and repetitions"),
-        (config_bytes(rank_pattern={"(m?o?d?e?l?)?" * 9: 1}), "too many alternatives and repetitions"),
-        (config_bytes(alpha_pattern={"(.|.|.)" * 20: 1}), "too many alternatives and repetitions"),
-        (config_bytes(rank_pattern={"()" * 26 + "(.|[a-z_.0-9])" * 30 + "X": 1}), "too many alternatives and"),
+        (config_bytes(rank_pattern={f"{i:04}{'a*' * 40}": 1 for i in range(4000)}), "of 336000 characters, .* 262144"),
+        (
+            config_bytes(base_model_name_or_path="x" * 5000),
+            "'base_model_name_or_path' is 'xxx.*at most 4096",
+        ),
         (config_bytes(rank_pattern={"(a|b)" * 2000: 1}), "a repeated group, flags, or too long"),
         (config_bytes(alpha_pattern={"(?x:(a+) +)": 1}), "a repeated group, flags"),
         (b'{"r": ' + b"9" * 5000 + b"}", "'r' is inf, expected a positive integer$"),
@@ -610,3 +613,84 @@ def test_pickle_cut_short_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(InvalidAdapter, match="is not a checkpoint of plain tensors"):
         load_adapter(tmp_path)
+
+
+# Sizes that a header makes up
+
+
+def _sparse_adapter(directory: Path, shapes: Mapping[str, tuple[int, int]], **config: Any) -> Path:
+    """An adapter of zeros that takes no room on the disk: module -> (r, features), both ways."""
+    header: dict[str, object] = {}
+    offset = 0
+    for path, (r, features) in shapes.items():
+        for matrix, shape in (("A", [r, features]), ("B", [features, r])):
+            nbytes = 2 * r * features
+            header[f"base_model.model.{path}.lora_{matrix}.weight"] = {
+                "dtype": "BF16",
+                "shape": shape,
+                "data_offsets": [offset, offset + nbytes],
+            }
+            offset += nbytes
+    text = json.dumps(header).encode()
+    directory.mkdir()
+    (directory / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "lora_alpha": 4, **config}))
+    weights = directory / "adapter_model.safetensors"
+    weights.write_bytes(len(text).to_bytes(8, "little") + text)
+    os.truncate(weights, 8 + len(text) + offset)
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("r", "features"), [(1 << 20, 1 << 19), (8, 1 << 21), (1 << 16, 1 << 11), ((1 << 30) - 1, 4), (2, 1 << 36)]
+)
+def test_a_row_that_no_model_has_is_refused_before_memory_is_asked_for(tmp_path: Path, r: int, features: int) -> None:
+    """Only the header is read of a file whose size costs nothing."""
+    adapter = _sparse_adapter(tmp_path / "adapter", {Q: (r, features)}, r=r)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(InvalidAdapter, match=r"which no layer of any model needs: expected at most 1048576 inputs and"):
+        load_adapter(adapter)
+
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10
+
+
+def test_a_row_of_the_largest_models_is_taken(tmp_path: Path) -> None:
+    """A fused layer of 405 billion weights, at rank 1024."""
+    assert load_adapter(_sparse_adapter(tmp_path / "adapter", {Q: (1024, 65536 - 4096)}, r=1024))
+
+
+def test_tensors_that_are_too_large_together_are_refused(tmp_path: Path) -> None:
+    """All rows are as wide as the widest one, and the file would be hashed."""
+    wide = {"model.layers.0.self_attn.q_proj": (512, 1 << 16)}
+    narrow = {f"model.layers.{layer}.self_attn.q_proj": (1, 4) for layer in range(1, 1100)}
+    config = {"r": 1, "rank_pattern": {r"layers\.0\.self_attn\.q_proj": 512}}
+    adapter = load_adapter(_sparse_adapter(tmp_path / "adapter", wide | narrow, **config))
+
+    with pytest.raises(
+        UnsupportedAdapter, match=r"lora_weights takes 147639500800 bytes, 1100 rows as wide as the widest"
+    ):
+        plan_layout(adapter, dtype="bfloat16")
+
+
+def test_a_file_of_the_old_format_that_would_fill_the_memory_is_refused(tmp_path: Path) -> None:
+    """It cannot be mapped."""
+    adapter = write_adapter(tmp_path / "adapter", lora_pair(Q))
+    (adapter / "adapter_model.safetensors").unlink()
+    (adapter / "adapter_model.bin").write_bytes(b"\x80\x02")
+    os.truncate(adapter / "adapter_model.bin", 1 << 40)
+
+    with pytest.raises(InvalidAdapter, match="1099511627776 bytes in the format before torch 1.6, expected at most"):
+        load_adapter(adapter)
+
+
+def test_two_hundred_thousand_missing_shards_are_one_short_message(tmp_path: Path) -> None:
+    """The first of them, and how many more there are."""
+    adapter = write_adapter(tmp_path / "adapter", lora_pair(Q))
+    (adapter / "adapter_model.safetensors").unlink()
+    weight_map = {f"tensor{number}": f"shard-{number}.safetensors" for number in range(200_000)}
+    (adapter / "adapter_model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(InvalidAdapter) as caught:
+        load_adapter(adapter)
+
+    assert len(str(caught.value)) < 51_000
+    assert "shard-0.safetensors' is not a file" in str(caught.value)
+    assert "and 199900 more" in str(caught.value)

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import errno
 import gc
@@ -19,10 +20,11 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 import pytest
 import torch
@@ -30,7 +32,7 @@ import torch
 from adapters import lora_pair, write_adapter
 from engine_configs import ENGINE
 from repositories import let_time_pass, synthetic_adapter
-from tritonlora import check, files, generated, install, pack, register, repository
+from tritonlora import check, files, generated, install, pack, peft, register, repository
 from tritonlora.errors import AdapterTableError, EngineMismatch, InvalidAdapter, RepositoryError, TritonLoraError
 from tritonlora.findings import Finding
 from tritonlora.register import Options
@@ -193,6 +195,44 @@ def test_warm_can_be_switched_without_a_new_id(opened: Repository, adapters: Cal
     entry = read_table(opened).entries["pirate"]
     assert (1, False) == (entry.lora_task_id, entry.warm)
     assert 0 == len(protobuf(read_text(opened.config_path)).model_warmup)
+
+
+def test_nobody_waits_while_an_adapter_is_read(
+    opened: Repository, adapters: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever made it decides how long that takes."""
+    load_adapter, read = peft.load_adapter, []
+
+    def load(path: Path) -> peft.Adapter:
+        with filelock.FileLock(opened.table_path.parent / ".lock").acquire(timeout=0):
+            read.append(path)
+        return load_adapter(path)
+
+    monkeypatch.setattr(peft, "load_adapter", load)
+    register.add(opened, "pirate", adapters(0))
+    register.add_all(opened, {"haiku": adapters(1), "bard": adapters(2)})
+
+    assert [adapters(seed) for seed in range(3)] == read
+    assert {"pirate", "haiku", "bard"} == read_table(opened).entries.keys()
+
+
+def test_an_adapter_that_changes_while_the_lock_is_waited_for_is_refused(
+    opened: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was read of it is not what would be converted."""
+    adapter, locked = synthetic_adapter(tmp_path / "adapter"), files.locked
+
+    @contextlib.contextmanager
+    def change_meanwhile(directory: Path) -> Iterator[None]:
+        with locked(directory):
+            synthetic_adapter(tmp_path / "adapter", 1)
+            yield
+
+    monkeypatch.setattr(register, "locked", change_meanwhile)
+    with pytest.raises(InvalidAdapter, match="was changed after it had been looked at; try again"):
+        register.add(opened, "pirate", adapter)
+
+    assert {} == read_table(opened).entries
 
 
 def test_a_dry_run_needs_no_lock(opened: Repository, adapters: Callable[[int], Path]) -> None:

@@ -24,6 +24,7 @@ from tritonlora.stored import StoredTensor, in_memory
 from tritonlora.versions import open_file, read_file
 
 MAX_JSON_BYTES = 16 << 20
+_MAX_UNMAPPED_BYTES = 16 << 30
 _LFS_POINTER = b"version https://git-lfs"
 
 
@@ -44,6 +45,12 @@ def load_pickle(path: Path) -> dict[str, StoredTensor]:
     try:
         with open(open_file(path), "rb") as file:  # noqa: PTH123  a descriptor
             is_zip = file.read(2) == b"PK"  # the format before torch 1.6 is not, and cannot be mapped
+            nbytes = os.fstat(file.fileno()).st_size
+            if not is_zip and nbytes > _MAX_UNMAPPED_BYTES:
+                raise InvalidAdapter(
+                    f"{str(path)!r} has {nbytes} bytes in the format before torch 1.6, expected at most "
+                    f"{_MAX_UNMAPPED_BYTES}; save it as safetensors"
+                )
             # What torch.load maps it takes as it stands, whether it is compressed or not.
             if is_zip and any(entry.compress_type != zipfile.ZIP_STORED for entry in zipfile.ZipFile(file).infolist()):
                 raise InvalidAdapter(

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from tritonlora.peft import Adapter, AdapterModule
 
 
+_MAX_NBYTES = 1 << 37  # of lora_weights: rank 512 for all layers of a model of 405 billion weights takes half of it
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """What one row of lora_config says."""
@@ -162,6 +165,12 @@ def plan_layout(
             problems.unsupported.append(
                 f"{first.path!r} and {second.path!r} are both {row.module.name} of layer {row.layer}"
             )
+    nbytes = len(planned) * width * ITEMSIZES.get(dtype, 1)
+    if nbytes > _MAX_NBYTES:
+        problems.unsupported.append(
+            f"lora_weights takes {nbytes} bytes, {len(planned)} rows as wide as the widest; expected at most "
+            f"{_MAX_NBYTES}"
+        )
     problems.raise_any(adapter, profile)
     rows, sources = tuple(row for row, _ in planned), tuple(source for _, source in planned)
     transposed = frozenset(path for path, module in adapter.modules.items() if conv1d[id(module.leaves)])

@@ -21,9 +21,12 @@ from tritonlora.checkpoint import file_inside, load_checkpoint, read_json_bytes
 from tritonlora.errors import AdapterError, InvalidAdapter, UnsupportedAdapter, merge_layers, one_message
 from tritonlora.families import Leaf
 from tritonlora.locate import locate, why_not
-from tritonlora.peft_config import AdapterConfig, parse_config
+from tritonlora.peft_config import AdapterConfig, Stated, parse_config
 from tritonlora.stored import StoredTensor
 
+# The largest layers that are known have 106,496 outputs. All elements of a row are in memory at one time.
+_MAX_FEATURES = 1 << 20
+_MAX_ELEMENTS = 1 << 27
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -70,7 +73,7 @@ def load_adapter(path: Path) -> Adapter:
         tensors = load_checkpoint(directory, "adapter_model.safetensors", "adapter_model.bin")
     modules: dict[str, AdapterModule] = {}
     # Tensors of another peft_type, which the config's problems name, need no reasons of their own.
-    if not problems or any(map(_LORA_KEY.fullmatch, tensors)):
+    if not problems or any(map(_lora_key, tensors)):
         modules = _modules(tensors, config, problems)
     if problems or config is None:
         kind: type[AdapterError] = InvalidAdapter if problems.invalid else UnsupportedAdapter
@@ -103,7 +106,7 @@ def _modules(
     """Sort a PEFT state dict into modules; without a config, which is a problem already, only look for more."""
     groups: dict[str, _Group] = {}
     for key in sorted(tensors):
-        match = _LORA_KEY.fullmatch(key)
+        match = _lora_key(key)
         if match is None:
             problems.unsupported.append(f"{key!r}: {_why_not_key(key)}")
             continue
@@ -119,32 +122,37 @@ def _modules(
         problems.invalid.append(
             f"tensors of several adapters: {', '.join(map(repr, sorted(names)))}; save each on its own"
         )
+    located = {path: place for path in groups if (place := locate(path))}
+    stated: Mapping[str, Stated] = {}
+    if config is not None:
+        with problems.collected():
+            stated = config.stated(sorted(located))
     modules = {}
     for path, group in groups.items():
-        place = locate(path)
-        if place is None:
+        if path not in located:
             problems.unsupported.append(f"{path!r}: {why_not(path)}")
             continue
-        found = _tensor_problems(path, group.tensors, config)
+        found = _tensor_problems(path, group.tensors, config, stated.get(path))
         problems.invalid += found
-        if config is not None and not found:
+        if config is not None and path in stated and not found:
             rank = group.tensors["A"].shape[0]
+            layer, leaves = located[path]
             modules[path] = AdapterModule(
                 path=path,
-                layer=place[0],
-                leaves=place[1],
+                layer=layer,
+                leaves=leaves,
                 lora_A=group.tensors["A"],
                 lora_B=group.tensors["B"],
-                scaling=config.scaling_of(path, rank),
+                scaling=config.scaling(rank, stated[path].alphas[0]),
                 magnitude=group.tensors.get("magnitude"),
             )
-    if config is not None:
-        problems.invalid += _order_problems(modules, config)
+    problems.invalid += _order_problems(modules, stated)
     if not groups and not problems:
         problems.invalid.append("there is no LoRA tensor in it; save the adapter again")
     return modules
 
 
+_MAX_KEY = 1000  # characters
 _LORA_KEY = re.compile(
     r"(?:base_model\.model\.)?(?P<path>.+)\."
     r"(?:lora_(?P<matrix>[AB])(?:\.(?P<name>[^.]+))?\.weight"
@@ -175,11 +183,19 @@ class _Group:
     tensors: dict[str, StoredTensor] = field(default_factory=dict)
 
 
+def _lora_key(key: str) -> re.Match[str] | None:
+    return _LORA_KEY.fullmatch(key) if len(key) <= _MAX_KEY else None
+
+
 def _why_not_key(key: str) -> str:
+    if len(key) > _MAX_KEY:
+        return f"a name of {len(key)} characters, which no layer has; save the adapter again"
     return next(reason for pattern, reason in _WHY_NOT_KEY if re.search(pattern, key))
 
 
-def _tensor_problems(path: str, tensors: Mapping[str, StoredTensor], config: AdapterConfig | None) -> list[str]:
+def _tensor_problems(
+    path: str, tensors: Mapping[str, StoredTensor], config: AdapterConfig | None, stated: Stated | None
+) -> list[str]:
     missing = [
         f"{path!r}: lora_{matrix} is missing; save the adapter again" for matrix in "AB" if matrix not in tensors
     ]
@@ -196,8 +212,17 @@ def _tensor_problems(path: str, tensors: Mapping[str, StoredTensor], config: Ada
         problems.append(
             f"{path!r}: lora_A is {shape_a} and lora_B {shape_b}, expected (r, in) and (out, r); save the adapter again"
         )
-    elif config is not None:
-        problems += _rank_problems(path, shape_a, config)
+    elif max(shape_a[1], shape_b[0]) > _MAX_FEATURES or shape_a[0] * (shape_a[1] + shape_b[0]) > _MAX_ELEMENTS:
+        problems.append(
+            f"{path!r}: lora_A is {shape_a} and lora_B {shape_b}, which no layer of any model needs: expected at most "
+            f"{_MAX_FEATURES} inputs and outputs, and {_MAX_ELEMENTS} elements in both; fetch or save the adapter again"
+        )
+    elif stated is not None and shape_a[0] not in stated.ranks:
+        ranks = " or ".join(str(one) for one in dict.fromkeys(stated.ranks))
+        problems.append(
+            f"{path!r}: lora_A is {shape_a}, but adapter_config.json says r = {ranks}; give two files that were saved "
+            "together"
+        )
     if config is not None and (magnitude is None) == config.use_dora:
         problems.append(
             f"{path!r}: adapter_config.json says use_dora = {str(config.use_dora).lower()}, but lora_magnitude_vector "
@@ -208,28 +233,17 @@ def _tensor_problems(path: str, tensors: Mapping[str, StoredTensor], config: Ada
     return problems
 
 
-def _rank_problems(path: str, shape_a: tuple[int, ...], config: AdapterConfig) -> list[str]:
-    rank, ranks = shape_a[0], config.ranks_of(path)
-    if rank not in ranks:
-        stated = " or ".join(str(one) for one in dict.fromkeys(ranks))
-        return [
-            f"{path!r}: lora_A is {shape_a}, but adapter_config.json says r = {stated}; give two files that were saved "
-            "together"
-        ]
-    return []
-
-
-def _order_problems(modules: Mapping[str, AdapterModule], config: AdapterConfig) -> list[str]:
+def _order_problems(modules: Mapping[str, AdapterModule], stated: Mapping[str, Stated]) -> list[str]:
     """A rank that is not the first that its patterns say shows that their order, in all of the file, is not that of the
     training. PEFT itself cannot load such an adapter.
     """
-    if all(module.r == config.ranks_of(path)[0] for path, module in modules.items()):
+    if all(module.r == stated[path].ranks[0] for path, module in modules.items()):
         return []
     return [
         f"{path!r}: several patterns of alpha_pattern match, and PEFT's save_pretrained sorts them, so that nothing "
         "tells which counted in training; write patterns of which only one matches"
         for path in modules
-        if len(set(config.alphas_of(path))) > 1
+        if len(set(stated[path].alphas)) > 1
     ]
 
 

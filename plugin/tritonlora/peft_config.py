@@ -8,19 +8,16 @@ so that a feature of a later PEFT cannot be dropped in silence.
 
 from __future__ import annotations
 
-import functools
 import json
 import math
-import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 from tritonlora.errors import InvalidAdapter, UnsupportedAdapter, one_message
-
-_T = TypeVar("_T")
+from tritonlora.patterns import matches, parse
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,21 +34,30 @@ class AdapterConfig:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     base_model_class: str = ""  # "LlamaForCausalLM", which PEFT notes where it was given no task_type
 
-    def ranks_of(self, path: str) -> list[int]:
-        """The ranks that the module `path` ("model.layers.0.self_attn.q_proj") can have: PEFT gives it the first.
+    def stated(self, paths: Sequence[str]) -> dict[str, Stated]:
+        """What the config says of the modules at `paths` ("model.layers.0.self_attn.q_proj").
 
-        There are several where several patterns match. PEFT saves them in another order than they were given in.
+        Raises InvalidAdapter where its patterns are more than any model needs.
         """
-        return _matches(self.rank_pattern, path) or [self.r]
+        ranks, alphas = matches(self.rank_pattern, paths), matches(self.alpha_pattern, paths)
+        return {
+            path: Stated(tuple(ranks.get(path, [self.r])), tuple(alphas.get(path, [self.lora_alpha]))) for path in paths
+        }
 
-    def alphas_of(self, path: str) -> list[float]:
-        """As `ranks_of`."""
-        return _matches(self.alpha_pattern, path) or [self.lora_alpha]
-
-    def scaling_of(self, path: str, rank: int) -> float:
+    def scaling(self, rank: int, alpha: float) -> float:
         """What PEFT multiplies B @ A with: alpha / r, or alpha / sqrt(r) with rsLoRA."""
-        alpha = self.alphas_of(path)[0]
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+
+@dataclass(frozen=True, slots=True)
+class Stated:
+    """The ranks and alphas that one module can have: PEFT gives it the first.
+
+    There are several where several patterns match. PEFT saves them in another order than they were given in.
+    """
+
+    ranks: tuple[int, ...]
+    alphas: tuple[float, ...]
 
 
 def parse_config(text: bytes) -> AdapterConfig:
@@ -223,14 +229,14 @@ def _broken_fields(raw: Mapping[str, Any]) -> list[str]:
         if len(pattern) > _MAX_PATTERNS:
             problems.append(f"{name!r} has {len(pattern)} patterns, expected at most {_MAX_PATTERNS}")
             continue
+        characters = sum(map(len, pattern))
+        if characters > _MAX_CHARACTERS:
+            problems.append(f"{name!r} has patterns of {characters} characters, expected at most {_MAX_CHARACTERS}")
+            continue
         problems += [
             f"{name}[{key!r}] is {_short(v)}, expected {expected}" for key, v in pattern.items() if not is_value(v)
         ]
-        problems += [f"{name} has {_short(key)}: {error}" for key in pattern if (error := _regex_error(key))]
-        if sum(_ways(key) for key in pattern if len(key) <= _MAX_PATTERN) > _MAX_WAYS:
-            problems.append(
-                f"{name} has too many alternatives and repetitions in its regular expressions; write the layers' names"
-            )
+        problems += [f"{name} has {_short(key)}: {error}" for key in pattern if (error := _pattern_error(key))]
     return problems
 
 
@@ -244,46 +250,16 @@ def _base_model_class(auto_mapping: object) -> str:
     return name if isinstance(name, str) else ""
 
 
-def _matches(patterns: Mapping[str, _T], path: str) -> list[_T]:
-    # PEFT's rule (`get_pattern_key` in src/peft/utils/other.py): the first that matches the end of the path, from a dot
-    # on; the pattern is a regular expression.
-    return [value for key, value in patterns.items() if _compiled(key).match(path)]
-
-
 # No model has as many linear layers: each of them has its own pattern at most.
 _MAX_PATTERNS = 4096
+_MAX_CHARACTERS = 64 * _MAX_PATTERNS  # to read one takes up to 15 us
 
 
-@functools.lru_cache(maxsize=2 * _MAX_PATTERNS)  # to compile one takes as long as matching it to a hundred layers
-def _compiled(key: str) -> re.Pattern[str]:
-    return re.compile(rf"(.*\.)?({key})$")
-
-
-# A regular expression can take for ever to fail. This bounds the ways to try one on the name of a layer, which has less
-# than 64 characters as a rule: a repetition takes some of them, an option is taken or not, and a group is one of its
-# alternatives. Repeated groups, with which the ways grow exponentially, are refused, and flags, which could hide them.
-_MAX_WAYS = 1_000_000
-_MAX_PATTERN = 1000  # characters
-_REPEATED_GROUP = re.compile(r"\)[*+{]")
-_FLAGS = re.compile(r"\(\?[a-zA-Z-]")
-
-
-def _ways(pattern: str) -> int:
-    repetitions = len(re.findall(r"[*+{]", pattern))
-    options = pattern.count("?")
-    if repetitions > 20 or options > 50:
-        return _MAX_WAYS + 1
-    alternatives = math.prod(group.count("|") + 1 for group in re.split(r"[()]", pattern))
-    return int(64**repetitions * 2**options * alternatives // math.factorial(repetitions))
-
-
-def _regex_error(key: str) -> str:
-    if len(key) > _MAX_PATTERN or _REPEATED_GROUP.search(key) or _FLAGS.search(key):
-        return "a repeated group, flags, or too long; write the layers' names"
+def _pattern_error(key: str) -> str:
     try:
-        _compiled(key)
-    except (re.error, OverflowError, RecursionError) as error:
-        return f"not a regular expression ({error.msg if isinstance(error, re.error) else error})"
+        parse(key)
+    except ValueError as error:
+        return str(error)
     return ""
 
 
@@ -305,6 +281,13 @@ def _is_names(value: object) -> bool:
     )
 
 
+_MAX_NAME = 4096  # characters: Linux' longest path
+
+
+def _is_name(value: object) -> bool:
+    return value is None or (isinstance(value, str) and len(value) <= _MAX_NAME)
+
+
 def _is_layers(value: object) -> bool:
     return value is None or all(type(layer) is int for layer in (value if isinstance(value, list) else [value]))
 
@@ -316,7 +299,7 @@ _EXPECTED: tuple[tuple[tuple[str, ...], Callable[[object], bool], str], ...] = (
     (("use_rslora", "use_dora", "fan_in_fan_out"), _is_switch, "true or false"),
     (("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"), _is_names, "names in a list, or one"),
     (("layers_to_transform",), _is_layers, "numbers in a list, or one"),
-    (("base_model_name_or_path",), lambda value: value is None or isinstance(value, str), "a name"),
+    (("base_model_name_or_path",), _is_name, f"a name or a path of at most {_MAX_NAME} characters"),
 )
 
 

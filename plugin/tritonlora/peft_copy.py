@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tritonlora.errors import UnsupportedAdapter, one_message
+from tritonlora.checkpoint import read_json_bytes
+from tritonlora.errors import InvalidAdapter, UnsupportedAdapter, one_message
+from tritonlora.peft_config import parse_config
 from tritonlora.stored import StoredTensor, bytes_of
 
 if TYPE_CHECKING:
@@ -47,14 +48,21 @@ def check_for_llm_api(adapter: Adapter) -> None:
 
 
 def copy_adapter(adapter: Adapter, weights: Path, config: Path) -> None:
-    """Write adapter_model.safetensors to `weights` and adapter_config.json to `config`."""
+    """Write adapter_model.safetensors to `weights` and adapter_config.json to `config`.
+
+    InvalidAdapter when either has changed since the adapter was read.
+    """
+    source = adapter.directory / "adapter_config.json"
+    content = read_json_bytes(source)
+    if parse_config(content) != adapter.config:
+        raise InvalidAdapter(f"{str(source)!r} was changed after it had been looked at; try again")
     tensors = {
         f"base_model.model.{path}.lora_{matrix}.weight": tensor
         for path, module in sorted(adapter.modules.items())
         for matrix, tensor in (("A", module.lora_A), ("B", module.lora_B))
     }
     _save_safetensors(weights, tensors)
-    shutil.copyfile(adapter.directory / "adapter_config.json", config)
+    config.write_bytes(content)
 
 
 def _save_safetensors(path: Path, tensors: dict[str, StoredTensor]) -> None:

@@ -109,9 +109,10 @@ def add(
     Other content under a known name replaces it under a new lora_task_id. When it is refused, the repository is as it
     was; when it cannot be written to the end, the same again completes it.
     """
+    adapter = _read(name, adapter_directory)  # which may take a while, and needs nobody to wait
     with contextlib.nullcontext() if dry_run else locked(repository.table_path.parent):
         table = read_table(repository)
-        planned = _plan(repository, table, name, adapter_directory, options, task_id=task_id)
+        planned = _plan(repository, table, name, adapter, options, task_id=task_id)
         # Everything that can be refused is refused before a byte is written.
         generated.rendered_config(repository, with_adapter(table, name, planned.entry))
         if dry_run:
@@ -133,16 +134,26 @@ def add_all(
     The table and config.pbtxt are written once, at the end. Interrupted, those that were finished are registered.
     """
     results: list[Added | Refused] = []
+
+    def refuse(name: str, error: TritonLoraError) -> None:
+        results.append(Refused(name, str(error)))
+        on_done(results[-1])
+
+    read = {}
+    for name, directory in adapters.items():
+        try:
+            read[name] = _read(name, directory)
+        except TritonLoraError as error:
+            refuse(name, error)
     with locked(repository.table_path.parent):
         before = read_table(repository)
         planned, after = [], before
-        for name, directory in adapters.items():
+        for name in list(read):
             try:
-                one = _plan(repository, after, name, directory, options)
+                one = _plan(repository, after, name, read.pop(name), options)
                 after = with_adapter(after, name, one.entry)  # so that each gets an id of its own
             except TritonLoraError as error:
-                results.append(Refused(name, str(error)))
-                on_done(results[-1])
+                refuse(name, error)
             else:
                 planned.append(one)
         generated.rendered_config(repository, after)  # or nothing is converted
@@ -188,27 +199,32 @@ class _Planned:
     remarks: tuple[str, ...]
 
 
+def _read(name: str, directory: Path) -> Adapter:
+    """The adapter that is to have this name; any AdapterError."""
+    from tritonlora import peft
+
+    check_name(name)
+    return peft.load_adapter(directory)
+
+
 def _plan(
     repository: Repository,
     table: AdapterTable,
     name: str,
-    directory: Path,
+    adapter: Adapter,
     options: Options,
     *,
     task_id: int | None = None,
 ) -> _Planned:
-    """Read the adapter and decide everything but its values; any AdapterError."""
-    from tritonlora import peft
+    """Decide everything about the adapter but its values; any AdapterError."""
     from tritonlora.layout import plan_layout
 
-    check_name(name)
     config = read_config(repository.config_path)
     flavour = flavour_of_config(config)
     profile = engine_profile(repository, config)
     if options.base is not None:
         profile = _told_by(options.base, profile, options.dtype)
     dtype, remarks = _choose_dtype(table, name, profile, options.dtype, flavour.assumed_dtype)
-    adapter = peft.load_adapter(directory)
     flavour.check_adapter(adapter)
     layout = plan_layout(
         adapter, dtype=dtype, profile=profile, base=options.base, engine_reads=not flavour.sends_weights
