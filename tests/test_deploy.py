@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,10 +15,11 @@ import compose_spec
 import jsonschema
 import kubernetes_validate
 import pytest
+import typer
 import yaml
 
 from deploy_schemas import BY_KIND, ENDPOINT_PICKER_CONFIG
-from tritonlora import server
+from tritonlora import cli, server
 
 DEPLOY = Path(__file__).parents[1] / "scripts" / "deploy"
 KUBERNETES_VERSIONS = ("1.30", kubernetes_validate.latest_version())
@@ -165,7 +167,7 @@ def test_the_dockerfile_starts_from_nvidias_image_and_keeps_its_torch() -> None:
     assert ("FROM", "nvcr.io/nvidia/tritonserver:${TRITON_VERSION}-trtllm-python-py3") in instructions
     assert ["ARG", "FROM"] == words[:2]
     assert "ENTRYPOINT" not in words
-    assert ("CMD", '["tritonlora", "serve"]') == instructions[-1]
+    assert ("CMD", '["tritonlora", "serve", "--address", "0.0.0.0"]') == instructions[-1]
     assert 1 == len(runs)
     assert all(name in runs[0] for name in ("numpy", "torch", "tensorrt[-_]llm", "--constraint container.txt"))
 
@@ -202,17 +204,32 @@ def test_every_selector_finds_the_servers() -> None:
 def test_the_ports_are_tritons_everywhere() -> None:
     """And those of `tritonlora serve`, which is started without naming any."""
     defaults = server.Ports()
-    published = [tuple(map(int, port.split(":"))) for port in SERVICE["ports"]]
+    published = [port.split(":") for port in SERVICE["ports"]]
     monitored = RESOURCES["podmonitor.yaml: PodMonitor"]["spec"]["podMetricsEndpoints"][0]["port"]
     scraped = {plugin["type"]: plugin.get("parameters") for plugin in PICKER_CONFIG["plugins"]}["metrics-data-source"]
 
     assert {"http": defaults.http, "grpc": defaults.grpc, "metrics": defaults.metrics} == PORTS
     assert PORTS == {port["name"]: port["containerPort"] for port in CONTAINER["ports"]}
     assert PORTS == {port["targetPort"]: port["port"] for port in RESOURCES["server.yaml: Service"]["spec"]["ports"]}
-    assert [(port, port) for port in PORTS.values()] == published
+    assert [["127.0.0.1", str(port), str(port)] for port in PORTS.values()] == published
     assert [{"number": PORTS["http"]}] == POOL["targetPorts"]
     assert monitored == "metrics"
     assert PORTS["metrics"] == scraped["port"]
+
+
+def test_a_server_in_a_container_can_be_reached_from_outside() -> None:
+    """`tritonlora serve` listens at its own machine alone unless it is told otherwise; and takes what it is told."""
+    told = [json.loads(dockerfile()[-1][1]), SERVICE["command"], CONTAINER["args"]]
+    [command] = {tuple(words) for words in told}
+    options = typer.main.get_command(cli.app).commands["serve"].params  # type: ignore[attr-defined]
+    address = next(option for option in options if option.name == "address")
+
+    assert ("tritonlora", "serve", "--address", "0.0.0.0") == command  # noqa: S104
+    assert "127.0.0.1" == address.default
+    everywhere = server.server_command(
+        server.Tritonserver(Path("tritonserver")), Path("/models"), server.Ports(), address=command[-1]
+    )
+    assert {f"--{kind}-address=0.0.0.0" for kind in PORTS} <= {*everywhere}
 
 
 def test_probes_ask_triton_and_leave_it_time_to_load() -> None:

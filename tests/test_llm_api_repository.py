@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from adapters import lora_pair, save_llama_adapter, write_adapter
 from repositories import let_time_pass, llm_api_repository, synthetic_adapter
-from tritonlora import check, cli, install, register, repository, serving, undo
+from tritonlora import check, cli, generated, install, register, repository, serving, undo
 from tritonlora.errors import EngineMismatch, InvalidAdapter, RepositoryError, TritonLoraError, UnsupportedAdapter
 from tritonlora.files import TEMPORARY_SUFFIX
 from tritonlora.install import shipped_models
@@ -483,15 +483,32 @@ def test_a_config_that_changes_after_it_was_read_is_refused(
     opened: Repository, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The engine would read another one than was checked."""
-    read_config = register.read_config
+    read_config = repository.read_config
 
     def change_meanwhile(path: Path) -> Any:
         config = json.loads((adapter / "adapter_config.json").read_text())
         (adapter / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 1}))
         return read_config(path)
 
-    monkeypatch.setattr(register, "read_config", change_meanwhile)
+    monkeypatch.setattr("tritonlora.register.read_config", change_meanwhile)
     with pytest.raises(InvalidAdapter, match="adapter_config.json' was changed after it had been looked at; try again"):
         register.add(opened, "pirate", adapter)
 
     assert {} == read_table(opened).entries
+
+
+def test_a_directory_that_a_warmup_sample_leads_to_stays(opened: Repository, adapter: Path, tmp_path: Path) -> None:
+    """config.pbtxt names the file with its path alone, when an `add` was killed before it wrote that one."""
+    register.add(opened, "pirate", adapter)
+    before = read_text(opened.config_path)
+    register.add(opened, "pirate", synthetic_adapter(tmp_path / "other", 1))
+    after = read_text(opened.config_path)
+    opened.config_path.write_text(before)
+    let_time_pass(opened)
+    generated.sweep(opened, read_table(opened))
+    kept = {path.name for path in opened.warmup_directory.glob("*_1")}
+    opened.config_path.write_text(after)
+    generated.sweep(opened, read_table(opened))
+
+    assert {"adapter_1", "lora_id_1", "lora_name_1", "lora_path_1"} == kept
+    assert [] == list(opened.warmup_directory.glob("*_1"))

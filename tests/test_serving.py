@@ -25,13 +25,17 @@ from upstream_configs import upstream_repository
 
 
 def test_an_engine_of_several_processes_is_started_as_upstream_starts_it() -> None:
-    """TensorRT-LLM scripts/launch_triton_server.py --world_size 2: all but the first load the engine's model only."""
+    """TensorRT-LLM scripts/launch_triton_server.py --world_size 2: all but the first load the engine's model only.
+
+    But for the addresses: upstream's listen on every interface.
+    """
     server = [
         "/opt/tritonserver/bin/tritonserver",
         "--model-repository=/repo",
     ]
     ports = ["--grpc-port=8001", "--http-port=8000", "--metrics-port=8002", "--exit-timeout-secs=30"]
-    end = ["--disable-auto-complete-config", "--backend-config=python,shm-region-prefix-name={}", "--log-info=1", ":"]
+    end = ["--disable-auto-complete-config", *(f"--{kind}-address=127.0.0.1" for kind in ("http", "grpc", "metrics"))]
+    end += ["--backend-config=python,shm-region-prefix-name={}", "--log-info=1", ":"]
     expected = [
         *("mpirun", "--allow-run-as-root"),
         *("-n", "1", *server, *ports, *(word.format("prefix0_") for word in end)),

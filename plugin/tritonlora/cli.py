@@ -580,7 +580,9 @@ def serve(
     http_port: HttpPort = 8000,
     grpc_port: GrpcPort = 8001,
     metrics_port: MetricsPort = 8002,
-    address: Annotated[str | None, typer.Option("--address", help="Listen here only; default: everywhere.")] = None,
+    address: Annotated[
+        str, typer.Option("--address", help="Listen here, with all endpoints; 0.0.0.0: on every interface.")
+    ] = "127.0.0.1",
     timeout: Annotated[float, typer.Option("--ready-timeout", help="Seconds to wait until it is ready.")] = 3600.0,
     world_size: Annotated[
         int | None, typer.Option("--world-size", min=1, help="Processes of the engine; by default what it says.")
@@ -598,7 +600,7 @@ def serve(
     from tritonlora.flavours import flavour_of_config
 
     server.check_extra(context.args)
-    address = server.numeric_address(address) if address else None
+    address = server.numeric_address(address)
     opened = repository.open_repository(repo)
     config = repository.served_config(opened.config_path)
     serving.refuse_cached_responses(opened)
@@ -637,9 +639,9 @@ def serve(
             running.wait_until_ready(timeout, on_progress=lambda models: status.update(loading(models)))
         if verify and (problems := serving.verify(running.http_url, opened, config, table)):
             raise ServerError(one_message("the server is ready, but not right", problems))
-        sys.stdout.write(
-            f"ready on http://{running.http_url}; adapters loaded at start: {', '.join(warm) or 'none yet'}\n"
-        )
+        listening = f"listening at {address}: http {ports.http}, grpc {ports.grpc}, metrics {ports.metrics}"
+        loaded = f"adapters loaded at start: {', '.join(warm) or 'none yet'}"
+        sys.stdout.write(f"ready on http://{running.http_url} ({listening}); {loaded}\n")
         if verify:
             sys.stdout.write("verified: each of them answers, and an unregistered lora_task_id is refused\n")
         sys.stdout.flush()

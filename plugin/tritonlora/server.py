@@ -51,6 +51,8 @@ EXIT_TIMEOUT_SECONDS = 30  # tritonserver's own default: what is being answered 
 GRACE_SECONDS = 10  # beyond its timeout, for a server to unload its models before it is killed
 
 ENDPOINTS = ("http", "grpc", "metrics")
+LOCAL = "127.0.0.1"  # where servers listen unless they are told otherwise: who can reach Triton can end it
+_ANY = {"0.0.0.0": LOCAL, "::": "::1"}  # noqa: S104  every interface -> where this machine reaches it
 _CONNECTIONS_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _IPV6_SPELT = {"http": "ipv6:{}", "grpc": "[{}]", "metrics": "ipv6:{}"}  # by libevhtp and by gRPC
 _OUR_OPTIONS = {
@@ -159,13 +161,13 @@ def free_ports() -> Ports:
     low, high = map(int, words or (32768, 60999))
     others = [*range(10_000, low), *range(high + 1, 1 << 16)]  # below are ports that services are known by
     random.shuffle(others)
-    free = (port for port in others if _bind_error(port, "127.0.0.1") is None)
+    free = (port for port in others if _bind_error(port, LOCAL) is None)
     if len(found := [*islice(free, len(ENDPOINTS))]) == len(ENDPOINTS):
         return Ports(*found)
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in ENDPOINTS]
         for one in sockets:
-            one.bind(("127.0.0.1", 0))
+            one.bind((LOCAL, 0))
         return Ports(*(one.getsockname()[1] for one in sockets))
 
 
@@ -178,15 +180,15 @@ def numeric_address(address: str) -> str:
     return str(found[0][4][0])
 
 
-def check_ports(ports: Ports, address: str | None = None) -> None:
-    """ServerError when no server can listen on these ports at `address`, in numbers (None: any interface)."""
+def check_ports(ports: Ports, address: str = LOCAL) -> None:
+    """ServerError when no server can listen on these ports at `address`, in numbers."""
     if taken := ports_in_use(ports, address):
         raise ServerError(
             f"in use already: port {', '.join(map(str, taken))}; choose others with --http-port and so on"
         )
     for port in (ports.http, ports.grpc, ports.metrics):
         if error := _bind_error(port, address):
-            raise _cannot_listen(_host_and_port(address or "0.0.0.0", port), error)  # noqa: S104  as tritonserver does
+            raise _cannot_listen(_host_and_port(address, port), error)
 
 
 def ports_in_use(ports: Ports, address: str | None = None) -> list[int]:
@@ -241,21 +243,21 @@ def server_command(
     repository: Path,
     ports: Ports,
     *,
-    address: str | None = None,
+    address: str = LOCAL,
     shm_prefix: str | None = None,
     exit_timeout: int = EXIT_TIMEOUT_SECONDS,
     complete_configs: bool = False,
     extra: Sequence[str] = (),
     world: World | None = None,
 ) -> list[str]:
-    """The command line that serves `repository`; `extra` comes last, so that it has the last word.
+    """The command line that serves `repository` at `address`, in numbers; `extra` comes last, to have the last word.
 
     Like TensorRT-LLM's scripts/launch_triton_server.py it switches the completion of configs off, unless
     `complete_configs`, and starts one server for each process of an engine that has several, by mpirun.
     """
     world = world or World()
     spelt = _IPV6_SPELT if _is_ipv6(address) else dict.fromkeys(ENDPOINTS, "{}")
-    address_arguments = [f"--{kind}-address={spelt[kind].format(address)}" for kind in ENDPOINTS] if address else []
+    address_arguments = [f"--{kind}-address={spelt[kind].format(address)}" for kind in ENDPOINTS]
 
     def one(rank: int) -> list[str]:
         prefix = shm_prefix if world.size == 1 else f"{shm_prefix or 'prefix'}{rank}_"
@@ -303,7 +305,7 @@ class Server:
         repository: Path,
         *,
         ports: Ports | None = None,
-        address: str | None = "127.0.0.1",
+        address: str = LOCAL,
         exit_timeout: int = EXIT_TIMEOUT_SECONDS,
         complete_configs: bool = False,
         extra: Sequence[str] = (),
@@ -316,8 +318,8 @@ class Server:
 
         `explain` makes of the log of a server that did not start what the user should know first, if it can.
 
-        `ports` default to free ones, and `address` to this machine only (None: every interface). When the server is
-        stopped, requests under way have `exit_timeout` seconds to end. `complete_configs`: models may complete theirs.
+        `ports` default to free ones, and `address`, in numbers, to this machine only. When the server is stopped,
+        requests under way have `exit_timeout` seconds to end. `complete_configs`: models may complete theirs.
         """
         tritonserver = find_tritonserver()
         if world is not None and world.size > 1 and shutil.which(MPIRUN) is None:
@@ -326,7 +328,7 @@ class Server:
                 "serve inside a container of tritonserver:<yy.mm>-trtllm-python-py3, which has it"
             )
         self.ports = ports or free_ports()
-        self._address = address or "127.0.0.1"
+        self._reached_at = _ANY.get(address, address)
         # Containers that share /dev/shm have the same pids.
         self._regions = SHARED_MEMORY / f"tritonlora_{secrets.token_hex(4)}_"
         self._patience = exit_timeout + GRACE_SECONDS
@@ -393,17 +395,17 @@ class Server:
     @property
     def http_url(self) -> str:
         """HOST:PORT of the HTTP endpoint."""
-        return _host_and_port(self._address, self.ports.http)
+        return _host_and_port(self._reached_at, self.ports.http)
 
     @property
     def grpc_url(self) -> str:
         """HOST:PORT of the gRPC endpoint."""
-        return _host_and_port(self._address, self.ports.grpc)
+        return _host_and_port(self._reached_at, self.ports.grpc)
 
     @property
     def metrics_url(self) -> str:
         """HOST:PORT of the metrics endpoint."""
-        return _host_and_port(self._address, self.ports.metrics)
+        return _host_and_port(self._reached_at, self.ports.metrics)
 
     def log(self) -> list[str]:
         """The last lines of the server's log."""
@@ -445,7 +447,7 @@ class Server:
             time.sleep(READY_POLL_SECONDS)
 
     def _is_ready(self) -> bool:
-        connection = http.client.HTTPConnection(self._address, self.ports.http, timeout=5)
+        connection = http.client.HTTPConnection(self._reached_at, self.ports.http, timeout=5)
         try:
             connection.request("GET", "/v2/health/ready")
             return connection.getresponse().status == http.client.OK

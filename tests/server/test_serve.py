@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import re
 import signal
 import socket
@@ -17,9 +18,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+import tritonclient.grpc
+import tritonclient.utils
 
 from repositories import synthetic_repository
-from tritonlora import register
+from tritonlora import client, register
 from tritonlora.server import SHARED_MEMORY, Ports, free_ports, ports_in_use
 
 TRITONLORA = (sys.executable, "-m", "tritonlora")
@@ -28,7 +31,7 @@ TRITONLORA = (sys.executable, "-m", "tritonlora")
 def start(repo: Path, ports: Ports, *extra: str) -> subprocess.Popen[str]:
     """`tritonlora serve` in the background."""
     options = ["--http-port", ports.http, "--grpc-port", ports.grpc, "--metrics-port", ports.metrics]
-    command = [*TRITONLORA, "serve", "--repo", str(repo), "--address", "127.0.0.1", *map(str, options), *extra]
+    command = [*TRITONLORA, "serve", "--repo", str(repo), *map(str, options), *extra]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -78,13 +81,80 @@ def test_serve_says_what_is_ready_and_leaves_no_process_behind(
     serving.send_signal(number)
     _, log = serving.communicate(timeout=60)
 
-    assert f"ready on http://127.0.0.1:{ports.http}; adapters loaded at start: pirate\n" == ready
+    listening = f"listening at 127.0.0.1: http {ports.http}, grpc {ports.grpc}, metrics {ports.metrics}"
+    assert f"ready on http://127.0.0.1:{ports.http} ({listening}); adapters loaded at start: pirate\n" == ready
     assert "verified: each of them answers, and an unregistered lora_task_id is refused\n" == verified
     assert (0, "[2]hello\n") == (asked.returncode, asked.stdout)
     assert len(family) >= 5, "tritonserver and the stubs of four models"
     assert (0 if number == signal.SIGTERM else 130) == serving.returncode
     assert "Started HTTPService" in log
     assert [] == psutil.wait_procs(family, timeout=10)[1]
+
+
+@pytest.mark.parametrize("address", [None, "localhost", "0.0.0.0", "127.0.0.2"])  # noqa: S104
+def test_serve_listens_where_it_says_and_nowhere_else(
+    repo: Path, processes: list[subprocess.Popen[str]], address: str | None
+) -> None:
+    """With all of its endpoints; at this machine alone unless it is told otherwise."""
+    ports = free_ports()
+    processes.append(start(repo, ports, *(["--address", address] if address else [])))
+    serving = processes[0]
+    assert serving.stdout is not None
+    ready = serving.stdout.readline()
+    everything, nothing = {ports.http, ports.grpc, ports.metrics}, set[int]()
+    where = {None: "127.0.0.1", "localhost": "127.0.0.1"}.get(address, address)
+    deadline = time.monotonic() + 30
+    while not _takes_connections(str(where), ports.metrics):  # which Triton opens last, when it is ready
+        assert time.monotonic() < deadline
+    open_at = {
+        place: {number for number in everything if _takes_connections(place, number)}
+        for place in ("127.0.0.1", "127.0.0.2", "127.0.0.3")
+    }
+    serving.send_signal(signal.SIGTERM)
+    serving.communicate(timeout=60)
+
+    assert f"(listening at {where}: http {ports.http}, grpc {ports.grpc}, metrics {ports.metrics})" in ready
+    assert {
+        place: everything if where in (place, "0.0.0.0") else nothing  # noqa: S104
+        for place in ("127.0.0.1", "127.0.0.2", "127.0.0.3")
+    } == open_at
+
+
+RESTRICTED = ("systemsharedmemory/status", "repository/index", "trace/setting", "logging", "models/lora_router/config")
+
+
+def test_what_readme_says_closes_the_endpoints_that_are_not_for_clients(
+    repo: Path, processes: list[subprocess.Popen[str]]
+) -> None:
+    """Without the header they are forbidden, and models can be asked."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    options = re.findall(r"--(?:http|grpc)-restricted-\S+=SECRET", readme)
+    assert 2 == len(options)
+    ports = free_ports()
+    processes.append(start(repo, ports, "--", *options))
+    assert processes[0].stdout is not None
+    processes[0].stdout.readline()
+
+    def status(path: str, **headers: str) -> int:
+        connection = http.client.HTTPConnection("127.0.0.1", ports.http, timeout=10)
+        with contextlib.closing(connection):
+            connection.request("POST" if path == "repository/index" else "GET", f"/v2/{path}", headers=headers)
+            return connection.getresponse().status
+
+    with tritonclient.grpc.InferenceServerClient(f"127.0.0.1:{ports.grpc}") as grpc:
+        for ask in (grpc.get_system_shared_memory_status, grpc.get_model_repository_index):
+            with pytest.raises(tritonclient.utils.InferenceServerException, match="restricted"):
+                ask()
+    assert dict.fromkeys(RESTRICTED, 403) == {path: status(path) for path in RESTRICTED}
+    assert dict.fromkeys(RESTRICTED, 200) == {path: status(path, **{"admin-key": "SECRET"}) for path in RESTRICTED}
+    asked = client.generate("hello", lora_name="haiku", max_tokens=8, url=f"127.0.0.1:{ports.http}")
+    assert "[2]hello" == "".join(asked)
+
+
+def _takes_connections(address: str, port: int) -> bool:
+    with contextlib.suppress(ConnectionRefusedError), socket.create_connection((address, port), timeout=10):
+        return True
+    return False
 
 
 def is_stub(process: psutil.Process) -> bool:
