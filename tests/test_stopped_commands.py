@@ -13,7 +13,7 @@ import signal
 import stat
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import faults
 from repositories import let_time_pass, llm_api_repository, synthetic_adapter, synthetic_repository
 from tritonlora import check, cli, files, generated, register, repository, undo
 from tritonlora.errors import InvalidAdapter
+from tritonlora.findings import Finding
 from tritonlora.repository import read_table, read_text
 from upstream_configs import protobuf, upstream_repository
 
@@ -365,14 +366,22 @@ def test_check_beside_a_writer_finds_nothing_that_is_not_there(base: Path, tmp_p
     assert looks > 1
 
 
+@pytest.mark.parametrize("first_ever", [False, True])
 def test_check_waits_for_a_writer_that_is_half_way(
-    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first_ever: bool
 ) -> None:
-    """Stopped between adapters.json and config.pbtxt, while `check` says that it waits."""
+    """Stopped between adapters.json and config.pbtxt until `check` says that it waits.
+
+    There is no lock before the `first_ever` writer comes, so that `check` has looked at what is half written.
+    """
     root = tmp_path / "repo"
     shutil.copytree(base, root)
     opened = repository.open_repository(root)
-    half_way, waits, write_config = threading.Event(), threading.Event(), generated.write_config
+    if first_ever:
+        (root / "lora_router" / ".lock").unlink()
+    half_way, waits = threading.Event(), threading.Event()
+    write_config, findings = generated.write_config, check._findings
+    looks: list[int] = []
 
     def stop_half_way(*arguments: Any) -> None:
         half_way.set()
@@ -384,19 +393,34 @@ def test_check_waits_for_a_writer_that_is_half_way(
             if record.getMessage().startswith("waiting for another tritonlora"):
                 waits.set()
 
-    monkeypatch.setattr(files, "SILENT_WAIT_SECONDS", 0.01)
-    monkeypatch.setattr(generated, "write_config", stop_half_way)
-    handler = Waits()
-    logging.getLogger("tritonlora.files").addHandler(handler)
-    try:
-        with ThreadPoolExecutor(2) as pool:
-            adding = pool.submit(register.add, opened, "pirate", adapter)
+    with ThreadPoolExecutor(1) as pool:
+        adding: list[Future[register.Added]] = []
+
+        def begin() -> None:
+            adding.append(pool.submit(register.add, opened, "pirate", adapter))
             assert half_way.wait(60)
-            found = pool.submit(check.check, opened)
-            assert [] == found.result(60)
-            adding.result(60)
-    finally:
-        logging.getLogger("tritonlora.files").removeHandler(handler)
+
+        def look(*arguments: Any) -> list[Finding]:
+            if not looks and first_ever:
+                begin()
+            looks.append(len(found := findings(*arguments)))
+            return found
+
+        monkeypatch.setattr(files, "SILENT_WAIT_SECONDS", 0.01)
+        monkeypatch.setattr(generated, "write_config", stop_half_way)
+        monkeypatch.setattr(check, "_findings", look)
+        handler = Waits()
+        logging.getLogger("tritonlora.files").addHandler(handler)
+        try:
+            if not first_ever:
+                begin()
+            assert [] == check.check(opened)
+            adding[0].result(60)
+        finally:
+            waits.set()
+            logging.getLogger("tritonlora.files").removeHandler(handler)
+    assert (2 if first_ever else 1) == len(looks)
+    assert bool(looks[0]) == first_ever
 
 
 def test_check_writes_nothing(base: Path, tmp_path: Path) -> None:
