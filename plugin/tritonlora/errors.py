@@ -35,7 +35,7 @@ from collections.abc import Iterable
 class TritonLoraError(Exception):
     """All errors that this package raises on purpose. However much is wrong, the message is `bounded`."""
 
-    def __init__(self, message: str) -> None:
+    def __init__(self, message: str = "") -> None:
         super().__init__(bounded(message))
 
 

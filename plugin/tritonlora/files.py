@@ -163,7 +163,7 @@ def _beside(path: Path) -> Path:
 def is_abandoned(path: Path) -> bool:
     """Whether a temporary file or directory was left by a process that has ended.
 
-    It is not said of what cannot be opened, of a link, and where the file system has no locks.
+    False for a link, for what cannot be opened, and where the file system has no locks.
     """
     try:
         kind = path.lstat().st_mode
