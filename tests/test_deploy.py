@@ -19,7 +19,9 @@ import typer
 import yaml
 
 from deploy_schemas import BY_KIND, ENDPOINT_PICKER_CONFIG
-from tritonlora import cli, server
+from tritonlora.cli import commands
+from tritonlora.launch.tritonserver import EXIT_TIMEOUT_SECONDS, Tritonserver, server_command
+from tritonlora.machine import Ports
 
 DEPLOY = Path(__file__).parents[1] / "scripts" / "deploy"
 KUBERNETES_VERSIONS = ("1.30", kubernetes_validate.latest_version())
@@ -203,7 +205,7 @@ def test_every_selector_finds_the_servers() -> None:
 
 def test_the_ports_are_tritons_everywhere() -> None:
     """And those of `tritonlora serve`, which is started without naming any."""
-    defaults = server.Ports()
+    defaults = Ports()
     published = [port.split(":") for port in SERVICE["ports"]]
     monitored = RESOURCES["podmonitor.yaml: PodMonitor"]["spec"]["podMetricsEndpoints"][0]["port"]
     scraped = {plugin["type"]: plugin.get("parameters") for plugin in PICKER_CONFIG["plugins"]}["metrics-data-source"]
@@ -221,14 +223,12 @@ def test_a_server_in_a_container_can_be_reached_from_outside() -> None:
     """`tritonlora serve` listens at its own machine alone unless it is told otherwise; and takes what it is told."""
     told = [json.loads(dockerfile()[-1][1]), SERVICE["command"], CONTAINER["args"]]
     [command] = {tuple(words) for words in told}
-    options = typer.main.get_command(cli.app).commands["serve"].params  # type: ignore[attr-defined]
+    options = typer.main.get_command(commands.app).commands["serve"].params  # type: ignore[attr-defined]
     address = next(option for option in options if option.name == "address")
 
     assert ("tritonlora", "serve", "--address", "0.0.0.0") == command  # noqa: S104
     assert "127.0.0.1" == address.default
-    everywhere = server.server_command(
-        server.Tritonserver(Path("tritonserver")), Path("/models"), server.Ports(), address=command[-1]
-    )
+    everywhere = server_command(Tritonserver(Path("tritonserver")), Path("/models"), Ports(), address=command[-1])
     assert {f"--{kind}-address=0.0.0.0" for kind in PORTS} <= {*everywhere}
 
 
@@ -248,7 +248,7 @@ def test_probes_ask_triton_and_leave_it_time_to_load() -> None:
 
 def test_requests_under_way_may_end_before_the_container_is_killed() -> None:
     """The grace period covers waiting for the routes, --exit-timeout-secs, and the force after it."""
-    needed = server.EXIT_TIMEOUT_SECONDS + FORCE_SECONDS
+    needed = EXIT_TIMEOUT_SECONDS + FORCE_SECONDS
     before_the_signal = int(CONTAINER["lifecycle"]["preStop"]["exec"]["command"][-1])
 
     assert before_the_signal + needed <= SERVER["spec"]["terminationGracePeriodSeconds"]

@@ -20,9 +20,9 @@ import torch
 import faults
 from adapters import LLAMA_CONFIG, lora_pair, write_adapter
 from repositories import llm_api_repository, synthetic_adapter, synthetic_repository
-from tritonlora import install
-from tritonlora.repository import read_text
-from tritonlora.versions import has_content, open_file, read_file
+from tritonlora.repository import init
+from tritonlora.repository.paths import read_text
+from tritonlora.serving.file_version import has_content, open_file, read_file
 from upstream_configs import upstream_repository
 
 Plant = Callable[[Path], None]
@@ -159,7 +159,7 @@ READERS = {
     "lora_adapters/config.pbtxt": "check init",
     "postprocessing/config.pbtxt": "check init",
     "lora_router/1/model.py": "init",
-    "lora_router/1/tritonlora/routing.py": "init",
+    "lora_router/1/serving/routing.py": "init",
     "tensorrt_llm/1/config.json": "check plan add",
     "tensorrt_llm/warmup/adapter_model_1.bin": "check check-deep",
     "tensorrt_llm/warmup/adapter_config_1.bin": "check check-deep plan",
@@ -203,7 +203,7 @@ def test_a_file_of_a_repository(shipped: Path, plant: Plant, tmp_path: Path, nam
 def test_a_file_that_undo_reads(plant: Plant, tmp_path: Path, name: str) -> None:
     """The record, and an original."""
     root = upstream_repository(tmp_path / "repo", "v0.18.0")
-    install.init(root)
+    init.init(root)
     path = root / "lora_router" / "1" / "originals" / name
     plant(path)
 
@@ -214,7 +214,7 @@ def test_a_file_that_undo_reads(plant: Plant, tmp_path: Path, name: str) -> None
 def test_a_file_that_undo_would_put_back(plant: Plant, tmp_path: Path, name: str) -> None:
     """Or take out."""
     root = upstream_repository(tmp_path / "repo", "v0.18.0")
-    install.init(root)
+    init.init(root)
     plant(root / name)
 
     assert Path(name).name in refusal(["init", "--undo", str(root)], tmp_path)
@@ -227,7 +227,7 @@ def test_a_file_of_the_llm_api_s_model(plant: Plant, tmp_path: Path, name: str) 
     base = tmp_path / "base"
     base.mkdir()
     root = llm_api_repository(tmp_path / "repo", base)
-    install.init(root)
+    init.init(root)
     plant(base / name if name == "config.json" else root / "tensorrt_llm" / "1" / name)
 
     for command in (["check"], ["add", "new", str(synthetic_adapter(tmp_path / "adapter"))]):

@@ -2,4 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Serve LoRA adapters by name with NVIDIA Triton and TensorRT-LLM."""
 
-__version__ = "0.1.0"
+from tritonlora.serving import __version__
+
+__all__ = ["__version__"]

@@ -14,9 +14,9 @@ from tritonlora import interrupts
 def main() -> int:
     """Run one command; its exit code. The process has to end after it, as its signals stay handled here."""
     interrupts.handle(_leave)
-    from tritonlora import cli  # takes a while
+    from tritonlora.cli import commands  # takes a while
 
-    code = cli.main()
+    code = commands.main()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Python's own end lets go of handlers; SIGTERM ends one that hangs
     return code
 

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""Every error that tritonlora raises.
+"""Every error that tritonlora raises on purpose.
 
 * TritonLoraError
   - AdapterError              an adapter directory, while it is read or converted
@@ -10,20 +10,11 @@
       - UnknownArchitecture   whose base model is one of which nothing is known here
   - ConfigError               a config.pbtxt that cannot be read or edited; carries line and column
   - RepositoryError           a model repository that is not in the state the command needs
-    - AdapterTableError       adapters.json is malformed
-  - SharedMemoryError         what the router's instances share in /dev/shm is not theirs alone
   - ServerError               tritonserver cannot be found, did not start, or answered with an error
-  - RequestError              one inference request; `code` names the Triton error code of the answer
-    - InvalidRequest          INVALID_ARG
-    - UnknownAdapter          NOT_FOUND
-    - AdapterUnavailable      UNAVAILABLE
-    - EngineSilent            UNAVAILABLE
-    - ClientLeft              CANCELLED
+  - AdapterTableError, ModelConfigError, SharedMemoryError, RequestError and its kinds: see `serving.errors`
 
-An error is raised once with all the problems found, a line each, and each line names the thing and,
-where there is one, the remedy.
-
-This file runs inside a plain Triton container: standard library only.
+An error is raised once with all the problems found, a line each. Each line names the thing and, where there is one, the
+remedy.
 """
 
 from __future__ import annotations
@@ -31,12 +22,45 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from tritonlora.serving.errors import (
+    AdapterTableError,
+    AdapterUnavailable,
+    ClientLeft,
+    EngineSilent,
+    InvalidRequest,
+    ModelConfigError,
+    RequestError,
+    SharedMemoryError,
+    TritonLoraError,
+    UnknownAdapter,
+    bounded,
+    one_message,
+)
 
-class TritonLoraError(Exception):
-    """All errors that this package raises on purpose. However much is wrong, the message is `bounded`."""
-
-    def __init__(self, message: str = "") -> None:
-        super().__init__(bounded(message))
+__all__ = [
+    "AdapterError",
+    "AdapterTableError",
+    "AdapterUnavailable",
+    "ClientLeft",
+    "ConfigError",
+    "EngineMismatch",
+    "EngineSilent",
+    "InvalidAdapter",
+    "InvalidRequest",
+    "ModelConfigError",
+    "RepositoryError",
+    "RequestError",
+    "ServerError",
+    "SharedMemoryError",
+    "TritonLoraError",
+    "UnknownAdapter",
+    "UnknownArchitecture",
+    "UnsupportedAdapter",
+    "bounded",
+    "layers_text",
+    "merge_layers",
+    "one_message",
+]
 
 
 class AdapterError(TritonLoraError):
@@ -75,73 +99,8 @@ class RepositoryError(TritonLoraError):
     """A model repository is not in the state that the command needs."""
 
 
-class AdapterTableError(RepositoryError):
-    """adapters.json is malformed."""
-
-
-class SharedMemoryError(TritonLoraError):
-    """What the router's instances share in /dev/shm is not theirs alone."""
-
-
 class ServerError(TritonLoraError):
     """A tritonserver cannot be found, did not start, or answered with an error."""
-
-
-class RequestError(TritonLoraError):
-    """One inference request cannot be answered. `code` is a name in `pb_utils.TritonError`."""
-
-    code = "INTERNAL"
-
-
-class InvalidRequest(RequestError):
-    """The request contradicts itself or the wire."""
-
-    code = "INVALID_ARG"
-
-
-class UnknownAdapter(RequestError):
-    """No adapter is registered under that lora_name or lora_task_id."""
-
-    code = "NOT_FOUND"
-
-
-class AdapterUnavailable(RequestError):
-    """The adapter is registered, but cannot be served now."""
-
-    code = "UNAVAILABLE"
-
-
-class EngineSilent(RequestError):
-    """The engine's model does not answer, or does not go on."""
-
-    code = "UNAVAILABLE"
-
-
-class ClientLeft(RequestError):
-    """Nobody waits for the answer any more."""
-
-    code = "CANCELLED"
-
-
-def one_message(heading: str, problems: Iterable[str]) -> str:
-    """`heading`, then the problems: on the same line when there is one, else a line each, and "and 9 more" at the end.
-
-    The message is `bounded`.
-    """
-    lines = list(problems)
-    if len(lines) == 1:
-        return bounded(f"{heading}: {lines[0]}")
-    more = [f"and {len(lines) - _MAX_PROBLEMS} more"] if len(lines) > _MAX_PROBLEMS else []
-    return bounded("\n  ".join([f"{heading}:", *lines[:_MAX_PROBLEMS], *more]))
-
-
-def bounded(message: str) -> str:
-    """`message` without the middles of lines that are too long, and without its own where it is too long itself."""
-    lines = [_without_middle(line, _MAX_WIDTH) for line in message.split("\n")]
-    if len(lines) > _MAX_LINES:
-        first, last = _MAX_LINES // 2, _MAX_LINES // 2 - 1
-        lines = [*lines[:first], f"  ... {len(lines) - first - last} lines are left out ...", *lines[-last:]]
-    return _without_middle("\n".join(lines), _MAX_CHARACTERS)
 
 
 def merge_layers(problems: Iterable[str]) -> list[str]:
@@ -170,13 +129,4 @@ def layers_text(layers: Iterable[int]) -> str:
     return f"layer{'s' if len(ordered) > 1 else ''} {', '.join(map(str, ordered))}"
 
 
-def _without_middle(text: str, most: int) -> str:
-    half = most // 2
-    return text if len(text) <= most else f"{text[:half]} ... {text[-half:]}"
-
-
 _NUMBER = re.compile(r"(?<=\.)[0-9]{1,9}(?=\.)")
-_MAX_PROBLEMS = 100
-_MAX_LINES = 200  # a problem may have several
-_MAX_WIDTH = 10_000  # characters; two paths fit, and a name that a file's header makes up can have megabytes
-_MAX_CHARACTERS = 50_000

@@ -28,7 +28,7 @@ from pathlib import Path
 import filelock
 
 from tritonlora.errors import RepositoryError
-from tritonlora.versions import has_content, open_file
+from tritonlora.serving.file_version import has_content, open_file
 
 LOCK = ".lock"
 LOCK_TIMEOUT_SECONDS = 600.0

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tritonlora.errors import ServerError
-from tritonlora.server import Server
+from tritonlora.launch.server import Server
 
 READY_TIMEOUT = 120.0
 # Triton crashes with this now and then (triton-inference-server/server, issue 8882, open), here while models loaded.

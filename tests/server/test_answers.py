@@ -14,8 +14,9 @@ import torch
 from adapters import LINEAR
 from peft_answers import PROMPTS, TOKENS, save_llama
 from repositories import set_cache_pages, set_streams
-from tritonlora import client, install, register, repository
-from tritonlora.server import Server
+from tritonlora.launch import client
+from tritonlora.launch.server import Server
+from tritonlora.repository import add, init, paths
 
 ADAPTERS: dict[str, dict[str, Any]] = {
     "attention": {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]},
@@ -52,11 +53,11 @@ def served(
     answers = save_llama(directory, ADAPTERS, layers=3, dtype=getattr(torch, request.param))
 
     engine = {"gpt_model_path": str(directory / "base"), "synthetic": "false"}
-    install.create_repository(directory / "repo", {"tensorrt_llm": engine})
-    opened = repository.open_repository(directory / "repo")
+    init.create_repository(directory / "repo", {"tensorrt_llm": engine})
+    opened = paths.open_repository(directory / "repo")
     set_streams(opened, 1)  # so that one process sends all of them
     for name in ADAPTERS:
-        register.add(opened, name, directory / name, register.Options(base=directory / "base"))
+        add.add(opened, name, directory / name, add.Options(base=directory / "base"))
     set_cache_pages(opened, 4)  # "rslora" takes two pages
     return Served(launch(opened.root), answers)
 

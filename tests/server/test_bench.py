@@ -19,8 +19,8 @@ from tritonlora.bench import load, scratch
 from tritonlora.bench.load import Way
 from tritonlora.bench.route import Options, run
 from tritonlora.errors import ServerError
-from tritonlora.repository import ROUTER
-from tritonlora.server import Server
+from tritonlora.launch.server import Server
+from tritonlora.repository.paths import ROUTER
 
 SMALL = Options(rounds=1, instances=1, streams=2, tokens=4, requests=100)
 BODY = {"input_ids": [104, 105], "input_lengths": 2, "request_output_len": 5, "streaming": True}

@@ -17,14 +17,13 @@ from typing import Any
 
 import pytest
 import tritonclient.grpc as grpc
-from test_lora_adapters import await_sample, samples
-from test_router import expected
 from tritonclient.utils import InferenceServerException
 
 from asking import ROUTER, Question, Tensors, Way, grpc_inputs, grpc_stream, tokens_in, tokens_out
 from repositories import synthetic_repository
-from tritonlora.repository import Repository, read_table
-from tritonlora.server import Server
+from synthetic import await_sample, expected, samples
+from tritonlora.launch.server import Server
+from tritonlora.repository.paths import Repository, read_table
 
 LONG = 400  # tokens, 10 ms each
 SHORT = 50

@@ -19,11 +19,12 @@ import torch
 import transformers
 
 from repositories import set_cache_pages
-from tritonlora import client, repository
 from tritonlora.demo import flow
 from tritonlora.demo.base_model import base_checkpoint
 from tritonlora.demo.questions import QUESTIONS
-from tritonlora.server import Server
+from tritonlora.launch import client
+from tritonlora.launch.server import Server
+from tritonlora.repository import paths
 
 TOKENS = 16
 NAMES = (None, *sorted(path.name for path in flow.ADAPTERS.iterdir() if path.is_dir()))
@@ -63,7 +64,7 @@ def served(tmp_path_factory: pytest.TempPathFactory, launch: Callable[..., Serve
     base = base_checkpoint()
     root = tmp_path_factory.mktemp("demo") / "repo"
     flow.prepare_repository(root, base)
-    set_cache_pages(repository.open_repository(root), 2)
+    set_cache_pages(paths.open_repository(root), 2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # transformers and PEFT warn about each other
         answers = _peft_answers(base)

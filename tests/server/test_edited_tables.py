@@ -14,17 +14,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_resolve import resolving
-from test_router import expected
-from test_router_faults import EXPLICIT, control
 
 from asking import ENSEMBLE, ROUTER, Question, Refusal, Way
-from repositories import synthetic_adapter
-from tritonlora import register
-from tritonlora.adapters_json import render
-from tritonlora.repository import Repository, read_table
-from tritonlora.server import Server
+from repositories import resolving, synthetic_adapter
+from synthetic import EXPLICIT, control, expected
+from tritonlora.launch.server import Server
+from tritonlora.repository import add
+from tritonlora.repository.paths import Repository, read_table
+from tritonlora.serving.adapter_table_json import render
 
+WARM = ("pirate", "haiku")
+COLD = tuple(f"cold{number}" for number in range(6))
 REFUSED = "was given to other weights; the engine may hold them under it"
 TOKENS = 12
 ROUTES = {"router": Way("generate_stream", ROUTER, True), "resolver": Way("generate_stream", ENSEMBLE, True)}
@@ -35,7 +35,7 @@ Launch = Callable[..., Server]
 @pytest.fixture
 def opened(tmp_path: Path) -> Repository:
     """Two warm adapters and six cold ones, which all fit."""
-    return resolving(tmp_path / "repo", pages=100)
+    return resolving(tmp_path / "repo", WARM, COLD, pages=100)
 
 
 def ask(server: Server, route: str, lora_name: str) -> str:
@@ -77,7 +77,7 @@ def test_who_saw_only_the_wrong_table_serves_the_right_one(
     """What one of them has sent, the other one knows, and what could not be sent counts for neither."""
     server = launch(opened.root)
     for seed, name in enumerate(("late", "later")):
-        register.add(opened, name, synthetic_adapter(tmp_path / name, 50 + seed), register.Options(warm=False))
+        add.add(opened, name, synthetic_adapter(tmp_path / name, 50 + seed), add.Options(warm=False))
     right = [expected(read_table(opened), name, tokens=TOKENS) for name in ("late", "later")]
     answers = [ask(server, first, name) for name in ("late", "later")]
     swap(opened, "late", "later")

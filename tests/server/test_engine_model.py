@@ -21,11 +21,11 @@ from google.protobuf import text_format
 from adapters import lora_weights, save_llama_adapter
 from engine_client import config_directory
 from peft_oracle import EOS, generate, load_peft
-from tritonlora.engine import load_profile
-from tritonlora.layout import plan_layout
-from tritonlora.pack import lora_config
-from tritonlora.peft import load_adapter
-from tritonlora.server import Server
+from tritonlora.conversion.layout import plan_layout
+from tritonlora.conversion.tensors import lora_config
+from tritonlora.engine.profile import load_profile
+from tritonlora.launch.server import Server
+from tritonlora.peft.adapter import load_adapter
 from upstream_configs import VERSIONS, fill, protobuf, upstream
 
 SHIPPED = Path(__file__).parents[2] / "model_repository" / "tensorrt_llm"

@@ -23,9 +23,10 @@ from tritonclient.utils import InferenceServerException
 
 from asking import grpc_stream
 from repositories import synthetic_repository
-from tritonlora import client, install
 from tritonlora.errors import ServerError
-from tritonlora.server import Server
+from tritonlora.launch import client
+from tritonlora.launch.server import Server
+from tritonlora.repository import init
 
 MODEL_REPOSITORY = Path(__file__).parents[2] / "model_repository"
 TEXTS = ["Grüße", "日本語のテキスト", "👩‍👩‍👧‍👦 family", "e\u0301 n\u0303 ﷽", "\ufffd stays", "plain"]
@@ -169,7 +170,7 @@ def test_nothing_is_under_way_for_ever(topology: str, tmp_path: Path) -> None:
     """
     slow = {"synthetic_token_seconds": "0.01"}
     opened = synthetic_repository(tmp_path / "repo", warm=["pirate"], streams=1, parameters=slow)
-    install.init(opened.root, topology=topology)
+    init.init(opened.root, topology=topology)
     with Server(opened.root) as server:
         server.wait_until_ready()
         leaves = client.generate("hello", lora_name="pirate", max_tokens=30, url=server.http_url)

@@ -21,11 +21,12 @@ from pathlib import Path
 import pytest
 
 from repositories import synthetic_adapter, synthetic_repository
-from tritonlora import client, register
 from tritonlora.bench.processes import processes_of
 from tritonlora.errors import ServerError
-from tritonlora.repository import Repository, read_table
-from tritonlora.server import Server
+from tritonlora.launch import client
+from tritonlora.launch.server import Server
+from tritonlora.repository import add
+from tritonlora.repository.paths import Repository, read_table
 
 PROMPT = "hello"
 TOKENS = 8
@@ -123,14 +124,14 @@ def assert_switched(answers: Sequence[Answered], switches: Sequence[tuple[float,
 
 def test_an_adapter_is_replaced_under_load(server: Server, opened: Repository, tmp_path: Path) -> None:
     """No error; old or new while `add` runs, and only the new one to requests after it has returned."""
-    register.add(opened, "swap", synthetic_adapter(tmp_path / "0", 100))
+    add.add(opened, "swap", synthetic_adapter(tmp_path / "0", 100))
     switches = [(0.0, 0.0, task_id_of(opened, "swap"))]
     with load(server, ["swap", *OTHERS]) as answers:
         answered = take(answers)
         for seed in range(1, SWITCHES):
             adapter = synthetic_adapter(tmp_path / str(seed), 100 + seed)
             began = time.monotonic()
-            register.add(opened, "swap", adapter)
+            add.add(opened, "swap", adapter)
             switches.append((began, time.monotonic(), task_id_of(opened, "swap")))
             answered += take(answers, ANSWERS * (seed % 2))  # two in quick succession, time and again
         answered += take(answers)
@@ -143,14 +144,14 @@ def test_an_adapter_is_replaced_under_load(server: Server, opened: Repository, t
 
 def test_an_alias_is_switched_under_load(server: Server, opened: Repository) -> None:
     """Atomically, and back."""
-    register.alias(opened, "prod", "pirate")
+    add.alias(opened, "prod", "pirate")
     switches = [(0.0, 0.0, task_id_of(opened, "pirate"))]
     with load(server, ["prod", *OTHERS]) as answers:
         answered = take(answers)
         for number in range(1, SWITCHES):
             name = ("pirate", "haiku")[number % 2]
             began = time.monotonic()
-            register.alias(opened, "prod", name)
+            add.alias(opened, "prod", name)
             switches.append((began, time.monotonic(), task_id_of(opened, name)))
             answered += take(answers)
 
@@ -163,11 +164,11 @@ def test_adapters_come_and_go_under_load(server: Server, opened: Repository, tmp
     """The next request sees it; the other requests see nothing of it."""
     with load(server, OTHERS) as answers:
         for seed in range(SWITCHES):
-            register.add(opened, "guest", synthetic_adapter(tmp_path / str(seed), 200 + seed))
+            add.add(opened, "guest", synthetic_adapter(tmp_path / str(seed), 200 + seed))
 
             assert text_of(task_id_of(opened, "guest")) == "".join(ask(server, "guest"))
 
-            register.remove(opened, "guest")
+            add.remove(opened, "guest")
             with pytest.raises(ServerError, match="unknown LoRA adapter 'guest'"):
                 list(ask(server, "guest"))
         answered = take(answers)
@@ -177,18 +178,18 @@ def test_adapters_come_and_go_under_load(server: Server, opened: Repository, tmp
 
 def test_a_stream_goes_on_when_its_adapter_is_removed(server: Server, opened: Repository, tmp_path: Path) -> None:
     """It ends as it began."""
-    register.add(opened, "leaver", synthetic_adapter(tmp_path / "leaver", 300))
+    add.add(opened, "leaver", synthetic_adapter(tmp_path / "leaver", 300))
     task_id = task_id_of(opened, "leaver")
     pieces = ask(server, "leaver", tokens=200)
     first = next(pieces)
-    register.remove(opened, "leaver")
+    add.remove(opened, "leaver")
 
     assert text_of(task_id, 200) == first + "".join(pieces)
 
 
 def test_a_bad_entry_takes_nobody_with_it(server: Server, opened: Repository, tmp_path: Path) -> None:
     """Edited by hand while serving: that adapter is unavailable with a reason, and back when it is put right."""
-    register.add(opened, "broken", synthetic_adapter(tmp_path / "broken", 400))
+    add.add(opened, "broken", synthetic_adapter(tmp_path / "broken", 400))
     before = opened.table_path.read_text()
     document = json.loads(before)
     document["adapters"]["broken"]["lora_weights_file"] = "/srv/secret.bin"
@@ -212,7 +213,7 @@ def test_a_bad_entry_takes_nobody_with_it(server: Server, opened: Repository, tm
 
 def test_an_altered_file_is_not_served(server: Server, opened: Repository, tmp_path: Path) -> None:
     """Of the right size, with other weights in it."""
-    register.add(opened, "altered", synthetic_adapter(tmp_path / "altered", 500), register.Options(warm=False))
+    add.add(opened, "altered", synthetic_adapter(tmp_path / "altered", 500), add.Options(warm=False))
     path = opened.root / read_table(opened).entries["altered"].lora_weights_file
     content = path.read_bytes()
     path.write_bytes(content[::-1])
@@ -227,7 +228,7 @@ def test_a_file_that_is_written_again_and_again_takes_nobody_down(
     server: Server, opened: Repository, tmp_path: Path
 ) -> None:
     """In place, as nobody should: its adapter is unavailable or right, and the router's processes live on."""
-    register.add(opened, "cut", synthetic_adapter(tmp_path / "cut", 600), register.Options(warm=False))
+    add.add(opened, "cut", synthetic_adapter(tmp_path / "cut", 600), add.Options(warm=False))
     path = opened.root / read_table(opened).entries["cut"].lora_weights_file
     content, right, stop = path.read_bytes(), text_of(task_id_of(opened, "cut")), threading.Event()
     processes = processes_of(server.pid)["lora_router"]

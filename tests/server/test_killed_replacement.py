@@ -12,10 +12,11 @@ import pytest
 
 import faults
 from repositories import let_time_pass, synthetic_adapter, synthetic_repository
-from tritonlora import client, register, repository
 from tritonlora.errors import InvalidAdapter
-from tritonlora.repository import read_table, read_text
-from tritonlora.server import Server
+from tritonlora.launch import client
+from tritonlora.launch.server import Server
+from tritonlora.repository import add, paths
+from tritonlora.repository.paths import read_table, read_text
 from upstream_configs import protobuf
 
 
@@ -33,18 +34,18 @@ def test_a_replacement_that_was_killed_and_a_command_that_was_refused_leave_what
     new, refused = synthetic_adapter(tmp_path / "new", 7), synthetic_adapter(tmp_path / "refused", 8)
     weights = refused / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-2] + b"\xff\xff")
-    opened = repository.open_repository(base)
+    opened = paths.open_repository(base)
     for at in range(100):
         shutil.rmtree(root, ignore_errors=True)
         shutil.copytree(base, root)
-        opened = repository.open_repository(root)
+        opened = paths.open_repository(root)
         outcome = faults.run(["add", "pirate", str(new), "--repo", str(root)], root, at)
         assert outcome.faulted, "it came to its end without this ever having been so"
         if warmed_up(root) & {*read_table(opened).retired_lora_task_ids}:
             break
     let_time_pass(opened)
     with pytest.raises(InvalidAdapter, match="NaN"):
-        register.add(opened, "refused", refused)
+        add.add(opened, "refused", refused)
     assert {1, 2} == warmed_up(root)
     assert {"pirate": 3, "haiku": 2} == {name: one.lora_task_id for name, one in read_table(opened).entries.items()}
     server = launch(root)

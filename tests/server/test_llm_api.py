@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""The LLM API's flavour on a real tritonserver: init, add, and answers by name, against PEFT's own greedy generate."""
+"""The LLM API's model as the target of a real tritonserver: init, add, and answers by name, against PEFT's generate."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ import numpy as np
 import pytest
 import torch
 import tritonclient.grpc as grpc
-from test_lora_adapters import await_sample, listing
 from tritonclient.utils import InferenceServerException
 
 from peft_answers import PROMPTS, TOKENS, save_llama
 from repositories import llm_api_repository, set_streams
-from tritonlora import client, install, register, repository, serving
+from synthetic import await_sample, listing
 from tritonlora.errors import ServerError
-from tritonlora.repository import Repository, read_table
-from tritonlora.server import Server
+from tritonlora.launch import client, diagnosis
+from tritonlora.launch.server import Server
+from tritonlora.repository import add, init, paths
+from tritonlora.repository.paths import Repository, read_table
 
 Launch = Callable[..., Server]
 WARM = ("attention", "all")
@@ -58,17 +59,17 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     root = llm_api_repository(
         directory / "repo", directory / "base", triton_config={"decoupled": request.param, "max_batch_size": 0}
     )
-    install.init(root)
-    opened = repository.open_repository(root)
+    init.init(root)
+    opened = paths.open_repository(root)
     set_streams(opened, 4)
     for name in ADAPTERS:
-        register.add(opened, name, directory / name, register.Options(warm=name in WARM))
+        add.add(opened, name, directory / name, add.Options(warm=name in WARM))
         shutil.rmtree(directory / name)  # what is served is the copy
     return Served(opened, launch(root, complete_configs=True), answers, request.param)
 
 
 def ask(served: Served, lora_name: str | None, prompt: str) -> str:
-    """The text that the client of the other flavour gets, asking as it does."""
+    """The text that the client of the engine's model gets, asking as it does."""
     pieces = client.generate(prompt, lora_name=lora_name, max_tokens=TOKENS, url=served.server.http_url)
     return "".join(pieces)
 
@@ -138,7 +139,7 @@ def test_answers_stay_right_when_the_engine_reads_adapters_again(served: Served)
 
 
 def test_the_ensemble_streams_what_is_new(served: Served) -> None:
-    """A piece for each token, as in the other flavour, though each answer of the engine has the whole text so far."""
+    """A piece for each token, as ever, though each answer of the engine has the whole text so far."""
     prompt = PROMPTS[0]
     pieces = list(client.generate(prompt, lora_name="rslora", max_tokens=TOKENS, url=served.server.http_url))
     whole = served.answers["rslora", prompt]
@@ -186,7 +187,7 @@ def test_an_id_is_as_good_as_its_name(served: Served) -> None:
 
 
 def test_stop_words_end_an_answer(served: Served) -> None:
-    """Under the name that ensembles of the other flavour have for them."""
+    """Under the name that ensembles of the engine's model have for them."""
     whole = served.answers["all", PROMPTS[0]]
     word = whole[4:6]
     body = {"text_input": PROMPTS[0], "max_tokens": TOKENS, "lora_name": "all", "stop_words": [word]}
@@ -231,12 +232,12 @@ def test_a_name_that_is_not_an_adapter_is_an_error(served: Served, inputs: dict[
 
 def test_an_adapter_whose_directory_is_gone_is_an_error_without_a_path(served: Served) -> None:
     """The engine's error, with the adapter's name and nothing of this machine; and the others serve on."""
-    register.add(served.opened, "gone", register_again(served, "narrow"), register.Options(warm=False))
+    add.add(served.opened, "gone", register_again(served, "narrow"), add.Options(warm=False))
     entry = read_table(served.opened).entries["gone"]
     shutil.rmtree(served.opened.root / str(entry.lora_path))
     with pytest.raises(ServerError, match="LoRA adapter 'gone': .*lora_path does not exist") as raised:
         ask(served, "gone", "x")
-    register.remove(served.opened, "gone")
+    add.remove(served.opened, "gone")
 
     assert str(served.opened.root) not in str(raised.value)
     assert served.answers["all", "x"] == ask(served, "all", "x")
@@ -253,17 +254,17 @@ def register_again(served: Served, name: str) -> Path:
 def test_adapters_come_and_go_without_a_restart(served: Served) -> None:
     """Other content under a known name gets a new id: the engine keeps what it has read under the old one."""
     prompt = PROMPTS[2]
-    register.add(served.opened, "new", register_again(served, "all"), register.Options(warm=False))
+    add.add(served.opened, "new", register_again(served, "all"), add.Options(warm=False))
     first = read_table(served.opened).entries["new"].lora_task_id
 
     assert served.answers["all", prompt] == ask(served, "new", prompt)
 
-    register.add(served.opened, "new", register_again(served, "narrow"), register.Options(warm=False))
+    add.add(served.opened, "new", register_again(served, "narrow"), add.Options(warm=False))
 
     assert first != read_table(served.opened).entries["new"].lora_task_id
     assert served.answers["narrow", prompt] == ask(served, "new", prompt)
 
-    register.remove(served.opened, "new")
+    add.remove(served.opened, "new")
 
     with pytest.raises(ServerError, match="unknown LoRA adapter 'new'"):
         ask(served, "new", prompt)
@@ -274,9 +275,9 @@ def test_adapters_come_and_go_without_a_restart(served: Served) -> None:
 
 def test_serve_finds_that_all_is_right(served: Served) -> None:
     """Each warm adapter answers, and an id that nobody registered is refused."""
-    config = repository.served_config(served.opened.config_path)
+    config = paths.served_config(served.opened.config_path)
 
-    assert [] == serving.verify(served.server.http_url, served.opened, config, read_table(served.opened))
+    assert [] == diagnosis.verify(served.server.http_url, served.opened, config, read_table(served.opened))
 
 
 @pytest.mark.parametrize("served", [False], indirect=True, ids=["whole"])
@@ -286,8 +287,8 @@ def test_a_server_whose_warmup_cannot_read_an_adapter_does_not_start(
     """The strings of the samples reach the engine: a path that is not there is named."""
     root = shutil.copytree(served.opened.root, tmp_path / "repo")
     shutil.rmtree(root / str(read_table(served.opened).entries["all"].lora_path))
-    opened = repository.open_repository(root)
-    register.repair(opened)  # the paths are those of the copy
+    opened = paths.open_repository(root)
+    add.repair(opened)  # the paths are those of the copy
 
     why = f"lora_path does not exist on the Triton server's filesystem: {root}"
     for _ in range(TRIES):
@@ -299,7 +300,7 @@ def test_a_server_whose_warmup_cannot_read_an_adapter_does_not_start(
     assert why in str(raised.value)
 
 
-def test_listing_and_metrics_are_those_of_the_other_flavour(served: Served) -> None:
+def test_listing_and_metrics_are_those_of_the_engine_s_model(served: Served) -> None:
     """The same model gives them."""
     for name in (WARM[0], None):
         ask(served, name, "x")

@@ -4,29 +4,27 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-import tritonclient.grpc as grpc
-from prometheus_client.parser import text_string_to_metric_families
 from tritonclient.utils import InferenceServerException
 
 from asking import ENGINE, Question, Refusal, ways
 from repositories import synthetic_repository
-from tritonlora import cli, client, register, repository
-from tritonlora.adapters_json import render
+from synthetic import await_sample, listing, samples
+from tritonlora.cli import commands
 from tritonlora.errors import ServerError
 from tritonlora.files import write_text
-from tritonlora.repository import Repository, read_table
-from tritonlora.server import Server
+from tritonlora.launch import client
+from tritonlora.launch.server import Server
+from tritonlora.repository import add, paths
+from tritonlora.repository.paths import Repository, read_table
+from tritonlora.serving.adapter_table_json import render
 
 Launch = Callable[..., Server]
 
@@ -49,41 +47,6 @@ def server(opened: Repository, launch: Launch) -> Server:
     """A server on it, of whose adapters one has lost its weights."""
     (opened.root / read_table(opened).entries["gone"].lora_weights_file).unlink()
     return launch(opened.root)
-
-
-def listing(server: Server, lora_name: str | None = None) -> dict[str, Any]:
-    """What the server says of its adapters."""
-    inputs = []
-    if lora_name is not None:
-        inputs = [grpc.InferInput("lora_name", [1], "BYTES")]
-        inputs[0].set_data_from_numpy(np.array([lora_name.encode()], np.object_))
-    with grpc.InferenceServerClient(server.grpc_url) as connection:
-        found: dict[str, Any] = json.loads(connection.infer("lora_adapters", inputs).as_numpy("adapters")[0])
-    return found
-
-
-def samples(server: Server) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
-    """The lora_ metrics: (name, labels) -> value."""
-    connection = http.client.HTTPConnection(server.metrics_url, timeout=30)
-    connection.request("GET", "/metrics")
-    text = connection.getresponse().read().decode()
-    connection.close()
-    return {
-        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-        if sample.name.startswith("lora_")
-    }
-
-
-def await_sample(server: Server, metric: str, condition: Callable[[float], bool], **labels: str) -> float:
-    """Its value, once it is as it should be."""
-    deadline = time.monotonic() + 30
-    while True:
-        value = samples(server).get((metric, tuple(sorted(labels.items()))), 0.0)
-        if condition(value):
-            return value
-        assert time.monotonic() < deadline, (metric, labels, value)
 
 
 def is_held(server: Server, task_id: int) -> bool:
@@ -127,9 +90,9 @@ def test_what_is_listed_as_held_is_held(tmp_path: Path, launch: Launch, is_told:
     names = [f"n{number}" for number in range(8)]
     opened = synthetic_repository(tmp_path / "repo", warm=names[:4], cold=names[4:], pages=3)
     if is_told:
-        profile = repository.engine_profile(opened, repository.read_config(opened.config_path))
+        profile = paths.engine_profile(opened, paths.read_config(opened.config_path))
         assert profile is not None
-        register.apply_plan(opened, (), profile)
+        add.apply_plan(opened, (), profile)
     table = read_table(opened)
     for asked in ([], [*names, *names[2:5], names[6]]):
         server = launch(opened.root)
@@ -189,7 +152,7 @@ def test_the_list_command_prints_what_the_server_says(
 ) -> None:
     """As a table and as JSON, with the state of each adapter and why one is unavailable."""
     url = f"http://{server.http_url}"
-    printed = [(cli.main(["list", "--url", url, *words]), capsys.readouterr().out) for words in ((), ("--json",))]
+    printed = [(commands.main(["list", "--url", url, *words]), capsys.readouterr().out) for words in ((), ("--json",))]
     columns, *rows = (line.split("\t") for line in printed[0][1].splitlines())
     table = [dict(zip(columns, row, strict=True)) for row in rows]
     found = listing(server)
@@ -216,7 +179,7 @@ def test_the_list_command_says_what_a_server_without_the_listing_lacks(
     opened = synthetic_repository(tmp_path / "repo", streams=1)
     shutil.rmtree(opened.root / "lora_adapters")
     url = launch(opened.root).http_url
-    code = cli.main(["list", "--url", url])
+    code = commands.main(["list", "--url", url])
     captured = capsys.readouterr()
 
     assert (1, "") == (code, captured.out)

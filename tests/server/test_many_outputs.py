@@ -21,8 +21,8 @@ from tritonclient.utils import InferenceServerException
 
 from asking import Tensors, grpc_stream
 from repositories import put_many_outputs_engine, synthetic_repository
-from tritonlora.repository import Repository, read_table, read_text
-from tritonlora.server import Server
+from tritonlora.launch.server import Server
+from tritonlora.repository.paths import Repository, read_table, read_text
 
 PROMPT = "naïve"
 NAMES = ("pirate", "haiku")

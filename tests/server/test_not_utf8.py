@@ -11,8 +11,8 @@ from collections.abc import Callable
 import pytest
 
 from repositories import synthetic_repository
-from tritonlora import install
-from tritonlora.server import Server
+from tritonlora.launch.server import Server
+from tritonlora.repository import init
 
 INFER = (
     b'{%s, "inputs": [{"name": "text_input", "datatype": "BYTES", "shape": [1, 1], "data": ["hello"]},'
@@ -21,13 +21,13 @@ INFER = (
 GENERATE = b'{"text_input": "hello", "max_tokens": 4, %s}'
 
 
-@pytest.fixture(scope="module", params=install.TOPOLOGIES)
+@pytest.fixture(scope="module", params=init.TOPOLOGIES)
 def server(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, launch: Callable[..., Server]
 ) -> Server:
     """A server whose engine's model is not decoupled, so that infer can ask it."""
     opened = synthetic_repository(tmp_path_factory.mktemp("text") / "repo", decoupled=False, streams=1)
-    install.init(opened.root, topology=request.param)
+    init.init(opened.root, topology=request.param)
     return launch(opened.root)
 
 

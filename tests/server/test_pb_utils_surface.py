@@ -21,7 +21,7 @@ import torch
 import tritonclient.grpc
 
 import fake_pb_utils
-from tritonlora.server import Server
+from tritonlora.launch.server import Server
 
 STUBS = Path(__file__).parents[1] / "stubs"
 PYTHON_STUB = STUBS / "triton_python_backend_utils.pyi"

@@ -15,11 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pytest
-from test_lora_adapters import samples
 
 from asking import ENGINE, ENSEMBLE, PROMPT, ROUTER, TIMEOUT, Question, Refusal, Way, grpc_stream, ways
 from repositories import register_copies, set_cache_full_timeout, synthetic_repository
-from tritonlora.server import Server
+from synthetic import samples
+from tritonlora.launch.server import Server
 
 STREAMS = 7  # of which one keeps the cache full
 FULL_SECONDS = 2

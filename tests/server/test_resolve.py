@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 import tritonclient.grpc as grpc
-from test_router import PROMPT, ask, expected, post
 from tritonclient.utils import InferenceServerException
 
 from asking import ENSEMBLE, Question, Refusal, ways
-from repositories import let_all_be_warmed, synthetic_adapter, synthetic_repository
-from tritonlora import install, register, repository
-from tritonlora.repository import Repository, read_table
-from tritonlora.server import Server
+from repositories import resolving, synthetic_adapter
+from synthetic import PROMPT, ask, expected, post
+from tritonlora.launch.server import Server
+from tritonlora.repository import add
+from tritonlora.repository.paths import Repository, read_table
 
 WARM = ("pirate", "haiku")
 COLD = tuple(f"cold{number}" for number in range(6))
@@ -28,28 +28,17 @@ COLD = tuple(f"cold{number}" for number in range(6))
 Launch = Callable[..., Server]
 
 
-def resolving(root: Path, *, pages: int, decoupled: bool = True) -> Repository:
-    """Two warm adapters and six cold ones, and ensembles that lead past the router."""
-    opened = synthetic_repository(root, warm=WARM, cold=COLD, pages=pages, decoupled=decoupled, streams=1)
-    install.init(root, topology="resolve")
-    profile = repository.engine_profile(opened, repository.read_config(opened.config_path))
-    assert profile is not None
-    register.apply_plan(opened, (), profile)
-    let_all_be_warmed(opened)
-    return opened
-
-
 @pytest.fixture(scope="module")
 def roomy(tmp_path_factory: pytest.TempPathFactory, launch: Launch) -> tuple[Repository, Server]:
     """A cache for all."""
-    opened = resolving(tmp_path_factory.mktemp("roomy") / "repo", pages=100)
+    opened = resolving(tmp_path_factory.mktemp("roomy") / "repo", WARM, COLD, pages=100)
     return opened, launch(opened.root)
 
 
 @pytest.fixture(scope="module")
 def narrow(tmp_path_factory: pytest.TempPathFactory, launch: Launch) -> tuple[Repository, Server]:
     """A cache for three, and an engine model that is not decoupled."""
-    opened = resolving(tmp_path_factory.mktemp("narrow") / "repo", pages=3, decoupled=False)
+    opened = resolving(tmp_path_factory.mktemp("narrow") / "repo", WARM, COLD, pages=3, decoupled=False)
     return opened, launch(opened.root)
 
 
@@ -189,9 +178,9 @@ def test_an_adapter_that_is_added_while_the_server_runs_is_served(
 ) -> None:
     """And one whose files are gone is an error by name, with or without a request that went well before."""
     opened, server = roomy
-    register.add(opened, "late", synthetic_adapter(tmp_path / "late", 77))
+    add.add(opened, "late", synthetic_adapter(tmp_path / "late", 77))
     first = ask(server, "late")
-    register.add(opened, "broken", synthetic_adapter(tmp_path / "broken", 78))
+    add.add(opened, "broken", synthetic_adapter(tmp_path / "broken", 78))
     (opened.root / read_table(opened).entries["broken"].lora_weights_file).unlink()
 
     assert expected(read_table(opened), "late") == first == ask(server, "late")

@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_router import expected, post
 
 from asking import PROMPT
 from repositories import lead_as_before, synthetic_repository
-from tritonlora import install
+from synthetic import expected, post
 from tritonlora.files import write_text
-from tritonlora.repository import Repository, read_table, read_text
-from tritonlora.server import Server, find_tritonserver
-from tritonlora.undo import OURS
+from tritonlora.launch.server import Server
+from tritonlora.launch.tritonserver import find_tritonserver
+from tritonlora.repository import init
+from tritonlora.repository.paths import Repository, read_table, read_text
+from tritonlora.repository.undo import OURS
 
 CACHE = "response_cache { enable: true }\n"
 WITH_CACHE = (
@@ -33,7 +34,7 @@ Launch = Callable[..., Server]
 
 def keep_responses(opened: Repository, model: str) -> None:
     """Switch the cache on for a model, and keep its code from refusing that."""
-    config, code = opened.root / model / "config.pbtxt", opened.root / model / "1" / "model.py"
+    config, code = opened.root / model / "config.pbtxt", opened.root / model / "1" / "serving" / "resolver_model.py"
     write_text(config, read_text(config) + CACHE)
     assert 1 == read_text(code).count("        check_config(config)\n")
     write_text(code, read_text(code).replace("        check_config(config)\n", ""))
@@ -60,7 +61,7 @@ def test_an_error_that_triton_keeps_is_never_answered_by_the_base_model(
 ) -> None:
     """The resolver's response for an unknown name is empty the second time. The engine refuses what is left then."""
     opened = synthetic_repository(tmp_path / "repo", cold=["pirate"], decoupled=decoupled, streams=1)
-    install.init(opened.root, topology="resolve")
+    init.init(opened.root, topology="resolve")
     keep_responses(opened, "lora_resolver")
     server = launch(opened.root, extra=WITH_CACHE)
     answers = [ask(server, name) for name in ("nobody", "nobody", "nobody", "pirate", "pirate")]
@@ -77,7 +78,7 @@ def test_an_error_that_triton_keeps_is_never_answered_by_the_base_model(
 def test_our_models_do_not_load_with_a_response_cache(tmp_path: Path, launch: Launch) -> None:
     """Whoever starts the server. Of a decoupled model Triton itself keeps nothing, and does not load it either."""
     opened = synthetic_repository(tmp_path / "repo", cold=["pirate"], decoupled=False, streams=1)
-    install.init(opened.root, topology="resolve")
+    init.init(opened.root, topology="resolve")
     server = launch(opened.root, extra=EXPLICIT)
     for model in OURS:
         path = opened.root / model / "config.pbtxt"
@@ -94,7 +95,7 @@ def test_our_models_do_not_load_with_a_response_cache(tmp_path: Path, launch: La
 def test_an_ensemble_from_before_is_answered_as_ever(tmp_path: Path, launch: Launch) -> None:
     """By an adapter, by the base model, and not for an unknown name; `init` may have been stopped in its midst."""
     opened = synthetic_repository(tmp_path / "repo", cold=["pirate"], streams=1)
-    install.init(opened.root, topology="resolve")
+    init.init(opened.root, topology="resolve")
     now = read_text(opened.root / "lora_resolver" / "config.pbtxt")
     lead_as_before(opened)
     table = read_table(opened)

@@ -7,12 +7,9 @@ A synthetic answer repeats "[<lora_task_id>]" (or "[base]") and the prompt, so t
 
 from __future__ import annotations
 
-import http.client
-import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,16 +17,16 @@ from tritonclient.grpc import InferRequestedOutput
 
 from asking import Question, grpc_stream, tokens_in
 from repositories import synthetic_adapter, synthetic_repository
-from tritonlora import client, register
-from tritonlora.adapters import AdapterTable
+from synthetic import PROMPT, ask, expected, post
 from tritonlora.errors import ServerError
-from tritonlora.repository import Repository, read_table
-from tritonlora.server import Server
+from tritonlora.launch import client
+from tritonlora.launch.server import Server
+from tritonlora.repository import add
+from tritonlora.repository.paths import Repository, read_table
 
 WARM = ("pirate", "haiku")
 COLD = tuple(f"cold{number}" for number in range(6))
 PAGES = 3
-PROMPT = "hello"
 QUESTION = tokens_in(Question(tokens=[3]), streams=True)
 
 Launch = Callable[..., Server]
@@ -53,29 +50,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory, launch: Launch) -> tuple[Rep
     root = tmp_path_factory.mktemp("whole") / "repo"
     opened = synthetic_repository(root, warm=WARM, cold=COLD, pages=PAGES, decoupled=False)
     return opened, launch(opened.root)
-
-
-def expected(table: AdapterTable, lora_name: str | None, prompt: str = PROMPT, tokens: int = 24) -> str:
-    """What the synthetic engine answers."""
-    task = "base" if lora_name is None else str(table.entries[lora_name].lora_task_id)
-    unit = f"[{task}]{prompt}".encode()
-    return (unit * tokens)[:tokens].decode()
-
-
-def ask(server: Server, lora_name: str | None, tokens: int = 24) -> str:
-    """A streamed answer over HTTP."""
-    return "".join(client.generate(PROMPT, lora_name=lora_name, max_tokens=tokens, url=server.http_url))
-
-
-def post(server: Server, path: str, body: dict[str, Any]) -> tuple[int, Any]:
-    """Status and JSON of a POST."""
-    connection = http.client.HTTPConnection(server.http_url, timeout=60)
-    try:
-        connection.request("POST", path, json.dumps(body))
-        response = connection.getresponse()
-        return response.status, json.loads(response.read())
-    finally:
-        connection.close()
 
 
 def test_multi_byte_characters_are_streamed_whole(server: Server) -> None:
@@ -188,17 +162,17 @@ def test_adapters_come_and_go_without_a_restart(tmp_path: Path, launch: Launch) 
     """The next request sees the table as it is on disk."""
     opened = synthetic_repository(tmp_path / "repo", warm=WARM)
     server = launch(opened.root)
-    register.add(opened, "new", synthetic_adapter(tmp_path / "new", 9))
+    add.add(opened, "new", synthetic_adapter(tmp_path / "new", 9))
 
     assert expected(read_table(opened), "new") == ask(server, "new")
 
     before = read_table(opened).entries["new"].lora_task_id
-    register.add(opened, "new", synthetic_adapter(tmp_path / "newer", 10))
+    add.add(opened, "new", synthetic_adapter(tmp_path / "newer", 10))
 
     assert before != read_table(opened).entries["new"].lora_task_id
     assert expected(read_table(opened), "new") == ask(server, "new")
 
-    register.remove(opened, "new")
+    add.remove(opened, "new")
 
     with pytest.raises(ServerError, match="unknown LoRA adapter 'new'; available: haiku, pirate"):
         ask(server, "new")

@@ -22,22 +22,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_lora_adapters import await_sample
-from test_router import ask, expected
 from tritonclient.utils import InferenceServerException
 
 from asking import ROUTER, Question, Tensors, grpc_stream
 from repositories import synthetic_repository
+from synthetic import EXPLICIT, ask, await_sample, control, expected
 from tritonlora.bench.processes import processes_of
 from tritonlora.errors import ServerError
 from tritonlora.files import write_text
-from tritonlora.repository import Repository, read_table, read_text
-from tritonlora.server import Server
-from tritonlora.wiring import set_parameter
+from tritonlora.launch.server import Server
+from tritonlora.repository.model_configs import set_parameter
+from tritonlora.repository.paths import Repository, read_table, read_text
 
 Launch = Callable[..., Server]
-EXPLICIT = ("--model-control-mode=explicit", "--load-model=*")
-
 # An engine that does as it is told by request_output_len.
 TELL, SILENCE, RAISE, BREAK, BREAK_AND_END, PAUSE, NEVER = 1, 2, 3, 4, 5, 6, 7
 PUPPET = """
@@ -126,14 +123,6 @@ def tell(server: Server, *what: int, **options: Any) -> Iterator[Tensors]:
     """The router's answers, row by row, when the engine is told this; `options` are those of the client."""
     question = Question([b"pirate"] * len(what), tokens=what)
     return grpc_stream(server, "lora_router", ROUTER.tensors(question, False), **options)
-
-
-def control(server: Server, verb: str, model: str = "tensorrt_llm") -> None:
-    """Load or unload a model."""
-    connection = http.client.HTTPConnection(server.http_url, timeout=60)
-    with contextlib.closing(connection):
-        connection.request("POST", f"/v2/repository/models/{model}/{verb}", "{}")
-        assert connection.getresponse().status == 200
 
 
 def test_what_belongs_to_a_request_reaches_the_engine(puppet: Server) -> None:

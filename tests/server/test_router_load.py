@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 
 from repositories import register_copies, synthetic_repository
-from tritonlora import client
 from tritonlora.bench import scratch
 from tritonlora.bench.processes import processes_of
-from tritonlora.repository import ROUTER, Repository, read_table
-from tritonlora.server import Server
+from tritonlora.launch import client
+from tritonlora.launch.server import Server
+from tritonlora.repository.paths import ROUTER, Repository, read_table
 
 ADAPTERS = 200
 PAGES = 8

@@ -22,8 +22,9 @@ import tritonclient.grpc
 import tritonclient.utils
 
 from repositories import synthetic_repository
-from tritonlora import client, register
-from tritonlora.server import SHARED_MEMORY, Ports, free_ports, ports_in_use
+from tritonlora.launch import client
+from tritonlora.machine import SHARED_MEMORY, Ports, free_ports, ports_in_use
+from tritonlora.repository import add
 
 TRITONLORA = (sys.executable, "-m", "tritonlora")
 
@@ -229,7 +230,7 @@ def test_serve_ends_when_an_adapter_does_not_answer(
 ) -> None:
     """Exit code 1, the adapter named with the remedy, and no process behind."""
     opened = synthetic_repository(tmp_path / "repo", warm=["bard", "pirate"])
-    register.set_parameters(opened, parameters)
+    add.set_parameters(opened, parameters)
     processes.append(start(opened.root, free_ports(), "--verify"))
     out, err = processes[0].communicate(timeout=60)
 

@@ -16,9 +16,12 @@ from typing import Any
 import psutil
 import pytest
 
-from tritonlora import server as server_module
+from tritonlora import machine
 from tritonlora.errors import ServerError
-from tritonlora.server import Server, find_tritonserver
+from tritonlora.launch import server as server_module
+from tritonlora.launch.server import Server
+from tritonlora.launch.tritonserver import Tritonserver, find_tritonserver
+from tritonlora.machine import SHARED_MEMORY, Ports, free_ports, ports_in_use
 
 CONFIG = """
 backend: "python"
@@ -77,19 +80,19 @@ def test_a_ready_server_answers_on_its_ports_and_leaves_nothing_behind(tmp_path:
         connection.request("POST", "/v2/models/echo/infer", body)
         answer = connection.getresponse().read().decode()
         connection.close()
-        regions = list(server_module.SHARED_MEMORY.glob(f"{server._regions.name}*"))
+        regions = list(SHARED_MEMORY.glob(f"{server._regions.name}*"))
         assert len(_group(server.pid)) >= 2, "tritonserver and one stub"
 
     assert '"data":[8]' in answer
     assert regions
     assert [] == _survivors(server.pid)
-    assert [] == list(server_module.SHARED_MEMORY.glob(f"{server._regions.name}*"))
+    assert [] == list(SHARED_MEMORY.glob(f"{server._regions.name}*"))
     server.stop()  # a second time is harmless
 
 
 def test_servers_have_shared_memory_of_their_own(tmp_path: Path) -> None:
     """Also in containers that share it, where each is process 1 and listens on port 8000."""
-    ports = server_module.free_ports()
+    ports = free_ports()
     commands = [Server(_model(tmp_path / name, "echo", ECHO), ports=ports).command for name in "ab"]
 
     assert 2 == len({word for command in commands for word in command if "shm-region-prefix-name" in word})
@@ -133,8 +136,8 @@ def test_a_taken_port_is_reported(tmp_path: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        free = server_module.free_ports()
-        ports = server_module.Ports(http=port, grpc=free.grpc, metrics=free.metrics)
+        free = free_ports()
+        ports = Ports(http=port, grpc=free.grpc, metrics=free.metrics)
         with (
             Server(_model(tmp_path, "echo", ECHO), ports=ports) as server,
             pytest.raises(ServerError, match=f"(?s)before it was ready.*{port}"),
@@ -149,13 +152,13 @@ def test_free_ports_are_none_that_connections_get_where_there_are_others(
     """tritonserver takes them seconds later, and clients open connections all the time."""
     if text:
         (tmp_path / "range").write_text(text)
-        monkeypatch.setattr(server_module, "_CONNECTIONS_PORTS", tmp_path / "range")
-    low, high = map(int, server_module._CONNECTIONS_PORTS.read_text().split())
-    ports = server_module.free_ports()
+        monkeypatch.setattr(machine, "_CONNECTIONS_PORTS", tmp_path / "range")
+    low, high = map(int, machine._CONNECTIONS_PORTS.read_text().split())
+    ports = free_ports()
     found = {ports.http, ports.grpc, ports.metrics}
 
     assert 3 == len(found)
-    assert [] == server_module.ports_in_use(ports, "127.0.0.1")
+    assert [] == ports_in_use(ports, "127.0.0.1")
     assert text == "1024 65535" or not any(low <= port <= high for port in found)
 
 
@@ -212,7 +215,7 @@ def test_a_tritonserver_on_path_wins(tmp_path: Path, monkeypatch: pytest.MonkeyP
     executable.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
 
-    assert server_module.Tritonserver(executable) == find_tritonserver()
+    assert Tritonserver(executable) == find_tritonserver()
 
 
 def test_no_tritonserver_at_all_is_an_error_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,14 +10,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from test_router import ask, expected
 
 from repositories import synthetic_repository
-from tritonlora import install, residency
-from tritonlora.repository import Repository, read_table
-from tritonlora.residency import open_residency
-from tritonlora.server import SHARED_MEMORY, Server
-from tritonlora.undo import OURS
+from synthetic import ask, expected
+from tritonlora.launch.server import Server
+from tritonlora.machine import SHARED_MEMORY
+from tritonlora.repository import init
+from tritonlora.repository.paths import Repository, read_table
+from tritonlora.repository.undo import OURS
+from tritonlora.serving import residency
+from tritonlora.serving.residency import open_residency
 
 OTHERS = ("tensorrt_llm", "preprocessing", "postprocessing")
 EXPLICIT = ("--model-control-mode=explicit", *(f"--load-model={model}" for model in OTHERS))
@@ -27,7 +29,7 @@ EXPLICIT = ("--model-control-mode=explicit", *(f"--load-model={model}" for model
 def opened(tmp_path_factory: pytest.TempPathFactory) -> Repository:
     """One adapter."""
     opened = synthetic_repository(tmp_path_factory.mktemp("shared") / "repo", cold=["pirate"], streams=1)
-    install.init(opened.root, topology="resolve")
+    init.init(opened.root, topology="resolve")
     return opened
 
 

@@ -19,10 +19,11 @@ from threading import Event
 import pytest
 
 from repositories import synthetic_adapter, synthetic_repository
-from tritonlora import client, register
 from tritonlora.errors import ServerError
-from tritonlora.repository import Repository, read_table
-from tritonlora.server import Server
+from tritonlora.launch import client
+from tritonlora.launch.server import Server
+from tritonlora.repository import add as register
+from tritonlora.repository.paths import Repository, read_table
 
 PROMPT = "hello"
 TOKENS = 24

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
-from tritonlora.server import Server
+from tritonlora.launch.server import Server
 
 MODEL_REPOSITORY = Path(__file__).parents[2] / "model_repository"
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 
 from repositories import set_streams, synthetic_adapter
-from tritonlora import client, install, register, repository, wiring
 from tritonlora.errors import ServerError
-from tritonlora.install import MODEL_MODULES, shipped_models
-from tritonlora.server import Server
+from tritonlora.launch import client
+from tritonlora.launch.server import Server
+from tritonlora.repository import add, init, model_configs, paths
+from tritonlora.repository.init import shipped_models
 from upstream_configs import VERSIONS, upstream_repository
 
 PARAMETERS = {
@@ -34,15 +35,14 @@ def on_the_cpu(root: Path) -> Path:
     for model, parameters in PARAMETERS.items():
         version = root / model / "1"
         shutil.copytree(shipped_models() / model / "1", version, dirs_exist_ok=True, symlinks=True)
-        if (version / "tritonlora").is_symlink():
-            (version / "tritonlora").unlink()
-            (version / "tritonlora").mkdir()
-            for module in MODEL_MODULES[model]:
-                shutil.copyfile(Path(install.__file__).parent / module, version / "tritonlora" / module)
+        if model != "tensorrt_llm":
+            code = version / "serving"
+            code.unlink()
+            shutil.copytree(shipped_models() / model / "1" / "serving", code)
         config = root / model / "config.pbtxt"
         text = config.read_text()
         for key, value in parameters.items():
-            text = wiring.set_parameter(text, key, value)
+            text = model_configs.set_parameter(text, key, value)
         config.write_text(text)
     return root
 
@@ -57,12 +57,12 @@ def test_adapters_answer_by_name_in_upstream_s_repositories(
     """
     values = {"triton_backend": "python", "decoupled_mode": decoupled}
     root = on_the_cpu(upstream_repository(tmp_path / "repo", version, values=values))
-    install.init(root)
-    opened = repository.open_repository(root)
+    init.init(root)
+    opened = paths.open_repository(root)
     set_streams(opened, 2)
     for number, name in enumerate(("warm", "cold")):
         adapter = synthetic_adapter(tmp_path / name, number)
-        register.add(opened, name, adapter, register.Options(warm=name == "warm"))
+        add.add(opened, name, adapter, add.Options(warm=name == "warm"))
 
     server = launch(root)
     inputs = {"stream": decoupled == "True", "bad_words": "", "stop_words": ""}

@@ -14,18 +14,18 @@ from typing import Any
 import pytest
 
 from table import sample
-from tritonlora.declarations import declare_lora_weights
-from tritonlora.ensembles import rewire_to_forward
 from tritonlora.errors import ServerError
-from tritonlora.flavours import TENSORS, task_id_bytes, task_id_file
-from tritonlora.model_config import parse_config
-from tritonlora.pbtxt import append_value
-from tritonlora.server import Server
-from tritonlora.textformat import parse
-from tritonlora.warmup import render_block, replace_block, shared_files
-from tritonlora.wiring import router_config, set_parameter
+from tritonlora.launch.server import Server
+from tritonlora.pbtxt.edits import append_value
+from tritonlora.pbtxt.model_config import parse_config
+from tritonlora.pbtxt.text_format import parse
+from tritonlora.repository.ensemble_edits import rewire_to_forward
+from tritonlora.repository.model_configs import router_config, set_parameter
+from tritonlora.repository.warmup import render_block, replace_block, shared_files
+from tritonlora.targets import engine_model, task_id_bytes, task_id_file
+from tritonlora.targets.declarations import declare_lora_weights
 
-UPSTREAM = Path(__file__).parent.parent / "upstream"
+UPSTREAM = Path(__file__).parents[1] / "support" / "upstream"
 
 # Answers each requested output with zeros, or empty strings, in the smallest shape that its declaration allows.
 ZEROS = """
@@ -134,8 +134,8 @@ def write_warmup(directory: Path, config: str) -> None:
     files = shared_files(parse_config(config))
     for task_id, (rows, width) in SHAPES.items():
         files[task_id_file(task_id)] = task_id_bytes(task_id)
-        files[TENSORS.weights_file.format(id=task_id)] = b"\x80\x3f" * (rows * width)
-        files[TENSORS.config_file.format(id=task_id)] = b"\1\0\0\0" * (rows * 3)
+        files[engine_model.PLACES.of(task_id).weights_file] = b"\x80\x3f" * (rows * width)
+        files[engine_model.PLACES.of(task_id).config_file] = b"\1\0\0\0" * (rows * 3)
     (directory / "warmup").mkdir()
     for name, content in files.items():
         (directory / "warmup" / name).write_bytes(content)
@@ -197,7 +197,7 @@ def test_a_real_server_refuses_a_weights_file_that_is_too_short(tmp_path: Path, 
     config = engine_config("v0.18.0", tmp_path)
     directory = write_model(tmp_path / "repository", "tensorrt_llm", config, ENGINE)
     write_warmup(directory, config)
-    path = directory / "warmup" / TENSORS.weights_file.format(id=1)
+    path = directory / "warmup" / engine_model.PLACES.of(1).weights_file
     path.write_bytes(path.read_bytes()[:-1])
 
     with pytest.raises(ServerError, match="warmup setting expects 768 bytes, but the data provided from .*767 bytes"):

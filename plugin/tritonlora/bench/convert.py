@@ -135,9 +135,9 @@ def make_adapter(
 
 def convert(adapter: Path, out: Path) -> None:
     """Our way."""
-    from tritonlora.layout import plan_layout
-    from tritonlora.pack import convert_file
-    from tritonlora.peft import load_adapter
+    from tritonlora.conversion.layout import plan_layout
+    from tritonlora.conversion.tensors import convert_file
+    from tritonlora.peft.adapter import load_adapter
 
     loaded = load_adapter(adapter)
     convert_file(loaded, plan_layout(loaded, dtype="bfloat16"), out)
@@ -210,8 +210,7 @@ def _times(scratch: Path, rounds: int) -> dict[str, float]:
 def _peak(scratch: Path, way: Callable[[Path, Path], None]) -> dict[str, float]:
     import safetensors.torch  # noqa: F401  (imported here so that it is not measured)
 
-    import tritonlora.pack
-    import tritonlora.peft  # noqa: F401
+    import tritonlora.conversion.tensors  # noqa: F401
 
     # Linux: forget the peak of the imports.
     Path("/proc/self/clear_refs").write_text("5")

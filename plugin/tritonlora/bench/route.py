@@ -28,17 +28,18 @@ from typing import Any
 
 import numpy as np
 
-from tritonlora.adapters import AdapterEntry
-from tritonlora.adapters_json import render
 from tritonlora.bench import load, scratch
 from tritonlora.bench.load import Times, Way
 from tritonlora.bench.measured import Part, Series, at_least, at_most, series
 from tritonlora.bench.processes import processes_of, pss_nbytes
 from tritonlora.errors import AdapterTableError
 from tritonlora.files import write_text
-from tritonlora.repository import ROUTER, Repository, read_table
-from tritonlora.routing import TableFile, resolve
-from tritonlora.server import Server
+from tritonlora.launch.server import Server
+from tritonlora.repository.paths import ROUTER, Repository, read_table
+from tritonlora.serving.adapter_table import AdapterEntry
+from tritonlora.serving.adapter_table_json import render
+from tritonlora.serving.routing import resolve
+from tritonlora.serving.table_file import TableFile
 
 EXIT_TIMEOUT_SECONDS = 2  # nobody waits for an answer any more
 PROMPT = "hello"

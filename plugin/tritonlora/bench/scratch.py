@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from tritonlora import install, register, repository, wiring
-from tritonlora.adapters import AdapterEntry, AdapterTable
-from tritonlora.adapters_json import render
 from tritonlora.bench.convert import LAYERS, LLAMA_8B, make_adapter
 from tritonlora.errors import RepositoryError
 from tritonlora.files import write_text
-from tritonlora.repository import ROUTER, Repository
+from tritonlora.repository import add, init, model_configs, paths
+from tritonlora.repository.paths import ROUTER, Repository
+from tritonlora.serving.adapter_table import AdapterEntry, AdapterTable
+from tritonlora.serving.adapter_table_json import render
 
 PASS_THROUGH = "pass_through"  # noqa: S105
 PAST_ROUTER = "past_router"
@@ -114,8 +114,8 @@ def small_adapters(root: Path, count: int, *, streams: int, room: int | None = N
     compare with, with `streams` instances each. The engine's cache has `room` for so many adapters; by default for all,
     which are warm then, and asked for past the router, too.
     """
-    install.create_repository(root)
-    opened = repository.open_repository(root)
+    init.create_repository(root)
+    opened = paths.open_repository(root)
     _register(opened, count, SMALL, SMALL_LAYERS, rank=8)
     _set_cache(opened, room or count)
     _put_bare_models(opened, streams)
@@ -130,8 +130,8 @@ def large_adapters(root: Path, *, rank: int = LARGE_RANK, layers: int = LAYERS) 
     They differ, and are so many that an instance of the router does not send the one again that it has sent last, when
     they are asked for by turns.
     """
-    install.create_repository(root)
-    opened = repository.open_repository(root)
+    init.create_repository(root)
+    opened = paths.open_repository(root)
     config = LLAMA_8B_CONFIG | {"num_hidden_layers": layers}
     write_text(opened.target_directory / "1" / "config.json", json.dumps(config))
     for number in range(1, LARGE_ADAPTERS + 1):
@@ -159,40 +159,40 @@ def _add(
 ) -> AdapterEntry:
     with tempfile.TemporaryDirectory(dir=opened.root.parent) as adapter:
         make_adapter(Path(adapter), rank, layers, shapes, seed=seed)
-        return register.add(opened, name, Path(adapter), register.Options(warm=False)).entry
+        return add.add(opened, name, Path(adapter), add.Options(warm=False)).entry
 
 
 def _set_cache(opened: Repository, room: int) -> None:
     """Give the engine's cache room for so many adapters."""
-    table = repository.read_table(opened)
+    table = paths.read_table(opened)
     rank = str(max(next(iter(table.entries.values())).adapter_sizes))
-    register.set_parameters(opened, {"lora_cache_optimal_adapter_size": rank, "lora_cache_max_adapter_size": rank})
-    config = repository.read_config(opened.config_path)
-    plan = repository.plan_of(opened, table, config, repository.engine_profile(opened, config))
+    add.set_parameters(opened, {"lora_cache_optimal_adapter_size": rank, "lora_cache_max_adapter_size": rank})
+    config = paths.read_config(opened.config_path)
+    plan = paths.plan_of(opened, table, config, paths.engine_profile(opened, config))
     if plan is None:
         raise RepositoryError("the engine's cache is not in pages")
     nbytes = room * plan.adapters[0].pages * plan.tightest.page_bytes
-    register.set_parameters(opened, {"lora_cache_host_memory_bytes": str(nbytes)})
+    add.set_parameters(opened, {"lora_cache_host_memory_bytes": str(nbytes)})
 
 
 def _put_resolver(opened: Repository) -> None:
     """Let the engine be started with all adapters, and put an ensemble there that leads past the router."""
-    table = repository.read_table(opened)
+    table = paths.read_table(opened)
     entries = {name: replace(entry, warm=True, added_at=LONG_AGO) for name, entry in table.entries.items()}
     write_text(opened.table_path, render(replace(table, entries=entries)))
-    register.repair(opened)
+    add.repair(opened)
     _put_ensemble(opened, PAST_ROUTER)
-    install.init(opened.root, topology=install.RESOLVE)
+    init.init(opened.root, topology=init.RESOLVE)
     _put_ensemble(opened, BARE_ENSEMBLE)  # to which nobody puts the resolver any more
     _tell_the_cache(opened)
 
 
 def _tell_the_cache(opened: Repository) -> None:
     """What `tritonlora plan --apply` does, once the engine's parameters are right."""
-    profile = repository.engine_profile(opened, repository.read_config(opened.config_path))
+    profile = paths.engine_profile(opened, paths.read_config(opened.config_path))
     if profile is None:
         raise RepositoryError("the engine is not known")
-    register.apply_plan(opened, (), profile)
+    add.apply_plan(opened, (), profile)
 
 
 def _put_ensemble(opened: Repository, name: str) -> None:
@@ -202,13 +202,15 @@ def _put_ensemble(opened: Repository, name: str) -> None:
 
 def _put_bare_models(opened: Repository, streams: int) -> None:
     """Put the bare models beside the router, with the same inputs, and give all of them so many instances."""
-    target = repository.read_config(opened.config_path)
+    target = paths.read_config(opened.config_path)
     for name, parts in _BARE_MODELS.items():
         model = _BARE_MODEL
         for place, part in parts.items():
             model = model.replace(place, part)
         (opened.root / name / "1").mkdir(parents=True)
-        write_text(opened.root / name / "config.pbtxt", wiring.router_config(target, name=name, max_streams=streams))
+        write_text(
+            opened.root / name / "config.pbtxt", model_configs.router_config(target, name=name, max_streams=streams)
+        )
         write_text(opened.root / name / "1" / "model.py", model)
     router = opened.root / ROUTER / "config.pbtxt"
-    write_text(router, wiring.router_config(target, previous_ids=True, max_streams=streams))
+    write_text(router, model_configs.router_config(target, previous_ids=True, max_streams=streams))

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from tritonlora.architectures.layers import families_of, locate
+from tritonlora.conversion.tensors import unpack, unpack_magnitudes
 from tritonlora.cpu_engine.request import GenerationRequest, LoraInputs
 from tritonlora.cpu_engine.sampling import choose_token
-from tritonlora.engine import EngineProfile
+from tritonlora.engine.profile import EngineProfile
 from tritonlora.errors import EngineMismatch, one_message
-from tritonlora.locate import families_of, locate
-from tritonlora.pack import unpack, unpack_magnitudes
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,23 +8,23 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from tritonlora.cache import LoraCacheError, parse_parameters
+from tritonlora.cpu_engine.backend import BACKENDS, Backend
 from tritonlora.cpu_engine.executor import Answers, Executor
-from tritonlora.cpu_engine.flavour import FLAVOURS, Flavour
 from tritonlora.cpu_engine.request import Tensors, asks_to_stop, parse_requests
-from tritonlora.cpu_engine.settings import Settings, parse_settings, read_profile
 from tritonlora.cpu_engine.synthetic import SyntheticModel
 from tritonlora.cpu_engine.validation import check_lora_config
-from tritonlora.engine import EngineProfile
+from tritonlora.engine.cpu_engine_settings import Settings, parse_settings, read_profile
+from tritonlora.engine.lora_cache import LoraCacheError, parse_parameters
+from tritonlora.engine.profile import EngineProfile
 from tritonlora.errors import InvalidRequest
 
 
 class CpuEngine:
     """One loaded model. `close` ends its thread."""
 
-    def __init__(self, executor: Executor[Any, Any], flavour: Flavour, *, decoupled: bool, exclude_input: bool) -> None:
+    def __init__(self, executor: Executor[Any, Any], backend: Backend, *, decoupled: bool, exclude_input: bool) -> None:
         self._executor = executor
-        self._flavour = flavour
+        self._backend = backend
         self._decoupled = decoupled
         self._exclude_input = exclude_input
 
@@ -47,7 +47,7 @@ class CpuEngine:
         try:
             rows = parse_requests(
                 tensors,
-                flavour=self._flavour,
+                backend=self._backend,
                 decoupled=self._decoupled,
                 exclude_input=self._exclude_input,
                 requested_outputs=requested_outputs,
@@ -55,7 +55,7 @@ class CpuEngine:
             for row in rows:
                 check_lora_config(row.lora)
         except (InvalidRequest, LoraCacheError) as error:
-            answers(0, 1).fail(self._flavour.input_error.format(id=label, error=error))
+            answers(0, 1).fail(self._backend.input_error.format(id=label, error=error))
             return
         for index, row in enumerate(rows):
             self._executor.submit(row, answers(index, len(rows)), label=label)
@@ -74,13 +74,13 @@ def load_engine(parameters: Mapping[str, str], model_directory: Path, *, decoupl
         _load_model(settings, profile),
         profile,
         cache_parameters,
-        FLAVOURS[settings.engine_flavour],
+        BACKENDS[settings.engine_flavour],
         max_num_requests=settings.max_num_requests,
         cancellation_check_seconds=settings.cancellation_check_period_ms / 1000,
     )
     return CpuEngine(
         executor,
-        FLAVOURS[settings.engine_flavour],
+        BACKENDS[settings.engine_flavour],
         decoupled=decoupled,
         exclude_input=settings.exclude_input_in_output,
     )

@@ -17,8 +17,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Generic, Protocol, TypeVar
 
-from tritonlora.adapters import ITEMSIZES
-from tritonlora.cache import (
+from tritonlora.cpu_engine.backend import Backend
+from tritonlora.cpu_engine.request import GenerationRequest, LoraInputs
+from tritonlora.cpu_engine.validation import Rows, check_lora_tensors
+from tritonlora.engine.lora_cache import (
     BatchError,
     CacheParameters,
     LoraCache,
@@ -29,11 +31,9 @@ from tritonlora.cache import (
     layer_ranges,
     page_geometry,
 )
-from tritonlora.cpu_engine.flavour import Flavour
-from tritonlora.cpu_engine.request import GenerationRequest, LoraInputs
-from tritonlora.cpu_engine.validation import Rows, check_lora_tensors
-from tritonlora.engine import EngineProfile
+from tritonlora.engine.profile import EngineProfile
 from tritonlora.errors import EngineMismatch
+from tritonlora.serving.dtypes import DTYPES
 
 AdapterT = TypeVar("AdapterT")
 StateT = TypeVar("StateT")
@@ -101,7 +101,7 @@ class Executor(Generic[AdapterT, StateT]):
         model: Model[AdapterT, StateT],
         profile: EngineProfile,
         parameters: CacheParameters,
-        flavour: Flavour,
+        backend: Backend,
         *,
         max_num_requests: int = 64,
         cancellation_check_seconds: float = 0.1,
@@ -109,7 +109,7 @@ class Executor(Generic[AdapterT, StateT]):
         """EngineMismatch: the LoRA cache is too small for the engine to load."""
         self._model = model
         self._profile = profile
-        self._flavour = flavour
+        self._backend = backend
         self._max_num_requests = max_num_requests
         # Asking Triton costs as much as half a token does, so not every iteration asks.
         self._cancellation_check_seconds = cancellation_check_seconds
@@ -253,7 +253,7 @@ class Executor(Generic[AdapterT, StateT]):
 
     def _fail(self, submitted: _Submitted, error: str) -> None:
         with contextlib.suppress(Exception):  # nobody is left to tell
-            submitted.answers.fail(self._flavour.executor_error.format(id=submitted.id, error=error))
+            submitted.answers.fail(self._backend.executor_error.format(id=submitted.id, error=error))
 
 
 def _geometry(profile: EngineProfile, parameters: CacheParameters) -> PageGeometry | None:
@@ -265,7 +265,7 @@ def _geometry(profile: EngineProfile, parameters: CacheParameters) -> PageGeomet
         layers=layer_ranges(profile.num_layers, profile.pp_size)[0],
         max_lora_rank=profile.rank_limit,
         parameters=parameters,
-        element_size=ITEMSIZES[profile.dtype],
+        element_size=DTYPES[profile.dtype].itemsize,
         tp_size=profile.tp_size,
     )
     if refusal := geometry.too_small():

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tritonlora.cpu_engine.flavour import Flavour
+from tritonlora.cpu_engine.backend import Backend
 from tritonlora.errors import InvalidRequest, one_message
 
 Tensors = Mapping[str, npt.NDArray[np.generic] | torch.Tensor]
@@ -87,7 +87,7 @@ _ASKS_FOR_NOTHING = {"beam_width": 1, "num_return_sequences": 1, "runtime_top_p_
 def parse_requests(
     tensors: Tensors,
     *,
-    flavour: Flavour,
+    backend: Backend,
     decoupled: bool,
     exclude_input: bool,
     requested_outputs: Collection[str] = ("output_ids", "sequence_length"),
@@ -97,13 +97,13 @@ def parse_requests(
     `tensors` have the batch dimension first; `exclude_input` is the model's own setting, used where the request says
     nothing. InvalidRequest: upstream's text, or our own for what this engine does not implement.
     """
-    _check_outputs(requested_outputs, flavour)
+    _check_outputs(requested_outputs, backend)
     if "request_output_len" not in tensors:
-        raise InvalidRequest(flavour.no_output_len)
+        raise InvalidRequest(backend.no_output_len)
     if "input_ids" not in tensors:
         raise InvalidRequest("A value is required for input_ids")
     _check_supported(tensors)
-    if not flavour.reads_bfloat16 and _is_bfloat16(tensors.get("lora_weights")):
+    if not backend.reads_bfloat16 and _is_bfloat16(tensors.get("lora_weights")):
         raise InvalidRequest(
             "Tensor dtype is BF16 and cannot be converted to NumPy. Use to_dlpack() and from_dlpack() instead."
         )
@@ -112,9 +112,9 @@ def parse_requests(
         raise InvalidRequest(
             "Batch size > 1 requires the tensorrt_llm backend to be using decoupled transaction policy"
         )
-    requests = [_parse_row(_Row(tensors, batch, index), flavour, exclude_input=exclude_input) for index in range(batch)]
+    requests = [_parse_row(_Row(tensors, batch, index), backend, exclude_input=exclude_input) for index in range(batch)]
     if not decoupled and any(request.streaming for request in requests):
-        raise InvalidRequest(flavour.needs_decoupled_to_stream)
+        raise InvalidRequest(backend.needs_decoupled_to_stream)
     return requests
 
 
@@ -123,8 +123,8 @@ def asks_to_stop(tensors: Tensors) -> bool:
     return bool(np.any(np.asarray(tensors.get("stop", False))))
 
 
-def _check_outputs(requested: Collection[str], flavour: Flavour) -> None:
-    if not flavour.insists_on_both_outputs:
+def _check_outputs(requested: Collection[str], backend: Backend) -> None:
+    if not backend.insists_on_both_outputs:
         return
     for name in ("output_ids", "sequence_length"):
         if name not in requested:
@@ -193,7 +193,7 @@ class _Row:
         return tuple(tuple(tokens[start:end]) for start, end in zip([0, *ends], ends, strict=False) if end > start)
 
 
-def _parse_row(row: _Row, flavour: Flavour, *, exclude_input: bool) -> GenerationRequest:
+def _parse_row(row: _Row, backend: Backend, *, exclude_input: bool) -> GenerationRequest:
     max_tokens = row.integer("request_output_len") or 0
     if max_tokens <= 0:
         raise InvalidRequest(f"request_output_len is {max_tokens}, expected at least 1")
@@ -207,7 +207,7 @@ def _parse_row(row: _Row, flavour: Flavour, *, exclude_input: bool) -> Generatio
         sampling=_sampling(row),
         streaming=bool(row.scalar("streaming")),
         exclude_input=exclude_input if excluded is None else bool(excluded),
-        lora=_lora(row, flavour),
+        lora=_lora(row, backend),
     )
 
 
@@ -238,11 +238,11 @@ def _sampling(row: _Row) -> Sampling:
     )
 
 
-def _lora(row: _Row, flavour: Flavour) -> LoraInputs:
+def _lora(row: _Row, backend: Backend) -> LoraInputs:
     task_id = row.integer("lora_task_id")
     weights, config = row.tensor("lora_weights"), row.tensor("lora_config")
     if task_id is None:
-        if (weights is not None or config is not None) and not flavour.ignores_weights_without_task:
+        if (weights is not None or config is not None) and not backend.ignores_weights_without_task:
             raise InvalidRequest("LoraConfig() is missing the argument task_id")
         return LoraInputs()
     return LoraInputs(task_id, weights, config)

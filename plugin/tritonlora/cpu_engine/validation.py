@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import torch
 
-from tritonlora.cache import LoraCacheError
+from tritonlora.architectures.lora_modules import BY_ID
 from tritonlora.cpu_engine.request import LoraInputs
-from tritonlora.engine import EngineProfile
-from tritonlora.modules import BY_ID
+from tritonlora.engine.lora_cache import LoraCacheError
+from tritonlora.engine.profile import EngineProfile
 
 Rows = list[list[int]]
 

@@ -18,12 +18,14 @@ from tempfile import TemporaryDirectory
 
 from rich.console import Console
 
-from tritonlora import client, install, register, repository
 from tritonlora.demo import view
 from tritonlora.demo.base_model import base_checkpoint
 from tritonlora.demo.questions import MAX_TOKENS, QUESTIONS
 from tritonlora.errors import ServerError
-from tritonlora.server import Server, find_tritonserver
+from tritonlora.launch import client
+from tritonlora.launch.server import Server
+from tritonlora.launch.tritonserver import find_tritonserver
+from tritonlora.repository import add, init, paths
 
 ADAPTERS = Path(__file__).parent / "adapters"
 STREAMED = {"stream": True}
@@ -114,7 +116,7 @@ def run(
 
 def prepare_repository(root: Path, base: Path, adapters: Path = ADAPTERS) -> tuple[LoadedAdapter, ...]:
     """Make the shipped model repository in `root`, for the checkpoint `base`, with every adapter in `adapters`."""
-    install.create_repository(
+    init.create_repository(
         root,
         {
             "preprocessing": {"tokenizer_dir": str(base), "chat_template": "true"},
@@ -122,10 +124,10 @@ def prepare_repository(root: Path, base: Path, adapters: Path = ADAPTERS) -> tup
             "tensorrt_llm": {"gpt_model_path": str(base), "synthetic": "false"},
         },
     )
-    opened = repository.open_repository(root)
+    opened = paths.open_repository(root)
     loaded = []
     for directory in sorted(path for path in adapters.iterdir() if path.is_dir()):
-        entry = register.add(opened, directory.name, directory).entry
+        entry = add.add(opened, directory.name, directory).entry
         loaded.append(
             LoadedAdapter(
                 directory.name, entry.lora_task_id, entry.adapter_sizes, entry.modules, entry.lora_weights_nbytes

@@ -1,0 +1,99 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""Which linear layer a path in a Hugging Face model is, by the names alone, and which families it can be of."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+from tritonlora.architectures.families import ARCHITECTURES, ENGINE_NAMES, FAMILIES, NOT_THESE, NOT_THESE_BY_NAME, Leaf
+
+# First match wins; the last line always matches.
+_WHY_NOT = (
+    (r"^[^0-9]+\.(0[0-9]|[1-9][0-9]{4})[0-9]*\.", "a layer's number is below 10000 and has no leading zeros"),
+    (r"(^|\.)(lm_head|embed_out|proj_out)$", "TensorRT-LLM has no LoRA for the output embedding"),
+    (r"(^|\.)(embed_tokens|wte|word_embeddings|shared|embed_in)$", "TensorRT-LLM has no LoRA for embeddings"),
+    (r"experts?(\.|$)|block_sparse_moe|shared_mlp", "LoRA on expert layers cannot be sent to a TensorRT-LLM engine"),
+    (r"\.(gate|router|shared_expert_gate)$|\.router\.", "LoRA on an expert router is not supported"),
+    (
+        r"(^|\.)(vision|visual|vision_tower|vision_model|multi_modal_projector|audio_tower)",
+        "not a part of the text model",
+    ),
+    (r"^(?!transformer\.).*\bencoder\.", "an encoder's LoRA has no place in the tensors of the decoder's engine"),
+    (r"(^|\.)(score|classifier|qa_outputs)$", "a classification head is not a part of a text-generation engine"),
+    (r"", "not a linear layer that TensorRT-LLM has a LoRA for"),
+)
+
+
+def locate(path: str) -> tuple[int, Mapping[str, Leaf]] | None:
+    """(layer, {name of each family that has it: leaf}) of the module `path` of a Hugging Face model.
+
+    None where the engine has no LoRA for it. `path` is as PEFT sees it: "model.layers.3.self_attn.q_proj".
+    """
+    match = _LAYER_PATH.fullmatch(path)
+    leaves = _LEAVES.get((match["stem"], match["tail"])) if match else None
+    return (int(match["layer"]), leaves) if match and leaves else None
+
+
+def families_of(architecture: str) -> frozenset[str]:
+    """The names of the families that a model of `architecture` can be of; all of them where it is not known."""
+    known = ARCHITECTURES.get(architecture)
+    families = ENGINE_NAMES.get(architecture, FAMILIES) if known is None else (known.family,)
+    return frozenset(family.name for family in families)
+
+
+def why_none(architecture: str) -> str | None:
+    """Why a model of `architecture` is of no family, although its layers have names of one; None where it may be."""
+    return next((why for beginning, why in NOT_THESE.items() if architecture.startswith(beginning)), None)
+
+
+def why_probably_none(base_model_name: str) -> str | None:
+    """The same by what the base model is called, on a hub or in a directory."""
+    name = base_model_name.lower()
+    return next((why for pattern, why in NOT_THESE_BY_NAME.items() if re.search(pattern, name)), None)
+
+
+def likely_families(
+    layers: Iterable[Mapping[str, Leaf]], architectures: Iterable[str], *, conv1d: bool
+) -> frozenset[str]:
+    """The families of `architectures` that have all `layers` (as `locate` gives them), if there is any.
+
+    Of `architectures`, those that know most come first; "" stands for none. Where `conv1d` is set, those of Conv1D.
+    """
+    families = families_of("")
+    for known in map(families_of, architectures):
+        families = families & known or families
+    families = families.intersection(*layers) or families
+    return families & CONV1D or families if conv1d else families
+
+
+# What torch.compile, DDP, FSDP and activation checkpointing put before the names of what they wrap.
+_WRAPPER = re.compile(r"(^|\.)(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# The first number in a path is the layer's. No model has ten thousand layers.
+_LAYER_PATH = re.compile(r"(?P<stem>.+?)\.(?P<layer>0|[1-9][0-9]{0,3})\.(?P<tail>.+)")
+
+
+def why_not(path: str) -> str:
+    """Why `locate(path)` finds nothing, with the remedy."""
+    if wrapper := _WRAPPER.search(path):
+        return f"saved through a wrapper ({wrapper[0].strip('.')}); unwrap the model before save_pretrained"
+    if path.startswith("base_model.model."):  # what stands there once is not a part of `path`
+        return "saved through PEFT twice (base_model.model.); call get_peft_model once, on the model itself"
+    reason = next(reason for pattern, reason in _WHY_NOT if re.search(pattern, path))
+    return (
+        f"{reason}; train without it (`target_modules` or `exclude_modules`), or merge the adapter into the base model"
+    )
+
+
+def _by_name() -> dict[tuple[str, str], dict[str, Leaf]]:
+    leaves: dict[tuple[str, str], dict[str, Leaf]] = {}
+    for family in FAMILIES:
+        for stem in family.stems:
+            for tail, leaf in family.leaves.items():
+                leaves.setdefault((stem, tail), {})[family.name] = leaf
+    return leaves
+
+
+CONV1D = frozenset(family.name for family in FAMILIES if family.conv1d)
+_LEAVES: Mapping[tuple[str, str], Mapping[str, Leaf]] = _by_name()

@@ -1,0 +1,199 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""The checks of what is around the engine's model: the other models, the router's own files, and the machine."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from collections.abc import Collection, Iterator, Mapping, Sequence
+
+from tritonlora import __version__
+from tritonlora.check.findings import Finding, Subject, error, warning
+from tritonlora.machine import SHARED_MEMORY, ports_in_use
+from tritonlora.pbtxt.model_config import ModelConfig, Step, Unfilled, has_template
+from tritonlora.repository import init
+from tritonlora.repository.model_configs import REQUIRED
+from tritonlora.repository.paths import COPY_AGAIN, LISTING, RESOLVER, ROUTER, dead_links
+from tritonlora.repository.undo import OURS
+from tritonlora.serving.file_version import has_content
+from tritonlora.serving.response_cache import CACHED
+
+# Parameters that no model of upstream's loads without; where others are still a ${…}, it takes its defaults.
+_OF_THE_ENGINE = ("gpt_model_path",)
+_OF_THE_TEXT_MODELS = ("tokenizer_dir",)
+
+
+def placeholders(subject: Subject) -> Iterator[Finding]:
+    """What is still a ${…} where a value is needed, in any model."""
+    for name, config in subject.configs.items():
+        values: list[object] = [config.max_batch_size, config.decoupled, config.instance_count, config.response_cache]
+        for spec in (*config.inputs, *config.outputs):
+            values += [spec.data_type, spec.dims, spec.optional]
+        unfilled = [(value.what, value.template) for value in values if isinstance(value, Unfilled)]
+        needed = _OF_THE_ENGINE if name == subject.repository.target else _OF_THE_TEXT_MODELS
+        parameters = {key: config.parameters.get(key, "") for key in needed}
+        unfilled += [(key, value) for key, value in parameters.items() if has_template(value)]
+        for what, template in unfilled:
+            yield error(
+                f"{name}/config.pbtxt",
+                f"{what} is still {template}",
+                "fill it in with upstream's tools/fill_template.py, or edit the file",
+            )
+
+
+def steps(subject: Subject) -> Iterator[Finding]:
+    """The models that ensembles lead to are there: else Triton loads neither the ensemble nor, by itself, anything."""
+    root = subject.repository.root
+    for name, config in subject.configs.items():
+        for step in config.steps:
+            if not (root / step.model_name).is_dir():
+                yield error(
+                    f"{name}/config.pbtxt",
+                    f"it has a step for {step.model_name!r}, and there is no such model",
+                    f"put the model there, or {name} elsewhere",
+                )
+
+
+def models_past_the_router(subject: Subject) -> Iterator[Finding]:
+    """Models that call the engine's by themselves. The generate endpoint drops what is no input of theirs unheard."""
+    target = subject.repository.target
+    for name in init.models_past_the_router(subject.configs, target):
+        yield warning(
+            f"{name}/config.pbtxt",
+            f"it calls {target} itself: a lora_name in a request to it has no effect",
+            "let clients that want adapters ask the ensemble",
+        )
+
+
+def left_streams(subject: Subject) -> Iterator[Finding]:
+    """A client that leaves a stream takes nothing along.
+
+    Triton's batcher refuses the steps of a client that has left; before 26.02 an ensemble with an error stops counting
+    the steps that end (triton-inference-server/core, pull request 466): those of the engine, which is not done.
+    """
+    if not subject.config.decoupled:
+        return
+    configs, streaming, batched = subject.configs, {subject.repository.target, ROUTER}, dict[str, str]()
+    for _ in configs:  # an ensemble may be a step of another one
+        streaming |= {name for name, config in configs.items() if _streamed(config.steps, streaming)}
+    for ensemble, config in configs.items():
+        tensors = _streamed(config.steps, streaming)
+        for step in config.steps:
+            after = configs.get(step.model_name)
+            if after and after.dynamic_batching and not tensors.isdisjoint(step.input_map.values()):
+                batched.setdefault(step.model_name, ensemble)
+    for name, ensemble in batched.items():
+        yield warning(
+            f"{name}/config.pbtxt",
+            f"it has dynamic_batching: before 26.02, Triton never lets go of a stream of {ensemble} that its client "
+            "has left, nor of its memory, and takes all its time to stop",
+            "take dynamic_batching out of it, unless your Triton is 26.02 or later",
+        )
+
+
+def _streamed(steps: Sequence[Step], streaming: Collection[str]) -> set[str]:
+    """The tensors of an ensemble that come several times: those of models that are `streaming`, and what follows."""
+    tensors = set[str]()
+    for _ in steps:  # which may stand in any order
+        for step in steps:
+            if step.model_name in streaming or not tensors.isdisjoint(step.input_map.values()):
+                tensors.update(step.output_map.values())
+    return tensors
+
+
+def response_caches(subject: Subject) -> Iterator[Finding]:
+    """Triton's response cache is off for every model that adapters depend on."""
+    yield from cached_responses(subject.configs, subject.repository.target)
+
+
+def cached_responses(configs: Mapping[str, ModelConfig], target: str) -> Iterator[Finding]:
+    """A finding for each response_cache of the engine's model, of ours, and of models that lead to these."""
+    concerned = {ROUTER, RESOLVER, LISTING, target, *init.models_past_the_router(configs, target)}
+    for _ in configs:  # an ensemble may be a step of another one
+        concerned |= {name for name, config in configs.items() if any(map(config.leads_to, concerned))}
+    for name, config in configs.items():
+        if name in concerned and config.response_cache is True:
+            yield error(f"{name}/config.pbtxt", f"response_cache is on: {CACHED}", "take response_cache out of it")
+
+
+def resolver(subject: Subject) -> Iterator[Finding]:
+    """The resolver's tensors are those of the engine's model: Triton loads no ensemble that leads to others.
+
+    And an empty response of the resolver fails in the engine's step, which requires one of its outputs.
+    """
+    root, target = subject.repository.root, subject.repository.target
+    for name, config in subject.configs.items():
+        given = {tensor for step in config.steps if step.model_name == RESOLVER for tensor in step.output_map.values()}
+        past = [step for step in config.steps if step.model_name == target]
+        if given and any(step.input_map.get(REQUIRED) not in given for step in past):
+            yield warning(
+                f"{name}/config.pbtxt",
+                f"{REQUIRED} goes past {RESOLVER}: {target} would take an empty response of it for the base model's",
+                f"tritonlora init {shlex.quote(str(root))}",
+            )
+    for spec in subject.configs[RESOLVER].outputs if RESOLVER in subject.configs else ():
+        declared = subject.config.input(spec.name)
+        if declared is None or declared.data_type != spec.data_type:
+            yield error(
+                f"{RESOLVER}/config.pbtxt",
+                f"{spec.name} is not declared as {target} declares it",
+                f"tritonlora init {shlex.quote(str(root))}",
+            )
+
+
+def serving_code(subject: Subject) -> Iterator[Finding]:
+    """Our models run the code of the installed tritonlora, all of it and unaltered."""
+    root = subject.repository.root
+    for link in dead_links(root):
+        yield error(link.relative_to(root).as_posix(), "the link leads nowhere: the model does not load", COPY_AGAIN)
+    remedy = f"tritonlora init {shlex.quote(str(root))}"
+    for model in (model for model in OURS if (root / model).is_dir()):
+        version = init.served_version(root, model)
+        if version is None:
+            yield error(
+                f"{model}/1", "it has no code that a version of tritonlora wrote: the model does not load", remedy
+            )
+        elif version != __version__:
+            problem = f"it runs the code of tritonlora {version}, and {__version__} is installed here"
+            yield warning(f"{model}/1", problem, f"{remedy} puts {__version__} there; or install tritonlora {version}")
+        else:
+            for name, content in init.code_of(model).items():
+                if not (root / name).exists():
+                    yield error(name, "it is missing: the model does not load", remedy)
+                elif not has_content(root / name, content.encode()):
+                    yield warning(name, "it was edited since tritonlora wrote it", remedy)
+
+
+def shared_memory(subject: Subject) -> Iterator[Finding]:
+    """What the router sends with an adapter goes through /dev/shm, of which Triton gives nothing back."""
+    plan = subject.plan
+    if plan is None or not SHARED_MEMORY.is_dir():
+        return
+    there_is = shutil.disk_usage(SHARED_MEMORY).total
+    if there_is < plan.resend_shm_bytes:
+        yield warning(
+            str(SHARED_MEMORY),
+            f"to send an adapter again takes {plan.resend_shm_bytes} bytes of shared memory, more than there is",
+            "docker run --shm-size …",
+        )
+    elif not plan.fits or not all(adapter.warm for adapter in plan.adapters):
+        instances = subject.configs[ROUTER].instance_count if ROUTER in subject.configs else 1
+        if isinstance(instances, int) and there_is < instances * plan.resend_shm_bytes:
+            yield warning(
+                str(SHARED_MEMORY),
+                f"each of the router's {instances} instances keeps shared memory for the largest adapter that it has "
+                f"sent: {instances * plan.resend_shm_bytes} bytes in all, more than there is",
+                f"docker run --shm-size …, or a smaller count in the instance_group of {ROUTER}/config.pbtxt",
+            )
+
+
+def ports(subject: Subject) -> Iterator[Finding]:
+    """A server can listen. It may be this repository's own that does already."""
+    taken = ports_in_use(subject.ports) if subject.ports else []
+    if taken:
+        yield warning(
+            f"port {', '.join(map(str, taken))}",
+            "in use: another server cannot start on it",
+            "stop what listens there, or choose others: tritonlora serve --http-port … --grpc-port … --metrics-port …",
+        )

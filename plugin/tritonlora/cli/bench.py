@@ -1,0 +1,95 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""The command line of the benchmarks, in the manner of `tritonlora.cli.commands`."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tritonlora.cli.output import AsJson, print_json, print_table, stderr
+
+
+def _drawable(plot: Path | None) -> Path | None:
+    """Before anything is measured, which takes minutes."""
+    if plot is None:
+        return None
+    if plot.suffix.lower() != ".png":
+        raise typer.BadParameter(f"{str(plot)!r} is no PNG file; give FILE.png")
+    if plot.is_dir() or not os.access(plot if plot.exists() else plot.parent, os.W_OK):
+        raise typer.BadParameter(f"{str(plot)!r} cannot be written; give a file in a directory that is there")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise typer.BadParameter("there is no matplotlib to draw with; run: pip install 'tritonlora[bench]'")
+    return plot
+
+
+Plot = Annotated[Path | None, typer.Option("--plot", help="Draw the result into this PNG file.", callback=_drawable)]
+
+bench = typer.Typer(help="Benchmarks: ratios taken in one run on one machine.", no_args_is_help=True)
+
+
+@bench.command("convert")
+def bench_convert(
+    ranks: Annotated[str, typer.Option("--ranks", help="Separated by commas.")] = "8,16,64",
+    rounds: Annotated[
+        int, typer.Option("--rounds", min=1, help="How often each way is timed; the shortest time counts.")
+    ] = 15,
+    plot: Plot = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time conversion (reading, checks, writing) of a Llama 8B adapter.
+
+    Compared with copying the output file, and with the straightforward way in torch (load, cast, scale, pad, stack,
+    write). bfloat16, all linear layers, from and to an in-memory file system.
+    """
+    from tritonlora.bench import convert as benchmark
+
+    try:
+        numbers = [int(rank) for rank in ranks.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{ranks!r} is not a list of ranks") from None
+    with stderr.status(f"measuring ranks {ranks}"):
+        results = benchmark.run(numbers, rounds=rounds)
+    if plot:
+        benchmark.draw(results, plot)
+    if as_json:
+        print_json(results)
+    else:
+        sys.stdout.write(benchmark.table(results) + "\n")
+
+
+@bench.command("route")
+def bench_route(
+    part: Annotated[
+        list[str] | None, typer.Option("--part", help="ttft, tokens, recovery, lookup or memory; again for more.")
+    ] = None,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="How often everything is timed.")] = 7,
+    streams: Annotated[int, typer.Option("--streams", min=1, help="At a time, in tokens.")] = 64,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Of each stream, in tokens.")] = 128,
+    rank: Annotated[int, typer.Option("--rank", min=1, help="Of the adapter in recovery; 32 takes 264 MB.")] = 32,
+    requests: Annotated[int, typer.Option("--requests", min=1, help="In memory.")] = 100_000,
+    plot: Plot = None,
+    as_json: AsJson = False,
+) -> None:
+    """The router against asking the engine's model directly, on a real server with the synthetic engine."""
+    from tritonlora.bench import measured, route
+
+    parts = part or list(route.PARTS)
+    if unknown := [name for name in parts if name not in route.PARTS]:
+        raise typer.BadParameter(f"no part {unknown[0]!r}; there are {', '.join(route.PARTS)}")
+    options = route.Options(rounds=rounds, streams=streams, tokens=tokens, rank=rank, requests=requests)
+    with stderr.status("measuring") as status:
+        results = list(route.run(parts, options, lambda name: status.update(f"measuring {name}")))
+    if plot:
+        measured.draw(results, plot)
+    if as_json:
+        print_json(results)
+        return
+    print_table(("part", "what", "p50", "p99", "unit"), measured.series_rows(results))
+    print_table(("part", "ratio", "value", "target", "reached"), measured.ratio_rows(results))
+    sys.stdout.write("".join(f"{one.name}: {note}\n" for one in results for note in one.notes))

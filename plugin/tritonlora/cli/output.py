@@ -1,0 +1,211 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""How results look: on a terminal, in a pipe, and as JSON. Data goes to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from tritonlora.engine.cache_plan import AdapterPlan, CachePlan, WarmChoice
+    from tritonlora.repository.undo import FileChange
+    from tritonlora.serving.adapter_table import AdapterTable
+    from tritonlora.targets import KeptAdapters
+
+stdout = Console(emoji=False)
+stderr = Console(emoji=False, stderr=True)
+
+NAMES_SHOWN = 20
+GPU_NOT_CHECKED = "not checked: the engine's LoRA cache in GPU memory, which --gpu-memory BYTES tells"
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def print_json(value: object) -> None:
+    """A value on stdout, dataclasses as objects."""
+    sys.stdout.write(json.dumps(value, indent=2, default=_jsonable) + "\n")
+
+
+def _jsonable(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    return str(value)
+
+
+def print_note(note: str) -> None:
+    """Something to know, on stderr."""
+    stderr.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table: drawn on a terminal, tab-separated lines in a pipe."""
+    if not stdout.is_terminal:
+        sys.stdout.write("".join("\t".join(row) + "\n" for row in [columns, *rows]))
+        return
+    table = Table()
+    for number, column in enumerate(columns):  # the name is what a user copies
+        table.add_column(column, no_wrap=number == 0, overflow="ellipsis" if number else "ignore")
+    for row in rows:
+        table.add_row(*row)
+    stdout.print(table)
+
+
+def print_diff(change: FileChange) -> None:
+    """What a command does to a file, as a unified diff; code that comes or goes, which is our own, as a line."""
+    styles = {"+": "green", "-": "red", "@": "cyan"}
+    if change.path.suffix == ".py" and None in (change.before, change.after):
+        mark, what = ("+", "new") if change.before is None else ("-", "removed")
+        lines = len((change.before or change.after or "").splitlines())
+        line = f"{mark * 3} {change.path}: {what}, {lines} lines"
+        stdout.print(line, style=styles[mark], markup=False, highlight=False, soft_wrap=True)
+        return
+    old, new = (
+        ("/dev/null", []) if text is None else (str(change.path), text.splitlines())
+        for text in (change.before, change.after)
+    )
+    for line in difflib.unified_diff(old[1], new[1], old[0], new[0], lineterm=""):
+        stdout.print(line, style=styles.get(line[:1]), markup=False, highlight=False, soft_wrap=True)
+
+
+def size(nbytes: float) -> str:
+    """Bytes in the unit that people read."""
+    for unit in ("B", "KiB", "MiB"):
+        if nbytes < 1024:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.1f} GiB"
+
+
+def loading(models: Mapping[str, bool]) -> str:
+    """How far a server is that loads `models`: name -> whether it is ready."""
+    waiting = [name for name, is_ready in models.items() if not is_ready]
+    return f"{len(models) - len(waiting)} of {len(models)} models ready; loading {', '.join(waiting) or '…'}"
+
+
+def print_listing(listing: Mapping[str, Mapping[str, Any]]) -> None:
+    """What a server says of its adapters: `listing.describe`. Of a malformed entry it says the state alone."""
+    columns = ("lora_name", "lora_task_id", "rank", "modules", "lora_weights", "aliases", "state")
+    print_table(columns, [_listing_row(name, about) for name, about in sorted(listing.items())])
+
+
+def _listing_row(name: str, about: Mapping[str, Any]) -> tuple[str, ...]:
+    state = ": ".join(about[key] for key in ("state", "reason") if key in about)
+    if "lora_task_id" not in about:
+        return (name, "?", "?", "?", "?", "", state)
+    return (
+        name,
+        str(about["lora_task_id"]),
+        ",".join(map(str, about["adapter_sizes"])),
+        ",".join(about["modules"]),
+        f"{about['dtype']} {about['lora_weights_shape']}",
+        ",".join(about["aliases"]),
+        state,
+    )
+
+
+def print_plan(
+    plan: CachePlan,
+    registered: Iterable[str],
+    choice: WarmChoice | None,
+    applied: Mapping[str, str] | None,
+    *,
+    has_gpu: bool,
+) -> None:
+    """A plan; of its adapters only the `registered` ones get a row. `applied`: the parameters that were set."""
+    names = set(registered)
+    columns = ("lora_name", "rank", "modules", "size", "pages", "start")
+    print_table(columns, [_plan_row(one) for one in plan.adapters if one.name in names])
+    sys.stdout.write("".join(f"{line}\n" for line in _plan_lines(plan, choice, applied, has_gpu)))
+
+
+def print_room(room: KeptAdapters, table: AdapterTable) -> None:
+    """The adapters of an engine that reads them by itself, and how many of them it keeps."""
+    rows = [
+        (name, ",".join(map(str, entry.adapter_sizes)), ",".join(entry.modules), size(entry.lora_weights_nbytes))
+        for name, entry in sorted(table.entries.items())
+    ]
+    print_table(("lora_name", "rank", "modules", "size"), rows)
+    kept = f"{len(rows)} adapters; the engine keeps {room.host} in host memory (max_cpu_loras), {room.gpu} at one time "
+    again = "; the others are read from disk again when they are asked for" if len(rows) > room.host else ""
+    sys.stdout.write(f"{kept}on the GPU (max_loras){again}\n")
+    if len(rows) > room.host:
+        sys.stdout.write(f"recommended: max_cpu_loras: {len(rows)} in model.yaml\n")
+
+
+def _plan_row(adapter: AdapterPlan) -> tuple[str, ...]:
+    return (
+        adapter.name,
+        ",".join(map(str, adapter.ranks)),
+        ",".join(adapter.modules),
+        size(adapter.nbytes),
+        str(adapter.pages),
+        "warm" if adapter.warm else "on first use",
+    )
+
+
+def _plan_lines(
+    plan: CachePlan, choice: WarmChoice | None, applied: Mapping[str, str] | None, has_gpu: bool
+) -> Iterator[str]:
+    tightest = plan.tightest
+    yield (
+        f"{'all adapters fit' if plan.fits else 'NOT all adapters fit'}: "
+        f"{tightest.pages} of {tightest.host_pages} pages of {size(tightest.page_bytes)}; "
+        f"{len(plan.adapters)} adapters, {size(sum(one.nbytes for one in plan.adapters))}"
+    )
+    if tightest.refusal:
+        yield f"the engine will not load: {tightest.refusal}"
+    yield from (f"{one.name} cannot be loaded: {one.unloadable}" for one in plan.unloadable)
+    if plan.diverging:
+        yield (
+            f"{_listed(plan.diverging)}: different numbers of pages on different pipeline-parallel ranks, and not all "
+            "adapters fit: one rank may evict an adapter that another rank still has"
+        )
+    yield from _device_lines(plan) if has_gpu else ()
+    yield (
+        f"loading takes {size(plan.load_bytes)} of host memory, "
+        f"sending an adapter again {size(plan.resend_shm_bytes)} of /dev/shm"
+    )
+    yield from (f"room for {count} more of rank {rank}" for rank, count in plan.room.items())
+    for one in plan.recommendations:
+        if one.value == one.in_effect:
+            yield f"{one.parameter} = {one.value} stays; {one.cost}: {size(one.cost_bytes)}"
+        else:
+            verb = "recommended:" if applied is None else "set"
+            yield f"{verb} {one.parameter} = {one.value} (was: {one.in_effect}); {one.cost}: {size(one.cost_bytes)}"
+    if choice is not None:
+        yield f"keep warm: {_listed(choice.warm)}"
+        yield f"load on first use: {_listed(choice.cold)}"
+        yield (
+            f"{choice.resend_share:.1%} of requests may carry weights again, "
+            f"{size(choice.resend_bytes)} a request on average"
+        )
+
+
+def _device_lines(plan: CachePlan) -> Iterator[str]:
+    fraction, device = plan.parameters.gpu_memory_fraction, plan.device
+    least = f"with lora_cache_gpu_memory_fraction {fraction:g} it needs {size(plan.min_gpu_bytes)} free of each GPU"
+    if device is None:
+        yield f"{GPU_NOT_CHECKED}; {least}"
+        return
+    if device.refusal:
+        yield f"the engine will not load: {device.refusal}; {least}"
+    yield (
+        f"GPU memory: {device.pages} pages; one batch takes any {device.any_in_one_batch} different adapters, "
+        f"and at most {device.most_in_one_batch}"
+    )
+    if device.never_scheduled:
+        names = _listed(device.never_scheduled)
+        yield f"larger than the cache in GPU memory, so that their requests would wait for ever: {names}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    return (", ".join(names[:NAMES_SHOWN]) + more) or "none"

@@ -1,0 +1,117 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""Only the conversion: a PEFT adapter's directory to the two files, without a model repository.
+
+The raw files are those of a model_warmup sample; the .npy files have the names that TensorRT-LLM's lora_prefetch_dir
+and Triton's OpenAI frontend read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tritonlora.conversion import tensors
+from tritonlora.conversion.layout import plan_layout
+from tritonlora.engine.profile import load_profile
+from tritonlora.errors import EngineMismatch, RepositoryError, UnsupportedAdapter
+from tritonlora.files import abandoned_beside, delete, publish, temporary_name
+from tritonlora.interrupts import held
+from tritonlora.peft import adapter as peft
+
+NAMES = {
+    "bin": ("adapter_model.bin", "adapter_config.bin"),
+    "npy": ("model.lora_weights.npy", "model.lora_config.npy"),
+}
+"""Format -> the files of lora_weights and lora_config."""
+
+
+@dataclass(frozen=True, slots=True)
+class Converted:
+    """The two files, and what is in them."""
+
+    weights_path: Path
+    config_path: Path
+    dtype: str
+    weights_shape: tuple[int, ...]  # (n, W) raw; (1, n, W) in .npy
+    config_shape: tuple[int, ...]
+
+
+def convert(
+    adapter_directory: Path,
+    out_directory: Path,
+    *,
+    dtype: str | None = None,
+    base: Path | None = None,
+    file_format: str = "bin",
+    allow_nonfinite: bool = False,
+) -> Converted:
+    """Write both files of the adapter into `out_directory`, whole or not at all.
+
+    Temporary files there, which a killed conversion has left, are deleted.
+
+    `dtype` defaults to that of the base model in `base`, else to the adapter's own, when all its tensors share one.
+    With `base` the adapter is checked against that model. Raises AdapterError, or RepositoryError when it cannot write.
+    """
+    if file_format not in NAMES:
+        raise UnsupportedAdapter(f"format {file_format!r} is not one of {', '.join(NAMES)}")
+    weights_path, config_path = (out_directory / name for name in NAMES[file_format])
+    profile = load_profile(base, dtype=dtype) if base else None
+    adapter = peft.load_adapter(adapter_directory)
+    for path in (weights_path, config_path):
+        if path.is_dir():
+            raise RepositoryError(f"{str(path)!r} is a directory; choose another output directory")
+    if file_format == "bin" and (out_directory / "adapter_config.json").exists():
+        raise RepositoryError(
+            f"{str(out_directory)!r} holds a PEFT adapter (adapter_config.json), whose own weights may be called "
+            f"{weights_path.name}; choose another output directory"
+        )
+    if dtype is None:
+        dtypes = {tensor.dtype.name for module in adapter.modules.values() for tensor in (module.lora_A, module.lora_B)}
+        dtype = profile.dtype if profile else dtypes.pop() if len(dtypes) == 1 else None
+    if dtype is None:
+        raise EngineMismatch("the adapter's tensors have different dtypes; give the engine's with --dtype")
+    layout = plan_layout(adapter, dtype=dtype, profile=profile, base=base)
+    lora_config = tensors.lora_config(layout).numpy().astype("<i4")
+    weights_shape: tuple[int, ...] = layout.weights_shape
+    config_shape: tuple[int, ...] = layout.config_shape
+    weights_header = config_header = b""
+    if file_format == "npy":
+        weights_shape, config_shape = (1, *weights_shape), (1, *config_shape)
+        weights_header, config_header = (
+            tensors.npy_header(weights_shape, dtype),
+            tensors.npy_header(config_shape, "int32"),
+        )
+    try:
+        with _directory(out_directory):
+            for left in abandoned_beside([out_directory / name for names in NAMES.values() for name in names]):
+                with contextlib.suppress(OSError):
+                    delete(left)
+            with temporary_name(weights_path) as weights, temporary_name(config_path) as rows:
+                tensors.convert_file(
+                    adapter, layout, weights, header=weights_header, base=base, allow_nonfinite=allow_nonfinite
+                )
+                rows.write_bytes(config_header + lora_config.tobytes())
+                with held():  # whenever this ends, the two that are there belong together
+                    config_path.unlink(missing_ok=True)
+                    publish(weights, weights_path, for_all=False)
+                    publish(rows, config_path, for_all=False)
+    except OSError as error:
+        raise RepositoryError(f"cannot write to {str(out_directory)!r}: {error.strerror or error}") from error
+    return Converted(weights_path, config_path, dtype, weights_shape, config_shape)
+
+
+@contextlib.contextmanager
+def _directory(path: Path) -> Iterator[None]:
+    """Make `path`; what was made for it goes again when nothing comes of it."""
+    missing = [directory for directory in (path, *path.parents) if not directory.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            for directory in missing:
+                directory.rmdir()
+        raise

@@ -1,0 +1,372 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""Which rows an adapter becomes, decided from shapes alone, and every reason why it cannot.
+
+One row for each (layer, module), sorted by (layer, module id). A fused layer of the base model becomes the engine's
+fused row where its target modules have one, else one row for each part: these share A and divide the rows of B, which
+is exact. With tensor parallelism the engine gives each rank one contiguous piece of a fused row, so its parts are
+interleaved by rank (`interleave_fused_lora_weights_for_tp` in TensorRT-LLM tensorrt_llm/lora_manager.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+from tritonlora.architectures.families import Leaf
+from tritonlora.architectures.layers import CONV1D, likely_families, why_none, why_probably_none
+from tritonlora.architectures.lora_modules import BY_NAME, LoraModule
+from tritonlora.conversion.base_weights import base_weights
+from tritonlora.engine.profile import EngineProfile
+from tritonlora.errors import AdapterError, EngineMismatch, UnsupportedAdapter, layers_text, one_message
+from tritonlora.peft.adapter import Adapter, AdapterModule
+from tritonlora.serving.dtypes import DTYPES, LORA_DTYPES
+
+_MAX_NBYTES = 1 << 37  # of lora_weights: rank 512 for all layers of a model of 405 billion weights takes half of it
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What one row of lora_config says."""
+
+    module: LoraModule
+    layer: int
+    adapter_size: int  # r
+    dora: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Some outputs of a linear layer: `out.view(groups, -1)[first:last, start:stop]`, in that order."""
+
+    groups: int
+    first: int
+    last: int
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        """The number of outputs."""
+        return (self.last - self.first) * (self.stop - self.start)
+
+    def ranges(self, outputs: int) -> Iterator[tuple[int, int]]:
+        """(start, stop) of those taken, of all `outputs`."""
+        width = outputs // self.groups
+        return ((group * width + self.start, group * width + self.stop) for group in range(self.first, self.last))
+
+    def share(self, rank: int, ranks: int) -> Piece:
+        """The `rank`-th of `ranks` equal shares of a piece that spans all groups."""
+        if self.groups > 1:
+            groups = self.groups // ranks
+            return Piece(self.groups, rank * groups, (rank + 1) * groups, self.start, self.stop)
+        width = (self.stop - self.start) // ranks
+        start = self.start + rank * width
+        return Piece(1, 0, 1, start, start + width)
+
+
+@dataclass(frozen=True, slots=True)
+class RowSource:
+    """Where a row's values come from."""
+
+    path: str  # of the AdapterModule
+    pieces: tuple[Piece, ...] = ()  # the outputs taken, in order; empty: all of them as they are
+
+    def ranges(self, outputs: int) -> list[tuple[int, int]]:
+        """(start, stop) of the outputs taken, in order, of all `outputs`."""
+        return [taken for piece in self.pieces for taken in piece.ranges(outputs)] or [(0, outputs)]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The shape of an adapter's two tensors, known before a byte of weights is read."""
+
+    rows: tuple[Row, ...]
+    width: int  # W: elements in a row
+    dtype: str  # "bfloat16", "float16", "float32"
+    sources: tuple[RowSource, ...] = ()  # one for each row
+    conv1d: frozenset[str] = frozenset()  # paths of modules whose weight the base model has as (in, out)
+
+    @property
+    def weights_shape(self) -> tuple[int, int]:
+        """(n, W)."""
+        return (len(self.rows), self.width)
+
+    @property
+    def config_shape(self) -> tuple[int, int]:
+        """(n, 3), or (n, 4) where a row carries DoRA."""
+        return (len(self.rows), 4 if any(row.dora for row in self.rows) else 3)
+
+    @property
+    def weights_nbytes(self) -> int:
+        """Bytes of lora_weights."""
+        return len(self.rows) * self.width * DTYPES[self.dtype].itemsize
+
+
+def plan_layout(
+    adapter: Adapter,
+    *,
+    dtype: str,
+    profile: EngineProfile | None = None,
+    base: Path | None = None,
+    engine_reads: bool = False,
+) -> Layout:
+    """The rows `adapter` becomes.
+
+    `base` is the base model's checkpoint, which only DoRA needs. Where the `engine_reads` the adapter by itself, it
+    alone has to know what its layers are, so that a base model which has others under these names is no error.
+
+    Raises UnsupportedAdapter or EngineMismatch with every reason why the adapter cannot be converted.
+    """
+    problems = _Problems()
+    if dtype not in LORA_DTYPES:
+        problems.engine.append(f"dtype is {dtype!r}, expected one of {', '.join(LORA_DTYPES)}")
+    if profile is not None and not engine_reads:
+        problems.engine += [f"{problem}; {remedy}" for problem, remedy in profile.faults()]
+    if profile is not None and profile.dtype != dtype:
+        problems.engine.append(f"dtype is {dtype!r}, but the engine takes only its own, {profile.dtype!r}")
+    if base is None and any(module.magnitude is not None for module in adapter.modules.values()):
+        problems.unsupported.append("DoRA needs the base model's weights; give them with --base CHECKPOINT")
+    planned: list[tuple[Row, RowSource]] = []
+    dims: dict[int, dict[str, tuple[int, int]]] = {}  # layer -> module -> (in, out)
+    width = 0
+    kinds = {id(module.leaves): module for module in adapter.modules.values()}  # layers repeat
+    architectures = (profile.architecture if profile is not None else "", adapter.config.base_model_class)
+    families = likely_families(
+        (module.leaves for module in kinds.values()), architectures, conv1d=adapter.config.fan_in_fan_out
+    )
+    leaf_of = {kind: _leaf_of(module, families, profile) for kind, module in kinds.items()}
+    conv1d = {kind: _is_conv1d(module, families, adapter) for kind, module in kinds.items()}
+    for module in adapter.modules.values():
+        leaf = leaf_of[id(module.leaves)]
+        if isinstance(leaf, str):
+            problems.by_layer.setdefault(leaf, []).append(module.layer)
+            continue
+        for row, source, out_features in _rows_of(module, leaf, profile, problems):
+            if profile is not None:
+                _check_row(row, module, out_features, profile, problems)
+            planned.append((row, source))
+            dims.setdefault(row.layer, {})[row.module.name] = (module.lora_A.shape[1], out_features)
+            magnitude = out_features if row.dora else 0
+            width = max(width, row.adapter_size * (module.lora_A.shape[1] + out_features) + magnitude)
+    if not engine_reads:
+        problems.unsupported += _other_models(architectures, adapter.config.base_model_name_or_path or "")
+        for layer, of_layer in dims.items() if profile is None else ():
+            for text in _disagreements(of_layer):
+                problems.by_layer.setdefault(text, []).append(layer)
+    planned.sort(key=lambda item: (item[0].layer, item[0].module.id))
+    for (row, first), (other, second) in pairwise(planned):
+        if (row.layer, row.module) == (other.layer, other.module):
+            problems.unsupported.append(
+                f"{first.path!r} and {second.path!r} are both {row.module.name} of layer {row.layer}"
+            )
+    nbytes = len(planned) * width * (DTYPES[dtype].itemsize if dtype in LORA_DTYPES else 1)
+    if nbytes > _MAX_NBYTES:
+        problems.unsupported.append(
+            f"lora_weights takes {nbytes} bytes, {len(planned)} rows as wide as the widest; expected at most "
+            f"{_MAX_NBYTES}"
+        )
+    problems.raise_any(adapter, profile)
+    rows, sources = tuple(row for row, _ in planned), tuple(source for _, source in planned)
+    transposed = frozenset(path for path, module in adapter.modules.items() if conv1d[id(module.leaves)])
+    layout = Layout(rows, width, dtype, sources, transposed)
+    if base is not None and layout.config_shape[1] == 4:
+        base_weights(adapter, layout.conv1d, base)
+    return layout
+
+
+@dataclass(slots=True)
+class _Problems:
+    unsupported: list[str] = field(default_factory=list)
+    engine: list[str] = field(default_factory=list)
+    by_layer: dict[str, list[int]] = field(default_factory=dict)  # the same text for many layers is one line
+
+    def raise_any(self, adapter: Adapter, profile: EngineProfile | None) -> None:
+        engine = [*self.engine, *(f"{text} ({layers_text(layers)})" for text, layers in self.by_layer.items())]
+        if not self.unsupported and not engine:
+            return
+        kind: type[AdapterError] = UnsupportedAdapter if self.unsupported else EngineMismatch
+        into = f" for {profile.source!r}" if profile is not None else ""
+        heading = f"cannot convert the adapter in {str(adapter.directory)!r}{into}"
+        raise kind(one_message(heading, [*self.unsupported, *engine]))
+
+
+def _leaf_of(module: AdapterModule, families: frozenset[str], profile: EngineProfile | None) -> Leaf | str:
+    """What `module` is in `families`, or why that cannot be said."""
+    tail = module.path.rpartition(".")[2]
+    leaves = list(dict.fromkeys(leaf for family, leaf in module.leaves.items() if family in families))
+    if not leaves:
+        model = profile.architecture if profile is not None else "the base model"
+        return (
+            f"{tail}: {model} has no such layer that a LoRA can be sent for; the adapter was most likely trained on "
+            "another base model"
+        )
+    # All ways to fuse q, k and v are one where there is one key-value head, and none is of use without the number.
+    if len({leaf.modules for leaf in leaves}) == 1 and (profile is None or profile.num_kv_heads <= 1):
+        return leaves[0]
+    if len(leaves) > 1:
+        meanings = sorted({", ".join(leaf.modules) for leaf in leaves})
+        differ = f"is {' or '.join(meanings)}" if len(meanings) > 1 else "has its outputs in one order or another"
+        return (
+            f"{tail}: a layer of this name {differ}, by the architecture, which is not known; give the config.json of "
+            "the base model (--base)"
+        )
+    return leaves[0]
+
+
+def _is_conv1d(module: AdapterModule, families: frozenset[str], adapter: Adapter) -> bool:
+    """Whether the base model's layer is a Conv1D. As PEFT does, go by the layer: where that is quantised, or not of the
+    kind that it says, `fan_in_fan_out` has no effect, and may be wrong.
+    """
+    kinds = {family in CONV1D for family in families.intersection(module.leaves)}
+    return kinds.pop() if len(kinds) == 1 else adapter.config.fan_in_fan_out
+
+
+def _rows_of(
+    module: AdapterModule, leaf: Leaf, profile: EngineProfile | None, problems: _Problems
+) -> Iterator[tuple[Row, RowSource, int]]:
+    """(row, source, outputs) for each row that `module` becomes."""
+    out_features = module.lora_B.shape[0]
+    dora = module.magnitude is not None
+    if len(leaf.modules) == 1:
+        row = Row(BY_NAME[leaf.modules[0]], module.layer, module.r, dora)
+        yield row, RowSource(module.path), out_features
+        return
+    tail = module.path.rpartition(".")[2]
+    parts = _parts(leaf, out_features, profile)
+    if isinstance(parts, str):
+        problems.by_layer.setdefault(f"{tail}: {parts}", []).append(module.layer)
+        return
+    if profile is not None and leaf.fused in profile.modules:
+        shares = [parts[name] for name in leaf.fused_order]
+        # Heads are not cut in two; an engine with fewer key-value heads than ranks repeats them, which slices cannot.
+        divisible = out_features // 2 if leaf.fused == "mlp_gate_up" else profile.num_kv_heads
+        if divisible % profile.tp_size:
+            text = f"{tail}: its parts do not divide by the engine's tp_size, {profile.tp_size}"
+            problems.by_layer.setdefault(text, []).append(module.layer)
+            return
+        pieces = tuple(piece.share(rank, profile.tp_size) for rank in range(profile.tp_size) for piece in shares)
+        yield Row(BY_NAME[leaf.fused], module.layer, module.r, dora), RowSource(module.path, pieces), out_features
+        return
+    for name, piece in parts.items():
+        yield Row(BY_NAME[name], module.layer, module.r, dora), RowSource(module.path, (piece,)), piece.size
+
+
+def _parts(leaf: Leaf, out_features: int, profile: EngineProfile | None) -> dict[str, Piece] | str:
+    """The outputs of a fused layer by module, or why they cannot be told apart."""
+    if leaf.fused == "mlp_gate_up":
+        if out_features % 2:
+            return f"lora_B has {out_features} outputs, expected two equal halves"
+        sizes, groups = [out_features // 2] * 2, 1
+    else:
+        if profile is None or not profile.head_size:
+            return (
+                "a fused layer, which only the number of heads can take apart; give the config.json of the engine or "
+                "of the base model (--base)"
+            )
+        heads, kv_heads, head_size = profile.num_heads, profile.num_kv_heads, profile.head_size
+        if out_features != (heads + 2 * kv_heads) * head_size:
+            return (
+                f"lora_B has {out_features} outputs, but {heads} heads and {kv_heads} key-value heads of {head_size} "
+                f"make {(heads + 2 * kv_heads) * head_size}; the adapter is of another base model"
+            )
+        groups = kv_heads if leaf.by_head_group else 1
+        sizes = [heads * head_size // groups, *[kv_heads * head_size // groups] * 2]
+    parts, start = {}, 0
+    for name, size in zip(leaf.modules, sizes, strict=True):
+        parts[name] = Piece(groups, 0, groups, start, start + size)
+        start += size
+    return parts
+
+
+def _check_row(row: Row, module: AdapterModule, out_features: int, profile: EngineProfile, problems: _Problems) -> None:
+    name, in_features = row.module.name, module.lora_A.shape[1]
+    texts = []
+    dims = profile.modules.get(name)
+    if dims is None:
+        enabled = ", ".join(profile.modules) or "none"
+        texts.append(
+            f"{name} is not among the LoRA target modules, which are: {enabled}; give the config.json of an engine "
+            "that is built with it, or train without that layer"
+        )
+    elif (in_features, out_features) != (dims.in_features, dims.out_features):
+        texts.append(
+            f"{name} is {in_features} -> {out_features} in the adapter, but {dims.in_features} -> {dims.out_features} "
+            f"in the engine; {_likely_cause(name, in_features, out_features, profile)}"
+        )
+    if row.adapter_size > profile.rank_limit:
+        texts.append(
+            f"{name} has rank {row.adapter_size}, the engine's max_lora_rank is {profile.max_lora_rank}; build the "
+            "engine with a larger one"
+        )
+    if row.layer >= profile.num_layers:
+        texts.append(f"{name} is in a layer the engine does not have: it has {profile.num_layers}")
+    for text in texts:
+        problems.by_layer.setdefault(text, []).append(row.layer)
+
+
+def _likely_cause(name: str, in_features: int, out_features: int, profile: EngineProfile) -> str:
+    if name in ("attn_dense", "cross_attn_dense") and in_features == profile.num_heads * profile.head_size:
+        return (
+            "TensorRT-LLM takes this module to be hidden x hidden, which this model's is not; train without that layer "
+            "(o_proj)"
+        )
+    if name in _KEYS_AND_VALUES and out_features == profile.num_kv_heads * profile.head_size:
+        return (
+            f"it has more ranks (tp_size {profile.tp_size}) than key-value heads ({profile.num_kv_heads}) "
+            "and repeats these; build it for fewer ranks, or train without that layer"
+        )
+    return "the adapter was most likely trained on another base model"
+
+
+def _other_models(architectures: Iterable[str], name: str) -> Iterator[str]:
+    """Why the base model is one that has other layers under the names of those that are known here: by what is known of
+    its architecture ("": nothing), and only where that is nothing, by its own name.
+    """
+    known = [architecture for architecture in architectures if architecture]
+    for architecture in known:
+        if why := why_none(architecture):
+            yield f"{architecture}: {why}; merge the adapter into the base model"
+            return
+    if not known and (why := why_probably_none(name)):
+        yield (
+            f"the base model is {name!r} by name: {why}; merge the adapter into it, or, if it is another model, "
+            "give its config.json (--base)"
+        )
+
+
+def _disagreements(dims: Mapping[str, tuple[int, int]]) -> Iterator[str]:
+    """What in one layer's dims, module -> (in, out), is not as in any model that TensorRT-LLM has LoRA for: a layer is
+    something else than what its name says. Where the engine is known, so are all dims.
+    """
+    for one, side, other, other_side in _EQUAL:
+        if one in dims and other in dims and dims[one][side] != dims[other][other_side]:
+            yield (
+                f"{one} has {dims[one][side]} {_SIDES[side]}, and {other} {dims[other][other_side]} "
+                f"{_SIDES[other_side]}, which are the same where TensorRT-LLM has LoRA for them; give the base model's "
+                "config.json (--base), or merge the adapter into it"
+            )
+
+
+_SIDES = ("inputs", "outputs")
+_IN, _OUT = range(2)
+_EQUAL_IN_ATTENTION = (
+    ("q", _OUT, "dense", _IN),
+    ("q", _IN, "k", _IN),
+    ("q", _IN, "v", _IN),
+    ("k", _IN, "v", _IN),
+    ("k", _OUT, "v", _OUT),
+)
+_EQUAL = (
+    *(
+        (f"{attention}_{one}", side, f"{attention}_{other}", other_side)
+        for attention in ("attn", "cross_attn")
+        for one, side, other, other_side in _EQUAL_IN_ATTENTION
+    ),
+    ("mlp_h_to_4h", _OUT, "mlp_gate", _OUT),
+    ("mlp_h_to_4h", _OUT, "mlp_4h_to_h", _IN),
+    ("mlp_gate", _OUT, "mlp_4h_to_h", _IN),
+)
+_KEYS_AND_VALUES = ("attn_k", "attn_v", "cross_attn_k", "cross_attn_v")

@@ -1,0 +1,79 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""A PEFT adapter, checked, as the directory that TensorRT-LLM's LLM API reads it from.
+
+The tensors are the adapter's own, bit for bit, in one safetensors file under PEFT's names: the reader takes neither
+shards nor other spellings (TensorRT-LLM tensorrt_llm/lora_manager.py, `load_from_hf` and HF_LORA_PATTERN).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+from tritonlora.errors import InvalidAdapter, UnsupportedAdapter, one_message
+from tritonlora.peft.adapter import Adapter
+from tritonlora.peft.adapter_config import parse_config
+from tritonlora.peft.checkpoint import read_json_bytes
+from tritonlora.peft.stored_tensor import StoredTensor, bytes_of
+
+
+def check_for_llm_api(adapter: Adapter) -> None:
+    """Refuse what the LLM API's reader would take for something else; UnsupportedAdapter lists all of it."""
+    config = adapter.config
+    problems = []
+    if config.use_dora:
+        problems.append(
+            "it uses DoRA, whose magnitudes the LLM API takes for normalised ones, which PEFT's are not; merge the "
+            "adapter into the base model"
+        )
+    alphas = []
+    for path, module in adapter.modules.items():
+        read = config.lora_alpha / (math.sqrt(module.r) if config.use_rslora else module.r)
+        if module.scaling != read:
+            alphas.append(f"{path!r} has the scaling {module.scaling:g}, and would get {read:g}")
+    if alphas:
+        more = f" (and {len(alphas) - 1} more)" if len(alphas) > 1 else ""
+        problems.append(f"the LLM API ignores alpha_pattern: {alphas[0]}{more}; train with one lora_alpha")
+    if problems:
+        raise UnsupportedAdapter(
+            one_message(f"the LLM API cannot take the adapter in {str(adapter.directory)!r}", problems)
+        )
+
+
+def copy_adapter(adapter: Adapter, weights: Path, config: Path) -> None:
+    """Write adapter_model.safetensors to `weights` and adapter_config.json to `config`.
+
+    InvalidAdapter when either has changed since the adapter was read.
+    """
+    source = adapter.directory / "adapter_config.json"
+    content = read_json_bytes(source)
+    if parse_config(content) != adapter.config:
+        raise InvalidAdapter(f"{str(source)!r} was changed after it had been looked at; try again")
+    tensors = {
+        f"base_model.model.{path}.lora_{matrix}.weight": tensor
+        for path, module in sorted(adapter.modules.items())
+        for matrix, tensor in (("A", module.lora_A), ("B", module.lora_B))
+    }
+    _save_safetensors(weights, tensors)
+    config.write_bytes(content)
+
+
+def _save_safetensors(path: Path, tensors: dict[str, StoredTensor]) -> None:
+    """One safetensors file: 8 bytes of header length, the header as JSON, then the tensors, each in C order."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, tensor in tensors.items():
+        header[name] = {
+            "dtype": tensor.dtype.safetensors,
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.nbytes],
+        }
+        offset += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            file.write(bytes_of(tensor.load()))

@@ -1,0 +1,339 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""Adapter -> lora_weights in a file, and lora_config, and back.
+
+    row[0          : r*in      ] = A, row-major, (r, in)          as PEFT stores it
+    row[r*in       : r*(in+out)] = scaling * B, row-major, (out, r)
+    row[r*(in+out) : +out      ] = DoRA's normalised magnitude, only where the fourth column of lora_config is 1
+    row[           : W         ] = 0
+
+Source: what the engine reads, `LoraCache::copyToPages` in TensorRT-LLM cpp/tensorrt_llm/runtime/loraCache.cpp. Weights
+are full, not split by tensor-parallel rank. A is only cast; B is scaled in float32 and rounded once.
+
+Strategy: one row after the other is put together, checked with one sum and written with one call, all while it is in
+the processor's cache. Padding is never written: it is a hole in the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
+from typing import NamedTuple, TypeAlias
+
+import torch
+
+from tritonlora.architectures.lora_modules import ModuleDims
+from tritonlora.conversion.base_weights import base_weights
+from tritonlora.conversion.dora import normalised_magnitude
+from tritonlora.conversion.layout import Layout
+from tritonlora.errors import AdapterError, InvalidAdapter, UnsupportedAdapter, merge_layers, one_message
+from tritonlora.peft.adapter import Adapter
+from tritonlora.peft.stored_tensor import StoredTensor, bytes_of
+from tritonlora.serving.dtypes import DTYPES
+
+
+def lora_config(layout: Layout) -> torch.Tensor:
+    """lora_config, int32, shape `layout.config_shape`."""
+    columns = layout.config_shape[1]
+    rows = [(row.module.id, row.layer, row.adapter_size, int(row.dora))[:columns] for row in layout.rows]
+    return torch.tensor(rows, dtype=torch.int32).view(layout.config_shape)
+
+
+def convert_file(
+    adapter: Adapter,
+    layout: Layout,
+    path: Path,
+    *,
+    header: bytes = b"",
+    base: Path | None = None,
+    allow_nonfinite: bool = False,
+) -> None:
+    """Write `header` and then lora_weights, raw and little-endian, to the file `path`, which is created or emptied.
+
+    The file is written in place: give a temporary name, and rename it when this returns. `base` is the base model's
+    checkpoint, for DoRA. Raises InvalidAdapter naming each tensor with NaN or infinite values (unless
+    `allow_nonfinite`), UnsupportedAdapter naming each that is too large for `layout.dtype`, or vanishes in it, and
+    OSError with the file's name (a full disk).
+    """
+    rows = _Rows(adapter, layout, base)
+    try:
+        with path.open("wb", buffering=0) as file:
+            _write_at(file.fileno(), memoryview(header), 0)
+            os.ftruncate(file.fileno(), len(header) + layout.weights_nbytes)
+            _write_rows(rows, layout, file.fileno(), len(header))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    rows.raise_unfit(allow_nonfinite=allow_nonfinite)
+
+
+def check_values(adapter: Adapter, layout: Layout, *, allow_nonfinite: bool = False) -> None:
+    """Refuse the values that `convert_file` refuses, without writing any."""
+    rows, place = _Rows(adapter, layout, None), _Place(torch.empty(layout.width, dtype=getattr(torch, layout.dtype)))
+    with _threads(layout):
+        for index in range(len(layout.rows)):
+            rows.fill(index, place)
+    rows.raise_unfit(allow_nonfinite=allow_nonfinite)
+
+
+def npy_header(shape: Sequence[int], dtype: str) -> bytes:
+    """What stands before the raw bytes in a .npy file (version 1.0, C order) of `shape` and `dtype`.
+
+    Raises UnsupportedAdapter for bfloat16, which .npy cannot say.
+    """
+    if not DTYPES[dtype].numpy:
+        raise UnsupportedAdapter(
+            f".npy has no {dtype}: TensorRT-LLM's loadNpy (lora_prefetch_dir) reads neither that nor the raw type that "
+            "numpy writes for it; convert to float16 for an engine of float16, or use the raw format"
+        )
+    sizes = ", ".join(str(size) for size in shape) + ("," if len(shape) == 1 else "")
+    text = f"{{'descr': '{DTYPES[dtype].numpy}', 'fortran_order': False, 'shape': ({sizes}), }}"
+    start = len(b"\x93NUMPY\x01\x00") + 2
+    padded = text + " " * (-(start + len(text) + 1) % 64) + "\n"
+    return b"\x93NUMPY\x01\x00" + len(padded).to_bytes(2, "little") + padded.encode("ascii")
+
+
+def unpack(
+    lora_weights: torch.Tensor, lora_config: torch.Tensor, modules: Mapping[int, ModuleDims]
+) -> dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]]:
+    """(layer, module name) -> (A (r, in), scaled B (out, r)), views of `lora_weights` (n, W)."""
+    found = {}
+    for row, (module_id, layer, rank) in zip(lora_weights, lora_config[:, :3].tolist(), strict=True):
+        dims = modules[module_id]
+        split, end = rank * dims.in_features, rank * (dims.in_features + dims.out_features)
+        found[layer, dims.module.name] = (
+            row[:split].view(rank, dims.in_features),
+            row[split:end].view(dims.out_features, rank),
+        )
+    return found
+
+
+def unpack_magnitudes(
+    lora_weights: torch.Tensor, lora_config: torch.Tensor, modules: Mapping[int, ModuleDims]
+) -> dict[tuple[int, str], torch.Tensor]:
+    """(layer, module name) -> DoRA's normalised magnitude (out,), a view, for the rows that carry one."""
+    found = {}
+    if lora_config.shape[1] == 4:
+        for row, (module_id, layer, rank, dora) in zip(lora_weights, lora_config.tolist(), strict=True):
+            dims = modules[module_id]
+            start = rank * (dims.in_features + dims.out_features)
+            if dora:
+                found[layer, dims.module.name] = row[start : start + dims.out_features]
+    return found
+
+
+@contextlib.contextmanager
+def _threads(layout: Layout) -> Iterator[None]:
+    """One thread, unless DoRA's norms of the base weights are computed: it is not worth waking more for one row."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads if layout.config_shape[1] == 4 else 1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+class _Part(NamedTuple):
+    """Some elements of a row, twice: as a tensor, and as bytes to read to and to write from."""
+
+    values: torch.Tensor
+    memory: memoryview
+
+
+class _Place:
+    """Memory for one row after the other. Its parts are kept: cutting a tensor takes as long as copying 20 KiB."""
+
+    def __init__(self, row: torch.Tensor) -> None:
+        self._row = _Part(row, bytes_of(row))
+        self._parts: dict[tuple[int, int], _Part] = {}
+
+    def part(self, start: int, stop: int) -> _Part:
+        """Elements `start` to `stop` of the row."""
+        found = self._parts.get((start, stop))
+        if found is None:
+            values, memory = self._row
+            found = _Part(values[start:stop], memory[start * values.itemsize : stop * values.itemsize])
+            self._parts[start, stop] = found
+        return found
+
+
+class _Rows:
+    """The rows of one adapter, filled in turn, and the values among them that cannot be carried over."""
+
+    def __init__(self, adapter: Adapter, layout: Layout, base: Path | None) -> None:
+        self._adapter = adapter
+        self._layout = layout
+        weights: Mapping[str, StoredTensor] = {}
+        if base is not None and layout.config_shape[1] == 4:
+            weights = base_weights(adapter, layout.conv1d, base)
+        # The rows of a fused layer share its magnitudes, for which all of the base model's weight is read. Between gate
+        # and up is at most one row of another layer. Not a method: in a cycle, the files would stay open.
+        self._magnitude_of = functools.lru_cache(maxsize=2)(
+            functools.partial(_normalised_magnitude, adapter, layout, weights)
+        )
+        self._scratch = bytearray()
+        self._nonfinite: set[str] = set()
+        self._too_large: set[str] = set()
+        self._vanished: set[str] = set()
+
+    def fill(self, index: int, place: _Place) -> memoryview:
+        """Put the row's values at the start of `place`, and give their bytes."""
+        source = self._layout.sources[index]
+        module = self._adapter.modules[source.path]
+        lora_a, lora_b, ranges = module.lora_A, module.lora_B, source.ranges(module.lora_B.shape[0])
+        outputs = sum(stop - start for start, stop in ranges)
+        a_end = lora_a.numel
+        end = b_end = a_end + outputs * module.r
+        row_a, row_b = place.part(0, a_end), place.part(a_end, b_end)
+        uncast = self._read(lora_a, [(0, module.r)], row_a)
+        if uncast is not row_a.values:
+            row_a.values.copy_(uncast)
+        _multiply(self._read(lora_b, ranges, row_b), module.scaling, row_b.values)
+        if module.magnitude is not None:
+            magnitude = self._magnitude_of(module.path)
+            end += outputs
+            row_magnitude, taken = place.part(b_end, end), torch.cat([magnitude[start:stop] for start, stop in ranges])
+            row_magnitude.values.copy_(taken)
+        if self._layout.dtype == "float16":  # what is less than 3e-8 is zero in it
+            self._look_for("lora_A", module.path, row_a.values, lambda: _taken(lora_a, [(0, module.r)]))
+            self._look_for("lora_B", module.path, row_b.values, lambda: _taken(lora_b, ranges).float() * module.scaling)
+        row = place.part(0, end)
+        if not _all_finite(row.values):
+            self._remember("lora_A", module.path, _taken(lora_a, [(0, module.r)]), row_a.values)
+            self._remember("lora_B", module.path, _taken(lora_b, ranges), row_b.values)
+            if module.magnitude is not None:
+                self._remember("normalised lora_magnitude_vector", module.path, taken, row_magnitude.values)
+        return row.memory
+
+    def raise_unfit(self, *, allow_nonfinite: bool) -> None:
+        """One error with every tensor so far that is not finite (unless allowed), does not stay so, or vanishes."""
+        nonfinite = frozenset() if allow_nonfinite else self._nonfinite
+        problems = [f"{tensor} has NaN or infinite values (--allow-nonfinite converts them)" for tensor in nonfinite]
+        problems += [
+            f"{tensor} has values too large for {self._layout.dtype}; convert to bfloat16" for tensor in self._too_large
+        ]
+        problems += [f"{tensor} vanishes in {self._layout.dtype}; convert to bfloat16" for tensor in self._vanished]
+        if problems:
+            kind: type[AdapterError] = InvalidAdapter if nonfinite else UnsupportedAdapter
+            heading = f"cannot convert the weights in {str(self._adapter.directory)!r}"
+            raise kind(one_message(heading, merge_layers(sorted(problems))))
+
+    def _read(self, stored: StoredTensor, ranges: Sequence[tuple[int, int]], part: _Part) -> torch.Tensor:
+        """The rows `ranges` of a matrix, flat: in `part` if that is of the matrix' dtype.
+
+        Else in memory that the next call takes again: fresh memory costs a fault for every page.
+        """
+        values, memory = part
+        if stored.dtype.name != self._layout.dtype:
+            nbytes = len(values) * stored.dtype.itemsize
+            if len(self._scratch) < nbytes:
+                self._scratch = bytearray(nbytes)
+            memory = memoryview(self._scratch)
+            values = torch.frombuffer(memory, dtype=getattr(torch, stored.dtype.name), count=len(values))
+        row_nbytes = stored.nbytes // stored.shape[0]
+        for start, stop in ranges:
+            nbytes = (stop - start) * row_nbytes
+            stored.read_at(start * row_nbytes, memory[:nbytes])
+            memory = memory[nbytes:]
+        return values
+
+    def _remember(self, what: str, path: str, original: torch.Tensor, converted: torch.Tensor) -> None:
+        was, stays = original.isfinite(), converted.isfinite()
+        if not was.all():
+            self._nonfinite.add(f"{what} of {path!r}")
+        if (was & ~stays).any():
+            self._too_large.add(f"{what} of {path!r}")
+
+    def _look_for(self, what: str, path: str, converted: torch.Tensor, original: Callable[[], torch.Tensor]) -> None:
+        """Remember `converted` where nothing of `original`, which is not all zero, is left in it."""
+        # The sum is what is fast.
+        if not converted.sum() and not converted.any() and original().any():
+            self._vanished.add(f"{what} of {path!r}")
+
+
+def _taken(stored: StoredTensor, ranges: Sequence[tuple[int, int]]) -> torch.Tensor:
+    """The rows `ranges` of a matrix, flat, as they are stored."""
+    rows = stored.load()
+    return torch.cat([rows[start:stop] for start, stop in ranges]).view(-1)
+
+
+def _normalised_magnitude(
+    adapter: Adapter, layout: Layout, weights: Mapping[str, StoredTensor], path: str
+) -> torch.Tensor:
+    if path not in weights:
+        raise UnsupportedAdapter("DoRA needs the base model's weights; give them with --base CHECKPOINT")
+    weight = weights[path].load()
+    return normalised_magnitude(adapter.modules[path], weight.T if path in layout.conv1d else weight)
+
+
+def _multiply(tensor: torch.Tensor, scaling: float, out: torch.Tensor) -> None:
+    """`out` = `tensor` * `scaling`, rounded once; `tensor` may be `out`, and does not keep its values."""
+    # A tensor times a number is computed in float32 and rounded once, to the tensor's own dtype.
+    if tensor.dtype is out.dtype:
+        torch.mul(tensor, scaling, out=out)
+    else:
+        out.copy_(tensor.float().mul_(scaling))
+
+
+# Handing a batch over takes as long as writing about a hundred KiB; what is larger leaves the processor's cache before
+# it is written. Three: one is filled, one is written, one waits.
+_BATCH_NBYTES = 2 << 20
+_BATCHES = 3
+_Batch: TypeAlias = "list[_Place]"
+
+
+def _write_rows(rows: _Rows, layout: Layout, descriptor: int, start: int) -> None:
+    """Fill the rows here, some at a time, while another thread is in the kernel with those before."""
+    count, row_nbytes = len(layout.rows), layout.width * DTYPES[layout.dtype].itemsize
+    size = max(1, min(count, _BATCH_NBYTES // row_nbytes))
+    free: SimpleQueue[_Batch] = SimpleQueue()
+    filled: SimpleQueue[tuple[_Batch, list[tuple[memoryview, int]]] | None] = SimpleQueue()
+    errors: list[OSError] = []
+
+    def write() -> None:
+        while (job := filled.get()) is not None:
+            batch, contents = job
+            try:
+                for content, offset in contents:
+                    _write_at(descriptor, content, offset)
+            except OSError as error:
+                errors.append(error)
+            free.put(batch)
+
+    for _ in range(_BATCHES):
+        batch_rows = torch.empty((size, layout.width), dtype=getattr(torch, layout.dtype))
+        free.put([_Place(row) for row in batch_rows])
+    writer = Thread(target=write)
+    writer.start()
+    try:
+        with _threads(layout):
+            for first in range(0, count, size):
+                batch = free.get()
+                if errors:
+                    break
+                contents = [
+                    (rows.fill(index, place), start + index * row_nbytes)
+                    for index, place in zip(range(first, count), batch, strict=False)
+                ]
+                filled.put((batch, contents))
+    finally:
+        filled.put(None)
+        writer.join()
+    if errors:
+        raise errors[0]
+
+
+def _all_finite(tensor: torch.Tensor) -> bool:
+    # NaN and infinities survive a sum, which is far cheaper than looking at each value; a sum may overflow by itself.
+    return math.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())
+
+
+def _write_at(descriptor: int, content: memoryview, offset: int) -> None:
+    while content:
+        written = os.pwrite(descriptor, content, offset)
+        content, offset = content[written:], offset + written

@@ -1,0 +1,407 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""What an engine accepts: dims, dtype, target modules, max rank, parallelism.
+
+It is read from the config.json of a TensorRT-LLM engine (`trtllm-build`, v0.9 and later) or from that of a Hugging
+Face model. This file does not import torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tritonlora.architectures.families import ARCHITECTURES, BY_MODEL_TYPE, LFM2, T5, Architecture
+from tritonlora.architectures.layers import why_none
+from tritonlora.architectures.lora_modules import BY_NAME, ModuleDims
+from tritonlora.errors import EngineMismatch, UnknownArchitecture, one_message
+from tritonlora.serving.dtypes import LORA_DTYPES
+from tritonlora.serving.file_version import read_file
+
+_MAX_CONFIG_BYTES = 16 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class EngineProfile:
+    """The facts about one engine that LoRA conversion, cache planning and the CPU engine need."""
+
+    source: str  # what this was read from, for messages
+    architecture: str  # "LlamaForCausalLM"
+    dtype: str  # "bfloat16", "float16" or "float32": what lora_weights must be
+    num_layers: int
+    modules: Mapping[str, ModuleDims]  # module name -> full dims, only those the engine has LoRA for; empty: no LoRA
+    max_lora_rank: int | None  # None: not known, for it is the engine's and not the model's
+    tp_size: int = 1
+    pp_size: int = 1
+    max_beam_width: int = 1
+    num_heads: int = 0  # 0 where it is not known; fused attention layers cannot be taken apart then
+    num_kv_heads: int = 0
+    head_size: int = 0
+    lora_plugin_dtype: str | None = None  # of an engine whose lora_plugin has another one than its model
+
+    @property
+    def rank_limit(self) -> int:
+        """`max_lora_rank`; where it is not known, the most that lora_config can say."""
+        return (1 << 31) - 1 if self.max_lora_rank is None else self.max_lora_rank
+
+    def faults(self) -> list[tuple[str, str]]:
+        """(problem, remedy) for all that is wrong with the engine itself: no adapter is right for such an engine."""
+        faults = []
+        if self.lora_plugin_dtype is not None:
+            problem = (
+                f"the engine's lora_plugin is {self.lora_plugin_dtype} and its model {self.dtype}: it would read the "
+                "weights of every adapter as another type"
+            )
+            faults.append((problem, "build the engine again with --lora_plugin auto"))
+        if self.num_layers % self.pp_size:
+            problem = (
+                f"the engine's {self.num_layers} layers do not divide among its {self.pp_size} pipeline-parallel "
+                "ranks: TensorRT-LLM loses the LoRA of some layers"
+            )
+            faults.append((problem, "build the engine with a pp_size that divides its layers"))
+        return faults
+
+
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    mlp: int
+    experts: int = 0
+
+
+# Module -> (in, out), as names of `_Dims` entries. TensorRT-LLM cpp/tensorrt_llm/runtime/loraModule.cpp,
+# `createLoraModules`; `attention` is heads * head_size.
+_MODULE_DIMS: Mapping[str, tuple[str, str]] = {
+    "attn_qkv": ("hidden", "qkv"),
+    "attn_q": ("hidden", "attention"),
+    "attn_k": ("hidden", "kv"),
+    "attn_v": ("hidden", "kv"),
+    "attn_dense": ("attention", "hidden"),
+    "mlp_h_to_4h": ("hidden", "mlp"),
+    "mlp_4h_to_h": ("mlp", "hidden"),
+    "mlp_gate": ("hidden", "mlp"),
+    "cross_attn_qkv": ("hidden", "qkv"),
+    "cross_attn_q": ("hidden", "attention"),
+    "cross_attn_k": ("hidden", "kv"),
+    "cross_attn_v": ("hidden", "kv"),
+    "cross_attn_dense": ("attention", "hidden"),
+    "moe_h_to_4h": ("hidden_by_expert", "mlp_by_expert"),
+    "moe_4h_to_h": ("mlp_by_expert", "hidden_by_expert"),
+    "moe_gate": ("hidden_by_expert", "mlp_by_expert"),
+    "moe_router": ("hidden", "experts"),
+    "mlp_router": ("hidden", "one"),
+    "mlp_gate_up": ("hidden", "two_mlp"),
+}
+# Where a model with a vision tower says what its text model is; InternVL's own code has the second.
+_TEXT_CONFIGS = ("text_config", "llm_config")
+# config.json's spellings of one size, most usual first. A family may have its own in front.
+_SPELLINGS: Mapping[str, tuple[str, ...]] = {
+    "hidden": ("hidden_size", "n_embd", "d_model", "n_embed"),
+    "layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+    "heads": ("num_attention_heads", "n_head", "n_heads", "num_heads"),
+    "kv_heads": ("num_key_value_heads", "num_kv_heads"),
+    "head_size": ("head_dim", "d_kv", "head_size"),
+    "mlp": ("intermediate_size", "ffn_dim", "ffn_hidden_size", "d_ff", "n_inner"),
+}
+# Four times the hidden size where config.json does not say; nowhere else is a missing size made up. (Only the last
+# one's config.json says another multiple: MPT's expansion_ratio is not read by transformers.)
+_FOUR_TIMES_HIDDEN = frozenset(
+    {
+        *("GPT2LMHeadModel", "GPTBigCodeForCausalLM", "GPTNeoForCausalLM", "GPTJForCausalLM", "BloomForCausalLM"),
+        *("FalconForCausalLM", "MptForCausalLM", "GPTNeoXJapaneseForCausalLM"),
+    }
+)
+_MULTI_QUERY = frozenset({"FalconForCausalLM", "GPTBigCodeForCausalLM"})
+
+
+def load_profile(path: Path, *, dtype: str | None = None) -> EngineProfile:
+    """The profile of a TensorRT-LLM engine or a Hugging Face model: `path` is its directory or its config.json.
+
+    `dtype` is that of the engine to be built from a Hugging Face model, where it is not the model's own; what an engine
+    was built with stands. Raises EngineMismatch where `path` is neither.
+    """
+    config = read_config_json(_config_file(path))
+    if "pretrained_config" in config or "builder_config" in config or "build_config" in config:
+        return profile_from_engine(config, str(path))
+    return profile_from_hf(config, str(path), dtype=dtype)
+
+
+def read_config_json(file: Path) -> dict[str, Any]:
+    """The content of a config.json; EngineMismatch where it is not one."""
+    try:
+        if file.stat().st_size > _MAX_CONFIG_BYTES:
+            raise EngineMismatch(f"{str(file)!r} is larger than any config.json; expected at most 16 MiB")
+        config = json.loads(read_file(file))
+    except OSError as error:
+        raise EngineMismatch(f"cannot read {str(file)!r}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise EngineMismatch(f"{str(file)!r} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise EngineMismatch(f"{str(file)!r} is not a JSON object")
+    return config
+
+
+def profile_from_hf(
+    config: Mapping[str, Any],
+    source: str,
+    *,
+    max_lora_rank: int | None = None,
+    target_modules: Iterable[str] | None = None,
+    dtype: str | None = None,
+) -> EngineProfile:
+    """The profile of a Hugging Face model's config.json.
+
+    `target_modules` are names of LoRA modules ("attn_q"); None stands for all that the architecture has, fused layers
+    taken apart. `dtype` overrides the model's. Raises EngineMismatch, naming everything that is missing or unknown;
+    UnknownArchitecture where that is the architecture.
+    """
+    nested = next((config[key] for key in _TEXT_CONFIGS if isinstance(config.get(key), dict)), None)
+    text: Mapping[str, Any] = config if nested is None else nested
+    names, model_type = config.get("architectures"), str(text.get("model_type", ""))
+    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
+    # Models with a vision tower are of many architectures, and their text models of few.
+    architecture = ARCHITECTURES.get(name) or BY_MODEL_TYPE.get(model_type)
+    if architecture is None:
+        if why := why_none(name):
+            raise UnknownArchitecture(f"{source!r}: {name}: {why}; merge the adapter into the base model")
+        raise UnknownArchitecture(
+            f"{source!r}: unknown architecture {name!r}, and unknown model_type {model_type!r}; expected one of the "
+            f"{len(ARCHITECTURES)} that the README lists, as {', '.join(list(ARCHITECTURES)[:3])}; merge the adapter "
+            "into the base model, or, where you know that its layers are what layers of their names are in one of "
+            "those, convert without the base model, which DoRA alone needs"
+        )
+    if text is nested:
+        text = {**architecture.nested, **text}
+    problems: list[str] = []
+    sizes = _hf_sizes(text, architecture, problems)
+    found = dtype or next((c[k] for c in (text, config) for k in ("dtype", "torch_dtype") if c.get(k)), None)
+    if found not in LORA_DTYPES:
+        problems.append(f"dtype is {found!r}, expected one of {', '.join(LORA_DTYPES)}; give it explicitly")
+    targets = sorted(_hf_modules(text, architecture) if target_modules is None else set(target_modules))
+    problems += [
+        f"unknown LoRA module {target!r}; known: {', '.join(BY_NAME)}" for target in targets if target not in BY_NAME
+    ]
+    if sizes is None or problems:
+        raise EngineMismatch(one_message(f"{source!r} does not describe the model", problems))
+    return EngineProfile(
+        source=source,
+        architecture=architecture.name,
+        dtype=str(found),
+        num_layers=sizes.layers,
+        modules=_modules(targets, sizes, dense_in=sizes.heads * sizes.head_size),
+        max_lora_rank=max_lora_rank,
+        num_heads=sizes.heads,
+        num_kv_heads=sizes.kv_heads,
+        head_size=sizes.head_size,
+    )
+
+
+def profile_from_engine(config: Mapping[str, Any], source: str) -> EngineProfile:
+    """The profile of a TensorRT-LLM engine's config.json (`pretrained_config` and `build_config`, v0.9 and later).
+
+    An engine without the LoRA plugin has no `modules`. Raises EngineMismatch, naming everything missing or unknown.
+    Source: TensorRT-LLM cpp/tensorrt_llm/runtime/gptJsonConfig.cpp.
+    """
+    pretrained, build = config.get("pretrained_config"), config.get("build_config")
+    if not isinstance(pretrained, dict) or not isinstance(build, dict):
+        raise EngineMismatch(
+            f"{source!r} is an engine of an unknown layout (version {config.get('version', 'not given')!r}): expected "
+            "`pretrained_config` and `build_config`; build the engine with trtllm-build of TensorRT-LLM v0.9 or later"
+        )
+    problems: list[str] = []
+    mapping = _section(pretrained, "mapping", "pretrained_config", problems)
+    # The first releases with pretrained_config kept the two fields there.
+    lora = _section(build, "lora_config", "build_config", problems) if "lora_config" in build else pretrained
+    plugins = _section(build, "plugin_config", "build_config", problems)
+    hidden = _size(pretrained, ("hidden_size",), problems)
+    heads = _size(pretrained, ("num_attention_heads",), problems)
+    sizes = _Sizes(
+        hidden=hidden,
+        layers=_size(pretrained, ("num_hidden_layers",), problems),
+        heads=heads,
+        kv_heads=_size(pretrained, ("num_key_value_heads",), problems, missing=heads),
+        head_size=_size(pretrained, ("head_size",), problems, missing=hidden // max(heads, 1)),
+        mlp=_size(pretrained, ("intermediate_size",), problems, missing=4 * hidden),
+        experts=_experts(pretrained, problems),
+    )
+    dtype = pretrained.get("dtype")
+    if dtype not in LORA_DTYPES:
+        problems.append(f"pretrained_config.dtype is {dtype!r}, expected one of {', '.join(LORA_DTYPES)}")
+    # trtllm-build writes null (or leaves the key out) where LoRA is off; the other two fields say nothing then.
+    plugin = plugins.get("lora_plugin")
+    has_lora = bool(plugin)
+    targets = _engine_targets(lora.get("lora_target_modules"), problems) if has_lora else []
+    tp_size = _size(mapping, ("tp_size",), problems, missing=1)
+    # Each rank has one key-value head at least, and createLoraModules multiplies what each has.
+    repeated = replace(sizes, kv_heads=max(sizes.kv_heads // max(tp_size, 1), 1) * tp_size)
+    profile = EngineProfile(
+        source=source,
+        architecture=_engine_architecture(pretrained),
+        dtype=str(dtype),
+        num_layers=sizes.layers,
+        # createLoraModules takes attn_dense to be hidden x hidden, whatever the heads are.
+        modules=_modules(targets, repeated, dense_in=sizes.hidden),
+        max_lora_rank=_size(lora, ("max_lora_rank",), problems) if has_lora else 0,
+        tp_size=tp_size,
+        pp_size=_size(mapping, ("pp_size",), problems, missing=1),
+        max_beam_width=_size(build, ("max_beam_width",), problems, missing=1),
+        num_heads=sizes.heads,
+        num_kv_heads=sizes.kv_heads,
+        head_size=sizes.head_size,
+        lora_plugin_dtype=plugin if isinstance(plugin, str) and plugin not in ("", "auto", dtype) else None,
+    )
+    if problems:
+        raise EngineMismatch(
+            one_message(f"{source!r} does not describe an engine that LoRA can be planned for", problems)
+        )
+    return profile
+
+
+def _engine_architecture(pretrained: Mapping[str, Any]) -> str:
+    name = str(pretrained.get("architecture", ""))
+    # Releases that call every GPT by this name call JAIS by it, too, which is the one with a gate.
+    return "JAISLMHeadModel" if name == "GPTForCausalLM" and pretrained.get("hidden_act") == "swiglu" else name
+
+
+def _config_file(path: Path) -> Path:
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise EngineMismatch(f"{str(path)!r} is neither a directory nor a config.json")
+    # An encoder-decoder engine is a directory with one engine for each; LoRA tensors go to the decoder's.
+    for file in (path / "config.json", path / "decoder" / "config.json"):
+        if file.exists():
+            return file
+    raise EngineMismatch(
+        f"there is no config.json in {str(path)!r}; give an engine's or a Hugging Face model's directory"
+    )
+
+
+def _modules(names: Iterable[str], sizes: _Sizes, *, dense_in: int) -> dict[str, ModuleDims]:
+    dims = {
+        "one": 1,
+        "hidden": sizes.hidden,
+        "attention": sizes.heads * sizes.head_size,
+        "kv": sizes.kv_heads * sizes.head_size,
+        "qkv": (sizes.heads + 2 * sizes.kv_heads) * sizes.head_size,
+        "mlp": sizes.mlp,
+        "two_mlp": 2 * sizes.mlp,
+        "experts": sizes.experts,
+        "hidden_by_expert": sizes.hidden * sizes.experts,
+        "mlp_by_expert": sizes.mlp * sizes.experts,
+    }
+    found = {}
+    for name in sorted(names, key=lambda name: BY_NAME[name].id):
+        inward, outward = _MODULE_DIMS[name]
+        in_features = dense_in if name in ("attn_dense", "cross_attn_dense") else dims[inward]
+        found[name] = ModuleDims(BY_NAME[name], in_features, dims[outward])
+    return found
+
+
+def _engine_targets(names: object, problems: list[str]) -> list[str]:
+    if not isinstance(names, Sequence) or isinstance(names, str) or not names:
+        problems.append(
+            "the engine has the LoRA plugin but build_config.lora_config.lora_target_modules is "
+            f"{names!r}; build it with --lora_target_modules"
+        )
+        return []
+    unknown = [name for name in names if not isinstance(name, str) or name not in BY_NAME]
+    problems += [
+        f"unknown LoRA module {name!r} in lora_target_modules; known: {', '.join(BY_NAME)}" for name in unknown
+    ]
+    targets = {name for name in names if name not in unknown}
+    # `get_missing_qkv_modules` in TensorRT-LLM tensorrt_llm/lora_manager.py: one of them brings in the others.
+    for trio in (("attn_q", "attn_k", "attn_v"), ("cross_attn_q", "cross_attn_k", "cross_attn_v")):
+        if targets.intersection(trio):
+            targets.update(trio)
+    return sorted(targets)
+
+
+def _experts(pretrained: Mapping[str, Any], problems: list[str]) -> int:
+    """The number of experts: 0 for a model that has none, which newer releases write out and older ones leave out."""
+    moe = pretrained.get("moe")
+    section, key = (moe, "num_experts") if isinstance(moe, dict) else (pretrained, "moe_num_experts")
+    return 0 if section.get(key) == 0 else _size(section, (key,), problems, missing=0)
+
+
+def _hf_modules(config: Mapping[str, Any], architecture: Architecture) -> frozenset[str]:
+    known = {"feed_forward_proj": "relu", **architecture.defaults, **config}
+    if architecture.family is T5 and not str(known["feed_forward_proj"]).startswith("gated"):
+        return architecture.family.modules - {"mlp_gate"}
+    return architecture.family.modules
+
+
+def _hf_sizes(config: Mapping[str, Any], architecture: Architecture, problems: list[str]) -> _Sizes | None:
+    sections = [(name, section) for name, section in config.items() if isinstance(section, dict)]
+    config = {**config, **{f"{name}.{key}": value for name, section in sections for key, value in section.items()}}
+    known = {**architecture.defaults, **{key: value for key, value in config.items() if value is not None}}
+    # A null is the model's own "derive it", which is not the same as a missing key with a default.
+    known = {key: value for key, value in known.items() if not (key in config and config[key] is None)}
+    names = {what: architecture.family.sizes.get(what, spellings) for what, spellings in _SPELLINGS.items()}
+    before = len(problems)
+    hidden = _size(known, names["hidden"], problems)
+    heads = _size(known, names["heads"], problems)
+    layers = _size(known, names["layers"], problems)
+    if len(problems) > before:
+        return None
+    kv_heads = heads
+    if architecture.name in _MULTI_QUERY and not known.get("new_decoder_architecture"):
+        # GPTBigCode and the first Falcons ignore num_kv_heads: one key-value head, or one for each head.
+        kv_heads = 1 if config.get("multi_query", True) else heads
+    else:
+        kv_heads = _size(known, names["kv_heads"], problems, missing=heads)
+    four_times = hidden * _size(known, ("intermediate_multiple_size",), problems, missing=4)
+    mlp = _size(known, names["mlp"], problems, missing=four_times if architecture.name in _FOUR_TIMES_HIDDEN else None)
+    return _Sizes(
+        hidden=hidden,
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_size=_size(known, names["head_size"], problems, missing=hidden // heads),
+        mlp=_lfm2_mlp(mlp, known, problems) if architecture.family is LFM2 else mlp,
+    )
+
+
+def _lfm2_mlp(size: int, config: Mapping[str, Any], problems: list[str]) -> int:
+    """Two thirds of the `size` that config.json says, and that rounded up (transformers' `Lfm2MLP`)."""
+    if not config.get("block_auto_adjust_ff_dim"):
+        return size
+    size = int(2 * size / 3)
+    multiplier = config.get("block_ffn_dim_multiplier")
+    if multiplier is None:
+        return size
+    if not isinstance(multiplier, (int, float)) or not 0 < multiplier < 1 << 10:
+        problems.append(f"'block_ffn_dim_multiplier' is {multiplier!r}, expected a positive number")
+        return size
+    multiple = _size(config, ("block_multiple_of",), problems, missing=1)
+    return -(-int(multiplier * size) // multiple) * multiple
+
+
+def _section(config: Mapping[str, Any], key: str, where: str, problems: list[str]) -> Mapping[str, Any]:
+    value = config.get(key)
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        problems.append(f"{where}.{key} is {value!r}, expected an object")
+        return {}
+    return value
+
+
+def _size(config: Mapping[str, Any], keys: Sequence[str], problems: list[str], missing: int | None = None) -> int:
+    key = next((key for key in keys if config.get(key) is not None), None)
+    if key is None:
+        if missing is None:
+            problems.append(f"{' or '.join(repr(key) for key in keys)} is missing")
+        return missing or 0
+    value = config[key]
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 1 << 31:
+        problems.append(f"{key!r} is {value!r}, expected a positive integer")
+        return missing or 0
+    return value

@@ -1,0 +1,148 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""Ask a running server for text by adapter name, over Triton's generate extension (HTTP, server-sent events).
+
+Source: triton-inference-server/server, docs/protocol/extension_generate.md.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+import urllib.parse
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from tritonlora.errors import ServerError
+from tritonlora.repository.paths import LISTING
+
+DEFAULT_URL = "localhost:8000"
+DEFAULT_MODEL = "ensemble"
+TIMEOUT_SECONDS = 600.0
+LISTING_TIMEOUT_SECONDS = 30.0
+_CANNOT_STREAM = "Streaming is only supported"  # of both kinds of target's error texts; it comes before any text
+_CONNECTIONS: dict[str, tuple[type[http.client.HTTPConnection], int]] = {
+    "http": (http.client.HTTPConnection, 8000),
+    "https": (http.client.HTTPSConnection, 443),
+}
+
+# Triton core, src/model_repository_manager and src/model_lifecycle.cc
+_NO_MODEL = re.compile(r"unknown model|is not found|is not ready|no available versions")
+
+
+def request_body(prompt: str, lora_name: str | None, max_tokens: int, inputs: Mapping[str, Any]) -> bytes:
+    """The JSON that a client sends: an adapter's name, and nothing else of the adapter."""
+    name = {} if lora_name is None else {"lora_name": lora_name}
+    return json.dumps({"text_input": prompt, "max_tokens": max_tokens, **name, **inputs}).encode()
+
+
+def generate(
+    prompt: str,
+    *,
+    lora_name: str | None = None,
+    max_tokens: int = 64,
+    url: str = DEFAULT_URL,
+    model: str = DEFAULT_MODEL,
+    inputs: Mapping[str, Any] | None = None,
+    timeout: float = TIMEOUT_SECONDS,
+) -> Iterator[str]:
+    """The pieces of the answer's text as the server sends them.
+
+    `url` is HOST:PORT of the HTTP endpoint; `inputs` are further inputs of `model`, by name. An engine that is not
+    decoupled cannot stream, and gives the whole text at once. Raises ServerError with the server's own words, or when
+    the server cannot be reached. Closing the iterator cancels the request.
+    """
+    for stream in (True, False):
+        body = request_body(prompt, lora_name, max_tokens, {"stream": stream, **(inputs or {})})
+        try:
+            for event in _answers(url, model, body, timeout):
+                text = event.get("text_output", "")
+                yield "".join(map(str, text)) if isinstance(text, list) else str(text)
+            return
+        except ServerError as error:
+            if not stream or _CANNOT_STREAM not in str(error):
+                raise
+
+
+def ask(model: str, inputs: Mapping[str, Any], *, url: str = DEFAULT_URL, timeout: float = TIMEOUT_SECONDS) -> int:
+    """Send one request to any model and read all it answers; the number of answers. Errors are those of `generate`."""
+    return sum(1 for _ in _answers(url, model, json.dumps(inputs).encode(), timeout))
+
+
+def adapters(url: str = DEFAULT_URL, *, timeout: float = LISTING_TIMEOUT_SECONDS) -> dict[str, dict[str, Any]]:
+    """What a server says of its adapters, by lora_name: `listing.describe`. ServerError when it cannot say it."""
+    try:
+        texts = [event["adapters"] for event in _answers(url, LISTING, b"{}", timeout)]
+        found: dict[str, dict[str, Any]] = _json_object(*texts)
+    except ServerError as error:
+        if _NO_MODEL.search(str(error)):
+            raise ServerError(
+                f"the server at {url} has no model {LISTING!r} that is ready ({error}); "
+                "run tritonlora init on its model repository, and start it again"
+            ) from None
+        raise
+    except (KeyError, TypeError, ValueError):
+        raise ServerError(
+            f"model {LISTING!r} at {url} did not answer with a listing; run tritonlora init on its "
+            "model repository, and start it again"
+        ) from None
+    return found
+
+
+def _answers(url: str, model: str, body: bytes, timeout: float) -> Iterator[dict[str, Any]]:
+    for event in _events(url, f"/v2/models/{urllib.parse.quote(model, safe='')}/generate_stream", body, timeout):
+        if "error" in event:
+            raise ServerError(str(event["error"]))
+        yield event
+
+
+def _events(url: str, path: str, body: bytes, timeout: float) -> Iterator[dict[str, Any]]:
+    """The JSON objects of a stream of server-sent events."""
+    connection = _connection(url, timeout)
+    try:
+        connection.request("POST", path, body, {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        if response.status != http.client.OK:
+            raise ServerError(_error_text(response))
+        for line in response:
+            if line.startswith(b"data:"):
+                yield _json_object(line[len(b"data:") :])
+    except (OSError, http.client.HTTPException) as error:
+        if isinstance(error, http.client.BadStatusLine) and not isinstance(error, http.client.RemoteDisconnected):
+            raise ServerError(f"{url} does not answer in HTTP: {error!r}; is that the HTTP endpoint?") from None
+        raise ServerError(f"no answer from {url}: {error or type(error).__name__}; is the server running?") from None
+    except (ValueError, RecursionError) as error:
+        raise ServerError(
+            f"{url} answered something other than a JSON object: {error}; is it a Triton server?"
+        ) from None
+    finally:
+        connection.close()
+
+
+def _connection(url: str, timeout: float) -> http.client.HTTPConnection:
+    try:
+        parts = urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
+        kind, default_port = _CONNECTIONS[parts.scheme]
+        host = (parts.hostname or "").encode("idna").decode()
+        if host:
+            return kind(host, parts.port or default_port, timeout=timeout)
+    except (KeyError, ValueError, http.client.InvalidURL):
+        pass
+    raise ServerError(f"{url!r} is not HOST:PORT")
+
+
+def _json_object(text: str | bytes) -> dict[str, Any]:
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError(f"{found!r:.100} is none")  # noqa: TRY004  as json.loads does
+    return found
+
+
+def _error_text(response: http.client.HTTPResponse) -> str:
+    """Triton's own words for an error status; generate_stream sends these as an event, too."""
+    body = response.read().decode(errors="replace").removeprefix("data:")
+    try:
+        return str(json.loads(body)["error"])
+    except (ValueError, KeyError, TypeError):
+        return f"HTTP status {response.status}: {body[:200].strip() or response.reason}"

@@ -1,0 +1,254 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""A running tritonserver: launch it on a model repository, wait until it is ready, stop it.
+
+Rule: whoever launches stops. A `Server` is a context manager. Leaving it, for whatever reason, leaves no process and no
+shared-memory region behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import re
+import secrets
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from tritonlora.errors import ServerError
+from tritonlora.interrupts import held
+from tritonlora.launch import tritonserver as installed
+from tritonlora.launch.tritonserver import EXIT_TIMEOUT_SECONDS, World, find_tritonserver, server_command
+from tritonlora.machine import LOCAL, SHARED_MEMORY, Ports, free_ports, host_and_port
+
+LOG_LINES_KEPT = 400
+LOG_LINES_SHOWN = 50
+READY_POLL_SECONDS = 0.05
+GRACE_SECONDS = 10  # beyond its timeout, for a server to unload its models before it is killed
+_ANY = {"0.0.0.0": LOCAL, "::": "::1"}  # noqa: S104  every interface -> where this machine reaches it
+# core, src/model_lifecycle.cc: "loading: lora_router:1", "successfully loaded 'lora_router'"
+_LOADING = re.compile(r"\bloading: (?P<begun>[^:\s\"]+):\d+|successfully loaded '(?P<done>[^']+)'")
+# glog's, and what a process says that crashes; what else tritonserver prints without its log has no level.
+_ERROR = re.compile(r"E\d{4} |terminate called|  what\(\): |Signal \(")
+
+
+# A shell that does what `Server.stop` does, once this process is gone without having done it: the other end of its
+# stdin is closed then. A server that is still loading dies of SIGTERM at once, and leaves stubs and regions behind.
+_WATCH = """
+read -r _
+kill -TERM "$1"
+waited=0
+while kill -0 "$1" && [ $waited -lt "$2" ]; do sleep 1; waited=$((waited + 1)); done
+kill -KILL "-$1"
+rm -f "$3"*
+"""
+
+
+class Server:
+    """A tritonserver on a model repository, running while its `with` block does."""
+
+    def __init__(
+        self,
+        repository: Path,
+        *,
+        ports: Ports | None = None,
+        address: str = LOCAL,
+        exit_timeout: int = EXIT_TIMEOUT_SECONDS,
+        complete_configs: bool = False,
+        extra: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+        world: World | None = None,
+        on_log: Callable[[str], None] | None = None,
+        explain: Callable[[Sequence[str]], str | None] = lambda _: None,
+    ) -> None:
+        """`on_log` gets every line of the server's log (from a thread of its own).
+
+        `explain` makes of the log of a server that did not start what the user should know first, if it can.
+
+        `ports` default to free ones, and `address`, in numbers, to this machine only. When the server is stopped,
+        requests under way have `exit_timeout` seconds to end. `complete_configs`: models may complete theirs.
+        """
+        tritonserver = find_tritonserver()
+        if world is not None and world.size > 1 and shutil.which(installed.MPIRUN) is None:
+            raise ServerError(
+                f"the engine has {world.size} processes, and there is no {installed.MPIRUN} on PATH to start them; "
+                "serve inside a container of tritonserver:<yy.mm>-trtllm-python-py3, which has it"
+            )
+        self.ports = ports or free_ports()
+        self._reached_at = _ANY.get(address, address)
+        # Containers that share /dev/shm have the same pids.
+        self._regions = SHARED_MEMORY / f"tritonlora_{secrets.token_hex(4)}_"
+        self._patience = exit_timeout + GRACE_SECONDS
+        self.command = server_command(
+            tritonserver,
+            repository,
+            self.ports,
+            address=address,
+            shm_prefix=self._regions.name,
+            exit_timeout=exit_timeout,
+            complete_configs=complete_configs,
+            extra=extra,
+            world=world,
+        )
+        self._environment = {**os.environ, **tritonserver.environment, **(environment or {})}
+        self._log: deque[str] = deque(maxlen=LOG_LINES_KEPT)
+        self._on_log = on_log
+        self._explain = explain
+        self._watcher: subprocess.Popen[bytes] | None = None
+        self._stopped = False
+
+    def __enter__(self) -> Server:
+        """Launch; `wait_until_ready` is for the caller to call."""
+        self._started = time.monotonic()
+        process = None
+        try:
+            with held():
+                # A session of its own: Ctrl-C on the terminal reaches us alone, and we end the server in order.
+                process = self._process = subprocess.Popen(
+                    self.command,
+                    env=self._environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                    errors="replace",
+                    start_new_session=True,
+                )
+                self._log_reader = threading.Thread(target=self._read_log, name="tritonserver-log", daemon=True)
+                self._log_reader.start()
+                self._watcher = subprocess.Popen(
+                    ["sh", "-c", _WATCH, "sh", *map(str, (process.pid, self._patience, self._regions))],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    start_new_session=True,
+                )
+        except BaseException:  # there is no __exit__ yet that would do it
+            if process:
+                self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    @property
+    def pid(self) -> int:
+        """Process id of tritonserver, which is also the id of its process group."""
+        return self._process.pid
+
+    @property
+    def http_url(self) -> str:
+        """HOST:PORT of the HTTP endpoint."""
+        return host_and_port(self._reached_at, self.ports.http)
+
+    @property
+    def grpc_url(self) -> str:
+        """HOST:PORT of the gRPC endpoint."""
+        return host_and_port(self._reached_at, self.ports.grpc)
+
+    @property
+    def metrics_url(self) -> str:
+        """HOST:PORT of the metrics endpoint."""
+        return host_and_port(self._reached_at, self.ports.metrics)
+
+    def log(self) -> list[str]:
+        """The last lines of the server's log."""
+        return list(self._log)
+
+    def _read_log(self) -> None:
+        if self._process.stdout is None:  # it is a pipe, always: this narrows the type
+            return
+        with self._process.stdout as lines:
+            for line in lines:
+                self._log.append(line.rstrip("\n"))
+                if self._on_log:
+                    # Whoever listens may have gone (rich answers a broken pipe with SystemExit). A server whose log
+                    # nobody reads is killed by SIGPIPE.
+                    with contextlib.suppress(Exception, SystemExit):
+                        self._on_log(line.rstrip("\n"))
+
+    def models(self) -> dict[str, bool]:
+        """The models that the server has begun to load, by the log so far -> whether they are ready."""
+        found = (match for line in list(self._log) if (match := _LOADING.search(line)))
+        states: dict[str, bool] = {}
+        for match in found:
+            states[match["begun"] or match["done"]] = match["done"] is not None
+        return states
+
+    def wait_until_ready(
+        self, timeout: float = 600.0, on_progress: Callable[[dict[str, bool]], None] = lambda _: None
+    ) -> None:
+        """Return when every model is ready; ServerError with the end of the log when that does not come about.
+
+        `on_progress` is called with `models` again and again meanwhile.
+        """
+        while not self._is_ready():
+            on_progress(self.models())
+            if self._process.poll() is not None:
+                raise self._failure(f"exited with status {self._process.returncode} before it was ready")
+            if time.monotonic() - self._started > timeout:
+                raise self._failure(f"was not ready within {timeout:.0f} s")
+            time.sleep(READY_POLL_SECONDS)
+
+    def _is_ready(self) -> bool:
+        connection = http.client.HTTPConnection(self._reached_at, self.ports.http, timeout=5)
+        try:
+            connection.request("GET", "/v2/health/ready")
+            return connection.getresponse().status == http.client.OK
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            connection.close()
+
+    def _failure(self, what: str) -> ServerError:
+        self.stop()
+        log = self.log()
+        heading, lines = "the end of its log", log
+        if self._on_log:  # who listens has seen it all, and may not have found what matters
+            heading, lines = "the errors in its log", [line for line in log if _ERROR.match(line)]
+        message = f"tritonserver (pid {self.pid}) {what}"
+        if lines:
+            message = "\n".join([f"{message}; {heading}:", *(f"  | {line}" for line in lines[-LOG_LINES_SHOWN:])])
+        reason = self._explain(log)
+        return ServerError(f"{message}\n{reason}" if reason else message)
+
+    def wait(self) -> int:
+        """Wait for the server to end by itself; its exit status."""
+        return self._process.wait()
+
+    def send_signal(self, number: int) -> None:
+        """Pass a signal on to tritonserver."""
+        self._process.send_signal(number)
+
+    def stop(self) -> None:
+        """End the server: in order, then by force. Safe to call twice."""
+        if self._stopped:  # its process group's id may be somebody else's by now
+            return
+        try:
+            if self._process.poll() is None:
+                self._process.send_signal(signal.SIGTERM)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(self._patience)
+        finally:
+            # Python backend stubs share the server's process group, and outlive it when it was killed.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._log_reader.join(timeout=5)
+            for region in SHARED_MEMORY.glob(f"{self._regions.name}*"):
+                region.unlink(missing_ok=True)
+            self._stopped = True
+            if self._watcher is not None:
+                self._watcher.kill()
+                self._watcher.communicate()

@@ -1,0 +1,167 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""Find a tritonserver, and the command line that serves a model repository with it.
+
+A tritonserver on PATH wins. Otherwise the one inside the PyPI wheel `nvidia-pytriton` is used. That wheel keeps the
+server, its shared libraries and a Python backend stub for each Python version in separate places, so a directory of
+symbolic links puts them together first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import sys
+import sysconfig
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import platformdirs
+
+from tritonlora.errors import ServerError, one_message
+from tritonlora.machine import ENDPOINTS, LOCAL, Ports, is_ipv6
+
+MPIRUN = "mpirun"
+EXIT_TIMEOUT_SECONDS = 30  # tritonserver's own default: what is being answered may be answered to its end
+_IPV6_SPELT = {"http": "ipv6:{}", "grpc": "[{}]", "metrics": "ipv6:{}"}  # by libevhtp and by gRPC
+_OUR_OPTIONS = {
+    **{f"--{kind}-port": f"give --{kind}-port before the --" for kind in ENDPOINTS},
+    **{f"--{kind}-address": "give --address before the --" for kind in ENDPOINTS},
+    "--allow-http": "leave it out, as tritonlora asks over HTTP whether the server is ready",
+}
+"""What tritonlora tells tritonserver itself, as it must know it -> what to do instead of telling it, too."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tritonserver:
+    """An installed tritonserver: what to execute, and what that one needs."""
+
+    executable: Path
+    arguments: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+def find_tritonserver() -> Tritonserver:
+    """The tritonserver on PATH, else the one in the wheel `nvidia-pytriton`; ServerError when there is neither."""
+    on_path = shutil.which("tritonserver")
+    if on_path:
+        return Tritonserver(Path(on_path))
+    package = importlib.util.find_spec("pytriton")
+    if package is None or package.origin is None:
+        raise ServerError(
+            "no tritonserver found on PATH, nor in the Python package nvidia-pytriton; "
+            "run inside a Triton container, or: pip install --no-deps nvidia-pytriton"
+        )
+    return _embedded(Path(package.origin).parent)
+
+
+def _embedded(package: Path) -> Tritonserver:
+    """The tritonserver of the wheel whose `pytriton` package directory is `package`."""
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    triton = package / "tritonserver"
+    backend = triton / "backends" / "python"
+    members = {path.name: path for path in backend.glob("*") if path.is_file()}
+    members["triton_python_backend_stub"] = triton / "python_backend_stubs" / version / "triton_python_backend_stub"
+    # Its stub reads numpy's structs by the layout of numpy 1: under numpy 2 every output tensor silently arrives empty.
+    numpy_version = importlib.metadata.version("numpy")
+    if int(numpy_version.split(".", 1)[0]) >= 2:
+        raise ServerError(
+            f"the tritonserver in nvidia-pytriton needs numpy 1, and numpy {numpy_version} is installed; "
+            "run: pip install 'numpy<2'"
+        )
+    missing = [str(path) for path in (triton / "bin" / "tritonserver", *members.values()) if not path.is_file()]
+    if missing:
+        raise ServerError(f"the tritonserver in nvidia-pytriton does not support Python {version}: no {missing[0]}")
+
+    key = hashlib.sha256(f"{package.resolve()} {version}".encode()).hexdigest()[:16]
+    backends = platformdirs.user_cache_path("tritonlora") / "backends" / key
+    for name, path in members.items():
+        _link(backends / "python" / name, path.resolve())
+    # The stub embeds libpython, and takes its prefix from the first python3 on PATH: the environment that runs us.
+    libraries = [str(package.parent / "nvidia_pytriton.libs"), str(sysconfig.get_config_var("LIBDIR"))]
+    return Tritonserver(
+        executable=triton / "bin" / "tritonserver",
+        arguments=(f"--backend-directory={backends}",),
+        environment={
+            "LD_LIBRARY_PATH": os.pathsep.join([*libraries, *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]),
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
+        },
+    )
+
+
+def _link(link: Path, target: Path) -> None:
+    """Make `link` point to `target`, also while another process does the same."""
+    if link.is_symlink() and link.readlink() == target:
+        return
+    link.parent.mkdir(parents=True, exist_ok=True)
+    temporary = link.with_name(f"{link.name}.{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target)
+    temporary.replace(link)
+
+
+def check_extra(extra: Sequence[str]) -> None:
+    """ServerError when the user's own arguments for tritonserver would move it to where nobody looks for it."""
+    names = [word.partition("=")[0] for word in extra]
+    problems = [f"{name!r}: {_OUR_OPTIONS[name]}" for name in names if name in _OUR_OPTIONS]
+    if problems:
+        raise ServerError(one_message("not for tritonserver alone", problems))
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """The processes of one engine: a tritonserver for each, of which the first loads all models and answers."""
+
+    size: int = 1  # tensor-parallel times pipeline-parallel
+    target: str = "tensorrt_llm"  # the only model that the others load
+
+
+def server_command(
+    tritonserver: Tritonserver,
+    repository: Path,
+    ports: Ports,
+    *,
+    address: str = LOCAL,
+    shm_prefix: str | None = None,
+    exit_timeout: int = EXIT_TIMEOUT_SECONDS,
+    complete_configs: bool = False,
+    extra: Sequence[str] = (),
+    world: World | None = None,
+) -> list[str]:
+    """The command line that serves `repository` at `address`, in numbers; `extra` comes last, to have the last word.
+
+    Like TensorRT-LLM's scripts/launch_triton_server.py it switches the completion of configs off, unless
+    `complete_configs`, and starts one server for each process of an engine that has several, by mpirun.
+    """
+    world = world or World()
+    spelt = _IPV6_SPELT if is_ipv6(address) else dict.fromkeys(ENDPOINTS, "{}")
+    address_arguments = [f"--{kind}-address={spelt[kind].format(address)}" for kind in ENDPOINTS]
+
+    def one(rank: int) -> list[str]:
+        prefix = shm_prefix if world.size == 1 else f"{shm_prefix or 'prefix'}{rank}_"
+        return [
+            str(tritonserver.executable),
+            *tritonserver.arguments,
+            f"--model-repository={repository}",
+            *(["--model-control-mode=explicit", f"--load-model={world.target}"] if rank else []),
+            f"--grpc-port={ports.grpc}",
+            f"--http-port={ports.http}",
+            f"--metrics-port={ports.metrics}",
+            f"--exit-timeout-secs={exit_timeout}",
+            *([] if complete_configs else ["--disable-auto-complete-config"]),
+            *address_arguments,
+            *([f"--backend-config=python,shm-region-prefix-name={prefix}"] if prefix else []),
+            *extra,
+        ]
+
+    if world.size == 1:
+        return one(0)
+    return [
+        MPIRUN,
+        "--allow-run-as-root",
+        *(word for rank in range(world.size) for word in ("-n", "1", *one(rank), ":")),
+    ]

@@ -1,0 +1,263 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""A PEFT adapter directory -> Adapter.
+
+What is not understood is refused, and one error names all of it: a tensor that is dropped changes the answers.
+Shapes are never turned round: PEFT stores A as (r, in) and B as (out, r), for Conv1D layers too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tritonlora.architectures.families import Leaf
+from tritonlora.architectures.layers import locate, why_not
+from tritonlora.errors import AdapterError, InvalidAdapter, UnsupportedAdapter, merge_layers, one_message
+from tritonlora.peft.adapter_config import AdapterConfig, Stated, parse_config
+from tritonlora.peft.checkpoint import file_inside, load_checkpoint, read_json_bytes
+from tritonlora.peft.stored_tensor import StoredTensor
+from tritonlora.serving.dtypes import LORA_DTYPES
+
+# The largest layers that are known have 106,496 outputs. All elements of a row are in memory at one time.
+_MAX_FEATURES = 1 << 20
+_MAX_ELEMENTS = 1 << 27
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterModule:
+    """The LoRA of one linear layer."""
+
+    path: str  # in the base model: "model.layers.0.self_attn.q_proj"
+    layer: int
+    leaves: Mapping[str, Leaf]  # what the layer is in each family that has one of this name
+    lora_A: StoredTensor  # noqa: N815  (r, in); PEFT's name
+    lora_B: StoredTensor  # noqa: N815  (out, r)
+    scaling: float
+    magnitude: StoredTensor | None = None  # (out,), DoRA
+
+    @property
+    def r(self) -> int:
+        """The rank."""
+        return self.lora_A.shape[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """A PEFT adapter, checked, with nothing in it that is not understood."""
+
+    directory: Path
+    config: AdapterConfig
+    modules: Mapping[str, AdapterModule]  # by path
+
+
+def load_adapter(path: Path) -> Adapter:
+    """Read the adapter in the directory `path`.
+
+    Raises InvalidAdapter where it is broken and UnsupportedAdapter where it is sound but cannot be carried over; either
+    lists all that is wrong.
+    """
+    directory = _adapter_directory(path)
+    problems = _Problems()
+    config: AdapterConfig | None = None
+    tensors: Mapping[str, StoredTensor] = {}
+    with problems.collected():
+        config = parse_config(read_json_bytes(file_inside(directory, "adapter_config.json")))
+    with problems.collected():
+        tensors = load_checkpoint(directory, "adapter_model.safetensors", "adapter_model.bin")
+    modules: dict[str, AdapterModule] = {}
+    # Tensors of another peft_type, which the config's problems name, need no reasons of their own.
+    if not problems or any(map(_lora_key, tensors)):
+        modules = _modules(tensors, config, problems)
+    if problems or config is None:
+        kind: type[AdapterError] = InvalidAdapter if problems.invalid else UnsupportedAdapter
+        found = merge_layers([*problems.invalid, *problems.unsupported])
+        raise kind(one_message(f"cannot use the adapter in {str(directory)!r}", found))
+    return Adapter(directory, config, modules)
+
+
+@dataclass(slots=True)
+class _Problems:
+    invalid: list[str] = field(default_factory=list)
+    unsupported: list[str] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.invalid or self.unsupported)
+
+    @contextlib.contextmanager
+    def collected(self) -> Iterator[None]:
+        """Keep an error's text for later instead of letting it end the reading."""
+        try:
+            yield
+        except AdapterError as error:
+            kept = self.invalid if isinstance(error, InvalidAdapter) else self.unsupported
+            kept.append(str(error).replace("\n", "\n  "))
+
+
+def _modules(
+    tensors: Mapping[str, StoredTensor], config: AdapterConfig | None, problems: _Problems
+) -> dict[str, AdapterModule]:
+    """Sort a PEFT state dict into modules; without a config, which is a problem already, only look for more."""
+    groups: dict[str, _Group] = {}
+    for key in sorted(tensors):
+        match = _lora_key(key)
+        if match is None:
+            problems.unsupported.append(f"{key!r}: {_why_not_key(key)}")
+            continue
+        path, matrix, name, magnitude_name = match.groups()
+        group = groups.setdefault(path, _Group())
+        group.names.add(name or magnitude_name or "")
+        what = matrix or "magnitude"
+        if what in group.tensors:
+            problems.invalid.append(f"{path!r} has more than one {what}, the second is {key!r}")
+        group.tensors[what] = tensors[key]
+    names = {name for group in groups.values() for name in group.names}
+    if len(names) > 1:
+        problems.invalid.append(
+            f"tensors of several adapters: {', '.join(map(repr, sorted(names)))}; save each on its own"
+        )
+    located = {path: place for path in groups if (place := locate(path))}
+    stated: Mapping[str, Stated] = {}
+    if config is not None:
+        with problems.collected():
+            stated = config.stated(sorted(located))
+    modules = {}
+    for path, group in groups.items():
+        if path not in located:
+            problems.unsupported.append(f"{path!r}: {why_not(path)}")
+            continue
+        found = _tensor_problems(path, group.tensors, config, stated.get(path))
+        problems.invalid += found
+        if config is not None and path in stated and not found:
+            rank = group.tensors["A"].shape[0]
+            layer, leaves = located[path]
+            modules[path] = AdapterModule(
+                path=path,
+                layer=layer,
+                leaves=leaves,
+                lora_A=group.tensors["A"],
+                lora_B=group.tensors["B"],
+                scaling=config.scaling(rank, stated[path].alphas[0]),
+                magnitude=group.tensors.get("magnitude"),
+            )
+    problems.invalid += _order_problems(modules, stated)
+    if not groups and not problems:
+        problems.invalid.append("there is no LoRA tensor in it; save the adapter again")
+    return modules
+
+
+_MAX_KEY = 1000  # characters
+_LORA_KEY = re.compile(
+    r"(?:base_model\.model\.)?(?P<path>.+)\."
+    r"(?:lora_(?P<matrix>[AB])(?:\.(?P<name>[^.]+))?\.weight"
+    r"|lora_magnitude_vector(?:\.(?!weight$)(?P<magnitude_name>[^.]+))?(?:\.weight)?)"
+)
+# First match wins; the last line always matches.
+_WHY_NOT_KEY = (
+    (r"\.lora_embedding_[AB]", "LoRA on an embedding; train without it"),
+    (r"\.base_layer\.bias$", "a trained bias; train with bias='none'"),
+    (r"\.base_layer\.", "the base model's own weight; save with save_embedding_layers=False"),
+    (r"\.lora_B\.(\w+\.)?bias$", "a bias of lora_B; train with lora_bias=False"),
+    (r"\.bias$", "a trained bias; train with bias='none'"),
+    (r"\.(modules_to_save|original_module)\.", "a module trained in full; train without modules_to_save"),
+    (r"\.(trainable_tokens|token_adapter)", "trained token embeddings; merge the adapter into the base model"),
+    (r"\.weight_m_wdecomp\.", "DoRA as NVIDIA's converter stores it; give PEFT's own files"),
+    (r"\.(hada_|lokr_|vera_|ia3_|oft_|boft_|lora_E|prompt_)", "not LoRA; merge the adapter into the base model"),
+    (
+        r"",
+        "not a LoRA tensor; a module saved in full is not sent to the engine: train without modules_to_save, and save "
+        "with save_embedding_layers=False",
+    ),
+)
+
+
+@dataclass(slots=True)
+class _Group:
+    names: set[str] = field(default_factory=set)
+    tensors: dict[str, StoredTensor] = field(default_factory=dict)
+
+
+def _lora_key(key: str) -> re.Match[str] | None:
+    return _LORA_KEY.fullmatch(key) if len(key) <= _MAX_KEY else None
+
+
+def _why_not_key(key: str) -> str:
+    if len(key) > _MAX_KEY:
+        return f"a name of {len(key)} characters, which no layer has; save the adapter again"
+    return next(reason for pattern, reason in _WHY_NOT_KEY if re.search(pattern, key))
+
+
+def _tensor_problems(
+    path: str, tensors: Mapping[str, StoredTensor], config: AdapterConfig | None, stated: Stated | None
+) -> list[str]:
+    missing = [
+        f"{path!r}: lora_{matrix} is missing; save the adapter again" for matrix in "AB" if matrix not in tensors
+    ]
+    if missing:
+        return missing
+    a, b, magnitude = tensors["A"], tensors["B"], tensors.get("magnitude")
+    problems = [
+        f"{path!r}: lora_{what} is {tensor.dtype.name}, expected float32, bfloat16 or float16; save it in one of these"
+        for what, tensor in tensors.items()
+        if tensor.dtype.name not in LORA_DTYPES
+    ]
+    shape_a, shape_b = a.shape, b.shape
+    if len(shape_a) != 2 or len(shape_b) != 2 or shape_a[0] != shape_b[1] or 0 in shape_a + shape_b:
+        problems.append(
+            f"{path!r}: lora_A is {shape_a} and lora_B {shape_b}, expected (r, in) and (out, r); save the adapter again"
+        )
+    elif max(shape_a[1], shape_b[0]) > _MAX_FEATURES or shape_a[0] * (shape_a[1] + shape_b[0]) > _MAX_ELEMENTS:
+        problems.append(
+            f"{path!r}: lora_A is {shape_a} and lora_B {shape_b}, which no layer of any model needs: expected at most "
+            f"{_MAX_FEATURES} inputs and outputs, and {_MAX_ELEMENTS} elements in both; fetch or save the adapter again"
+        )
+    elif stated is not None and shape_a[0] not in stated.ranks:
+        ranks = " or ".join(str(one) for one in dict.fromkeys(stated.ranks))
+        problems.append(
+            f"{path!r}: lora_A is {shape_a}, but adapter_config.json says r = {ranks}; give two files that were saved "
+            "together"
+        )
+    if config is not None and (magnitude is None) == config.use_dora:
+        problems.append(
+            f"{path!r}: adapter_config.json says use_dora = {str(config.use_dora).lower()}, but lora_magnitude_vector "
+            f"is {'missing' if magnitude is None else 'there'}; give two files that were saved together"
+        )
+    elif magnitude is not None and len(shape_b) == 2 and magnitude.numel != shape_b[0]:
+        problems.append(f"{path!r}: lora_magnitude_vector is {magnitude.shape}, expected ({shape_b[0]},)")
+    return problems
+
+
+def _order_problems(modules: Mapping[str, AdapterModule], stated: Mapping[str, Stated]) -> list[str]:
+    """A rank that is not the first that its patterns say shows that their order, in all of the file, is not that of the
+    training. PEFT itself cannot load such an adapter.
+    """
+    if all(module.r == stated[path].ranks[0] for path, module in modules.items()):
+        return []
+    return [
+        f"{path!r}: several patterns of alpha_pattern match, and PEFT's save_pretrained sorts them, so that nothing "
+        "tells which counted in training; write patterns of which only one matches"
+        for path in modules
+        if len(set(stated[path].alphas)) > 1
+    ]
+
+
+def _adapter_directory(path: Path) -> Path:
+    if not path.is_dir():
+        what = "is not a directory" if path.exists() else "does not exist"
+        raise InvalidAdapter(f"{str(path)!r} {what}; give the directory that holds adapter_config.json")
+    if os.path.lexists(path / "adapter_config.json"):
+        return path
+    # save_pretrained puts an adapter that is not called "default" into a directory of its name.
+    inner = sorted(p for p in path.iterdir() if not p.is_symlink() and (p / "adapter_config.json").is_file())
+    if len(inner) == 1:
+        return inner[0]
+    hint = (
+        f"; it holds several adapters, give one: {', '.join(map(str, inner))}"
+        if inner
+        else "; give the directory that PEFT's save_pretrained wrote"
+    )
+    raise InvalidAdapter(f"there is no adapter_config.json in {str(path)!r}{hint}")

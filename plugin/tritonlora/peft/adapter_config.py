@@ -1,0 +1,308 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""adapter_config.json: the fields that decide the weights, and a reason to refuse each of the others.
+
+Source: PEFT src/peft/tuners/lora/{config,layer}.py. A field that is neither known to be harmless nor empty is refused,
+so that a feature of a later PEFT cannot be dropped in silence.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tritonlora.errors import InvalidAdapter, UnsupportedAdapter, one_message
+from tritonlora.peft.patterns import matches, parse
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterConfig:
+    """The fields of adapter_config.json that conversion needs."""
+
+    base_model_name_or_path: str
+    r: int
+    lora_alpha: float
+    use_rslora: bool = False
+    use_dora: bool = False
+    fan_in_fan_out: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    base_model_class: str = ""  # "LlamaForCausalLM", which PEFT notes where it was given no task_type
+
+    def stated(self, paths: Sequence[str]) -> dict[str, Stated]:
+        """What the config says of the modules at `paths` ("model.layers.0.self_attn.q_proj").
+
+        Raises InvalidAdapter where its patterns are more than any model needs.
+        """
+        ranks, alphas = matches(self.rank_pattern, paths), matches(self.alpha_pattern, paths)
+        return {
+            path: Stated(tuple(ranks.get(path, [self.r])), tuple(alphas.get(path, [self.lora_alpha]))) for path in paths
+        }
+
+    def scaling(self, rank: int, alpha: float) -> float:
+        """What PEFT multiplies B @ A with: alpha / r, or alpha / sqrt(r) with rsLoRA."""
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+
+@dataclass(frozen=True, slots=True)
+class Stated:
+    """The ranks and alphas that one module can have: PEFT gives it the first.
+
+    There are several where several patterns match. PEFT saves them in another order than they were given in.
+    """
+
+    ranks: tuple[int, ...]
+    alphas: tuple[float, ...]
+
+
+def parse_config(text: bytes) -> AdapterConfig:
+    """Read adapter_config.json.
+
+    Raises InvalidAdapter where it is broken, else UnsupportedAdapter; either names every field that is malformed or
+    cannot be carried over.
+    """
+    repeated: list[str] = []
+
+    def as_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        repeated.extend(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        return found
+
+    try:
+        raw = json.loads(text.decode(), object_pairs_hook=as_dict, parse_int=_integer)
+    except (ValueError, RecursionError) as error:
+        raise InvalidAdapter(f"adapter_config.json is not JSON; save the adapter again: {error}") from error
+    if not isinstance(raw, dict):
+        raise InvalidAdapter("adapter_config.json is not a JSON object; save the adapter again")
+    peft_type = raw.get("peft_type", "LORA")
+    if peft_type != "LORA":
+        raise UnsupportedAdapter(
+            f"peft_type is {_short(peft_type)}; TensorRT-LLM takes only 'LORA': {_remedy_for_type(peft_type)}"
+        )
+    broken = [*(f"{key!r} occurs more than once" for key in repeated), *_broken_fields(raw)]
+    refused = _refused_fields(raw)
+    if broken:
+        raise InvalidAdapter(
+            one_message("adapter_config.json is malformed; save the adapter again", [*broken, *refused])
+        )
+    if refused:
+        raise UnsupportedAdapter(one_message("the adapter uses what cannot be carried to the engine", refused))
+    return AdapterConfig(
+        base_model_name_or_path=str(raw.get("base_model_name_or_path") or ""),
+        r=raw.get("r", 8),
+        lora_alpha=raw.get("lora_alpha", 8),
+        use_rslora=bool(raw.get("use_rslora")),
+        use_dora=bool(raw.get("use_dora")),
+        fan_in_fan_out=bool(raw.get("fan_in_fan_out")),
+        rank_pattern=raw.get("rank_pattern") or {},
+        alpha_pattern=raw.get("alpha_pattern") or {},
+        base_model_class=_base_model_class(raw.get("auto_mapping")),
+    )
+
+
+# Fields that choose which layers have a LoRA (the tensors say it too), that matter in training alone, or that the
+# dataclass above holds. `modules_to_save` is here because what it saved are tensors, and those are refused by name.
+_HARMLESS = frozenset(
+    {
+        *("peft_type", "task_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision"),
+        *("r", "lora_alpha", "use_rslora", "use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern"),
+        *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"),
+        *("inference_mode", "lora_dropout", "ensure_weight_tying", "megatron_core", "runtime_config"),
+        *("eva_config", "corda_config", "lora_ga_config", "qalora_group_size"),
+    }
+)
+# What can be done with the other kinds. PEFT can approximate those of the second group by LoRA
+# (`supports_lora_conversion` in its layers), and those of the third choose between adapters for each token or task.
+_TYPES: tuple[tuple[frozenset[str], str], ...] = (
+    (
+        frozenset(
+            {
+                *("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "ADAPTION_PROMPT"),
+                "CARTRIDGE",
+            }
+        ),
+        "it is a trained prompt, not weights of layers, so that it cannot be merged either; train a LoRA adapter",
+    ),
+    (
+        frozenset(
+            {
+                *("LOHA", "LOKR", "VERA", "RANDLORA", "FOURIERFT", "C3A", "DELORA", "WAVEFT", "MISS"),
+                *("VBLORA", "GRALORA", "PSOFT", "TINYLORA", "UNILORA"),
+            }
+        ),
+        "approximate it by LoRA with PEFT's save_as_lora, or merge the adapter into the base model",
+    ),
+    (
+        frozenset({"XLORA", "POLY"}),
+        "it mixes several adapters inside the model; convert each of them on its own, or train a LoRA adapter",
+    ),
+)
+_UNMODIFIED_BASE_INITS = ("true", "false", "gaussian", "orthogonal", "eva", "mica")
+_MODIFIED_BASE_INITS = ("pissa", "olora", "corda", "lora_ga")
+_MERGE = "merge the adapter into the base model instead"
+_REFUSED: Mapping[str, str] = {
+    "bias": "the engine has no place for trained biases; train with bias='none'",
+    "lora_bias": "the engine has no place for a bias of lora_B; train with lora_bias=False",
+    "loftq_config": "LoftQ replaced the base weights by quantised ones; where the engine is built from those that were "
+    "saved with it, take this out of adapter_config.json, else train on a quantised base without LoftQ (QLoRA)",
+    "layer_replication": f"the engine's layers are not those of the adapter; {_MERGE}",
+    "target_parameters": "LoRA on bare parameters (expert layers) cannot be sent; train with `target_modules` that "
+    f"name other layers alone (`exclude_modules` does not keep PEFT from these), or {_MERGE}",
+    "trainable_token_indices": f"trained token embeddings cannot be sent; {_MERGE}",
+    "alora_invocation_tokens": "activated LoRA switches on inside a prompt, and the engine applies LoRA to all of it; "
+    "train without it",
+    "use_qalora": f"the input of lora_A is pooled by groups; {_MERGE}",
+    "megatron_config": "Megatron's parallel layers are split otherwise; convert the adapter to plain PEFT first",
+    "arrow_config": "Arrow routes between adapters inside the model; convert each of them on its own",
+    "use_bdlora": f"block-diagonal LoRA has other tensors; {_MERGE}",
+    "kasa_config": f"KaSA has other tensors; {_MERGE}",
+    "velora_config": f"VeLoRA is not verified here; {_MERGE}",
+    "monteclora_config": f"MonteCLoRA has other tensors; {_MERGE}",
+}
+
+
+def _refused_fields(raw: Mapping[str, Any]) -> list[str]:
+    refused = []
+    for key, value in raw.items():
+        if key == "init_lora_weights":
+            refused += _refused_init(value)
+        elif key in _HARMLESS or _is_empty(value) or (key == "bias" and value == "none"):
+            continue
+        elif key in _REFUSED:
+            refused.append(f"{key!r} is {_short(value)}: {_REFUSED[key]}")
+        else:
+            refused.append(
+                f"{key!r} is {_short(value)}: not a field that is known here, and it may change the weights; if it "
+                f"mattered in training alone, take it out of adapter_config.json, else {_MERGE}"
+            )
+    return refused
+
+
+def _is_empty(value: object) -> bool:
+    """Whether a field says that there is nothing; 0 is a number, which may mean something."""
+    return value is None or value is False or value in ([], {}, "")
+
+
+def _remedy_for_type(peft_type: object) -> str:
+    return next(
+        (remedy for types, remedy in _TYPES if isinstance(peft_type, str) and peft_type in types),
+        "merge the adapter into the base model, or train a LoRA adapter",
+    )
+
+
+def _refused_init(value: object) -> list[str]:
+    if value is None or str(value).lower() in _UNMODIFIED_BASE_INITS:
+        return []
+    if value == "loftq":
+        return [
+            "'init_lora_weights' is 'loftq', which replaced the base weights by quantised ones; merge the adapter into "
+            "those, or train on a quantised base without LoftQ (QLoRA)"
+        ]
+    changed = "changed" if str(value).startswith(_MODIFIED_BASE_INITS) else "may have changed"
+    return [
+        f"'init_lora_weights' is {_short(value)}, which {changed} the base weights; convert the adapter to a plain "
+        "LoRA with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
+    ]
+
+
+def _broken_fields(raw: Mapping[str, Any]) -> list[str]:
+    problems = []
+    for names, is_right, expected in _EXPECTED:
+        problems += [
+            f"{name!r} is {_short(raw[name])}, expected {expected}"
+            for name in names
+            if name in raw and not is_right(raw[name])
+        ]
+    for name, is_value, expected in (
+        ("rank_pattern", _is_rank, "a positive integer"),
+        ("alpha_pattern", _is_number, "a number"),
+    ):
+        pattern = raw.get(name) or {}
+        if not isinstance(pattern, dict):
+            problems.append(f"{name!r} is {_short(pattern)}, expected an object")
+            continue
+        if len(pattern) > _MAX_PATTERNS:
+            problems.append(f"{name!r} has {len(pattern)} patterns, expected at most {_MAX_PATTERNS}")
+            continue
+        characters = sum(map(len, pattern))
+        if characters > _MAX_CHARACTERS:
+            problems.append(f"{name!r} has patterns of {characters} characters, expected at most {_MAX_CHARACTERS}")
+            continue
+        problems += [
+            f"{name}[{key!r}] is {_short(v)}, expected {expected}" for key, v in pattern.items() if not is_value(v)
+        ]
+        problems += [f"{name} has {_short(key)}: {error}" for key in pattern if (error := _pattern_error(key))]
+    return problems
+
+
+def _integer(digits: str) -> int | float:
+    """Infinity, which every field refuses, for what is too long for Python to read as an integer."""
+    return int(digits) if len(digits) <= sys.int_info.str_digits_check_threshold else float(digits)
+
+
+def _base_model_class(auto_mapping: object) -> str:
+    name = auto_mapping.get("base_model_class") if isinstance(auto_mapping, dict) else None
+    return name if isinstance(name, str) else ""
+
+
+# No model has as many linear layers: each of them has its own pattern at most.
+_MAX_PATTERNS = 4096
+_MAX_CHARACTERS = 64 * _MAX_PATTERNS  # to read one takes up to 15 us
+
+
+def _pattern_error(key: str) -> str:
+    try:
+        parse(key)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _is_rank(value: object) -> bool:
+    return type(value) is int and 0 < value < 1 << 31
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and type(value) is not bool and abs(value) < 1e30  # so it is finite
+
+
+def _is_switch(value: object) -> bool:
+    return value is None or type(value) is bool
+
+
+def _is_names(value: object) -> bool:
+    return (
+        value is None or isinstance(value, str) or (isinstance(value, list) and all(isinstance(v, str) for v in value))
+    )
+
+
+_MAX_NAME = 4096  # characters: Linux' longest path
+
+
+def _is_name(value: object) -> bool:
+    return value is None or (isinstance(value, str) and len(value) <= _MAX_NAME)
+
+
+def _is_layers(value: object) -> bool:
+    return value is None or all(type(layer) is int for layer in (value if isinstance(value, list) else [value]))
+
+
+# What the fields are that decide the weights or the layers.
+_EXPECTED: tuple[tuple[tuple[str, ...], Callable[[object], bool], str], ...] = (
+    (("r",), _is_rank, "a positive integer"),
+    (("lora_alpha",), _is_number, "a number"),
+    (("use_rslora", "use_dora", "fan_in_fan_out"), _is_switch, "true or false"),
+    (("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"), _is_names, "names in a list, or one"),
+    (("layers_to_transform",), _is_layers, "numbers in a list, or one"),
+    (("base_model_name_or_path",), _is_name, f"a name or a path of at most {_MAX_NAME} characters"),
+)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,164 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints on disk, whole or in shards: safetensors, or pickles of plain tensors.
+
+Nothing is read before it is used wherever the format allows it. No link leads out of the directory, and no code of a
+pickle runs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import warnings
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+from tritonlora.errors import InvalidAdapter, one_message
+from tritonlora.peft.safetensors_file import load_tensors
+from tritonlora.peft.stored_tensor import StoredTensor, in_memory
+from tritonlora.serving.file_version import open_file, read_file
+
+MAX_JSON_BYTES = 16 << 20
+_MAX_UNMAPPED_BYTES = 16 << 30
+_LFS_POINTER = b"version https://git-lfs"
+
+
+def load_checkpoint(directory: Path, safetensors_name: str, pickle_name: str) -> dict[str, StoredTensor]:
+    """All tensors of the checkpoint in `directory`, safetensors before pickles. Raises InvalidAdapter."""
+    for name, load in ((safetensors_name, load_tensors), (pickle_name, load_pickle)):
+        if os.path.lexists(directory / name):
+            return load(file_inside(directory, name))
+        if os.path.lexists(directory / f"{name}.index.json"):
+            return _load_shards(directory, file_inside(directory, f"{name}.index.json"), load)
+    raise InvalidAdapter(
+        f"there is neither a file {safetensors_name} nor {pickle_name} in {str(directory)!r}; fetch or save it again"
+    )
+
+
+def load_pickle(path: Path) -> dict[str, StoredTensor]:
+    """The state dict in `path`, read with `weights_only`. Raises InvalidAdapter."""
+    import torch
+
+    try:
+        with open(open_file(path), "rb") as file:  # noqa: PTH123  a descriptor
+            is_zip = file.read(2) == b"PK"  # the format before torch 1.6 is not, and cannot be mapped
+            nbytes = os.fstat(file.fileno()).st_size
+            if not is_zip and nbytes > _MAX_UNMAPPED_BYTES:
+                raise InvalidAdapter(
+                    f"{str(path)!r} has {nbytes} bytes in the format before torch 1.6, expected at most "
+                    f"{_MAX_UNMAPPED_BYTES}; save it as safetensors"
+                )
+            # What torch.load maps it takes as it stands, whether it is compressed or not.
+            if is_zip and any(entry.compress_type != zipfile.ZIP_STORED for entry in zipfile.ZipFile(file).infolist()):
+                raise InvalidAdapter(
+                    f"{str(path)!r} is a compressed archive, as torch.save writes none; save the adapter as safetensors"
+                )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what it would say of a strange file is said below
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except InvalidAdapter:
+        raise
+    except Exception as error:
+        # A hostile pickle can raise anything; none of its code has run. What torch advises is to run it.
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it asks for {asked[1]!r}" if asked else "it is cut short, or of another kind"
+        raise InvalidAdapter(
+            f"{str(path)!r} is not a checkpoint of plain tensors: {reason}; save the adapter as safetensors"
+        ) from error
+    if not isinstance(loaded, dict):
+        raise InvalidAdapter(f"{str(path)!r} holds a {type(loaded).__name__}, expected a state dict")
+    problems = [f"{key!r}: {reason}" for key, value in loaded.items() if (reason := _not_a_plain_tensor(key, value))]
+    if problems:
+        raise InvalidAdapter(one_message(f"{str(path)!r} is malformed", problems))
+    return {key: in_memory(tensor) for key, tensor in loaded.items()}
+
+
+def file_inside(directory: Path, name: str) -> Path:
+    """The file `name` of `directory`. Raises InvalidAdapter where it is missing or leads anywhere else."""
+    path = directory / name
+    if Path(name).name != name or name in ("", ".", ".."):
+        raise InvalidAdapter(f"{name!r} is not the name of a file in {str(directory)!r}")
+    if not path.is_file():
+        broken = "a link to nothing" if path.is_symlink() and not path.exists() else "not a file"
+        raise InvalidAdapter(f"{str(path)!r} is {broken}; fetch or save it again")
+    target, home = path.resolve(), directory.resolve()
+    # The download cache of Hugging Face keeps files in `blobs`, and links in `snapshots/<revision>`.
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    if target.parent not in (home, blobs):
+        raise InvalidAdapter(f"{str(path)!r} is a link out of its directory, to {str(target)!r}; copy the file")
+    if _is_lfs_pointer(path):
+        raise InvalidAdapter(f"{str(path)!r} stands for a file of Git LFS; fetch that with `git lfs pull`")
+    return path
+
+
+def read_json_bytes(path: Path) -> bytes:
+    """The bytes of a JSON file, which must not be larger than any honest one. Raises InvalidAdapter."""
+    try:
+        nbytes = path.stat().st_size
+        if nbytes > MAX_JSON_BYTES:
+            raise InvalidAdapter(f"{str(path)!r} has {nbytes} bytes, expected at most {MAX_JSON_BYTES}; save it again")
+        return read_file(path)
+    except OSError as error:
+        raise InvalidAdapter(f"cannot read {str(path)!r}: {error.strerror}") from error
+
+
+def _load_shards(
+    directory: Path, index: Path, load: Callable[[Path], dict[str, StoredTensor]]
+) -> dict[str, StoredTensor]:
+    """The tensors of all shards, where these hold exactly what the index says."""
+    weight_map = _weight_map(index)
+    tensors: dict[str, StoredTensor] = {}
+    problems = []
+    for shard in sorted(set(weight_map.values())):
+        try:
+            loaded = load(file_inside(directory, shard))
+        except InvalidAdapter as error:
+            problems.append(str(error))
+            continue
+        stated = {key for key, name in weight_map.items() if name == shard}
+        problems += [f"{key!r} is not in {shard!r}" for key in sorted(stated - loaded.keys())]
+        problems += [
+            f"{key!r} is in {shard!r}, but the index says {weight_map.get(key, 'nothing of it')!r}"
+            for key in sorted(loaded.keys() - stated)
+        ]
+        tensors.update(loaded)
+    if problems:
+        raise InvalidAdapter(
+            one_message(f"{str(index)!r} and its shards disagree; fetch the checkpoint again", problems)
+        )
+    return tensors
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor -> shard. Raises InvalidAdapter."""
+    try:
+        weight_map = json.loads(read_json_bytes(index))["weight_map"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InvalidAdapter(f"{str(index)!r} is not the index of a sharded checkpoint: {error!r}") from error
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise InvalidAdapter(f"{str(index)!r} names no shards; expected `weight_map`, from tensors to files")
+    return weight_map
+
+
+def _is_lfs_pointer(path: Path) -> bool:
+    try:
+        with open(open_file(path), "rb") as file:  # noqa: PTH123  a descriptor
+            return file.read(len(_LFS_POINTER)) == _LFS_POINTER
+    except OSError:
+        return False  # whoever reads it says why not
+
+
+def _not_a_plain_tensor(key: object, value: object) -> str:
+    import torch
+
+    if not isinstance(key, str) or not isinstance(value, torch.Tensor):
+        return f"expected a tensor under a name, got {type(value).__name__}"
+    if value.layout is not torch.strided or value.device.type != "cpu" or value.is_quantized:
+        return f"expected a plain tensor, got {value.layout} on {value.device}"
+    # Strides of 0 make a small file claim any shape.
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        return f"{tuple(value.shape)} has more elements than the file holds"
+    return ""

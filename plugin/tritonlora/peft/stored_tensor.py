@@ -1,0 +1,106 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""A tensor where it is stored: its dtype and shape, and a way to its bytes.
+
+Bytes are read to where they are wanted, not mapped: that costs no page faults, and a file that becomes shorter
+meanwhile is an error, where a mapping would end the process.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import weakref
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from tritonlora.errors import InvalidAdapter
+from tritonlora.serving.dtypes import DTYPES, Dtype
+from tritonlora.serving.file_version import open_file, version_of
+
+if TYPE_CHECKING:
+    import torch
+
+
+class StoredTensor(NamedTuple):
+    """A tensor of which nothing is read before it is asked for."""
+
+    dtype: Dtype
+    shape: tuple[int, ...]
+    # read_at(start, memory) fills the memory with the tensor's bytes from `start` on, row-major. Raises InvalidAdapter.
+    read_at: Callable[[int, memoryview], None]
+
+    @property
+    def numel(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all elements."""
+        return self.numel * self.dtype.itemsize
+
+    def load(self) -> torch.Tensor:
+        """The tensor, in memory of its own. Raises InvalidAdapter."""
+        import torch
+
+        tensor = torch.empty(self.shape, dtype=getattr(torch, self.dtype.name))
+        self.read_at(0, bytes_of(tensor))
+        return tensor
+
+
+class StoredFile:
+    """A file of tensors, opened when one of them is read and closed with the last: of many adapters, only those that
+    are being converted are open.
+    """
+
+    def __init__(self, path: Path, found: os.stat_result) -> None:
+        """`found`: what the file was when its header was read."""
+        self._path = path
+        self._version = version_of(found)
+        self._descriptor: int | None = None
+
+    def tensor(self, dtype: Dtype, shape: tuple[int, ...], start: int) -> StoredTensor:
+        """The tensor whose bytes begin at `start`."""
+        return StoredTensor(dtype, shape, partial(self._read_at, start))
+
+    def _read_at(self, base: int, start: int, memory: memoryview) -> None:
+        start += base
+        try:
+            descriptor = self._open() if self._descriptor is None else self._descriptor
+            while memory:
+                count = os.preadv(descriptor, (memory,), start)
+                if not count:
+                    raise InvalidAdapter(f"{str(self._path)!r} became shorter while it was read; fetch it again")
+                memory, start = memory[count:], start + count
+        except OSError as error:
+            raise InvalidAdapter(f"cannot read {str(self._path)!r}: {error.strerror}") from error
+
+    def _open(self) -> int:
+        descriptor = open_file(self._path)
+        if version_of(os.fstat(descriptor)) != self._version:
+            os.close(descriptor)
+            raise InvalidAdapter(f"{str(self._path)!r} was changed after it had been looked at; try again")
+        self._descriptor = descriptor
+        weakref.finalize(self, os.close, descriptor)
+        return descriptor
+
+
+def in_memory(tensor: torch.Tensor) -> StoredTensor:
+    """A tensor that is there already."""
+
+    def copy(start: int, memory: memoryview) -> None:
+        memory[:] = bytes_of(tensor.detach().contiguous())[start : start + len(memory)]
+
+    name = str(tensor.dtype).removeprefix("torch.")
+    dtype = DTYPES.get(name) or Dtype(name, tensor.itemsize, "")
+    return StoredTensor(dtype, tuple(tensor.shape), copy)
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    import torch
+
+    return tensor.view(-1).view(torch.uint8).numpy().data

@@ -1,0 +1,555 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""Put adapters into a model repository and take them out.
+
+Strategy. Everything is decided and converted first. Then the files are written: an adapter's tensors, then
+adapters.json, then config.pbtxt (the other way round when an adapter is removed). Stopped between any two of these, the
+repository still loads and no adapter is lost: files that nothing refers to yet are harmless, and an adapter whose
+warmup sample is missing is loaded on its first request. `check` reports such leftovers, and the same command again
+puts them right.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import itertools
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tritonlora.architectures.layers import families_of
+from tritonlora.architectures.lora_modules import MODULES
+from tritonlora.conversion.layout import Layout, plan_layout
+from tritonlora.engine import cache_plan
+from tritonlora.engine.lora_cache import parse_parameters
+from tritonlora.engine.profile import EngineProfile, load_profile
+from tritonlora.errors import EngineMismatch, RepositoryError, TritonLoraError, UnknownArchitecture, one_message
+from tritonlora.files import locked, make_directory, publish, sha256_of, temporary_name, write_text
+from tritonlora.interrupts import held
+from tritonlora.pbtxt.model_config import ModelConfig
+from tritonlora.peft.adapter import Adapter, load_adapter
+from tritonlora.repository import generated, model_configs, undo, warmup
+from tritonlora.repository.paths import (
+    RESOLVER,
+    ROUTER,
+    Repository,
+    engine_profile,
+    plan_entries,
+    read_bytes,
+    read_config,
+    read_table,
+    read_text,
+)
+from tritonlora.serving.adapter_table import (
+    AdapterEntry,
+    AdapterTable,
+    check_name,
+    with_adapter,
+    with_alias,
+    with_warm,
+    without_adapter,
+    without_alias,
+)
+from tritonlora.serving.adapter_table_json import render
+from tritonlora.targets import Target, target_of
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How an adapter is converted and registered."""
+
+    warm: bool = True
+    dtype: str | None = None  # None: the engine's
+    base: Path | None = None  # the base model's checkpoint: stands in for an absent engine, and DoRA needs its weights
+    allow_nonfinite: bool = False
+
+
+DEFAULTS = Options()
+CONVERSIONS_AT_A_TIME = 2  # conversion is bound by memory: more only take each other's bandwidth
+
+
+@dataclass(frozen=True, slots=True)
+class Added:
+    """What `add` did, or would do."""
+
+    name: str
+    entry: AdapterEntry
+    remarks: tuple[str, ...]  # what the user should know
+    known: bool = False  # the same content was registered under this name already
+    restored: tuple[str, ...] = ()  # its files that were missing or altered, and are there again
+    unchanged: bool = False  # there was nothing to do
+    was: int | None = None  # the lora_task_id of the adapter that had the name
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """An adapter that `add_all` could not add, and why."""
+
+    name: str
+    error: str
+
+
+def add(
+    repository: Repository,
+    name: str,
+    adapter_directory: Path,
+    options: Options = DEFAULTS,
+    *,
+    task_id: int | None = None,
+    dry_run: bool = False,
+) -> Added:
+    """Convert a PEFT adapter and register it under `name`; the same content again changes nothing.
+
+    Other content under a known name replaces it under a new lora_task_id. When it is refused, the repository is as it
+    was; when it cannot be written to the end, the same again completes it.
+    """
+    adapter = _read(name, adapter_directory)  # which may take a while, and needs nobody to wait
+    with contextlib.nullcontext() if dry_run else locked(repository.table_path.parent):
+        table = read_table(repository)
+        planned = _plan(repository, table, name, adapter, options, task_id=task_id)
+        # Everything that can be refused is refused before a byte is written.
+        generated.rendered_config(repository, with_adapter(table, name, planned.entry))
+        if dry_run:
+            return _after(table, Added(name, planned.entry, planned.remarks))
+        generated.sweep(repository, table)
+        added = _write_tensors(repository, planned, table.entries.get(name) if task_id is None else None)
+        generated.write_table(repository, table, _with(table, added))
+        return _after(table, added)
+
+
+def add_all(
+    repository: Repository,
+    adapters: Mapping[str, Path],
+    options: Options = DEFAULTS,
+    on_done: Callable[[Added | Refused], None] = lambda _: None,
+) -> list[Added | Refused]:
+    """`add` for many adapters by name, two at a time; one that is refused does not stop the others.
+
+    The table and config.pbtxt are written once, at the end. Interrupted, those that were finished are registered.
+    """
+    results: list[Added | Refused] = []
+
+    def refuse(name: str, error: TritonLoraError) -> None:
+        results.append(Refused(name, str(error)))
+        on_done(results[-1])
+
+    read = {}
+    for name, directory in adapters.items():
+        try:
+            read[name] = _read(name, directory)
+        except TritonLoraError as error:
+            refuse(name, error)
+    with locked(repository.table_path.parent):
+        before = read_table(repository)
+        planned, after = [], before
+        for name in list(read):
+            try:
+                one = _plan(repository, after, name, read.pop(name), options)
+                after = with_adapter(after, name, one.entry)  # so that each gets an id of its own
+            except TritonLoraError as error:
+                refuse(name, error)
+            else:
+                planned.append(one)
+        generated.rendered_config(repository, after)  # or nothing is converted
+        generated.sweep(repository, before)
+        pool = ThreadPoolExecutor(CONVERSIONS_AT_A_TIME)
+        futures = {
+            pool.submit(_write_tensors, repository, one, before.entries.get(one.name)): one.name for one in planned
+        }
+        planned.clear()  # so that each is let go of, and its file closed, when it has been converted
+        try:
+            for future in as_completed(futures):
+                on_done(_result_of(future, futures[future], before))
+        finally:
+            with held():
+                pool.shutdown(cancel_futures=True)
+                for future, name in futures.items():
+                    if not future.cancelled() and isinstance(future.exception(), TritonLoraError | None):
+                        results.append(_result_of(future, name, before))
+                table = before
+                for result in results:
+                    table = _with(table, result) if isinstance(result, Added) else table
+                generated.write_table(repository, before, table)
+    return results
+
+
+def _result_of(future: Future[Added], name: str, before: AdapterTable) -> Added | Refused:
+    try:
+        return _after(before, future.result())
+    except TritonLoraError as error:
+        return Refused(name, str(error))
+
+
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """An adapter that has been looked at and can be converted."""
+
+    name: str
+    adapter: Adapter
+    layout: Layout
+    entry: AdapterEntry  # but for the digests
+    kind: Target
+    options: Options
+    remarks: tuple[str, ...]
+
+
+def _read(name: str, directory: Path) -> Adapter:
+    """The adapter that is to have this name; any AdapterError."""
+    check_name(name)
+    return load_adapter(directory)
+
+
+def _plan(
+    repository: Repository,
+    table: AdapterTable,
+    name: str,
+    adapter: Adapter,
+    options: Options,
+    *,
+    task_id: int | None = None,
+) -> _Planned:
+    """Decide everything about the adapter but its values; any AdapterError."""
+    config = read_config(repository.config_path)
+    kind = target_of(config)
+    profile = engine_profile(repository, config)
+    if options.base is not None:
+        profile = _told_by(options.base, profile, options.dtype)
+    dtype, remarks = _choose_dtype(table, name, profile, options.dtype, kind.ASSUMED_DTYPE)
+    kind.check_adapter(adapter)
+    layout = plan_layout(
+        adapter, dtype=dtype, profile=profile, base=options.base, engine_reads=not kind.WIRE.sends_weights
+    )
+    entry = replace(
+        _entry_of(repository, kind, _task_id(repository, table, task_id), layout, warm=options.warm),
+        base_model_name_or_path=_noted_base(adapter.config.base_model_name_or_path or ""),
+        pages=_pages(name, layout, profile, config) if kind.WIRE.sends_weights else None,
+    )
+    remarks = (*remarks, *_other_base(table, name, entry.base_model_name_or_path))
+    return _Planned(name, adapter, layout, entry, kind, options, remarks)
+
+
+def _told_by(base: Path, profile: EngineProfile | None, dtype: str | None) -> EngineProfile:
+    """The engine's profile, with what only the base model says of it: of an absent engine all, else its architecture,
+    where the engine's own name for that stands for several (GPTForCausalLM), or is not known.
+
+    EngineMismatch where the engine was built from a model of other sizes, or of another architecture.
+    """
+    if profile is None:
+        return load_profile(base, dtype=dtype)
+    candidates = families_of(profile.architecture)
+    try:
+        told = load_profile(base, dtype=profile.dtype)
+    except UnknownArchitecture:
+        if len(candidates) == 1:  # the engine's own name says enough
+            return profile
+        raise
+    families, engine, checkpoint = families_of(told.architecture), _told(profile), _told(told)
+    differ = [
+        f"{what}: {engine[what]} and {checkpoint[what]}"
+        for what in engine.keys() & checkpoint.keys()
+        if engine[what] != checkpoint[what]
+    ]
+    if candidates and not families & candidates:
+        differ.append(f"architecture: {profile.architecture} and {told.architecture}")
+    if differ:
+        heading = f"--base {base} is not what {profile.source} was built from; in the engine, and there"
+        raise EngineMismatch(one_message(heading, sorted(differ)))
+    if len(candidates) == 1 or not families <= candidates:
+        return profile
+    return replace(profile, architecture=told.architecture)
+
+
+def _told(profile: EngineProfile) -> dict[str, int]:
+    """What a profile says of its model, by what that is called in an error: what no build of an engine changes."""
+    after_hidden = [profile.modules[name] for name in ("attn_q", "attn_qkv", "mlp_h_to_4h") if name in profile.modules]
+    numbers = {
+        "layers": profile.num_layers,
+        "attention heads": profile.num_heads,
+        "key-value heads": profile.num_kv_heads,
+        "head size": profile.head_size,
+        "hidden size": after_hidden[0].in_features if after_hidden else 0,
+    }
+    return {what: number for what, number in numbers.items() if number}  # 0: it does not say
+
+
+def _other_base(table: AdapterTable, name: str, base: str) -> tuple[str, ...]:
+    """A remark where the others were trained on another base model, by what PEFT noted: one engine is of one."""
+    known = {other: entry.base_model_name_or_path for other, entry in table.entries.items() if other != name}
+    others = {_base_name(noted): other for other, noted in known.items() if _base_name(noted)}
+    if not others or _base_name(base) in {"", *others}:
+        return ()
+    other = next(iter(others.values()))
+    return (f"it was trained on {base!r}, and adapter {other!r} on {known[other]!r}: are both of the engine's model?",)
+
+
+def _noted_base(name_or_path: str) -> str:
+    """`name_or_path`; absolute where it leads somewhere, but looks like a name on the hub, as "models/llama" does."""
+    path = Path(name_or_path)
+    looks_like_a_name = not path.is_absolute() and len(path.parts) == 2
+    return os.path.abspath(path) if looks_like_a_name and os.path.exists(path) else name_or_path  # noqa: PTH100, PTH110
+
+
+_CACHED = re.compile(r".*/models--[^/]*--(?P<name>[^/]+)/snapshots/[^/]+", re.DOTALL)  # huggingface_hub's cache
+
+
+def _base_name(name_or_path: str) -> str:
+    """What a base model is called wherever it lies: only the last part of a name or a path says that. "" for "."."""
+    path = name_or_path.rstrip("/")
+    cached = _CACHED.fullmatch(path)
+    return (cached["name"] if cached else path.rpartition("/")[2]).casefold().strip(".")
+
+
+def _write_tensors(repository: Repository, planned: _Planned, known: AdapterEntry | None) -> Added:
+    """Convert or copy, and give the two files their names, unless `known` is the same content already."""
+    options, entry = planned.options, planned.entry
+    weights_path, config_path = (repository.root / file for file in (entry.lora_weights_file, entry.lora_config_file))
+    make_directory(repository.warmup_directory)
+    # In the warmup directory, not beside the files, whose own directory may come to nothing.
+    temporary = repository.warmup_directory / f"adapter_{entry.lora_task_id}"
+    with temporary_name(temporary) as weights, temporary_name(temporary) as rows:
+        planned.kind.store(planned.adapter, planned.layout, weights, rows, options.base, options.allow_nonfinite)
+        entry = replace(entry, lora_weights_sha256=sha256_of(weights), lora_config_sha256=sha256_of(rows))
+        if known is not None and _content(known) == _content(entry) and _owns_its_files(repository, planned, known):
+            entry = replace(known, warm=options.warm)
+            restored = _restore(repository, known, weights, rows)
+            remarks = (*planned.remarks, *(f"{file} was missing or altered, and is there again" for file in restored))
+            unchanged = known.warm == options.warm and not restored
+            return Added(planned.name, entry, remarks, known=True, restored=restored, unchanged=unchanged)
+        make_directory(weights_path.parent)
+        publish(weights, weights_path)
+        publish(rows, config_path)
+    return Added(planned.name, entry, planned.remarks)
+
+
+def _owns_its_files(repository: Repository, planned: _Planned, entry: AdapterEntry) -> bool:
+    """Not those of another adapter, which an edit by hand may name."""
+    own = _entry_of(repository, planned.kind, entry.lora_task_id, planned.layout, warm=entry.warm)
+    return (own.lora_weights_file, own.lora_config_file) == (entry.lora_weights_file, entry.lora_config_file)
+
+
+def _restore(repository: Repository, entry: AdapterEntry, weights: Path, rows: Path) -> tuple[str, ...]:
+    """Give these files the place of those of `entry` that are not there as they are registered, and say which."""
+    restored = []
+    for fresh, (file, sha256) in zip((weights, rows), entry.sha256_by_file.items(), strict=True):
+        path = repository.root / file
+        if not path.is_file() or sha256_of(path) != sha256:
+            make_directory(path.parent)
+            publish(fresh, path)
+            restored.append(file)
+    return tuple(restored)
+
+
+def _after(before: AdapterTable, added: Added) -> Added:
+    """`added`, with what it replaces."""
+    known = before.entries.get(added.name)
+    was = None if known is None or known.lora_task_id == added.entry.lora_task_id else known.lora_task_id
+    return replace(added, was=was)
+
+
+def _with(table: AdapterTable, added: Added) -> AdapterTable:
+    """`table` with what was added: under its new id, or, where the content was there already, warm or not."""
+    known = table.entries.get(added.name)
+    if known is not None and known.lora_task_id == added.entry.lora_task_id:
+        return with_warm(table, added.name, added.entry.warm)
+    return with_adapter(table, added.name, added.entry)
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """What `remove` took away."""
+
+    name: str
+    entry: AdapterEntry | None  # of an adapter
+    alias_of: str | None  # of an alias: the adapter, which stays
+
+
+def remove(repository: Repository, *names: str) -> list[Removed]:
+    """Take adapters out, all of them or none: their warmup samples and names. Their ids are never used again.
+
+    Their files stay for as long as requests under way may need them; a later command deletes them. Of an alias, the
+    name alone is taken away. Refuses an adapter that has aliases which stay.
+    """
+    with locked(repository.table_path.parent):
+        before = table = read_table(repository)
+        removed = []
+        for name in sorted(dict.fromkeys(names), key=lambda name: name not in before.aliases):  # aliases first
+            if name in table.aliases:
+                removed.append(Removed(name, None, alias_of=table.aliases[name]))
+                table = without_alias(table, name)
+            else:
+                table, entry = without_adapter(table, name), table.entries.get(name)
+                removed.append(Removed(name, entry, alias_of=None))
+        if table.entries != before.entries:
+            generated.keep_for_a_while(repository, before, table)
+            generated.write_config(repository, table)
+        write_text(repository.table_path, render(table))
+        generated.sweep(repository, table)
+        return removed
+
+
+@dataclass(frozen=True, slots=True)
+class Aliased:
+    """Where `alias` led a name to."""
+
+    alias: str
+    name: str  # of the adapter
+    before: str | None  # the adapter that the alias led to until now
+
+
+def alias(repository: Repository, alias: str, name: str) -> Aliased:
+    """Give an adapter a second name, or lead one that there is to another adapter, in one step.
+
+    Where `name` is an alias itself, the new one leads to the adapter that it leads to now, and stays there.
+    """
+    with locked(repository.table_path.parent):
+        table = read_table(repository)
+        new_table = with_alias(table, alias, name)
+        write_text(repository.table_path, render(new_table))
+        return Aliased(alias, new_table.aliases[alias], table.aliases.get(alias))
+
+
+def repair(repository: Repository) -> None:
+    """Bring what is generated in step with adapters.json again, and delete what stopped commands left behind.
+
+    RepositoryError names what could not be deleted.
+    """
+    with locked(repository.table_path.parent):
+        table = read_table(repository)
+        generated.write_config(repository, table)
+        if problems := generated.sweep(repository, table):
+            raise RepositoryError(one_message("not everything that was left behind can be deleted", problems))
+
+
+def set_parameters(repository: Repository, parameters: Mapping[str, str]) -> None:
+    """Set parameters of the engine's model, leaving every other byte of its config.pbtxt as it is."""
+    with locked(repository.table_path.parent):
+        _set_parameters(repository, parameters)
+
+
+def _set_parameters(repository: Repository, parameters: Mapping[str, str]) -> None:
+    text = read_text(repository.config_path)
+    for key, value in parameters.items():
+        text = model_configs.set_parameter(text, key, value)
+    undo.write(repository.root, {repository.config_path: text.encode()})
+
+
+def apply_plan(
+    repository: Repository, recommendations: Iterable[cache_plan.Recommendation], profile: EngineProfile
+) -> dict[str, str]:
+    """Set the recommended parameters of the engine's model, and tell the models before it what the cache is then.
+
+    Gives the parameters of the engine's model that were changed.
+    """
+    with locked(repository.table_path.parent):
+        _, ignored = parse_parameters(read_config(repository.config_path).parameters)
+        changed = {
+            one.parameter: str(one.value)
+            for one in recommendations
+            if one.value != one.in_effect or one.parameter in ignored
+        }
+        _set_parameters(repository, changed)
+        table, config = read_table(repository), read_config(repository.config_path)
+        planned = cache_plan.plan_cache(plan_entries(repository, table, config), profile, config.parameters)
+        pages = {adapter.name: adapter.pages for adapter in planned.adapters}
+        sized = {name: replace(entry, pages=pages[name]) for name, entry in table.entries.items()}
+        if sized != table.entries:
+            write_text(repository.table_path, render(replace(table, entries=sized)))
+        cache_pages = str(planned.tightest.host_pages)
+        configs = [repository.root / model / "config.pbtxt" for model in (ROUTER, RESOLVER)]
+        texts = {
+            path: model_configs.set_parameter(read_text(path), "cache_pages", cache_pages).encode()
+            for path in configs
+            if path.is_file()
+        }
+        undo.write(repository.root, texts)
+    return changed
+
+
+def _task_id(repository: Repository, table: AdapterTable, asked: int | None) -> int:
+    """The id for a new adapter: none that the user's own warmup samples load an adapter under or name a file after."""
+    text = read_text(repository.config_path)
+    taken = {warmup.task_id_of(file) for file in warmup.foreign_files(text)}
+    for file in warmup.foreign_files(text, *warmup.TASK_IDS):
+        path = repository.warmup_directory / file
+        if not path.exists():
+            raise RepositoryError(f"a model_warmup sample of {repository.config_path} needs {path}, which is missing")
+        taken.add(int.from_bytes(read_bytes(path)[:8], "little"))
+    if asked is not None:
+        if asked in taken:
+            raise RepositoryError(f"lora_task_id {asked} is loaded by a model_warmup sample of your own; take another")
+        return asked
+    return next(number for number in itertools.count(table.next_lora_task_id) if number not in taken)
+
+
+def _entry_of(repository: Repository, kind: Target, task_id: int, layout: Layout, *, warm: bool) -> AdapterEntry:
+    """The entry of an adapter that is still to be converted: its digests are all zeros."""
+
+    def place(name: str) -> str:
+        return repository.relative(repository.warmup_directory / name)
+
+    places = kind.PLACES.of(task_id)
+    return AdapterEntry(
+        lora_task_id=task_id,
+        lora_weights_file=place(places.weights_file),
+        lora_config_file=place(places.config_file),
+        lora_path=place(places.directory) if places.directory else None,
+        dtype=layout.dtype,
+        lora_weights_shape=layout.weights_shape,
+        lora_config_shape=layout.config_shape,
+        lora_weights_sha256="0" * 64,
+        lora_config_sha256="0" * 64,
+        adapter_sizes=tuple(sorted({row.adapter_size for row in layout.rows})),
+        modules=tuple(module.name for module in MODULES if any(row.module is module for row in layout.rows)),
+        base_model_name_or_path="",
+        warm=warm,
+        added_at=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    )
+
+
+def _content(entry: AdapterEntry) -> tuple[object, ...]:
+    """What makes two entries the same adapter to the engine."""
+    return (entry.lora_weights_sha256, entry.lora_config_sha256, entry.lora_weights_shape, entry.dtype)
+
+
+def _choose_dtype(
+    table: AdapterTable, name: str, profile: EngineProfile | None, asked: str | None, assumed: str | None
+) -> tuple[str, tuple[str, ...]]:
+    """The dtype to convert to: the engine's. An engine that is not here must be described by the user."""
+    others = {entry.dtype: other for other, entry in table.entries.items() if other != name}
+    known = profile.dtype if profile else next(iter(others), assumed)
+    chosen = asked or known
+    if chosen is None:
+        raise EngineMismatch(
+            "the engine's dtype is not known, because its config.json is not at the model's gpt_model_path; "
+            "give --dtype, or --base with the base model's directory"
+        )
+    if profile and chosen != profile.dtype:
+        raise EngineMismatch(f"{profile.source} has dtype {profile.dtype}, not {chosen}; leave out --dtype")
+    if others and chosen not in others:
+        dtype, other = next(iter(others.items()))
+        raise EngineMismatch(
+            f"adapter {other!r} is registered as {dtype}, and all adapters of an engine share one dtype"
+        )
+    if profile is None:
+        return chosen, ("the engine's config.json is not here: modules, ranks and dims were not checked against it",)
+    return chosen, ()
+
+
+def _pages(name: str, layout: Layout, profile: EngineProfile | None, config: ModelConfig) -> int | None:
+    """Pages of the engine's cache that the adapter takes; None when the engine is not known.
+
+    EngineMismatch where the engine would accept the adapter and could not serve it.
+    """
+    if profile is None:
+        return None
+    rows = tuple((row.module.id, row.layer, row.adapter_size, int(row.dora)) for row in layout.rows)
+    planned = cache_plan.plan_cache([cache_plan.Entry(name, rows, layout.weights_nbytes)], profile, config.parameters)
+    adapter = planned.adapters[0]
+    if adapter.unloadable:
+        remedy = cache_plan.loadable_remedy(planned, adapter, registered=False)
+        raise EngineMismatch(f"the engine cannot load {name!r}: {adapter.unloadable}; {remedy}")
+    return adapter.pages

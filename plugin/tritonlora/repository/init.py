@@ -1,0 +1,368 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""Put the router into a model repository, and lead its ensembles to it, or to the resolver.
+
+These come before the ensembles that lead to them, and go after, so that the repository loads whenever this is stopped.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import tritonlora
+from tritonlora.errors import ConfigError, RepositoryError, one_message
+from tritonlora.files import (
+    delete,
+    locked,
+    make_directory,
+    place_for_models,
+    sync_directory,
+    temporary_directory,
+    write_bytes,
+    write_text,
+    writing,
+)
+from tritonlora.pbtxt.model_config import ModelConfig, has_template, parse_config
+from tritonlora.repository import ensemble_edits, model_configs, undo
+from tritonlora.repository.paths import (
+    COPY_AGAIN,
+    DEFAULT_TARGET,
+    FORMER_SERVING,
+    LISTING,
+    REPOSITORY_PATH,
+    RESOLVER,
+    ROUTER,
+    SERVING,
+    dead_links,
+    half_written,
+    read_config,
+    read_configs,
+    read_text,
+    served_config,
+)
+from tritonlora.repository.undo import FileChange
+from tritonlora.serving.adapter_table import AdapterTable
+from tritonlora.serving.adapter_table_json import render
+from tritonlora.targets import target_of
+
+PACKAGE = Path(tritonlora.__file__).resolve().parent
+_BLS_TARGET = "tensorrt_llm_model_name"  # parameter of upstream's tensorrt_llm_bls: the model that it calls
+ENSEMBLE = "ensemble"
+_WITH_CODE = (ROUTER, LISTING)
+FORWARD, RESOLVE = TOPOLOGIES = ("forward", "resolve")
+
+
+def shipped_models() -> Path:
+    """The model repository that comes with tritonlora, in the installed package or in the checkout around it.
+
+    RepositoryError when this installation has none.
+    """
+    places = (PACKAGE / "model_repository", PACKAGE.parents[1] / "model_repository")
+    for path in places:
+        if (path / ROUTER / "1" / "model.py").is_file():
+            return path
+    raise RepositoryError(
+        f"this installation of tritonlora has no model_repository (looked at {' and '.join(map(str, places))}); "
+        "install it again"
+    )
+
+
+def create_repository(root: Path, parameters: Mapping[str, Mapping[str, str]] | None = None) -> None:
+    """Copy the shipped repository, with the CPU engine, to `root`; RepositoryError when something is there already.
+
+    The resolver is left out: it comes with its topology. `parameters` are set in the models' configs: model -> key ->
+    value. Each model of ours gets a copy of the code that it runs, so that the repository stands alone. The CPU engine
+    needs tritonlora to be installed.
+    """
+    if root.exists() and any(root.iterdir()):
+        raise RepositoryError(f"{str(root)!r} is not empty; name a new directory")
+    source = shipped_models()
+    for model in sorted(path.name for path in source.iterdir() if path.is_dir() and path.name != RESOLVER):
+        shutil.copytree(source / model, root / model, ignore=shutil.ignore_patterns("__pycache__", ".lock", SERVING))
+        if (root / model / "1" / "model.py").is_file() and model != DEFAULT_TARGET:
+            shutil.copytree(PACKAGE / SERVING, root / model / "1" / SERVING, ignore=_NO_CACHES)
+        for key, value in (parameters or {}).get(model, {}).items():
+            config = root / model / "config.pbtxt"
+            write_text(config, model_configs.set_parameter(read_text(config), key, value))
+
+
+_NO_CACHES = shutil.ignore_patterns("__pycache__")
+
+
+def plan_init(
+    root: Path, target: str | None = None, *, served_at: str | None = None, topology: str | None = None
+) -> list[FileChange]:
+    """What `init` writes: the router in front of `target`, and the ensembles that now lead to it. Idempotent.
+
+    `target` is by default the one that the router stands before already, else "tensorrt_llm"; `topology` the one that
+    is there, else "forward". Where no ensemble leads to a target that takes text, it gets one of the router alone.
+    """
+    if links := dead_links(root):
+        raise RepositoryError(one_message(f"links to models' code lead nowhere; {COPY_AGAIN}", map(str, links)))
+    target = _choose_target(root, target)
+    config_path = root / target / "config.pbtxt"
+    engine_config = served_config(config_path)
+    found = _ensembles_of(root, target)
+    present = topology_of(root)
+    resolves = (topology or present) == RESOLVE
+    if resolves and not found:
+        raise RepositoryError(f"the resolve topology needs an ensemble with a step for {target!r}, and there is none")
+    if resolves and not target_of(engine_config).WIRE.sends_weights:
+        raise RepositoryError(f"{target!r} reads adapters by itself, which only the forward topology serves")
+    changes = []
+    takes_previous_ids = False
+    for path, config in found.items():
+        postprocessing = next((s.model_name for s in config.steps if _takes_previous_tokens(root, s.model_name)), None)
+        takes_previous_ids |= postprocessing is not None
+        before = read_text(path)
+        try:
+            after = (
+                ensemble_edits.rewire_to_resolve(before, target=target)
+                if resolves
+                else ensemble_edits.rewire_to_forward(before, target=target, postprocessing=postprocessing)
+            )
+        except ConfigError as error:
+            raise RepositoryError(f"{path}: {error}") from None
+        changes.append(FileChange(path, before, after))
+    files = {f"{LISTING}/config.pbtxt": read_text(shipped_models() / LISTING / "config.pbtxt")}
+    try:
+        tuned = _config_there(root, ROUTER)
+        streams = {"max_streams": tuned.instance_count} if tuned and isinstance(tuned.instance_count, int) else {}
+        router_config = model_configs.router_config(
+            engine_config, name=ROUTER, target_name=target, previous_ids=takes_previous_ids, **streams
+        )
+        given = {REPOSITORY_PATH: served_at} if served_at else {}
+        files[f"{ROUTER}/config.pbtxt"] = _with_parameters(router_config, _tuned_parameters(tuned) | given)
+        ensemble = model_configs.one_step_ensemble(engine_config, parse_config(router_config), name=ENSEMBLE)
+        if resolves:
+            files[f"{RESOLVER}/config.pbtxt"] = _resolver_config(root, target, engine_config, tuned)
+    except ConfigError as error:
+        raise RepositoryError(f"{config_path}: {error}") from None
+    for model in (ROUTER, LISTING, *([RESOLVER] if resolves else [])):
+        files |= code_of(model)
+    if not (root / ROUTER / "adapters.json").exists():
+        files[f"{ROUTER}/adapters.json"] = render(AdapterTable())
+    if ensemble is not None and not found and not (root / ENSEMBLE).exists():
+        files |= {f"{ENSEMBLE}/1/.gitkeep": "", f"{ENSEMBLE}/config.pbtxt": ensemble}
+    for name, content in files.items():
+        path = root / name
+        changes.append(FileChange(path, read_text(path) if path.exists() else None, content))
+    if present == RESOLVE and not resolves:
+        changes += [FileChange(path, read_text(path), None) for path in undo.files_of(root, RESOLVER)]
+    # What an earlier version wrote into these models, and this one does not.
+    unused = [root / name for name in undo.recorded(root) if name not in files and Path(name).parts[0] in _WITH_CODE]
+    changes += [FileChange(path, read_text(path), None) for path in unused if path.is_file()]
+    return [change for change in changes if change.before != change.after]
+
+
+def topology_of(root: Path) -> str:
+    """Which way the ensembles of a repository lead."""
+    return RESOLVE if any(config.leads_to(RESOLVER) for config in read_configs(root).values()) else FORWARD
+
+
+def _resolver_config(root: Path, target: str, engine_config: ModelConfig, router: ModelConfig | None) -> str:
+    """The resolver's config.pbtxt, with what somebody has tuned in it, and what the router knows of the cache."""
+    tuned = _config_there(root, RESOLVER)
+    instances = {"instances": tuned.instance_count} if tuned and isinstance(tuned.instance_count, int) else {}
+    text = model_configs.resolver_config(engine_config, name=RESOLVER, target_name=target, router=ROUTER, **instances)
+    known = {"cache_pages": router.parameters.get("cache_pages", "0")} if router else {}
+    return _with_parameters(text, _tuned_parameters(tuned) | known)
+
+
+def _with_parameters(text: str, parameters: Mapping[str, str]) -> str:
+    for key, value in parameters.items():
+        text = model_configs.set_parameter(text, key, value)
+    return text
+
+
+def code_of(model: str) -> dict[str, str]:
+    """What one of our models runs: path in the repository -> content, in the order in which it is written."""
+    modules = {f"{model}/1/{SERVING}/{path.name}": path for path in sorted((PACKAGE / SERVING).glob("*.py"))}
+    last = {f"{model}/1/model.py": shipped_models() / model / "1" / "model.py"}  # it imports the modules
+    return {name: read_text(path) for name, path in (modules | last).items()}
+
+
+def served_version(root: Path, model: str) -> str | None:
+    """The version of tritonlora whose code one of our models runs; None when there is none of ours."""
+    directory = root / model / "1"
+    if (directory / FORMER_SERVING).is_dir() and not (directory / SERVING).is_dir():
+        return "0.1.0"
+    try:
+        match = _VERSION.search(read_text(directory / SERVING / "__init__.py"))
+    except RepositoryError:
+        return None
+    return match[1] if match else None
+
+
+_VERSION = re.compile(r'^__version__ = "([^"]+)"$', re.MULTILINE)
+
+
+def init(
+    root: Path,
+    target: str | None = None,
+    *,
+    served_at: str | None = None,
+    topology: str | None = None,
+    dry_run: bool = False,
+) -> list[FileChange]:
+    """Put the router into the model repository at `root`, and rewire its ensembles; the changes made, or to be made.
+
+    `served_at` is where the server sees `root`, if it does not see it here: in a container, for one.
+    Each model comes in one step, and before the ensembles that lead to it, so that the repository loads whenever this
+    stops; and goes the other way round.
+    """
+    if not root.is_dir():
+        raise RepositoryError(f"there is no model repository at {str(root)!r}")
+    changes = plan_init(root, target, served_at=served_at, topology=topology)
+    if dry_run or not changes:
+        return changes
+    if not (root / ROUTER).exists():  # which has the lock
+        _put(ROUTER, root, changes)
+    with locked(root / ROUTER):
+        for path in half_written(root):
+            delete(path)
+        planned = plan_init(root, target, served_at=served_at, topology=topology)
+        for model in (LISTING, RESOLVER, ENSEMBLE):
+            is_new = any(change.after is not None and change.path.is_relative_to(root / model) for change in planned)
+            if is_new and not (root / model).exists():
+                _put(model, root, planned)
+        for change in sorted(planned, key=_step):
+            if change.after is not None:
+                make_directory(change.path.parent)
+                undo.write(root, {change.path: change.after.encode()})
+        gone = [change.path for change in planned if change.after is None]
+        if present_after := [path for path in gone if path.is_relative_to(root / RESOLVER)]:
+            undo.take_out(root, [RESOLVER])
+        undo.delete_recorded(root, [path for path in gone if path not in present_after])
+    return changes
+
+
+def _step(change: FileChange) -> int:
+    """When it is written: new files, then what was there, and last the ensembles, which lead to what a model gives."""
+    is_ensemble = change.path.name == "config.pbtxt" and bool(parse_config(change.after or "").steps)
+    return 0 if change.before is None else 2 if is_ensemble else 1
+
+
+def _put(model: str, root: Path, changes: Sequence[FileChange]) -> None:
+    """Make a model's directory inside another one's, where it is no model yet, and move it into its place."""
+    contents = {
+        change.path.relative_to(root / model): (change.after or "").encode()
+        for change in changes
+        if change.path.is_relative_to(root / model)
+    }
+    with writing(root), temporary_directory(place_for_models(root) / model) as directory:
+        for name, content in contents.items():
+            make_directory((directory / name).parent)
+            write_bytes(directory / name, content)
+        if model == ROUTER:
+            undo.begin(directory, contents)
+        else:
+            undo.record(root, model, contents)
+        try:
+            directory.rename(root / model)
+        except OSError:  # another `init` may have been faster
+            if not (root / model).exists():
+                raise
+        else:
+            sync_directory(root)
+
+
+def notes(root: Path) -> list[str]:
+    """What somebody who has just put the router into `root` should know."""
+    router = read_config(root / ROUTER / "config.pbtxt")
+    target = router.parameters.get("target", DEFAULT_TARGET)
+    found = _ensembles_of(root, target)
+    configs = {path.parent.name: config for path, config in read_configs(root).items()}
+    said = [] if found else [f"no ensemble has a step for {target!r}: clients send their tokens to {ROUTER!r}"]
+    if topology_of(root) == RESOLVE and router.parameters.get("cache_pages", "0") == "0":
+        said.append(
+            "the size of the engine's cache is not known, so weights travel with every request: run tritonlora plan "
+            "--apply where the engine's config.json is"
+        )
+    return said + [
+        f"{name!r} calls {target!r} itself and takes no lora_name: clients that want adapters ask "
+        + (" or ".join(repr(path.parent.name) for path in found) or repr(ROUTER))
+        for name in models_past_the_router(configs, target)
+    ]
+
+
+def models_past_the_router(configs: Mapping[str, ModelConfig], target: str) -> list[str]:
+    """The models that call the engine's by BLS, which no config can lead through the router.
+
+    Upstream's tensorrt_llm_bls forwards the inputs that it knows, and lora_name is none of them.
+    """
+    called = {name: config.parameters.get(_BLS_TARGET) for name, config in configs.items()}
+    return [
+        name
+        for name, value in called.items()
+        if value is not None and (value == target or (target == DEFAULT_TARGET and (not value or has_template(value))))
+    ]
+
+
+def _choose_target(root: Path, asked: str | None) -> str:
+    """The engine's model; RepositoryError where it is not plain which one that is, or it is not there."""
+    path = root / ROUTER / "config.pbtxt"
+    present = read_config(path).parameters.get("target", "") if path.is_file() else None
+    others = {model: _config_there(root, model) for model in (LISTING, RESOLVER)}
+    strangers = {ROUTER: present == ""} | {
+        model: config is not None and not config.parameters.get("router") for model, config in others.items()
+    }
+    for model, is_stranger in strangers.items():
+        if is_stranger:
+            raise RepositoryError(
+                f"{str(root)!r} has a model {model!r} that is not tritonlora's; rename that one first"
+            )
+    if asked and present and asked != present:
+        raise RepositoryError(
+            f"the router of {str(root)!r} stands before {present!r}, and one repository has one router; "
+            f"serve {asked!r} from another repository, or take the router out with: tritonlora init --undo {root}"
+        )
+    target = asked or present or DEFAULT_TARGET
+    if not (root / target / "config.pbtxt").is_file():
+        candidates = [
+            repr(path.parent.name)
+            for path, config in read_configs(root).items()
+            if not config.steps
+            and not target_of(config).WIRE.missing([spec.name for spec in config.inputs])
+            and _BLS_TARGET not in config.parameters
+        ]
+        raise RepositoryError(
+            f"{str(root)!r} has no model {target!r} (no {root / target / 'config.pbtxt'}); "
+            f"name the engine's model with --target{': ' if candidates else ''}{', '.join(candidates)}"
+        )
+    return target
+
+
+def _ensembles_of(root: Path, target: str) -> dict[Path, ModelConfig]:
+    """The ensembles with a step for `target` or for the router; RepositoryError where all lead to other models."""
+    candidates = {path: config for path, config in read_configs(root).items() if config.steps}
+    found = {
+        path: config
+        for path, config in candidates.items()
+        if any(step.model_name in (target, ROUTER) for step in config.steps)
+    }
+    if candidates and not found:
+        names = ", ".join(repr(path.parent.name) for path in candidates)
+        raise RepositoryError(
+            f"no ensemble of {names} has a step for {target!r}; name the engine's model with --target"
+        )
+    return found
+
+
+def _config_there(root: Path, model: str) -> ModelConfig | None:
+    """The config of a model of ours that is there already: what somebody has tuned in it stays."""
+    path = root / model / "config.pbtxt"
+    return read_config(path) if path.is_file() else None
+
+
+def _tuned_parameters(config: ModelConfig | None) -> dict[str, str]:
+    """The parameters of a model, less those that `init` sets."""
+    return {key: value for key, value in config.parameters.items() if key not in ("target", "router")} if config else {}
+
+
+def _takes_previous_tokens(root: Path, model: str) -> bool:
+    path = root / model / "config.pbtxt"
+    return path.is_file() and read_config(path).input("PREVIOUS_TOKENS") is not None

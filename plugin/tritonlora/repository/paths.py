@@ -1,0 +1,230 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""A model repository with a router in it: where things are, and what they say. Reads only.
+
+`install` puts the router there, `register` adapters; both write through `files`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from tritonlora.engine.cache_plan import CachePlan, Entry, plan_cache
+from tritonlora.engine.cpu_engine_settings import is_cpu_engine
+from tritonlora.engine.profile import EngineProfile
+from tritonlora.errors import AdapterTableError, ConfigError, RepositoryError
+from tritonlora.files import TEMPORARY_SUFFIX, is_abandoned
+from tritonlora.pbtxt.model_config import ModelConfig, parse_config
+from tritonlora.repository import warmup
+from tritonlora.serving.adapter_table import AdapterTable
+from tritonlora.serving.adapter_table_json import parse
+from tritonlora.serving.file_version import read_file
+from tritonlora.targets import target_of
+
+ROUTER = "lora_router"
+RESOLVER = "lora_resolver"
+LISTING = "lora_adapters"
+COPY_AGAIN = "copy the repository again, with what its links lead to: cp -rL"
+WARMUP = "warmup"
+SERVING = "serving"  # beside a model.py of ours: a copy of the package that it runs
+FORMER_SERVING = "tritonlora"  # the same before 0.2
+DEFAULT_TARGET = "tensorrt_llm"
+REPOSITORY_PATH = "repository_path"  # parameter of the router: where the server sees the repository
+
+
+@dataclass(frozen=True, slots=True)
+class Repository:
+    """A model repository that has a router, and the model that the router forwards to."""
+
+    root: Path
+    target: str = DEFAULT_TARGET
+    served_root: Path = Path()  # where the server sees `root`
+
+    @property
+    def table_path(self) -> Path:
+        """adapters.json."""
+        return self.root / ROUTER / "adapters.json"
+
+    @property
+    def target_directory(self) -> Path:
+        """The directory of the engine's model."""
+        return self.root / self.target
+
+    @property
+    def config_path(self) -> Path:
+        """config.pbtxt of the engine's model."""
+        return self.target_directory / "config.pbtxt"
+
+    @property
+    def warmup_directory(self) -> Path:
+        """Where Triton looks for the files of warmup samples."""
+        return self.target_directory / WARMUP
+
+    def relative(self, path: Path) -> str:
+        """`path` as adapters.json has it."""
+        return path.relative_to(self.root).as_posix()
+
+
+def open_repository(root: Path) -> Repository:
+    """The repository at `root`; RepositoryError when it has no router or no engine model."""
+    if not root.is_dir():
+        raise RepositoryError(f"there is no model repository at {str(root)!r}")
+    router_config = root / ROUTER / "config.pbtxt"
+    if not router_config.is_file():
+        raise RepositoryError(
+            f"model repository {str(root)!r} has no {ROUTER!r}; put it there with: "
+            f"tritonlora init {shlex.quote(str(root))}"
+        )
+    parameters = read_config(router_config).parameters
+    target = parameters.get("target", DEFAULT_TARGET)
+    repository = Repository(root, target, Path(parameters.get(REPOSITORY_PATH) or root.resolve()))
+    if not repository.config_path.is_file():
+        raise RepositoryError(f"model repository {str(root)!r} has no model {target!r} (no {repository.config_path})")
+    return repository
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a regular file; RepositoryError when it cannot be read."""
+    try:
+        return read_file(path)
+    except OSError as error:
+        raise RepositoryError(f"cannot read {path}: {error.strerror}") from None
+
+
+def read_text(path: Path) -> str:
+    """A config's text with its line ends as they are; RepositoryError when it cannot be read."""
+    try:
+        return read_bytes(path).decode()
+    except UnicodeDecodeError:
+        raise RepositoryError(f"{path} is not UTF-8") from None
+
+
+def read_config(path: Path) -> ModelConfig:
+    """The meaning of a config.pbtxt; its errors name the file."""
+    try:
+        return parse_config(read_text(path))
+    except ConfigError as error:
+        raise RepositoryError(f"{path}: {error}") from None
+
+
+def read_configs(root: Path) -> dict[Path, ModelConfig]:
+    """What `read_config` gives for each model of a repository, in the order of their names."""
+    return {path: read_config(path) for path in sorted(root.glob("*/config.pbtxt"))}
+
+
+def read_table(repository: Repository) -> AdapterTable:
+    """adapters.json; an absent file is an empty table, unless there are adapters: their ids must not be given again."""
+    try:
+        text = read_file(repository.table_path).decode()
+    except FileNotFoundError:
+        found = [path for path in repository.warmup_directory.glob("*") if warmup.task_id_of(path.name)]
+        if found:
+            raise AdapterTableError(
+                f"{repository.table_path} is missing, and there are adapters ({min(found)}); put it back from a "
+                "backup, or delete their files to begin anew"
+            ) from None
+        return AdapterTable()
+    except (OSError, UnicodeDecodeError) as error:
+        raise AdapterTableError(f"cannot read {repository.table_path}: {error}") from None
+    try:
+        return parse(text)
+    except AdapterTableError as error:
+        raise AdapterTableError(f"{repository.table_path}: {error}") from None
+
+
+def served_config(path: Path) -> ModelConfig:
+    """The config of a target as the server has it, which completes some of it when it loads the model."""
+    config = read_config(path)
+    try:
+        return target_of(config).served_config(config, path.parent)
+    except ConfigError as error:
+        raise RepositoryError(str(error)) from None
+
+
+def engine_profile(repository: Repository, config: ModelConfig) -> EngineProfile | None:
+    """What the engine behind the target accepts; None when the config.json that says it is not on this machine."""
+    return target_of(config).profile(config, repository.target_directory)
+
+
+def has_gpu_cache(config: ModelConfig) -> bool:
+    """Whether the engine behind the target keeps adapters in GPU memory, in pages."""
+    return target_of(config).WIRE.sends_weights and not is_cpu_engine(config.parameters)
+
+
+def dead_links(root: Path) -> list[Path]:
+    """Links to models' code that lead nowhere: a checkout's repository was copied without the checkout."""
+    links = (path / name for path in sorted(root.glob("*/1")) for name in (SERVING, FORMER_SERVING))
+    return [link for link in links if link.is_symlink() and not link.exists()]
+
+
+# What may be deleted: this alone, by whatever command.
+
+
+def half_written(root: Path) -> list[Path]:
+    """Files and directories in the making that commands which were stopped have left in a model repository."""
+    places = ("*", f"*/{WARMUP}", "*/1", f"*/1/{SERVING}", f"*/1/{FORMER_SERVING}")
+    found = {path for place in places for path in root.glob(f"{place}/.*{TEMPORARY_SUFFIX}")}
+    return sorted(path for path in found if is_abandoned(path))
+
+
+def outlived(repository: Repository, table: AdapterTable, oldest: float = math.inf) -> list[Path]:
+    """Files of retired ids that were last used before `oldest`, in seconds since 1970, and that nothing names.
+
+    No file goes that a model_warmup sample of a config.pbtxt names, whatever the table says: Triton would not load the
+    model. Nor do the other files of its id, for the one that is named may say where these are. While a config.pbtxt
+    cannot be read, none goes at all.
+    """
+    home = repository.warmup_directory
+    retired = warmup.files_of(home, table.retired_lora_task_ids)
+    found = [path for path in retired if path.lstat().st_mtime <= oldest]
+    try:
+        named = named_by_samples(repository.root) if found else set()
+    except RepositoryError:
+        return []
+    inside = (path.relative_to(place) for place in {home, home.resolve()} for path in named if place in path.parents)
+    kept = {warmup.task_id_of(path.parts[0]) for path in inside}
+    return [path for path in found if warmup.task_id_of(path.name) not in kept]
+
+
+def named_by_samples(root: Path) -> set[Path]:
+    """The files that model_warmup samples of any model name, as their paths are written and where links lead.
+
+    RepositoryError when a config.pbtxt cannot be read.
+    """
+    found = set()
+    for config in root.glob("*/config.pbtxt"):
+        try:
+            for file in warmup.named_files(read_text(config)):
+                path = config.parent / WARMUP / file
+                found |= {Path(os.path.normpath(path)), path.resolve()}
+        except (ConfigError, ValueError, RuntimeError) as error:  # a name that is no path; links in a circle
+            raise RepositoryError(f"{config}: {error}") from None
+    return found
+
+
+def plan_of(
+    repository: Repository,
+    table: AdapterTable,
+    config: ModelConfig,
+    profile: EngineProfile | None,
+    *,
+    gpu_memory: int | None = None,
+) -> CachePlan | None:
+    """The cache plan of a repository's adapters; None when the engine is not known or its cache is not in pages."""
+    kind = target_of(config)
+    if profile is None or not profile.modules or not kind.WIRE.sends_weights:
+        return None
+    return plan_cache(plan_entries(repository, table, config), profile, config.parameters, gpu_memory=gpu_memory)
+
+
+def plan_entries(repository: Repository, table: AdapterTable, config: ModelConfig) -> list[Entry]:
+    """The registered adapters as the planner needs them."""
+    kind = target_of(config)
+    return [
+        Entry(name, kind.rows(repository.root, entry, None), entry.lora_weights_nbytes, entry.warm)
+        for name, entry in sorted(table.entries.items())
+    ]

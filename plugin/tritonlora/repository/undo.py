@@ -1,0 +1,387 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""Take tritonlora out of a model repository again: every file as it was, byte for byte.
+
+What was there before is kept in lora_router/1/originals, where tritonserver does not look: a copy of each file that
+tritonlora changed, and written.json with the SHA-256 of what it wrote. Both are there before the file itself changes,
+so that a command may be stopped at any instant. A file that somebody has edited since is never written over.
+
+The record may come from anybody who could write to the repository. So it is read like any input: a name that is not of
+a file inside a model, and a path that leads out of the repository, are refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tritonlora.errors import RepositoryError, one_message
+from tritonlora.files import (
+    TEMPORARY_SUFFIX,
+    delete,
+    locked,
+    make_directory,
+    place_for_models,
+    sync_directory,
+    temporary_directory,
+    write_bytes,
+    write_text,
+    writing,
+)
+from tritonlora.pbtxt.model_config import parse_config
+from tritonlora.repository import ensemble_edits
+from tritonlora.repository.paths import (
+    LISTING,
+    RESOLVER,
+    ROUTER,
+    Repository,
+    half_written,
+    named_by_samples,
+    open_repository,
+    outlived,
+    read_bytes,
+    read_configs,
+    read_table,
+    read_text,
+)
+from tritonlora.serving.file_version import has_content, read_file
+
+ORIGINALS = Path(ROUTER, "1", "originals")
+WRITTEN = ORIGINALS / "written.json"
+OURS = (LISTING, RESOLVER, ROUTER)  # the models that come with init; the router, which has the originals, goes last
+NOTHING_CHANGED = "not everything can be put back as it was; nothing was changed"
+_NOT_RECORDED = {f"{ROUTER}/adapters.json", f"{ROUTER}/.lock"}
+_MOST_NBYTES = 64 << 20  # of written.json: a hundred for each adapter that was ever warm
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+# File, relative to the repository -> SHA-256 of what tritonlora wrote last and of what it wrote before that. A command
+# that is stopped in between leaves the older content.
+Digests = dict[str, list[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class FileChange:
+    """One file that a command writes or deletes."""
+
+    path: Path
+    before: str | None  # None: it is new
+    after: str | None  # None: it goes
+
+    @property
+    def kind(self) -> str:
+        """ "wrote", "changed" or "removed"."""
+        return "wrote" if self.before is None else "changed" if self.after is not None else "removed"
+
+
+# The record
+
+
+def begin(router: Path, contents: Mapping[Path, bytes]) -> None:
+    """Keep the originals of whatever is written from now on. `contents` are the files of `router`, all of them new."""
+    written = router / WRITTEN.relative_to(ROUTER)
+    make_directory(written.parent)
+    names = {f"{ROUTER}/{name.as_posix()}": content for name, content in contents.items()}
+    digests = {name: [_digest(content)] for name, content in names.items() if name not in _NOT_RECORDED}
+    write_text(written, _render(digests))
+
+
+def record(root: Path, model: str, contents: Mapping[Path, bytes]) -> None:
+    """Put on record the files of another model that is about to come, all of them new."""
+    if os.path.lexists(root / WRITTEN):
+        names = {f"{model}/{name.as_posix()}": [_digest(content)] for name, content in contents.items()}
+        write_text(root / WRITTEN, _render(_read_digests(root) | names))
+
+
+def write(root: Path, contents: Mapping[Path, bytes]) -> None:
+    """Write whole files of the repository at `root` so that `undo` can put back what was there.
+
+    A file that has its content already is left alone, and no record made of it: it may be the user's own.
+    """
+    new = {path: content for path, content in contents.items() if not has_content(path, content)}
+    if os.path.lexists(root / WRITTEN):
+        digests = _read_digests(root)
+        recorded = {name: list(known) for name, known in digests.items()}
+        for path, content in new.items():
+            name = path.relative_to(root).as_posix()
+            if name not in _NOT_RECORDED:
+                _record(root, name, content, digests)
+        if digests != recorded:
+            write_text(root / WRITTEN, _render(digests))
+    for path, content in new.items():
+        write_bytes(path, content)
+
+
+def recorded(root: Path) -> list[str]:
+    """The files that tritonlora wrote, relative to the repository, as far as nobody has edited them since."""
+    if not os.path.lexists(root / WRITTEN):
+        return []
+    digests = _read_digests(root)
+    contents = {name: _content_of(root / name) for name in digests}
+    return [name for name, content in contents.items() if content and _digest(content) in digests[name]]
+
+
+def delete_recorded(root: Path, paths: Collection[Path]) -> None:
+    """Delete files that only tritonlora ever wrote, and strike them from the record."""
+    if not paths:
+        return
+    for path in paths:
+        delete(path)
+    for directory in sorted({path.parent for path in paths}, reverse=True):
+        shutil.rmtree(directory / "__pycache__", ignore_errors=True)
+        if directory.is_dir() and not any(directory.iterdir()):
+            directory.rmdir()
+    names = {path.relative_to(root).as_posix() for path in paths}
+    digests = _read_digests(root)
+    write_text(root / WRITTEN, _render({name: known for name, known in digests.items() if name not in names}))
+
+
+def _record(root: Path, name: str, content: bytes, digests: Digests) -> None:
+    """Put a file that is about to become `content` on record, in `digests`, and keep its original."""
+    known, before = digests.get(name), _content_of(root / name)
+    if known is None:
+        digests[name] = [_digest(content)]
+        if before is not None:
+            original = root / ORIGINALS / name
+            make_directory(original.parent)
+            write_bytes(original, before, like=root / name)
+    # What somebody edited in between stays on record as edited.
+    elif known[-1] != _digest(content) and (before is None or _is_known(before, _original(root, name), known)):
+        digests[name] = [*known, _digest(content)][-2:]
+
+
+def _render(digests: Digests) -> str:
+    return json.dumps(digests, indent=2) + "\n"
+
+
+def _read_digests(root: Path) -> Digests:
+    """written.json; RepositoryError with everything in it that tritonlora never writes."""
+    path = root / WRITTEN
+    try:
+        document = json.loads(read_file(path, _MOST_NBYTES, follow=False), object_pairs_hook=_no_duplicates)
+    except OSError as error:
+        raise RepositoryError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        problems = [f"it is not JSON: {error}"]
+    else:
+        problems = list(_problems_of(document))
+    if problems:
+        raise RepositoryError(one_message(f"{path} is not as tritonlora wrote it; put it back from a backup", problems))
+    digests: Digests = document
+    return digests
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError("a file stands in it twice")
+    return found
+
+
+def _problems_of(document: object) -> Iterator[str]:
+    if not isinstance(document, dict):
+        yield f"expected an object, from files to digests, got {type(document).__name__}"
+        return
+    for name, digests in document.items():
+        parts = name.split("/")
+        if len(parts) < 2 or {"", ".", ".."}.intersection(parts) or "\0" in name:
+            yield f"{name!r}: expected the path of a file in a model of this repository, relative to it"
+        elif name in _NOT_RECORDED or Path(name).is_relative_to(ORIGINALS):
+            yield f"{name!r}: it is no file that init --undo puts back"
+        if (
+            not isinstance(digests, list)
+            or not 1 <= len(digests) <= 2
+            or not all(isinstance(one, str) and _DIGEST.fullmatch(one) for one in digests)
+        ):
+            yield f"{name!r}: expected one or two SHA-256 digests"
+
+
+# Undoing
+
+
+def plan_undo(root: Path) -> list[FileChange]:
+    """What `undo` does; RepositoryError, naming every file, where it would lose something of the user's."""
+    if not os.path.lexists(root / WRITTEN):
+        raise RepositoryError(
+            f"there is nothing to undo: {str(root)!r} has no {WRITTEN}, which is there after `tritonlora init`"
+        )
+    digests = _read_digests(root)
+    table = read_table(Repository(root))
+    if names := sorted([*table.entries, *table.aliases]):
+        raise RepositoryError(
+            f"adapters are registered; take them out first, with: tritonlora remove {' '.join(names)}"
+        )
+    problems = [
+        f"{name}: it is not of tritonlora's; move it elsewhere"
+        for name in (path.relative_to(root).as_posix() for model in OURS for path in _all_in(root, model))
+        if name not in digests and name not in _NOT_RECORDED
+    ]
+    problems += [f"{model}: it is a link; put the directory there" for model in OURS if (root / model).is_symlink()]
+    changes = []
+    for name, written in digests.items():
+        path, original = root / name, _original(root, name)
+        before = _content_of(path)
+        if before == original:
+            continue
+        if before is None:
+            problems.append(f"{name}: it is gone; its original is {ORIGINALS / name}")
+        elif not _is_known(before, original, written):
+            remedy = (
+                "put your changes elsewhere and delete it" if original is None else f"copy {ORIGINALS / name} there"
+            )
+            problems.append(f"{name}: it was edited since; {remedy}")
+        elif not _is_inside(root, path):
+            remedy = "delete it" if original is None else f"copy {ORIGINALS / name} there"
+            problems.append(f"{name}: a link leads to it, out of the repository: {path.resolve()}; {remedy} yourself")
+        else:
+            changes.append(FileChange(path, _text(before), _text(original)))
+    gone = {change.path for change in changes if change.after is None}
+    stay = {path.relative_to(root).parts[0] for path in gone} - {*OURS, *_models_that_go(root, gone)}
+    for model in sorted(stay):
+        if root / model / "config.pbtxt" in gone:
+            other = min({*_not_directories(root / model)} - gone).relative_to(root)
+            problems.append(
+                f"{model}/config.pbtxt would go, and {other} stay: move that elsewhere, or, if the config was there "
+                f"before tritonlora, put {ORIGINALS / model / 'config.pbtxt'} back from a backup"
+            )
+    if problems:
+        raise RepositoryError(one_message(NOTHING_CHANGED, problems))
+    return changes
+
+
+def undo(root: Path, *, dry_run: bool = False) -> list[FileChange]:
+    """Put every file back, and take the router out; what was, or would be, done.
+
+    The engine's config comes before the ensembles, which meanwhile lead to the router, that takes all types; and each
+    model goes in one step: so the repository loads whenever this stops. Run again, it completes what was stopped.
+    RepositoryError when something could not be written or deleted.
+    """
+    if not os.path.lexists(root / ROUTER) and (left := half_written(root)):  # the last that an undo has to do
+        with writing(root):
+            for path in left if not dry_run else ():
+                delete(path)
+        return [FileChange(path, "", None) for path in left]
+    changes = plan_undo(root)
+    if dry_run:
+        return changes
+    with locked(root / ROUTER):
+        _lead_past_resolver(root)
+        for path in half_written(root):
+            delete(path)
+        changes = plan_undo(root)
+        models = [*_models_that_go(root, {change.path for change in changes if change.after is None}), *OURS]
+        for change in sorted(changes, key=_step):
+            original = _original(root, change.path.relative_to(root).as_posix())
+            if original is not None:
+                write_bytes(change.path, original)
+            # A model goes as a whole, and a file that a sample of the user's own names has to stay.
+            elif change.path.relative_to(root).parts[0] not in models and change.path not in named_by_samples(root):
+                change.path.unlink()
+        for path in _of_removed_adapters(root):
+            delete(path)
+        for name in _read_digests(root):
+            _remove_if_empty(root, (root / name).parent, models)
+        take_out(root, models)
+    return changes
+
+
+def _of_removed_adapters(root: Path) -> list[Path]:
+    """The files of adapters that were removed, which stay for a while."""
+    if not (root / ROUTER / "config.pbtxt").is_file():
+        return []
+    opened = open_repository(root)
+    return outlived(opened, read_table(opened))
+
+
+def _lead_past_resolver(root: Path) -> None:
+    """Lead the ensembles that lead to the resolver to the router: Triton loads none from one type to another."""
+    resolving = [path for path, config in read_configs(root).items() if config.leads_to(RESOLVER)]
+    if resolving:
+        target = open_repository(root).target
+        forward = {path: ensemble_edits.rewire_to_forward(read_text(path), target=target) for path in resolving}
+        write(root, {path: text.encode() for path, text in forward.items()})
+
+
+def _step(change: FileChange) -> int:
+    """When it is done: what an ensemble leads to first, what nothing leads to any more last."""
+    if change.after is None:
+        return 2
+    return int(change.path.name == "config.pbtxt" and bool(parse_config(change.after).steps))
+
+
+def take_out(root: Path, models: Collection[str]) -> None:
+    """Take these models out of the repository, each in one step. OSError when something of them cannot be deleted."""
+    with temporary_directory(place_for_models(root, models) / ROUTER) as doomed:
+        for model in models:
+            if os.path.lexists(root / model):
+                (root / model).rename(doomed / model)
+        sync_directory(root)
+    delete(doomed)  # or say what could not be deleted
+
+
+def _models_that_go(root: Path, gone: Collection[Path]) -> list[str]:
+    """The other models of which no file stays."""
+    names = sorted({path.relative_to(root).parts[0] for path in gone} - {*OURS})
+    return [name for name in names if {*_not_directories(root / name)} <= {*gone}]
+
+
+def _original(root: Path, name: str) -> bytes | None:
+    path = root / ORIGINALS / name
+    if not os.path.lexists(path):
+        return None
+    if path.resolve() != root.resolve() / ORIGINALS / name:
+        raise RepositoryError(f"{path} is a link, or in a directory that is one; put the original itself there")
+    return read_bytes(path)
+
+
+def _content_of(path: Path) -> bytes | None:
+    return read_bytes(path) if path.exists() else None
+
+
+def _is_known(content: bytes, original: bytes | None, written: list[str]) -> bool:
+    """Whether `content` is what tritonlora wrote, or what was there before."""
+    return content == original or _digest(content) in written
+
+
+def _is_inside(root: Path, path: Path) -> bool:
+    return path.resolve().is_relative_to(root.resolve())
+
+
+def files_of(root: Path, model: str) -> list[Path]:
+    """The files that a model of ours consists of, sorted."""
+    return [path for path in _all_in(root, model) if path.is_file()]
+
+
+def _all_in(root: Path, model: str) -> list[Path]:
+    """All that is in a model of ours but directories, less what Python and tritonlora keep there for themselves."""
+    return sorted(
+        path
+        for path in _not_directories(root / model)
+        if not path.is_relative_to(root / ORIGINALS)
+        and "__pycache__" not in path.parts
+        and not any(part.endswith(TEMPORARY_SUFFIX) for part in path.parts)
+    )
+
+
+def _not_directories(directory: Path) -> Iterator[Path]:
+    return (path for path in directory.rglob("*") if path.is_symlink() or not path.is_dir())
+
+
+def _remove_if_empty(root: Path, directory: Path, models: Collection[str]) -> None:
+    """Delete a directory that tritonlora may have made, if nothing is left in it; those of `models` go as a whole."""
+    model = directory.relative_to(root).parts[0]
+    if model not in models and directory.is_dir() and _is_inside(root, directory) and not any(directory.iterdir()):
+        directory.rmdir()
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _text(content: bytes | None) -> str | None:
+    return None if content is None else content.decode(errors="replace")

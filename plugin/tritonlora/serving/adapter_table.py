@@ -1,0 +1,189 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""adapters.json: which lora_name has which lora_task_id, and where its tensors lie.
+
+The table is the only thing that preparing and serving share. Values in, values out: `with_adapter` and its like return
+a new table. Its text is the business of `adapters_json.py`.
+
+Rule: a lora_task_id is given once and never again, also not after its adapter is gone. The engine ignores new weights
+under an id that it has cached (TensorRT-LLM cpp/tensorrt_llm/runtime/loraCache.cpp, `put`), so a second use of an id
+could be answered by the adapter that had it first.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from .dtypes import DTYPES
+from .errors import AdapterTableError
+
+# Fits a signed 32-bit integer too: folder names of lora_prefetch_dir are read into a C int.
+MAX_TASK_ID = 2**31 - 1
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+NAME_RULE = "letters, digits, '.', '_' and '-', at most 128, the first a letter or a digit"
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterEntry:
+    """One registered adapter. File names are relative to the model repository, in POSIX form."""
+
+    lora_task_id: int
+    lora_weights_file: str
+    lora_config_file: str
+    dtype: str  # of lora_weights: one of LORA_DTYPES
+    lora_weights_shape: tuple[int, int]  # (n, W)
+    lora_config_shape: tuple[int, int]  # (n, 3), or (n, 4) with DoRA
+    lora_weights_sha256: str
+    lora_config_sha256: str
+    adapter_sizes: tuple[int, ...]  # the distinct ranks, ascending
+    modules: tuple[str, ...]  # TensorRT-LLM's names
+    base_model_name_or_path: str
+    warm: bool  # loaded by the engine's model_warmup
+    added_at: str  # ISO 8601, UTC
+    pages: int | None = None  # of the engine's LoRA cache; None: the engine was not known
+    lora_path: str | None = None  # the directory of both files, where the engine reads it by itself
+
+    @property
+    def lora_weights_nbytes(self) -> int:
+        """Bytes of lora_weights."""
+        n, width = self.lora_weights_shape
+        return n * width * DTYPES[self.dtype].itemsize
+
+    @property
+    def lora_config_nbytes(self) -> int:
+        """Bytes of lora_config (int32)."""
+        n, columns = self.lora_config_shape
+        return n * columns * 4
+
+    @property
+    def sha256_by_file(self) -> dict[str, str]:
+        """Both files, and what is registered as their SHA-256."""
+        return {self.lora_weights_file: self.lora_weights_sha256, self.lora_config_file: self.lora_config_sha256}
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong with an entry of the table."""
+
+    rule: str  # what it must be
+    got: str = ""  # what it is: not for clients, since it may be a path
+
+    def __str__(self) -> str:
+        """All of it."""
+        return f"{self.rule}, got {self.got}"[:300] if self.got else self.rule
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterTable:
+    """All registered adapters of a model repository, by lora_name. Adapters and aliases share one namespace."""
+
+    entries: Mapping[str, AdapterEntry] = field(default_factory=dict)
+    next_lora_task_id: int = 1
+    retired_lora_task_ids: tuple[int, ...] = ()
+    aliases: Mapping[str, str] = field(default_factory=dict)  # alias -> the lora_name of an adapter
+    unavailable: Mapping[str, tuple[Problem, ...]] = field(default_factory=dict)  # adapters and aliases
+    names: tuple[str, ...] = field(init=False, repr=False, compare=False)  # that can be asked for, sorted
+    _names_by_id: Mapping[int, str] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Index the names, so that looking one up does not take longer the more there are."""
+        names = {entry.lora_task_id: name for name, entry in self.entries.items()}
+        object.__setattr__(self, "_names_by_id", names)
+        aliases = [alias for alias, name in self.aliases.items() if name in self.entries]
+        object.__setattr__(self, "names", tuple(sorted([*self.entries, *aliases])))
+
+    def name_of(self, lora_task_id: int) -> str | None:
+        """The lora_name that has this id, or None."""
+        return self._names_by_id.get(lora_task_id)
+
+    def aliases_by_name(self) -> dict[str, list[str]]:
+        """The aliases, sorted, of each adapter that has any."""
+        found: dict[str, list[str]] = {}
+        for alias, name in sorted(self.aliases.items()):
+            found.setdefault(name, []).append(alias)
+        return found
+
+
+def check_name(name: str) -> None:
+    """Raise AdapterTableError unless `name` is a legal lora_name."""
+    if not NAME_PATTERN.fullmatch(name):
+        raise AdapterTableError(f"{name[:200]!r} is not a legal adapter name; use {NAME_RULE}")
+
+
+def with_adapter(table: AdapterTable, name: str, entry: AdapterEntry) -> AdapterTable:
+    """`table` with `entry` under `name`; an entry that was there retires its id. Refuses an id that was ever used."""
+    check_name(name)
+    if name in table.aliases:
+        raise AdapterTableError(
+            f"{name!r} is an alias of adapter {table.aliases[name]!r}; take another name, or take the alias away with: "
+            f"tritonlora remove {name}"
+        )
+    task_id = entry.lora_task_id
+    owner = table.name_of(task_id)
+    if owner is not None or task_id in table.retired_lora_task_ids:
+        by = f"adapter {owner!r}" if owner is not None else "an adapter that was removed"
+        raise AdapterTableError(
+            f"lora_task_id {task_id} was given to {by}, and an id is never used twice; "
+            f"the next free one is {table.next_lora_task_id}"
+        )
+    if not 1 <= task_id <= MAX_TASK_ID:
+        raise AdapterTableError(f"lora_task_id {task_id} is out of range; expected 1 to {MAX_TASK_ID}")
+    return replace(
+        table,
+        entries={**table.entries, name: entry},
+        next_lora_task_id=max(table.next_lora_task_id, task_id + 1),
+        retired_lora_task_ids=_retired(table, name),
+    )
+
+
+def with_warm(table: AdapterTable, name: str, warm: bool) -> AdapterTable:
+    """`table` with the adapter `name` loaded at start, or on its first request."""
+    return replace(table, entries={**table.entries, name: replace(table.entries[name], warm=warm)})
+
+
+def without_adapter(table: AdapterTable, name: str) -> AdapterTable:
+    """`table` without `name`, whose id is retired; AdapterTableError when it is not there, or has aliases."""
+    if name not in table.entries:
+        raise AdapterTableError(f"no adapter {name!r} is registered; {available(table)}")
+    if aliases := table.aliases_by_name().get(name):
+        raise AdapterTableError(
+            f"adapter {name!r} has aliases: {', '.join(aliases)}; lead them to another one first, with: "
+            f"tritonlora alias {aliases[0]} OTHER, or take them away, with: tritonlora remove {aliases[0]}"
+        )
+    return replace(
+        table,
+        entries={other: entry for other, entry in table.entries.items() if other != name},
+        retired_lora_task_ids=_retired(table, name),
+    )
+
+
+def _retired(table: AdapterTable, name: str) -> tuple[int, ...]:
+    """The retired ids once `name` has not its id any more."""
+    known = table.entries.get(name)
+    return tuple(sorted({*table.retired_lora_task_ids, *([known.lora_task_id] if known else [])}))
+
+
+def with_alias(table: AdapterTable, alias: str, name: str) -> AdapterTable:
+    """`table` with `alias` leading to the adapter `name`, or to the one that `name` leads to now as an alias."""
+    check_name(alias)
+    if alias in table.entries:
+        raise AdapterTableError(f"{alias!r} is an adapter; an alias needs a name of its own")
+    name = table.aliases.get(name, name)
+    if name not in table.entries:
+        raise AdapterTableError(f"no adapter {name!r} is registered; {available(table)}")
+    return replace(table, aliases={**table.aliases, alias: name})
+
+
+def without_alias(table: AdapterTable, alias: str) -> AdapterTable:
+    """`table` without this alias; its adapter stays."""
+    return replace(table, aliases={other: name for other, name in table.aliases.items() if other != alias})
+
+
+def available(table: AdapterTable, most: int = 20) -> str:
+    """'available: a, b, c', cut to `most` names and a count."""
+    if not table.names:
+        return "no adapter is registered"
+    more = f" and {len(table.names) - most} more" if len(table.names) > most else ""
+    return f"available: {', '.join(table.names[:most])}{more}"

@@ -1,0 +1,333 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""The text of adapters.json: `parse` and `render`, which are inverse.
+
+Commands read the table with `parse`, which refuses it with everything that is wrong: what they wrote back would lack
+it. The router reads it with `parse_sound`: an adapter whose own entry is wrong is unavailable, the others are served.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import asdict
+from datetime import datetime
+from typing import Any
+
+from .adapter_table import (
+    MAX_TASK_ID,
+    NAME_PATTERN,
+    NAME_RULE,
+    AdapterEntry,
+    AdapterTable,
+    Problem,
+)
+from .dtypes import LORA_DTYPES
+from .errors import AdapterTableError, one_message
+
+MAX_PAGES = 1 << 31  # TensorRT-LLM counts them in 32 bits
+# 2 added aliases. A table without any is written as 1, which the versions before can read.
+SCHEMA_VERSIONS = (1, 2)
+
+
+def render(table: AdapterTable) -> str:
+    """The text of adapters.json, a line for each adapter. ValueError when adapters are missing, being unavailable."""
+    if table.unavailable:
+        raise ValueError("the table lacks the adapters that are unavailable; writing it would lose them")
+    document = {
+        "schema_version": 2 if table.aliases else 1,
+        "next_lora_task_id": table.next_lora_task_id,
+        "retired_lora_task_ids": list(table.retired_lora_task_ids),
+        **({"aliases": dict(sorted(table.aliases.items()))} if table.aliases else {}),
+    }
+    head = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in document.items())
+    entries = (f"    {json.dumps(name)}: {json.dumps(asdict(entry))}" for name, entry in sorted(table.entries.items()))
+    return f"{{\n{head},{_BEGIN}{_BETWEEN.join(entries)}{_END}\n"
+
+
+def parse(text: str) -> AdapterTable:
+    """The table in the text of adapters.json; AdapterTableError with every problem found."""
+    table = parse_sound(text)
+    if table.unavailable:
+        raise AdapterTableError(one_message("adapters.json is malformed", unavailable(table)))
+    return table
+
+
+def unavailable(table: AdapterTable) -> Iterator[str]:
+    """A line for each problem of the adapters and aliases that cannot be served."""
+    return (f"adapter {name[:200]!r}: {problem}" for name, found in table.unavailable.items() for problem in found)
+
+
+def parse_sound(text: str) -> AdapterTable:
+    """The table of those adapters and aliases that are sound; the others are in `unavailable`.
+
+    AdapterTableError, with every problem found, when nothing in the table can be trusted: it is not JSON, or of another
+    schema_version; its own fields are malformed; an id is that of two adapters, retired, or still to be given; a name
+    is that of an adapter and of an alias.
+    """
+    with _without_collections():
+        document = _document(text)
+        return _table(document, *_entries(document["adapters"]))
+
+
+class TableReader:
+    """`parse_sound`, again and again: an adapter's line that was there the last time is not parsed again.
+
+    For a table of thousands of which one has changed. That a line is one adapter rests on this: the text without the
+    lines is a table without adapters, and each line by itself, in braces, is an object with one member. A text that is
+    not laid out as `render` does it is parsed as a whole.
+    """
+
+    def __init__(self) -> None:
+        """Nothing has been read yet."""
+        self._known: dict[str, tuple[str, AdapterEntry]] = {}  # line -> (lora_name, entry)
+
+    def read(self, text: str) -> AdapterTable:
+        """The table; errors are those of `parse_sound`."""
+        with _without_collections():
+            try:
+                return self._read_lines(text)
+            except (ValueError, RecursionError):
+                return parse_sound(text)
+
+    def _read_lines(self, text: str) -> AdapterTable:
+        """The table; ValueError when it is not laid out in lines."""
+        head, begin, rest = text.partition(_BEGIN)
+        body, end, tail = rest.rpartition(_END)
+        document = _object(head + begin + end + tail)
+        lines = body.split(_BETWEEN)
+        new = {line: _member(line) for line in lines if line not in self._known}
+        entries, problems = _entries(dict(new.values()))
+        known = self._known | {line: (name, entries[name]) for line, (name, _) in new.items() if name in entries}
+        known = {line: known[line] for line in lines if line in known}
+        entries = dict(known.values())
+        if len(entries.keys() | problems.keys()) != len(lines):
+            raise ValueError("a name stands twice")
+        self._known = known
+        return _table(_checked(document), entries, problems)
+
+
+_BEGIN = '\n  "adapters": {\n'
+_BETWEEN = ",\n"
+_END = "\n  }\n}"
+
+
+def _member(line: str) -> tuple[str, Any]:
+    """The one member of an object; ValueError when it is not one."""
+    ((name, fields),) = _object(f"{{{line}}}").items()
+    return name, fields
+
+
+def _table(
+    document: Mapping[str, Any], entries: Mapping[str, AdapterEntry], problems: dict[str, list[Problem]]
+) -> AdapterTable:
+    """The table with its aliases; AdapterTableError when ids or names are in doubt."""
+    aliases: dict[str, str] = {}
+    adapters = entries.keys() | problems.keys()
+    asked = document.get("aliases") or {}
+    both = [f"{name[:200]!r} is the name of an adapter and of an alias" for name in sorted(adapters & asked.keys())]
+    for alias, name in asked.items():
+        if found := _alias_problems(alias, name, adapters):
+            problems[alias] = found
+        else:
+            aliases[alias] = name
+    table = AdapterTable(
+        entries,
+        document["next_lora_task_id"],
+        tuple(document["retired_lora_task_ids"]),
+        aliases,
+        {name: tuple(found) for name, found in problems.items()},
+    )
+    if wrong := [*_task_id_problems(table), *both]:
+        raise AdapterTableError(one_message("adapters.json is malformed", [*unavailable(table), *wrong]))
+    return table
+
+
+@contextlib.contextmanager
+def _without_collections() -> Iterator[None]:
+    """Keep the garbage collector from going through a growing table again and again: a fifth of the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _document(text: str) -> dict[str, Any]:
+    """The JSON object, with the fields of the table itself checked."""
+    try:
+        document = _object(text)
+    except (ValueError, RecursionError) as error:
+        raise AdapterTableError(f"adapters.json is not JSON: {error}") from None
+    return _checked(document)
+
+
+def _object(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_no_duplicates)
+
+
+def _checked(document: Any) -> dict[str, Any]:
+    """The table's own fields are sound; AdapterTableError with every problem found."""
+    if not isinstance(document, dict):
+        raise AdapterTableError("adapters.json must hold an object")
+    version = document.get("schema_version")
+    if version not in SCHEMA_VERSIONS:
+        raise AdapterTableError(
+            f"adapters.json has schema_version {version!r}, expected {' or '.join(map(str, SCHEMA_VERSIONS))}; "
+            "a newer tritonlora may have written it"
+        )
+    problems = [
+        f"{key!r} must be {expected}, got {document.get(key)!r}"[:300]
+        for key, (is_right, expected) in _TABLE_CHECKS.items()
+        if not is_right(document.get(key))
+    ]
+    if problems:
+        raise AdapterTableError(one_message("adapters.json is malformed", problems))
+    return document
+
+
+def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    document = dict(pairs)
+    if len(document) != len(pairs):
+        twice = min(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"{twice!r} stands twice in one object")
+    return document
+
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+def _is_task_id(value: object) -> bool:
+    return type(value) is int and 1 <= value <= MAX_TASK_ID
+
+
+def _is_shape(value: object) -> bool:
+    return type(value) is list and list(map(type, value)) == [int, int] and min(value) > 0
+
+
+def _is_text(value: object) -> bool:
+    """A string that can leave this process: JSON can escape halves of characters."""
+    return isinstance(value, str) and (value.isascii() or not any("\ud800" <= one <= "\udfff" for one in value))
+
+
+def _is_digest(value: object) -> bool:
+    return isinstance(value, str) and _DIGEST.fullmatch(value) is not None
+
+
+def _is_time(value: object) -> bool:
+    try:
+        return isinstance(value, str) and bool(datetime.fromisoformat(value))
+    except ValueError:
+        return False
+
+
+def _is_inside_repository(value: object) -> bool:
+    if not _is_text(value) or not isinstance(value, str) or not value or "\\" in value or "\0" in value:
+        return False
+    return not value.startswith("/") and (".." not in value or ".." not in value.split("/"))
+
+
+_Check = tuple[Callable[[Any], bool], str]  # is it right, and what was expected
+_FIELD_CHECKS: dict[str, _Check] = {
+    "lora_task_id": (_is_task_id, "an integer from 1"),
+    "lora_weights_file": (_is_inside_repository, "a path relative to the model repository and inside it"),
+    "lora_config_file": (_is_inside_repository, "a path relative to the model repository and inside it"),
+    "dtype": (lambda value: value in LORA_DTYPES, f"one of {', '.join(LORA_DTYPES)}"),
+    "lora_weights_shape": (_is_shape, "two positive integers"),
+    "lora_config_shape": (lambda value: _is_shape(value) and value[1] in (3, 4), "[n, 3] or [n, 4]"),
+    "lora_weights_sha256": (_is_digest, "64 lowercase hexadecimal digits"),
+    "lora_config_sha256": (_is_digest, "64 lowercase hexadecimal digits"),
+    "adapter_sizes": (
+        lambda value: type(value) is list and {*map(type, value)} <= {int} and min(value, default=1) > 0,
+        "a list of positive integers",
+    ),
+    "modules": (
+        lambda value: type(value) is list and all(map(_is_text, value)),
+        "a list of module names",
+    ),
+    "base_model_name_or_path": (_is_text, "a string"),
+    "warm": (lambda value: isinstance(value, bool), "true or false"),
+    "added_at": (_is_time, "a time in ISO 8601"),
+    "pages": (
+        lambda value: value is None or (type(value) is int and 0 < value <= MAX_PAGES),
+        f"an integer from 1 to {MAX_PAGES}, or null",
+    ),
+    "lora_path": (
+        lambda value: value is None or _is_inside_repository(value),
+        "a path relative to the model repository and inside it, or null",
+    ),
+}
+
+
+_LISTS = ("lora_weights_shape", "lora_config_shape", "adapter_sizes", "modules")
+_ILLEGAL_NAME = Problem(f"the name is not legal; use {NAME_RULE}")
+
+_TABLE_CHECKS: dict[str, _Check] = {
+    "aliases": (lambda value: value is None or isinstance(value, dict), "an object"),
+    "adapters": (lambda value: isinstance(value, dict), "an object"),
+    "next_lora_task_id": (lambda value: type(value) is int and 1 <= value <= MAX_TASK_ID + 1, "an integer from 1"),
+    "retired_lora_task_ids": (
+        lambda value: isinstance(value, list) and all(_is_task_id(task_id) for task_id in value),
+        "a list of integers from 1",
+    ),
+}
+
+
+def _entries(adapters: Mapping[str, Any]) -> tuple[dict[str, AdapterEntry], dict[str, list[Problem]]]:
+    """The sound entries, and the problems of the others. Keys that this version does not know are left alone.
+
+    It goes field by field, all adapters at a time, which takes half as long as adapter by adapter.
+    """
+    problems: dict[str, list[Problem]] = {}
+    objects = {name: fields for name, fields in adapters.items() if isinstance(fields, dict)}
+    columns: dict[str, list[Any]] = {key: [fields.get(key) for fields in objects.values()] for key in _FIELD_CHECKS}
+    for key, (is_right, expected) in _FIELD_CHECKS.items():
+        if not all(map(is_right, columns[key])):
+            for name, value in zip(objects, columns[key], strict=True):
+                if not is_right(value):
+                    problems.setdefault(name, []).append(Problem(f"{key!r} must be {expected}", repr(value)))
+    for name, weights, config in zip(objects, columns["lora_weights_shape"], columns["lora_config_shape"], strict=True):
+        if name not in problems and weights[0] != config[0]:
+            problems[name] = [Problem("lora_weights_shape and lora_config_shape have different row counts")]
+    for name, fields in adapters.items():
+        if not NAME_PATTERN.fullmatch(name):
+            problems.setdefault(name, []).append(_ILLEGAL_NAME)
+        if not isinstance(fields, dict):
+            problems.setdefault(name, []).append(Problem("it must be an object", repr(fields)))
+    for key in _LISTS:
+        columns[key] = [tuple(value) if type(value) is list else value for value in columns[key]]
+    entries = map(AdapterEntry, *columns.values())  # _FIELD_CHECKS has the order of the fields
+    return {name: entry for name, entry in zip(objects, entries, strict=True) if name not in problems}, problems
+
+
+def _alias_problems(alias: str, name: object, adapters: Collection[str]) -> list[Problem]:
+    if not NAME_PATTERN.fullmatch(alias):
+        return [_ILLEGAL_NAME]
+    if not isinstance(name, str):
+        return [Problem("it must be the name of an adapter", repr(name))]
+    return [] if name in adapters else [Problem(f"it is an alias of {name[:200]!r}, which is not registered")]
+
+
+def _task_id_problems(table: AdapterTable) -> list[str]:
+    """Ids that two adapters have, that are retired, or that are still to be given."""
+    problems = []
+    owners: dict[int, str] = {}
+    retired = set(table.retired_lora_task_ids)
+    for name, entry in table.entries.items():
+        task_id = entry.lora_task_id
+        if task_id in owners:
+            problems.append(f"adapter {name!r}: lora_task_id {task_id} is also that of adapter {owners[task_id]!r}")
+        if task_id in retired:
+            problems.append(f"adapter {name!r}: lora_task_id {task_id} is retired")
+        if task_id >= table.next_lora_task_id:
+            problems.append(
+                f"adapter {name!r}: lora_task_id {task_id} is not below next_lora_task_id {table.next_lora_task_id}"
+            )
+        owners.setdefault(task_id, name)
+    return problems

@@ -1,0 +1,137 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""What the router's instances have counted, per adapter, in shared memory.
+
+Each instance counts in a file of its own, which is mapped: counting is adding to a number in memory, and costs no
+request anything. `lora_adapters` adds the files up. Those of instances that have ended stay, so that no counter ever
+falls, and the next instances go on with them; what an ended instance had running does not count.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+from collections import defaultdict
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .residency import open_file_inside
+
+# Outcomes of requests ("OK", or the name of a Triton error code), loads by reason, and what else is counted.
+OUTCOMES = (
+    "OK",
+    "UNKNOWN",
+    "INTERNAL",
+    "NOT_FOUND",
+    "INVALID_ARG",
+    "UNAVAILABLE",
+    "UNSUPPORTED",
+    "ALREADY_EXISTS",
+    "CANCELLED",
+)
+LOADS = ("first_use", "evicted")
+COLUMNS = (*OUTCOMES, *LOADS, "load_seconds", "running", "table_reloads", "table_failures")
+
+BASE = ""  # the base model, and requests that name no adapter that is known
+OTHERS = "*"  # no legal name: those for whom there is no room, so that the file has an end
+ROWS = 1024
+CHUNK = 32
+NAME_BYTES = 128
+_ROW = np.dtype([("name", f"S{NAME_BYTES}"), *((column, "<f8") for column in COLUMNS)])
+_ROW_NUMBERS = _ROW.itemsize // 8
+_NUMBERS = {column: number for number, column in enumerate(COLUMNS, NAME_BYTES // 8)}
+
+STATISTICS = "statistics"  # the directory in the one that the instances share
+
+Counts = dict[str, dict[str, float]]
+
+
+class Statistics:
+    """The counts of one instance."""
+
+    def __init__(self, directory: int) -> None:
+        """Count in a file in `directory`, a descriptor: in that of an instance that has ended, or in a new one."""
+        self._descriptor = _own_file(directory)
+        with open(self._descriptor, "r+b", closefd=False) as file:
+            self._rows: npt.NDArray[Any] = np.memmap(file, _ROW, "r+", shape=ROWS)
+        self._rows["running"] = 0
+        self._rows[1]["name"] = OTHERS.encode()
+        # The same memory as plain numbers: to go by row and name of a column takes fifty times as long.
+        self._numbers = self._rows.view(np.uint8).data.cast("d")
+        self._index = {name.decode(): row for row, name in enumerate(self._rows["name"]) if name or not row}
+
+    def add(self, lora_name: str, column: str, amount: float = 1.0) -> None:
+        """Count for an adapter."""
+        row = self._index.get(lora_name)
+        if row is None:
+            row = self._new_row(lora_name)
+        self._numbers[row * _ROW_NUMBERS + _NUMBERS[column]] += amount
+
+    def _new_row(self, lora_name: str) -> int:
+        row = len(self._index)
+        if row == ROWS:
+            return self._index[OTHERS]
+        self._rows[row]["name"] = lora_name.encode()
+        self._index[lora_name] = row
+        return row
+
+
+def _own_file(directory: int) -> int:
+    """A file of which nobody else has the lock, and its descriptor, which has it for as long as this process lives."""
+    for name in _names(directory):
+        with contextlib.suppress(OSError):
+            descriptor = os.open(name, os.O_RDWR | os.O_NOFOLLOW, dir_fd=directory)
+            if _is_free(descriptor, fcntl.LOCK_EX):
+                return descriptor
+            os.close(descriptor)
+    name = secrets.token_hex(8)
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    descriptor = os.open(f".{name}", flags, 0o600, dir_fd=directory)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    # With all of its pages: written to later, when there is no room, a page that is not there ends the process.
+    os.posix_fallocate(descriptor, 0, ROWS * _ROW.itemsize)
+    os.rename(f".{name}", name, src_dir_fd=directory, dst_dir_fd=directory)  # complete before others see it
+    return descriptor
+
+
+def _names(directory: int) -> list[str]:
+    return sorted(name for name in os.listdir(directory) if not name.startswith("."))
+
+
+def read_statistics(directory: int) -> Counts:
+    """The sum over all instances, by lora_name and column; only of adapters for which something was counted.
+
+    `directory` is a descriptor.
+    """
+    counts: Counts = defaultdict(lambda: dict.fromkeys(COLUMNS, 0.0))
+    for name in _names(directory):
+        with contextlib.suppress(OSError), open_file_inside(directory, name, "rb") as file:
+            rows = _used_rows(file)
+            alive = not _is_free(file.fileno(), fcntl.LOCK_SH)
+            for row in rows[[0, *np.flatnonzero(rows["name"])]]:
+                of_adapter = counts[row["name"].decode()]
+                for column in COLUMNS:
+                    of_adapter[column] += float(row[column]) if alive or column != "running" else 0.0
+    return {name: of_adapter for name, of_adapter in counts.items() if any(of_adapter.values())}
+
+
+def _used_rows(file: IO[bytes]) -> npt.NDArray[Any]:
+    """The rows up to the first ones that have no name yet: most of a file was never written."""
+    chunks: list[npt.NDArray[Any]] = []
+    while len(chunk := np.fromfile(file, _ROW, count=CHUNK)):
+        chunks.append(chunk)
+        if not chunk["name"][-1]:
+            break
+    return np.concatenate(chunks)
+
+
+def _is_free(descriptor: int, lock: int) -> bool:
+    try:
+        fcntl.flock(descriptor, lock | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -1,0 +1,107 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""Bytes as a tensor of any dtype, bfloat16 included, without torch.
+
+numpy has no bfloat16, and torch in each process of the router would cost ten times what the rest of it does. DLPack
+describes a tensor in six fields, which are filled in here.
+
+Source: dmlc/dlpack include/dlpack/dlpack.h.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from .dtypes import DTYPES
+
+_CPU = 1  # kDLCPU
+
+
+class _Device(ctypes.Structure):
+    _fields_: ClassVar = [("device_type", ctypes.c_int32), ("device_id", ctypes.c_int32)]
+
+
+class _DataType(ctypes.Structure):
+    _fields_: ClassVar = [("code", ctypes.c_uint8), ("bits", ctypes.c_uint8), ("lanes", ctypes.c_uint16)]
+
+
+class _Tensor(ctypes.Structure):
+    _fields_: ClassVar = [
+        ("data", ctypes.c_void_p),
+        ("device", _Device),
+        ("ndim", ctypes.c_int32),
+        ("dtype", _DataType),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.c_void_p),  # NULL: dense, row by row
+        ("byte_offset", ctypes.c_uint64),
+    ]
+
+
+_Deleter = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+class _ManagedTensor(ctypes.Structure):
+    _fields_: ClassVar = [("dl_tensor", _Tensor), ("manager_ctx", ctypes.c_void_p), ("deleter", _Deleter)]
+
+
+# What each tensor that somebody still holds is made of, by the address of its _ManagedTensor.
+_alive: dict[int, tuple[object, ...]] = {}
+
+
+def _forget(address: int) -> None:
+    del _alive[address]
+
+
+_delete = _Deleter(_forget)
+
+_NAME = b"dltensor"  # of a capsule that was not consumed
+_is_capsule = ctypes.pythonapi.PyCapsule_IsValid
+_is_capsule.argtypes = (ctypes.c_void_p, ctypes.c_char_p)
+_address_in = ctypes.pythonapi.PyCapsule_GetPointer
+_address_in.restype = ctypes.c_void_p
+_address_in.argtypes = (ctypes.c_void_p, ctypes.c_char_p)
+
+
+def _forget_unused(capsule: int) -> None:
+    if _is_capsule(capsule, _NAME):
+        _forget(_address_in(capsule, _NAME))
+
+
+_destroy = _Deleter(_forget_unused)
+
+_new_capsule = ctypes.pythonapi.PyCapsule_New
+_new_capsule.restype = ctypes.py_object
+_new_capsule.argtypes = (ctypes.c_void_p, ctypes.c_char_p, _Deleter)
+
+
+def capsule_of(content: npt.NDArray[np.uint8], dtype: str, shape: tuple[int, ...]) -> object:
+    """`content` as a DLPack capsule ("dltensor") on the CPU, for one consumer. Nothing is copied.
+
+    `content` lives until the consumer lets go of the tensor, or until the capsule goes if there was none.
+
+    `dtype` is one of float16, float32, bfloat16; `content` has the elements of `shape` row by row, little-endian, and
+    nothing else.
+    """
+    code, bits = DTYPES[dtype].dlpack or (0, 0)
+    dims = (ctypes.c_int64 * len(shape))(*shape)
+    tensor = _Tensor(content.ctypes.data, _Device(_CPU, 0), len(shape), _DataType(code, bits, 1), dims, None, 0)
+    managed = _ManagedTensor(tensor, None, _delete)
+    address = ctypes.addressof(managed)
+    _alive[address] = (managed, dims, content)
+    capsule: object = _new_capsule(address, _NAME, _destroy)
+    return capsule
+
+
+def data_in(capsule: object) -> int:
+    """Where the elements of the tensor in a capsule ("dltensor") begin. ValueError where it is no such capsule."""
+    tensor: _Tensor = _ManagedTensor.from_address(_address_in(id(capsule), _NAME)).dl_tensor
+    return int(tensor.data) + int(tensor.byte_offset)
+
+
+def memory_at(address: int, nbytes: int) -> npt.NDArray[np.uint8]:
+    """Somebody else's memory, to be read and written while they keep it."""
+    return np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address))

@@ -1,0 +1,106 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""The errors of what runs inside tritonserver.
+
+* TritonLoraError
+  - AdapterTableError         adapters.json is malformed
+  - ModelConfigError          the config.pbtxt of one of our models asks for what the model cannot do
+  - SharedMemoryError         what the router's instances share in /dev/shm is not theirs alone
+  - RequestError              one inference request; `code` names the Triton error code of the response
+    - InvalidRequest          INVALID_ARG
+    - UnknownAdapter          NOT_FOUND
+    - AdapterUnavailable      UNAVAILABLE
+    - EngineSilent            UNAVAILABLE
+    - ClientLeft              CANCELLED
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class TritonLoraError(Exception):
+    """All errors that this package raises on purpose. However much is wrong, the message is `bounded`."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(bounded(message))
+
+
+class AdapterTableError(TritonLoraError):
+    """adapters.json is malformed."""
+
+
+class ModelConfigError(TritonLoraError):
+    """The config.pbtxt of one of our models asks for what the model cannot do."""
+
+
+class SharedMemoryError(TritonLoraError):
+    """What the router's instances share in /dev/shm is not theirs alone."""
+
+
+class RequestError(TritonLoraError):
+    """One inference request cannot be answered. `code` is a name in `pb_utils.TritonError`."""
+
+    code = "INTERNAL"
+
+
+class InvalidRequest(RequestError):
+    """The request contradicts itself or the wire."""
+
+    code = "INVALID_ARG"
+
+
+class UnknownAdapter(RequestError):
+    """No adapter is registered under that lora_name or lora_task_id."""
+
+    code = "NOT_FOUND"
+
+
+class AdapterUnavailable(RequestError):
+    """The adapter is registered, but cannot be served now."""
+
+    code = "UNAVAILABLE"
+
+
+class EngineSilent(RequestError):
+    """The engine's model does not answer, or does not go on."""
+
+    code = "UNAVAILABLE"
+
+
+class ClientLeft(RequestError):
+    """Nobody waits for the response any more."""
+
+    code = "CANCELLED"
+
+
+def one_message(heading: str, problems: Iterable[str]) -> str:
+    """`heading`, then the problems: on the same line when there is one, else a line each, and "and 9 more" at the end.
+
+    The message is `bounded`.
+    """
+    lines = list(problems)
+    if len(lines) == 1:
+        return bounded(f"{heading}: {lines[0]}")
+    more = [f"and {len(lines) - _MAX_PROBLEMS} more"] if len(lines) > _MAX_PROBLEMS else []
+    return bounded("\n  ".join([f"{heading}:", *lines[:_MAX_PROBLEMS], *more]))
+
+
+def bounded(message: str) -> str:
+    """`message` without the middles of lines that are too long, and without its own where it is too long itself."""
+    lines = [_without_middle(line, _MAX_WIDTH) for line in message.split("\n")]
+    if len(lines) > _MAX_LINES:
+        first, last = _MAX_LINES // 2, _MAX_LINES // 2 - 1
+        lines = [*lines[:first], f"  ... {len(lines) - first - last} lines are left out ...", *lines[-last:]]
+    return _without_middle("\n".join(lines), _MAX_CHARACTERS)
+
+
+def _without_middle(text: str, most: int) -> str:
+    half = most // 2
+    return text if len(text) <= most else f"{text[:half]} ... {text[-half:]}"
+
+
+_MAX_PROBLEMS = 100
+_MAX_LINES = 200  # a problem may have several
+_MAX_WIDTH = 10_000  # characters; two paths fit, and a name that a file's header makes up can have megabytes
+_MAX_CHARACTERS = 50_000

@@ -1,0 +1,90 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""What the router's instances have counted, as Prometheus metrics.
+
+Values in, values out: `samples` says what every metric is now, and whoever knows Triton publishes it.
+
+`lora_requests_info` is the gauge that the Kubernetes Gateway API Inference Extension reads to send a request where its
+adapter is (docs/proposals/003-model-server-protocol): which adapters run and wait are its labels, and its value is the
+time of the last change, by which the newest of several series is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from .counters import BASE, LOADS, OTHERS, OUTCOMES, Counts
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A metric without its labels."""
+
+    name: str
+    description: str
+    is_counter: bool
+
+
+Labels: TypeAlias = "tuple[tuple[str, str], ...]"
+Key: TypeAlias = "tuple[Family, Labels]"
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A metric and its value now."""
+
+    family: Family
+    labels: Labels
+    value: float
+
+
+REQUESTS = Family("lora_requests_total", "Requests by lora_name (none: the base model) and outcome", is_counter=True)
+LOADED = Family("lora_loads_total", "Adapters that the router gave to the engine, by reason", is_counter=True)
+SECONDS = Family("lora_load_seconds_total", "Seconds from sending weights to the first token", is_counter=True)
+RUNNING = Family("lora_requests_running", "Requests under way, those that wait for room included", is_counter=False)
+RELOADS = Family("lora_table_reloads_total", "Times that a changed adapters.json was read", is_counter=True)
+FAILURES = Family("lora_table_failures_total", "Times that adapters.json could not be read", is_counter=True)
+INFO = Family(
+    "lora_requests_info", "Adapters that run and that wait; the value is when that last changed", is_counter=False
+)
+FAMILIES = (REQUESTS, LOADED, SECONDS, RUNNING, RELOADS, FAILURES, INFO)
+
+
+def samples(counts: Counts) -> Iterator[Sample]:
+    """All metrics but INFO."""
+    for name, of_adapter in counts.items():
+        adapter = ("lora_name", name)
+        for outcome in OUTCOMES:
+            yield Sample(REQUESTS, (adapter, ("outcome", outcome)), of_adapter[outcome])
+        for reason in LOADS:
+            yield Sample(LOADED, (adapter, ("reason", reason)), of_adapter[reason])
+        yield Sample(SECONDS, (adapter,), of_adapter["load_seconds"])
+        yield Sample(RUNNING, (adapter,), of_adapter["running"])
+    yield Sample(RELOADS, (), sum(of_adapter["table_reloads"] for of_adapter in counts.values()))
+    yield Sample(FAILURES, (), sum(of_adapter["table_failures"] for of_adapter in counts.values()))
+
+
+def increments(published: Mapping[Key, float], counts: Counts) -> Iterator[Sample]:
+    """What has to be added to the values that were `published`, so that they say what was counted.
+
+    A counter never falls, also when what the instances share was lost; and what is counted no more does not run.
+    """
+    now = dict.fromkeys(published, 0.0) | {(sample.family, sample.labels): sample.value for sample in samples(counts)}
+    for (family, labels), value in now.items():
+        change = value - published.get((family, labels), 0.0)
+        if change > 0 or (change < 0 and not family.is_counter):
+            yield Sample(family, labels, change)
+
+
+def info_labels(counts: Counts, waiting: Sequence[str], max_lora: int) -> dict[str, str]:
+    """The labels of INFO. Adapters that wait for room do not run, though their requests are under way."""
+    stopped = set(waiting)
+    others = {BASE, OTHERS, *stopped}
+    running = [name for name, of_adapter in counts.items() if of_adapter["running"] and name not in others]
+    return {
+        "max_lora": str(max_lora),
+        "running_lora_adapters": ",".join(sorted(running)),
+        "waiting_lora_adapters": ",".join(sorted(stopped)),
+    }

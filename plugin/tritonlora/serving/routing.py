@@ -1,0 +1,125 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""Which adapter a request means.
+
+The base model never answers for an adapter: what is not resolved to an adapter is an error. Nothing here knows Triton.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from .adapter_table import NAME_PATTERN, AdapterEntry, AdapterTable, available
+from .errors import (
+    AdapterUnavailable,
+    InvalidRequest,
+    UnknownAdapter,
+)
+
+# Which adapter
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """The adapter that a request (or a row of a batch) means."""
+
+    lora_name: str  # the adapter's own, also where the request says an alias of it
+    entry: AdapterEntry
+
+
+def resolve(table: AdapterTable, lora_name: bytes | str | None, lora_task_id: int | None) -> Route | None:
+    """The adapter that a request names, by name, id or both; None when it names none: the base model.
+
+    UnknownAdapter when nothing is registered under it; AdapterUnavailable when what is registered is malformed;
+    InvalidRequest when it cannot be a name, or when name and id disagree.
+    """
+    if lora_name is None and lora_task_id is None:
+        return None
+    if lora_name is None:
+        name = table.name_of(lora_task_id) if lora_task_id is not None else None
+        if name is None:
+            raise UnknownAdapter(f"unknown lora_task_id {lora_task_id}; {available(table)}")
+    else:
+        asked = _decoded(lora_name)
+        name = table.aliases.get(asked, asked)
+        if name not in table.entries:
+            _check_legal(asked)
+            if name in table.unavailable:
+                raise malformed(table, name)
+            raise UnknownAdapter(f"unknown LoRA adapter {name!r}; {available(table)}")
+    entry = table.entries[name]
+    if lora_task_id not in (None, entry.lora_task_id):
+        raise InvalidRequest(
+            f"lora_name {name!r} has lora_task_id {entry.lora_task_id}, but the request says {lora_task_id}; send one"
+        )
+    return Route(name, entry)
+
+
+def malformed(table: AdapterTable, name: str) -> AdapterUnavailable:
+    """Why `name`, one of `table.unavailable`, cannot be served: what its entry must be. What it is may be a path."""
+    rules = "; ".join(problem.rule for problem in table.unavailable[name])
+    return AdapterUnavailable(f"LoRA adapter {name!r}: its entry in adapters.json on the server is malformed: {rules}")
+
+
+def resolve_rows(
+    table: AdapterTable, lora_names: Sequence[bytes | str] | None, lora_task_ids: Sequence[int] | None, rows: int
+) -> list[Route | None]:
+    """`resolve` for each row of a batch; all rows name an adapter, or none does.
+
+    In a batch an empty name is how a client would say "base model" for one row; the engine's inputs cannot say that,
+    so such a batch is InvalidRequest.
+    """
+    for tensor, values in (("lora_name", lora_names), ("lora_task_id", lora_task_ids)):
+        if values is not None and len(values) != rows:
+            raise InvalidRequest(f"{tensor} has {len(values)} elements, expected one for each of the {rows} rows")
+    if rows > 1 and lora_names is not None and any(lora_names) and not all(lora_names):
+        raise InvalidRequest("the batch mixes rows for the base model and for adapters; send them apart")
+    return [
+        resolve(table, lora_names[row] if lora_names else None, lora_task_ids[row] if lora_task_ids else None)
+        for row in range(rows)
+    ]
+
+
+def _decoded(lora_name: bytes | str) -> str:
+    try:
+        return lora_name.decode() if isinstance(lora_name, bytes) else lora_name
+    except UnicodeDecodeError:
+        raise InvalidRequest(f"lora_name is not UTF-8: {lora_name[:100]!r}") from None
+
+
+def _check_legal(name: str) -> None:
+    if not name:
+        raise InvalidRequest("lora_name is empty; to ask the base model, leave it out")
+    if not NAME_PATTERN.fullmatch(name):
+        raise InvalidRequest(f"lora_name {name[:100]!r} is not a legal adapter name")
+
+
+def warmed(table: AdapterTable) -> dict[int, int]:
+    """Pages of the adapters that the engine is started with, by lora_task_id, in the order in which it loads them."""
+    return {entry.lora_task_id: entry.pages or 1 for entry in table.entries.values() if entry.warm}
+
+
+# What an id stands for
+
+
+def check_id(route: Route, is_its: Callable[[int, str], bool]) -> None:
+    """AdapterUnavailable unless the adapter's lora_task_id is its own, as `is_its` says of the id and the content: the
+    engine may hold another content under it, and would answer from that.
+    """
+    task_id = route.entry.lora_task_id
+    if not is_its(task_id, content_of(route.entry)):
+        raise AdapterUnavailable(
+            f"LoRA adapter {route.lora_name!r}: lora_task_id {task_id} was given to other weights; the engine may hold "
+            f"them under it; give these a new id: tritonlora add {route.lora_name} ADAPTER_DIR --task-id N"
+        )
+
+
+def warmed_contents(table: AdapterTable) -> dict[int, str]:
+    """What the engine is started with, by lora_task_id."""
+    return {entry.lora_task_id: content_of(entry) for entry in table.entries.values() if entry.warm}
+
+
+def content_of(entry: AdapterEntry) -> str:
+    """What another content of the adapter's files does not share."""
+    return f"{entry.lora_weights_sha256}-{entry.lora_config_sha256}"

@@ -1,0 +1,271 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""What the models `preprocessing` and `postprocessing` do: text to the engine's tensors, and its tokens to text.
+
+Tensor names, types and shapes are those of tensorrtllm_backend v0.18
+(all_models/inflight_batcher_llm/{preprocessing,postprocessing}/config.pbtxt), text only.
+
+Streaming, strategy. The pieces of a streamed answer join to exactly the text of the whole answer. Postprocessing keeps
+no state: with each response comes PREVIOUS_TOKENS, the tokens of the stream before it. What has been sent for those is
+known, because it depends on nothing else: all their text, without the U+FFFD at its end if there is one, since that
+may be the beginning of a character. A piece is what the new tokens add to that. A response with no new tokens ends
+the stream, and sends what was still held back.
+
+A few previous tokens are as good as all of them (decoding is local, see `tokenizer`): a character is at most
+four bytes, and a token with text has at least one of them; the space that some tokenizers drop at the start of a text
+is dropped from both texts of which a piece is the difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import InvalidRequest, ModelConfigError, one_message
+from .tokenizer import REPLACEMENT, Tokenizer, byte_tokenizer, load_tokenizer
+
+Tensors = dict[str, npt.NDArray[Any]]
+
+# How many previous tokens a piece needs: those with text, that is. Whoever sends PREVIOUS_TOKENS sends at least as
+# many, and better some more, since tokens without text may be among them.
+CONTEXT_TOKENS = 4
+
+_BOOLEANS = {
+    **dict.fromkeys(("true", "1", "t", "y", "yes"), True),
+    **dict.fromkeys(("false", "0", "f", "n", "no"), False),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TextOptions:
+    """The parameters of both models in their config.pbtxt."""
+
+    tokenizer_dir: Path | None = None  # None: a token is a UTF-8 byte
+    add_special_tokens: bool = True  # by preprocessing, to QUERY
+    skip_special_tokens: bool = True  # by postprocessing
+    chat_template: bool = False  # QUERY is one user message in the tokenizer's chat template
+    max_query_bytes: int = 4 << 20  # a longer QUERY would hold up everybody else's
+
+
+def parse_options(parameters: Mapping[str, str]) -> TextOptions:
+    """The options in the parameters of a config.pbtxt; absent and empty ones keep their defaults.
+
+    ModelConfigError names all the parameters that cannot be understood.
+    """
+    problems = []
+    given: dict[str, Any] = {}
+    for name, value in parameters.items():
+        if name not in TextOptions.__dataclass_fields__ or not value:
+            continue
+        if value.startswith("${"):
+            problems.append(f"{name} still holds the template's {value!r}; fill it in, or leave it empty")
+        elif name == "tokenizer_dir":
+            given[name] = Path(value)
+        elif name == "max_query_bytes":
+            if value.isascii() and value.isdigit() and int(value) > 0:
+                given[name] = int(value)
+            else:
+                problems.append(f"{name} must be a number of bytes above 0, got {value!r}")
+        elif value.lower() in _BOOLEANS:
+            given[name] = _BOOLEANS[value.lower()]
+        else:
+            problems.append(f"{name} must be 'true' or 'false', got {value!r}")
+    if problems:
+        raise ModelConfigError(one_message("bad parameters", problems))
+    return TextOptions(**given)
+
+
+def open_tokenizer(options: TextOptions) -> Tokenizer:
+    """The tokenizer that `options` ask for; ModelConfigError when it cannot do what they ask."""
+    if options.tokenizer_dir is None:
+        tokenizer = byte_tokenizer()
+    else:
+        tokenizer = load_tokenizer(options.tokenizer_dir, skip_special_tokens=options.skip_special_tokens)
+    if options.chat_template and tokenizer.chat is None:
+        raise ModelConfigError(
+            f"chat_template is 'true', but the tokenizer in {str(options.tokenizer_dir or '')!r} has no chat template"
+        )
+    return tokenizer
+
+
+def preprocess(tokenizer: Tokenizer, options: TextOptions, inputs: Tensors) -> Tensors:
+    """The engine's tensors for a batch of b texts.
+
+    From QUERY [b, 1], REQUEST_OUTPUT_LEN [b, 1], and where they are given BAD_WORDS_DICT and STOP_WORDS_DICT [b, n],
+    EMBEDDING_BIAS_WORDS and EMBEDDING_BIAS_WEIGHTS [b, n], END_ID and PAD_ID [b, 1], come
+    INPUT_ID [b, longest], REQUEST_INPUT_LEN [b, 1], REQUEST_OUTPUT_LEN, BAD_WORDS_IDS and STOP_WORDS_IDS [b, 2, len],
+    EMBEDDING_BIAS [b, vocabulary], OUT_END_ID and OUT_PAD_ID [b, 1]; what there is nothing to say about is left out.
+
+    InvalidRequest names every tensor and row that is wrong.
+    """
+    problems: list[str] = []
+    prompts = _prompts(tokenizer, options, inputs["QUERY"], problems)
+    words = {
+        name: _words(inputs[name], name, problems)
+        for name in ("BAD_WORDS_DICT", "STOP_WORDS_DICT", "EMBEDDING_BIAS_WORDS")
+        if name in inputs
+    }
+    weights = inputs.get("EMBEDDING_BIAS_WEIGHTS")
+    biased = inputs.get("EMBEDDING_BIAS_WORDS")
+    if (weights is None) != (biased is None) or (
+        weights is not None and biased is not None and weights.shape != biased.shape
+    ):
+        problems.append(
+            "EMBEDDING_BIAS_WORDS and EMBEDDING_BIAS_WEIGHTS must have one weight for each word, got shapes "
+            f"{_shape(biased)} and {_shape(weights)}"
+        )
+    if problems:
+        raise InvalidRequest(one_message("bad request", problems))
+
+    batch = len(prompts)
+    end_id = _given_or(inputs.get("END_ID"), tokenizer.end_id, batch)
+    pad_id = _given_or(inputs.get("PAD_ID"), tokenizer.pad_id, batch)
+    outputs = {
+        "INPUT_ID": _padded(prompts, pad_id),
+        "REQUEST_INPUT_LEN": np.array([[len(ids)] for ids in prompts], np.int32),
+        "REQUEST_OUTPUT_LEN": inputs["REQUEST_OUTPUT_LEN"],
+        "BAD_WORDS_IDS": word_lists(tokenizer, words.get("BAD_WORDS_DICT", [])),
+        "STOP_WORDS_IDS": word_lists(tokenizer, words.get("STOP_WORDS_DICT", [])),
+        "OUT_END_ID": end_id,
+        "OUT_PAD_ID": pad_id,
+    }
+    if weights is not None:
+        outputs["EMBEDDING_BIAS"] = _embedding_bias(tokenizer, words["EMBEDDING_BIAS_WORDS"], weights)
+    return {name: tensor for name, tensor in outputs.items() if tensor is not None}
+
+
+def postprocess(tokenizer: Tokenizer, inputs: Tensors) -> Tensors:
+    """OUTPUT [b, beams], UTF-8, from TOKENS_BATCH [b, beams, len], SEQUENCE_LENGTH [b, beams], PREVIOUS_TOKENS [b, n].
+
+    Without PREVIOUS_TOKENS the tokens are a whole answer. With it they are the next tokens of a stream, and no tokens
+    mean its end; negative ids in it are padding. InvalidRequest when the shapes do not agree.
+    """
+    tokens, lengths, previous = inputs["TOKENS_BATCH"], inputs["SEQUENCE_LENGTH"], inputs.get("PREVIOUS_TOKENS")
+    problems = []
+    if lengths.shape != tokens.shape[:2]:
+        problems.append(f"SEQUENCE_LENGTH must have shape {list(tokens.shape[:2])}, got {_shape(lengths)}")
+    elif lengths.size and not 0 <= lengths.min() <= lengths.max() <= tokens.shape[2]:
+        problems.append(f"SEQUENCE_LENGTH must be from 0 to {tokens.shape[2]}, got {lengths.tolist()}")
+    if previous is not None and tokens.shape[1] != 1:
+        problems.append(f"PREVIOUS_TOKENS goes with one beam, got {tokens.shape[1]}")
+    if problems:
+        raise InvalidRequest(one_message("bad request", problems))
+
+    batch, beams = lengths.shape
+    output = np.empty((batch, beams), np.object_)
+    for row, beam in np.ndindex(batch, beams):
+        ids = tokens[row, beam, : lengths[row, beam]].tolist()
+        text = tokenizer.text(ids) if previous is None else piece(tokenizer, previous[row].tolist(), ids)
+        output[row, beam] = text.encode()
+    return {"OUTPUT": output}
+
+
+def piece(tokenizer: Tokenizer, previous: Sequence[int], new: Sequence[int]) -> str:
+    """The text that `new` adds to a stream; `previous` are its last tokens before. No new tokens: the stream ends.
+
+    The pieces of a stream, with its end, join to `tokenizer.text` of all its tokens, however they were cut.
+    """
+    context = [token for token in previous if token in tokenizer.audible][-CONTEXT_TOKENS:]
+    sent = _without_unfinished(tokenizer.text(context))
+    text = tokenizer.text([*context, *new])
+    return (_without_unfinished(text) if new else text)[len(sent) :]
+
+
+def _without_unfinished(text: str) -> str:
+    """`text` without the character at its end that may be unfinished."""
+    return text.removesuffix(REPLACEMENT)
+
+
+def word_lists(tokenizer: Tokenizer, words: Sequence[Sequence[str]]) -> npt.NDArray[np.int32] | None:
+    """[b, 2, len]: for each of b rows the tokens of all its words, and where each word ends in them.
+
+    Rows are padded to the same length, the tokens with 0 and the ends with -1. Empty words, with which clients fill
+    up shorter rows, are left out. None where there are no words at all.
+    """
+    rows = [[ids for word in row if (ids := tokenizer.encode(word, False))] for row in words]
+    lengths = [sum(map(len, row)) for row in rows]
+    if not any(lengths):
+        return None
+    lists = np.zeros((len(rows), 2, max(lengths)), np.int32)
+    lists[:, 1] = -1
+    for into, row in zip(lists, rows, strict=True):
+        ends = list(accumulate(map(len, row)))
+        into[0, : sum(map(len, row))] = [token for ids in row for token in ids]
+        into[1, : len(ends)] = ends
+    return lists
+
+
+def _prompts(
+    tokenizer: Tokenizer, options: TextOptions, queries: npt.NDArray[Any], problems: list[str]
+) -> list[list[int]]:
+    """The tokens of each row's text."""
+    prompts = []
+    for row, encoded in enumerate(queries[:, 0]):
+        where = f"QUERY, row {row}"
+        if len(encoded) > options.max_query_bytes:
+            problems.append(f"{where}: {len(encoded)} bytes of text, at most {options.max_query_bytes} are accepted")
+            continue
+        text = _decoded(encoded, where, problems)
+        if text is None:
+            continue
+        if options.chat_template and tokenizer.chat is not None:
+            ids = tokenizer.chat(text)
+        else:
+            ids = tokenizer.encode(text, options.add_special_tokens)
+        if not ids:
+            problems.append(f"{where}: the text {text!r} has no tokens; send some text")
+        prompts.append(ids)
+    return prompts
+
+
+def _words(words: npt.NDArray[Any], name: str, problems: list[str]) -> list[list[str]]:
+    """The words of each row, those included that are empty."""
+    return [
+        [_decoded(encoded, f"{name}, row {index}", problems) or "" for encoded in row]
+        for index, row in enumerate(words)
+    ]
+
+
+def _decoded(encoded: bytes, where: str, problems: list[str]) -> str | None:
+    try:
+        return encoded.decode()
+    except UnicodeDecodeError as error:
+        problems.append(f"{where}: not UTF-8: {error.reason} at byte {error.start}")
+        return None
+
+
+def _given_or(given: npt.NDArray[Any] | None, default: int | None, batch: int) -> npt.NDArray[Any] | None:
+    if given is not None or default is None:
+        return given
+    return np.full((batch, 1), default, np.int32)
+
+
+def _padded(prompts: Sequence[Sequence[int]], pad_id: npt.NDArray[Any] | None) -> npt.NDArray[np.int32]:
+    """[b, longest]: rows filled up on the right, where REQUEST_INPUT_LEN says that nothing counts."""
+    padded = np.zeros((len(prompts), max(map(len, prompts))), np.int32)
+    if pad_id is not None:
+        padded[:] = pad_id
+    for row, ids in zip(padded, prompts, strict=True):
+        row[: len(ids)] = ids
+    return padded
+
+
+def _embedding_bias(
+    tokenizer: Tokenizer, words: Sequence[Sequence[str]], weights: npt.NDArray[Any]
+) -> npt.NDArray[np.float32]:
+    """[b, vocabulary]: the weight of a word goes to each of its tokens; weights that meet add up."""
+    bias = np.zeros((len(words), tokenizer.vocab_size), np.float32)
+    for row, row_words, row_weights in zip(bias, words, weights, strict=True):
+        for word, weight in zip(row_words, row_weights, strict=True):
+            row[tokenizer.encode(word, False)] += weight
+    return bias
+
+
+def _shape(tensor: npt.NDArray[Any] | None) -> str:
+    return "none" if tensor is None else str(list(tensor.shape))

@@ -1,0 +1,33 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""What all of our models have in common in Triton's terms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import triton_python_backend_utils as pb_utils
+
+Inputs: TypeAlias = "Mapping[str, pb_utils.Tensor]"  # of a request, by name
+
+
+def inputs_of(request: pb_utils.InferenceRequest) -> Inputs:
+    """The inputs of a request by name."""
+    return {tensor.name(): tensor for tensor in request.inputs()}
+
+
+def values_of(inputs: Inputs, name: str) -> list[Any] | None:
+    """The elements of an input, or None when the request does not have it."""
+    tensor = inputs.get(name)
+    return None if tensor is None else tensor.as_numpy().reshape(-1).tolist()
+
+
+def parameters_in(config: Mapping[str, Any]) -> dict[str, str]:
+    """The parameters of a model's config, as Triton has it in JSON."""
+    return {key: value["string_value"] for key, value in config["parameters"].items()}
+
+
+def failure(message: str, code: str = "INTERNAL") -> pb_utils.InferenceResponse:
+    """A response that is an error. `code` is a name in `pb_utils.TritonError`."""
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, getattr(pb_utils.TritonError, code)))

@@ -1,0 +1,140 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""The tensorrt_llm model of tensorrtllm_backend (all_models/inflight_batcher_llm, v0.9 to v1.x) as the target.
+
+An adapter is stored as the two tensors that a request for it carries: lora_weights and lora_config, raw.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from tritonlora.conversion.layout import Layout
+from tritonlora.engine.cpu_engine_settings import is_cpu_engine, parse_settings, read_profile
+from tritonlora.engine.profile import EngineProfile, load_profile
+from tritonlora.errors import RepositoryError
+from tritonlora.pbtxt.model_config import ModelConfig, has_template
+from tritonlora.peft.adapter import Adapter
+from tritonlora.serving.adapter_table import AdapterEntry
+from tritonlora.serving.dtypes import DTYPES
+from tritonlora.serving.file_version import read_file
+from tritonlora.serving.wire import ENGINE_MODEL
+from tritonlora.targets.declarations import declare_lora_weights
+from tritonlora.targets.protocol import (
+    AdapterPlaces,
+    KeptAdapters,
+    Rows,
+    SampleInput,
+    SharedInput,
+    task_id_bytes,
+    task_id_file,
+)
+
+WIRE = ENGINE_MODEL
+ORIGIN = (
+    "adapters by task id need the tensorrt_llm model of tensorrtllm_backend v0.9.0 to v1.x; take its config.pbtxt from "
+    "there"
+)
+ENABLE_LORA = "build it with trtllm-build --lora_plugin auto --lora_target_modules …"
+PLACES = AdapterPlaces("adapter_model_{id}.bin", "adapter_config_{id}.bin", None)
+SHARED_INPUTS: Mapping[str, SharedInput] = {
+    # Token ids that every vocabulary has, and one token of output, so that it hardly matters which token ends it.
+    "input_ids": SharedInput("input_ids", (1, 2, 3, 4)),
+    "input_lengths": SharedInput("input_lengths", (4,)),
+    "end_id": SharedInput("end_id", (0,)),
+    "request_output_len": SharedInput("output_lengths", (1,)),
+    "beam_width": SharedInput("beam_width", (1,)),
+}
+ASSUMED_DTYPE: str | None = None
+ENSEMBLE_INPUTS: Mapping[str, str] | None = None
+COMPLETES_CONFIGS = False
+SERVER_FOR_EACH_PROCESS = True
+
+
+def sample_inputs(entry: AdapterEntry) -> tuple[SampleInput, ...]:
+    """lora_task_id, lora_weights and lora_config."""
+    task_id, data_type = entry.lora_task_id, DTYPES[entry.dtype].triton
+    return (
+        SampleInput("lora_task_id", "TYPE_UINT64", (1,), task_id_file(task_id)),
+        SampleInput("lora_weights", data_type, entry.lora_weights_shape, _name_of(entry.lora_weights_file)),
+        SampleInput("lora_config", "TYPE_INT32", entry.lora_config_shape, _name_of(entry.lora_config_file)),
+    )
+
+
+def sample_files(lora_name: str, entry: AdapterEntry, served: Path) -> dict[str, bytes]:  # noqa: ARG001
+    """The task id's."""
+    return {task_id_file(entry.lora_task_id): task_id_bytes(entry.lora_task_id)}
+
+
+def check_adapter(adapter: Adapter) -> None:
+    """Nothing that the layout does not refuse."""
+
+
+def store(
+    adapter: Adapter, layout: Layout, weights: Path, config: Path, base: Path | None, allow_nonfinite: bool
+) -> None:
+    """Convert it."""
+    from tritonlora.conversion import tensors  # with torch, which takes seconds to import
+
+    tensors.convert_file(adapter, layout, weights, base=base, allow_nonfinite=allow_nonfinite)
+    config.write_bytes(tensors.lora_config(layout).numpy().astype("<i4").tobytes())
+
+
+def stored_problems(root: Path, entry: AdapterEntry) -> list[str]:
+    """Files of other sizes than their tensors."""
+    parts = (
+        (entry.lora_weights_file, entry.lora_weights_nbytes),
+        (entry.lora_config_file, entry.lora_config_nbytes),
+    )
+    found = ((file, (root / file).stat().st_size, expected) for file, expected in parts)
+    return [f"{file} has {nbytes} bytes, expected {expected}" for file, nbytes, expected in found if nbytes != expected]
+
+
+def rows(root: Path, entry: AdapterEntry, profile: EngineProfile | None) -> Rows:  # noqa: ARG001
+    """What lora_config says."""
+    path = root / entry.lora_config_file
+    try:
+        content = read_file(path)
+    except OSError as error:
+        raise RepositoryError(f"cannot read {path}: {error.strerror}") from None
+    if len(content) != entry.lora_config_nbytes:
+        raise RepositoryError(f"{path} has {len(content)} bytes, expected {entry.lora_config_nbytes}")
+    return tuple(struct.iter_unpack(f"<{entry.lora_config_shape[1]}i", content))
+
+
+def declare(text: str, entries: Collection[AdapterEntry]) -> str:
+    """lora_weights in the adapters' dtype, lora_config with their columns."""
+    for dtype in {entry.dtype for entry in entries}:  # one, at most
+        text = declare_lora_weights(text, dtype, {entry.lora_config_shape[1] for entry in entries})
+    return text
+
+
+def served_config(config: ModelConfig, directory: Path) -> ModelConfig:  # noqa: ARG001
+    """The config as it is."""
+    return config
+
+
+def profile(config: ModelConfig, directory: Path) -> EngineProfile | None:
+    """From the config.json at gpt_model_path; for the CPU engine, with the limits that are its parameters."""
+    location = config.parameters.get("gpt_model_path", "")
+    if not location or has_template(location) or not (directory / location).exists():
+        return None
+    if is_cpu_engine(config.parameters):
+        return read_profile(parse_settings(config.parameters, directory))
+    return load_profile(directory / location)
+
+
+def model_location(config: ModelConfig, directory: Path) -> str:  # noqa: ARG001
+    """The parameter gpt_model_path."""
+    return f"gpt_model_path {config.parameters.get('gpt_model_path', '')!r}"
+
+
+def kept_adapters(directory: Path) -> KeptAdapters | None:  # noqa: ARG001
+    """Its cache is planned in pages."""
+    return None
+
+
+def _name_of(file: str) -> str:
+    return file.rpartition("/")[2]

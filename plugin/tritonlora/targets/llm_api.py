@@ -1,0 +1,143 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""The model of TensorRT-LLM's LLM API (triton_backend/all_models/llmapi) as the target.
+
+An adapter is stored as a PEFT directory, which the model reads by itself. model.yaml says what the model accepts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from tritonlora.conversion import peft_directory
+from tritonlora.conversion.layout import Layout, plan_layout
+from tritonlora.engine.model_yaml import complete, load_model_yaml, profile_of
+from tritonlora.engine.profile import EngineProfile
+from tritonlora.errors import AdapterError, EngineMismatch
+from tritonlora.pbtxt.model_config import ModelConfig
+from tritonlora.peft.adapter import Adapter, load_adapter
+from tritonlora.serving.adapter_table import AdapterEntry
+from tritonlora.serving.wire import LLM_API
+from tritonlora.targets.protocol import (
+    AdapterPlaces,
+    KeptAdapters,
+    Rows,
+    SampleInput,
+    SharedInput,
+    string_bytes,
+    task_id_bytes,
+    task_id_file,
+)
+
+WIRE = LLM_API
+ORIGIN = (
+    "adapters need the llmapi model of TensorRT-LLM from its pull request 14079 (2026) on; take its config.pbtxt and "
+    "1/*.py from there"
+)
+ENABLE_LORA = "give it a lora_config in model.yaml: lora_target_modules, max_lora_rank, max_loras, max_cpu_loras"
+PLACES = AdapterPlaces(
+    "adapter_{id}/adapter_model.safetensors", "adapter_{id}/adapter_config.json", directory="adapter_{id}"
+)
+SHARED_INPUTS: Mapping[str, SharedInput] = {
+    "text_input": SharedInput("text_input", "Hello"),
+    "sampling_param_max_tokens": SharedInput("max_tokens", (1,)),
+}
+ASSUMED_DTYPE: str | None = "bfloat16"
+# The names that ensembles of the engine's models have. The other inputs keep theirs, less "sampling_param_".
+ENSEMBLE_INPUTS: Mapping[str, str] | None = {
+    "streaming": "stream",
+    "sampling_param_stop": "stop_words",
+    "sampling_param_seed": "random_seed",
+    "lora_id": "lora_task_id",
+}
+COMPLETES_CONFIGS = True  # max_batch_size and the transaction policy come from model.yaml
+SERVER_FOR_EACH_PROCESS = False
+
+
+def sample_inputs(entry: AdapterEntry) -> tuple[SampleInput, ...]:
+    """lora_id, lora_name and lora_path."""
+    task_id = entry.lora_task_id
+    return (
+        SampleInput("lora_id", "TYPE_UINT64", (1,), task_id_file(task_id)),
+        SampleInput("lora_name", "TYPE_STRING", (1,), f"lora_name_{task_id}"),
+        SampleInput("lora_path", "TYPE_STRING", (1,), f"lora_path_{task_id}"),
+    )
+
+
+def sample_files(lora_name: str, entry: AdapterEntry, served: Path) -> dict[str, bytes]:
+    """The id's, the name's and the path's."""
+    task_id = entry.lora_task_id
+    return {
+        task_id_file(task_id): task_id_bytes(task_id),
+        f"lora_name_{task_id}": string_bytes(lora_name),
+        f"lora_path_{task_id}": string_bytes(str(served / (entry.lora_path or ""))),
+    }
+
+
+def check_adapter(adapter: Adapter) -> None:
+    """UnsupportedAdapter where the model's reader would take the adapter for something else."""
+    peft_directory.check_for_llm_api(adapter)
+
+
+def store(
+    adapter: Adapter,
+    layout: Layout,
+    weights: Path,
+    config: Path,
+    base: Path | None,  # noqa: ARG001
+    allow_nonfinite: bool,
+) -> None:
+    """Check its values, and copy it bit for bit."""
+    from tritonlora.conversion import tensors  # with torch, which takes seconds to import
+
+    tensors.check_values(adapter, layout, allow_nonfinite=allow_nonfinite)
+    peft_directory.copy_adapter(adapter, weights, config)
+
+
+def stored_problems(root: Path, entry: AdapterEntry) -> list[str]:
+    """A directory that cannot be read as an adapter any more."""
+    try:
+        load_adapter(root / (entry.lora_path or ""))
+    except AdapterError as error:
+        return [str(error)]
+    return []
+
+
+def rows(root: Path, entry: AdapterEntry, profile: EngineProfile | None) -> Rows:
+    """What a conversion would make of the directory."""
+    adapter = load_adapter(root / (entry.lora_path or ""))
+    try:
+        layout = plan_layout(adapter, dtype=entry.dtype)
+    except EngineMismatch:  # names alone do not say what its layers are
+        if profile is None:
+            raise
+        layout = plan_layout(adapter, dtype=profile.dtype, profile=profile)
+    return tuple((row.module.id, row.layer, row.adapter_size) for row in layout.rows)
+
+
+def declare(text: str, entries: Collection[AdapterEntry]) -> str:  # noqa: ARG001
+    """The text as it is: its inputs are the same for all adapters."""
+    return text
+
+
+def served_config(config: ModelConfig, directory: Path) -> ModelConfig:
+    """The config with what model.yaml says."""
+    return complete(config, directory)
+
+
+def profile(config: ModelConfig, directory: Path) -> EngineProfile | None:  # noqa: ARG001
+    """From the base model that model.yaml names."""
+    return profile_of(load_model_yaml(directory))
+
+
+def model_location(config: ModelConfig, directory: Path) -> str:  # noqa: ARG001
+    """The model of model.yaml."""
+    found = load_model_yaml(directory)
+    return f"the model {found.model!r} of {found.path.name}"
+
+
+def kept_adapters(directory: Path) -> KeptAdapters | None:
+    """max_cpu_loras and max_loras."""
+    lora = load_model_yaml(directory).lora
+    return KeptAdapters(lora.max_cpu_loras, lora.max_loras) if lora else KeptAdapters(0, 0)

@@ -1,0 +1,70 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""The route benchmark's own arithmetic, and the parts that need no server."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tritonlora.bench.measured import Part, at_least, at_most, draw, ratio_rows, series
+from tritonlora.bench.processes import SERVER, processes_of, processor_seconds, pss_nbytes
+from tritonlora.bench.route import Options, run
+from tritonlora.cli.commands import main
+
+
+def test_percentiles_are_in_the_unit_of_the_series() -> None:
+    """Half of the values are at most p50, and one in a hundred is at least p99."""
+    found = series("x", "ms", [number / 1000 for number in range(1, 201)], scale=1000)
+
+    assert (100.5, 199) == pytest.approx((found.p50, found.p99))
+
+
+def test_a_ratio_is_reached_on_its_side_of_the_target() -> None:
+    """Some should be small and some large."""
+    ratios = (at_most("a", 1.2, 1.1), at_most("b", 1.1, 1.1), at_least("c", 0.7, 0.75), at_least("d", 0.8, 0.75))
+
+    assert ["NO", "yes", "NO", "yes"] == [row[-1] for row in ratio_rows([Part("part", "", (), ratios)])]
+
+
+def test_lookup_is_measured_for_every_size_and_drawn(tmp_path: Path) -> None:
+    """Reading ten entries again takes longer than finding one."""
+    (part,) = run(["lookup"], Options(rounds=2, sizes=(10, 20)))
+    draw([part], tmp_path / "plot.png")
+    found = {one.name: one for one in part.series}
+
+    assert ["lookup among 10", "lookup among 20", "reload of 10", "reload of 20"] == list(found)
+    assert 1000 * found["reload of 10"].p50 > found["lookup among 10"].p50 > 0
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_unknown_part_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """Before anything is measured; the parts are listed."""
+    code = main(["bench", "route", "--part", "lookups"])
+
+    assert 2 == code
+    assert "no part 'lookups'; there are ttft, tokens, recovery, lookup, memory" in " ".join(
+        capsys.readouterr().err.replace("│", " ").split()
+    )
+
+
+def test_processes_are_found_by_their_model(tmp_path: Path) -> None:
+    """The instances are children of the server, with the path of the model among their words."""
+    model = tmp_path / "lora_router" / "1" / "model.py"
+    child = subprocess.Popen(
+        [sys.executable, "-c", "input()", str(model)], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
+    )
+    try:
+        found = processes_of(os.getpid())
+        seconds = processor_seconds(found)
+        nbytes = pss_nbytes(found["lora_router"])
+    finally:
+        child.communicate(b"\n")
+
+    assert {SERVER: [os.getpid()], "lora_router": [child.pid]} == found
+    assert seconds[SERVER] == pytest.approx(sum(os.times()[:2]), abs=0.5)
+    assert nbytes > 0

@@ -1,0 +1,159 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""adapters.py: the table of adapters."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from table import TABLE, entry
+from tritonlora.errors import AdapterTableError
+from tritonlora.serving.adapter_table import (
+    AdapterTable,
+    available,
+    check_name,
+    with_adapter,
+    with_alias,
+    with_warm,
+    without_adapter,
+    without_alias,
+)
+from tritonlora.serving.adapter_table_json import parse, render
+
+
+@given(st.lists(st.sampled_from(["add a", "add b", "add c", "remove a", "remove b", "remove c"]), max_size=12))
+def test_a_task_id_is_never_given_twice(steps: list[str]) -> None:
+    """Whatever is added, replaced and removed, and through a render and parse each time."""
+    table = AdapterTable()
+    given_ids = []
+    for step in steps:
+        verb, name = step.split()
+        if verb == "add":
+            given_ids.append(table.next_lora_task_id)
+            table = with_adapter(table, name, entry(table.next_lora_task_id))
+        elif name in table.entries:
+            table = without_adapter(table, name)
+        table = parse(render(table))
+
+    assert sorted(set(given_ids)) == given_ids
+    assert set(given_ids) == set(table.retired_lora_task_ids) | {e.lora_task_id for e in table.entries.values()}
+
+
+def test_an_id_of_another_adapter_is_refused() -> None:
+    """--task-id must not collide."""
+    with pytest.raises(AdapterTableError, match="lora_task_id 1 was given to adapter 'pirate'.*next free one is 3"):
+        with_adapter(TABLE, "new", entry(1))
+
+
+def test_a_retired_id_is_refused() -> None:
+    """The engine may still hold the old weights under it."""
+    with pytest.raises(AdapterTableError, match="lora_task_id 1 was given to an adapter that was removed"):
+        with_adapter(without_adapter(TABLE, "pirate"), "new", entry(1))
+
+
+def test_replacing_an_adapter_retires_its_id() -> None:
+    """New content, new id."""
+    table = with_adapter(TABLE, "pirate", entry(3))
+
+    assert (1,) == table.retired_lora_task_ids
+    assert 3 == table.entries["pirate"].lora_task_id
+
+
+@pytest.mark.parametrize("task_id", [0, -1, 2**31])
+def test_an_id_out_of_range_is_refused(task_id: int) -> None:
+    """Ids are positive and fit 32 bits."""
+    with pytest.raises(AdapterTableError, match="out of range"):
+        with_adapter(AdapterTable(), "a", entry(task_id))
+
+
+@pytest.mark.parametrize("name", ["a", "A-1_b.c", "0", "x" * 128])
+def test_a_legal_name_passes(name: str) -> None:
+    """Letters, digits, dot, underscore, dash."""
+    check_name(name)
+
+
+@pytest.mark.parametrize("name", ["", ".a", "-a", "a/b", "../a", "a b", "a,b", "ä", "a\n", "x" * 129])
+def test_an_illegal_name_is_refused(name: str) -> None:
+    """Separators and path parts never get in."""
+    with pytest.raises(AdapterTableError, match="not a legal adapter name"):
+        check_name(name)
+
+
+def test_removing_an_unknown_adapter_names_those_there_are() -> None:
+    """A typo is easy to see."""
+    with pytest.raises(AdapterTableError, match="no adapter 'pirat' is registered; available: haiku, pirate"):
+        without_adapter(TABLE, "pirat")
+
+
+def test_available_is_cut_to_a_count() -> None:
+    """Thousands of names never reach a client."""
+    table = AdapterTable({f"n{i:03}": entry(i + 1) for i in range(25)}, 26)
+
+    assert available(table).endswith("n018, n019 and 5 more")
+
+
+# Aliases
+
+PROD = with_alias(TABLE, "prod", "pirate")
+
+
+def test_an_alias_leads_to_an_adapter_until_it_is_led_to_another() -> None:
+    """Versions and canaries."""
+    assert {"prod": "pirate"} == PROD.aliases
+    assert {"prod": "haiku"} == with_alias(PROD, "prod", "haiku").aliases
+    assert {} == without_alias(PROD, "prod").aliases
+
+
+def test_an_alias_of_an_alias_leads_to_the_adapter_of_that_moment() -> None:
+    """A canary does not move when production does."""
+    table = with_alias(with_alias(PROD, "canary", "prod"), "prod", "haiku")
+
+    assert {"prod": "haiku", "canary": "pirate"} == table.aliases
+
+
+def test_an_alias_follows_an_adapter_that_is_replaced() -> None:
+    """It leads to a name, whatever its content."""
+    table = with_adapter(PROD, "pirate", entry(3))
+
+    assert 3 == table.entries[table.aliases["prod"]].lora_task_id
+
+
+@pytest.mark.parametrize(
+    ("alias", "name", "message"),
+    [
+        ("a/b", "pirate", "'a/b' is not a legal adapter name"),
+        ("haiku", "pirate", "'haiku' is an adapter; an alias needs a name of its own"),
+        ("new", "nobody", "no adapter 'nobody' is registered; available: haiku, pirate, prod"),
+    ],
+)
+def test_an_alias_that_cannot_be_is_refused(alias: str, name: str, message: str) -> None:
+    """Adapters and aliases share one namespace."""
+    with pytest.raises(AdapterTableError, match=message):
+        with_alias(PROD, alias, name)
+
+
+def test_an_adapter_cannot_take_the_name_of_an_alias() -> None:
+    """Requests by it would change their meaning."""
+    with pytest.raises(
+        AdapterTableError, match="'prod' is an alias of adapter 'pirate'; take .* tritonlora remove prod"
+    ):
+        with_adapter(PROD, "prod", entry(3))
+
+
+def test_an_adapter_that_has_aliases_is_not_removed() -> None:
+    """They are named, and so is what to do."""
+    table = with_alias(PROD, "canary", "pirate")
+
+    with pytest.raises(AdapterTableError, match="'pirate' has aliases: canary, prod; .* tritonlora alias canary OTHER"):
+        without_adapter(table, "pirate")
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [with_adapter(PROD, "new", entry(3)), with_warm(PROD, "pirate", False), without_adapter(PROD, "haiku")],
+)
+def test_aliases_stay_when_something_else_changes(changed: AdapterTable) -> None:
+    """Whatever else is written."""
+    assert PROD.aliases == changed.aliases
