@@ -171,9 +171,7 @@ def test_phi3_vision_has_the_sizes_of_its_text_model_beside_those_of_the_tower()
 
 def test_unknown_architecture_is_refused() -> None:
     """An architecture that is not in the table is named, and DoRA is not sent round between --base and none."""
-    message = (
-        "unknown architecture 'NewForCausalLM'.*; merge the adapter into .*, or, where you know .*, which DoRA alone"
-    )
+    message = "unknown architecture 'NewForCausalLM'.*; merge the adapter into .* convert without .*, which only DoRA"
     with pytest.raises(EngineMismatch, match=message):
         profile_from_hf({**LLAMA_8B, "architectures": ["NewForCausalLM"]}, "x")
 

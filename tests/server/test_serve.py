@@ -124,12 +124,12 @@ def test_serve_listens_where_it_says_and_nowhere_else(
 RESTRICTED = ("systemsharedmemory/status", "repository/index", "trace/setting", "logging", "models/lora_router/config")
 
 
-def test_what_readme_says_closes_the_endpoints_that_are_not_for_clients(
+def test_what_the_docs_say_closes_the_endpoints_that_are_not_for_clients(
     repo: Path, processes: list[subprocess.Popen[str]]
 ) -> None:
     """Without the header they are forbidden, and models can be asked."""
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    options = re.findall(r"--(?:http|grpc)-restricted-\S+=SECRET", readme)
+    page = (Path(__file__).parents[2] / "plugin" / "docs" / "operations.md").read_text()
+    options = re.findall(r"--(?:http|grpc)-restricted-\S+=SECRET", page)
     assert 2 == len(options)
     ports = free_ports()
     processes.append(start(repo, ports, "--", *options))

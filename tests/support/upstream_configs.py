@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import difflib
+import shutil
 import string
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,9 @@ from typing import Any
 
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+from tritonlora.repository.init import shipped_models
+from tritonlora.repository.model_configs import set_parameter
 
 ROOT = Path(__file__).parent / "upstream"
 PATHS = sorted(ROOT.glob("*/*/config.pbtxt"))
@@ -72,6 +76,35 @@ def upstream_repository(
         text = upstream(version, model)
         (root / model / "1").mkdir(parents=True)
         (root / model / "config.pbtxt").write_text(fill(text, **(values or {})) if filled else text)
+    return root
+
+
+_ON_THE_CPU = {
+    "tensorrt_llm": {"synthetic": "true", "gpt_model_path": "1"},
+    "preprocessing": {"tokenizer_dir": "", "add_special_tokens": ""},
+    "postprocessing": {"tokenizer_dir": "", "skip_special_tokens": ""},
+}
+
+
+def upstream_repository_on_the_cpu(root: Path, version: str, *, decoupled: str) -> Path:
+    """The same, and it can be served here: the CPU engine and the shipped text models stand behind the templates.
+
+    Upstream's own code for these models needs a GPU and a tokenizer. `decoupled` is "True" or "False".
+    """
+    upstream_repository(root, version, values={"triton_backend": "python", "decoupled_mode": decoupled})
+    shutil.rmtree(root / "tensorrt_llm_bls")  # calls upstream's own code
+    for model, parameters in _ON_THE_CPU.items():
+        version_directory = root / model / "1"
+        shutil.copytree(shipped_models() / model / "1", version_directory, dirs_exist_ok=True, symlinks=True)
+        if model != "tensorrt_llm":
+            code = version_directory / "serving"
+            code.unlink()
+            shutil.copytree(shipped_models() / model / "1" / "serving", code)
+        config = root / model / "config.pbtxt"
+        text = config.read_text()
+        for key, value in parameters.items():
+            text = set_parameter(text, key, value)
+        config.write_text(text)
     return root
 
 

@@ -173,9 +173,9 @@ def profile_from_hf(
             raise UnknownArchitecture(f"{source!r}: {name}: {why}; merge the adapter into the base model")
         raise UnknownArchitecture(
             f"{source!r}: unknown architecture {name!r}, and unknown model_type {model_type!r}; expected one of the "
-            f"{len(ARCHITECTURES)} that the README lists, as {', '.join(list(ARCHITECTURES)[:3])}; merge the adapter "
-            "into the base model, or, where you know that its layers are what layers of their names are in one of "
-            "those, convert without the base model, which DoRA alone needs"
+            f"{len(ARCHITECTURES)} that are known, such as {', '.join(list(ARCHITECTURES)[:3])}; merge the adapter "
+            "into the base model. If layers of the same names have the same meaning in a known architecture, convert "
+            "without the base model, which only DoRA needs"
         )
     if text is nested:
         text = {**architecture.nested, **text}
