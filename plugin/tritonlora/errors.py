@@ -1,13 +1,13 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""Every error that tritonlora raises on purpose.
+"""The errors that a caller of tritonlora may catch, and that commands report with exit code 1.
 
 * TritonLoraError
   - AdapterError              an adapter directory, while it is read or converted
     - InvalidAdapter          broken: truncated, contradictory, not PEFT
     - UnsupportedAdapter      sound, but something in it cannot be carried to the engine exactly
     - EngineMismatch          sound, but not for this engine
-      - UnknownArchitecture   whose base model is one of which nothing is known here
+      - UnknownArchitecture   the base model is of an architecture that is not in our tables
   - ConfigError               a config.pbtxt that cannot be read or edited; carries line and column
   - RepositoryError           a model repository that is not in the state the command needs
   - ServerError               tritonserver cannot be found, did not start, or answered with an error
@@ -80,7 +80,7 @@ class EngineMismatch(AdapterError):
 
 
 class UnknownArchitecture(EngineMismatch):
-    """Nothing is known here of the layers of the base model."""
+    """The base model is of an architecture that is not in our tables."""
 
 
 class ConfigError(TritonLoraError):

@@ -247,7 +247,7 @@ def test_all_that_is_not_understood_is_listed_in_one_error(tmp_path: Path) -> No
         "lora_B.bias",
         "experts.0.w1",
         "lora_bias=False",
-        "base_layer.bias': a trained bias; train with bias='none'",
+        "base_layer.bias': a trained bias; merge the adapter into the base model, or train again with bias='none'",
     ):
         assert part in text
 
@@ -369,21 +369,21 @@ def test_other_kinds_of_adapters_are_refused_by_name(peft_type: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bias": "lora_only"}, "'bias' is 'lora_only': .*train with bias='none'"),
-        ({"lora_bias": True}, "'lora_bias' is True: .*train with lora_bias=False"),
-        ({"target_modules": ["embed_tokens"]}, "embed_tokens.lora_embedding_A': LoRA on an embedding; train without"),
+        ({"bias": "lora_only"}, "'bias' is 'lora_only': .*merge the adapter .*train again with bias='none'"),
+        ({"lora_bias": True}, "'lora_bias' is True: .*merge the adapter .*train again with lora_bias=False"),
+        ({"target_modules": ["embed_tokens"]}, "embed_tokens.lora_embedding_A': LoRA on an embedding; merge"),
         (
             {"target_modules": ["lm_head"]},
-            "'lm_head': TensorRT-LLM has no LoRA for the output embedding; train without",
+            "'lm_head': TensorRT-LLM has no LoRA for the output embedding; merge the adapter",
         ),
-        ({"modules_to_save": ["lm_head"]}, r"lm_head\.weight': .*; a module saved in full .*without modules_to_save"),
-        ({"modules_to_save": ["input_layernorm"]}, r"0\.input_layernorm\.weight': .* train without modules_to_save"),
+        ({"modules_to_save": ["lm_head"]}, r"lm_head\.weight': .*; if a module was trained in full, merge"),
+        ({"modules_to_save": ["input_layernorm"]}, r"0\.input_layernorm\.weight': .* merge the adapter"),
         ({"trainable_token_indices": [1, 2]}, r"'trainable_token_indices' is \[1, 2\]: .*merge"),
         ({"init_lora_weights": "pissa"}, "'pissa', which changed the base .*path_initial_model_for_weight_conversion"),
         ({"init_lora_weights": "olora"}, "'olora', which changed the base .*path_initial_model_for_weight_conversion"),
         (
             {"alora_invocation_tokens": [1], "task_type": "CAUSAL_LM"},
-            "activated LoRA switches on inside a prompt.*train",
+            "activated LoRA begins inside a prompt.*train again",
         ),
         ({"layer_replication": [[0, 2], [1, 2]]}, "the engine's layers are not those of the adapter; merge"),
         ({"use_qalora": True}, "'use_qalora' is True: the input of lora_A is pooled"),
@@ -515,7 +515,7 @@ def test_pointer_of_git_lfs_is_refused_with_the_remedy(tmp_path: Path) -> None:
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
     (write_adapter(tmp_path, lora_pair(Q)) / "adapter_model.safetensors").write_text(pointer)
 
-    with pytest.raises(InvalidAdapter, match="stands for a file of Git LFS; fetch that with `git lfs pull`"):
+    with pytest.raises(InvalidAdapter, match="is a pointer to a file in Git LFS; fetch the file with `git lfs pull`"):
         load_adapter(tmp_path)
 
 
@@ -601,7 +601,7 @@ def test_compressed_pickle_is_refused(tmp_path: Path) -> None:
         for name in source.namelist():
             target.writestr(name, source.read(name))
 
-    with pytest.raises(InvalidAdapter, match=r"adapter_model.bin' is a compressed archive.*as safetensors"):
+    with pytest.raises(InvalidAdapter, match=r"adapter_model.bin' is compressed.*as safetensors"):
         load_adapter(tmp_path)
 
 

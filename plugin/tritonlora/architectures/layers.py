@@ -37,19 +37,19 @@ def locate(path: str) -> tuple[int, Mapping[str, Leaf]] | None:
 
 
 def families_of(architecture: str) -> frozenset[str]:
-    """The names of the families that a model of `architecture` can be of; all of them where it is not known."""
+    """The names of the families that `architecture` may belong to; all families if the architecture is not known."""
     known = ARCHITECTURES.get(architecture)
     families = ENGINE_NAMES.get(architecture, FAMILIES) if known is None else (known.family,)
     return frozenset(family.name for family in families)
 
 
 def why_none(architecture: str) -> str | None:
-    """Why a model of `architecture` is of no family, although its layers have names of one; None where it may be."""
+    """Why `architecture` belongs to no family although its layers have the names of one; None if it may belong."""
     return next((why for beginning, why in NOT_THESE.items() if architecture.startswith(beginning)), None)
 
 
 def why_probably_none(base_model_name: str) -> str | None:
-    """The same by what the base model is called, on a hub or in a directory."""
+    """Why a base model of this name (on a hub, or a directory) belongs to no family; None if it may belong."""
     name = base_model_name.lower()
     return next((why for pattern, why in NOT_THESE_BY_NAME.items() if re.search(pattern, name)), None)
 
@@ -57,9 +57,10 @@ def why_probably_none(base_model_name: str) -> str | None:
 def likely_families(
     layers: Iterable[Mapping[str, Leaf]], architectures: Iterable[str], *, conv1d: bool
 ) -> frozenset[str]:
-    """The families of `architectures` that have all `layers` (as `locate` gives them), if there is any.
+    """The names of the families that have all `layers` (as `locate` gives them) and fit `architectures`.
 
-    Of `architectures`, those that know most come first; "" stands for none. Where `conv1d` is set, those of Conv1D.
+    The most reliable of `architectures` comes first; "" is an architecture that is not known. One that fits none of
+    the families left is ignored. With `conv1d`, only families whose layers are Conv1D are left.
     """
     families = families_of("")
     for known in map(families_of, architectures):
@@ -82,7 +83,8 @@ def why_not(path: str) -> str:
         return "saved through PEFT twice (base_model.model.); call get_peft_model once, on the model itself"
     reason = next(reason for pattern, reason in _WHY_NOT if re.search(pattern, path))
     return (
-        f"{reason}; train without it (`target_modules` or `exclude_modules`), or merge the adapter into the base model"
+        f"{reason}; merge the adapter into the base model, or train again without it "
+        "(`target_modules` or `exclude_modules`)"
     )
 
 

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The LoRA modules of TensorRT-LLM: name, id, and how tensor parallelism cuts them.
 
-Ids appear nowhere else. Source: contract.md, section 4.2 (`LoraModule::ModuleType`).
+Ids appear nowhere else. Source: TensorRT-LLM cpp/include/tensorrt_llm/runtime/loraModule.h, `LoraModule::ModuleType`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""A PEFT adapter directory -> Adapter.
+"""Read a PEFT adapter directory into an `Adapter`.
 
-What is not understood is refused, and one error names all of it: a tensor that is dropped changes the answers.
-Shapes are never turned round: PEFT stores A as (r, in) and B as (out, r), for Conv1D layers too.
+Rules: a tensor or a field that is not understood is refused, because dropping it would change the responses. One error
+lists all of them. Matrices are never transposed: PEFT stores A as (r, in) and B as (out, r), for Conv1D layers too.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from tritonlora.architectures.families import Leaf
 from tritonlora.architectures.layers import locate, why_not
 from tritonlora.errors import AdapterError, InvalidAdapter, UnsupportedAdapter, merge_layers, one_message
-from tritonlora.peft.adapter_config import AdapterConfig, Stated, parse_config
+from tritonlora.peft.adapter_config import MERGE, AdapterConfig, Stated, parse_config
 from tritonlora.peft.checkpoint import file_inside, load_checkpoint, read_json_bytes
 from tritonlora.peft.stored_tensor import StoredTensor
 from tritonlora.serving.dtypes import LORA_DTYPES
@@ -48,7 +48,7 @@ class AdapterModule:
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """A PEFT adapter, checked, with nothing in it that is not understood."""
+    """A PEFT adapter that was checked: every field and tensor of it is understood."""
 
     directory: Path
     config: AdapterConfig
@@ -56,10 +56,10 @@ class Adapter:
 
 
 def load_adapter(path: Path) -> Adapter:
-    """Read the adapter in the directory `path`.
+    """Read the adapter in the directory `path`; the tensors stay in their files.
 
-    Raises InvalidAdapter where it is broken and UnsupportedAdapter where it is sound but cannot be carried over; either
-    lists all that is wrong.
+    Raises InvalidAdapter if the adapter is broken, and UnsupportedAdapter if it is sound but cannot be carried over.
+    Either lists every problem.
     """
     directory = _adapter_directory(path)
     problems = _Problems()
@@ -70,7 +70,7 @@ def load_adapter(path: Path) -> Adapter:
     with problems.collected():
         tensors = load_checkpoint(directory, "adapter_model.safetensors", "adapter_model.bin")
     modules: dict[str, AdapterModule] = {}
-    # Tensors of another peft_type, which the config's problems name, need no reasons of their own.
+    # The config's problems already name another peft_type: do not list each of its tensors, too.
     if not problems or any(map(_lora_key, tensors)):
         modules = _modules(tensors, config, problems)
     if problems or config is None:
@@ -101,7 +101,7 @@ class _Problems:
 def _modules(
     tensors: Mapping[str, StoredTensor], config: AdapterConfig | None, problems: _Problems
 ) -> dict[str, AdapterModule]:
-    """Sort a PEFT state dict into modules; without a config, which is a problem already, only look for more."""
+    """Sort a PEFT state dict into modules. Without a config (a problem already) only look for more problems."""
     groups: dict[str, _Group] = {}
     for key in sorted(tensors):
         match = _lora_key(key)
@@ -158,19 +158,22 @@ _LORA_KEY = re.compile(
 )
 # First match wins; the last line always matches.
 _WHY_NOT_KEY = (
-    (r"\.lora_embedding_[AB]", "LoRA on an embedding; train without it"),
-    (r"\.base_layer\.bias$", "a trained bias; train with bias='none'"),
+    (r"\.lora_embedding_[AB]", f"LoRA on an embedding; {MERGE}, or train again without it"),
+    (r"\.base_layer\.bias$", f"a trained bias; {MERGE}, or train again with bias='none'"),
     (r"\.base_layer\.", "the base model's own weight; save with save_embedding_layers=False"),
-    (r"\.lora_B\.(\w+\.)?bias$", "a bias of lora_B; train with lora_bias=False"),
-    (r"\.bias$", "a trained bias; train with bias='none'"),
-    (r"\.(modules_to_save|original_module)\.", "a module trained in full; train without modules_to_save"),
-    (r"\.(trainable_tokens|token_adapter)", "trained token embeddings; merge the adapter into the base model"),
+    (r"\.lora_B\.(\w+\.)?bias$", f"a bias of lora_B; {MERGE}, or train again with lora_bias=False"),
+    (r"\.bias$", f"a trained bias; {MERGE}, or train again with bias='none'"),
+    (
+        r"\.(modules_to_save|original_module)\.",
+        f"a module trained in full; {MERGE}, or train again without modules_to_save",
+    ),
+    (r"\.(trainable_tokens|token_adapter)", f"trained token embeddings; {MERGE}"),
     (r"\.weight_m_wdecomp\.", "DoRA as NVIDIA's converter stores it; give PEFT's own files"),
-    (r"\.(hada_|lokr_|vera_|ia3_|oft_|boft_|lora_E|prompt_)", "not LoRA; merge the adapter into the base model"),
+    (r"\.(hada_|lokr_|vera_|ia3_|oft_|boft_|lora_E|prompt_)", f"not LoRA; {MERGE}"),
     (
         r"",
-        "not a LoRA tensor; a module saved in full is not sent to the engine: train without modules_to_save, and save "
-        "with save_embedding_layers=False",
+        "not a LoRA tensor; if PEFT saved the base model's embedding, save with save_embedding_layers=False; if a "
+        f"module was trained in full, {MERGE}",
     ),
 )
 
@@ -232,8 +235,10 @@ def _tensor_problems(
 
 
 def _order_problems(modules: Mapping[str, AdapterModule], stated: Mapping[str, Stated]) -> list[str]:
-    """A rank that is not the first that its patterns say shows that their order, in all of the file, is not that of the
-    training. PEFT itself cannot load such an adapter.
+    """Problems of alphas, where the ranks show that the patterns were saved in another order than in training.
+
+    The first pattern that matches counts. If a tensor's rank is not that of the first pattern, the order in the file is
+    not to be trusted for any module. PEFT itself cannot load such an adapter.
     """
     if all(module.r == stated[path].ranks[0] for path, module in modules.items()):
         return []

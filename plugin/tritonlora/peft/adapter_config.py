@@ -1,9 +1,9 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""adapter_config.json: the fields that decide the weights, and a reason to refuse each of the others.
+"""Read adapter_config.json: take the fields that decide the weights, and refuse the others unless they are harmless.
 
-Source: PEFT src/peft/tuners/lora/{config,layer}.py. A field that is neither known to be harmless nor empty is refused,
-so that a feature of a later PEFT cannot be dropped in silence.
+Rule: a field that is not known is refused unless it is empty, so that no feature of a later PEFT is dropped silently.
+Source: PEFT src/peft/tuners/lora/{config,layer}.py.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class AdapterConfig:
     base_model_class: str = ""  # "LlamaForCausalLM", which PEFT notes where it was given no task_type
 
     def stated(self, paths: Sequence[str]) -> dict[str, Stated]:
-        """What the config says of the modules at `paths` ("model.layers.0.self_attn.q_proj").
+        """The ranks and alphas of the modules at `paths` ("model.layers.0.self_attn.q_proj").
 
-        Raises InvalidAdapter where its patterns are more than any model needs.
+        Raises InvalidAdapter if the patterns are more than any model needs.
         """
         ranks, alphas = matches(self.rank_pattern, paths), matches(self.alpha_pattern, paths)
         return {
@@ -45,15 +45,15 @@ class AdapterConfig:
         }
 
     def scaling(self, rank: int, alpha: float) -> float:
-        """What PEFT multiplies B @ A with: alpha / r, or alpha / sqrt(r) with rsLoRA."""
+        """The factor that PEFT multiplies B @ A with: alpha / r, or alpha / sqrt(r) with rsLoRA."""
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
 
 @dataclass(frozen=True, slots=True)
 class Stated:
-    """The ranks and alphas that one module can have: PEFT gives it the first.
+    """The ranks and alphas that the config gives one module; PEFT takes the first of each.
 
-    There are several where several patterns match. PEFT saves them in another order than they were given in.
+    There are several if several patterns match. PEFT saves patterns in another order than training used.
     """
 
     ranks: tuple[int, ...]
@@ -144,25 +144,25 @@ _TYPES: tuple[tuple[frozenset[str], str], ...] = (
 )
 _UNMODIFIED_BASE_INITS = ("true", "false", "gaussian", "orthogonal", "eva", "mica")
 _MODIFIED_BASE_INITS = ("pissa", "olora", "corda", "lora_ga")
-_MERGE = "merge the adapter into the base model instead"
+MERGE = "merge the adapter into the base model"
 _REFUSED: Mapping[str, str] = {
-    "bias": "the engine has no place for trained biases; train with bias='none'",
-    "lora_bias": "the engine has no place for a bias of lora_B; train with lora_bias=False",
+    "bias": f"the engine does not take trained biases; {MERGE}, or train again with bias='none'",
+    "lora_bias": f"the engine does not take a bias of lora_B; {MERGE}, or train again with lora_bias=False",
     "loftq_config": "LoftQ replaced the base weights by quantised ones; where the engine is built from those that were "
     "saved with it, take this out of adapter_config.json, else train on a quantised base without LoftQ (QLoRA)",
-    "layer_replication": f"the engine's layers are not those of the adapter; {_MERGE}",
-    "target_parameters": "LoRA on bare parameters (expert layers) cannot be sent; train with `target_modules` that "
-    f"name other layers alone (`exclude_modules` does not keep PEFT from these), or {_MERGE}",
-    "trainable_token_indices": f"trained token embeddings cannot be sent; {_MERGE}",
-    "alora_invocation_tokens": "activated LoRA switches on inside a prompt, and the engine applies LoRA to all of it; "
-    "train without it",
-    "use_qalora": f"the input of lora_A is pooled by groups; {_MERGE}",
+    "layer_replication": f"the engine's layers are not those of the adapter; {MERGE}",
+    "target_parameters": f"LoRA on bare parameters (expert layers) cannot be sent; {MERGE}, or train again with "
+    "`target_modules` that name other layers only (`exclude_modules` does not exclude these)",
+    "trainable_token_indices": f"trained token embeddings cannot be sent; {MERGE}",
+    "alora_invocation_tokens": "activated LoRA begins inside a prompt, and the engine applies LoRA to all of it; "
+    "train again without it",
+    "use_qalora": f"the input of lora_A is pooled by groups; {MERGE}",
     "megatron_config": "Megatron's parallel layers are split otherwise; convert the adapter to plain PEFT first",
     "arrow_config": "Arrow routes between adapters inside the model; convert each of them on its own",
-    "use_bdlora": f"block-diagonal LoRA has other tensors; {_MERGE}",
-    "kasa_config": f"KaSA has other tensors; {_MERGE}",
-    "velora_config": f"VeLoRA is not verified here; {_MERGE}",
-    "monteclora_config": f"MonteCLoRA has other tensors; {_MERGE}",
+    "use_bdlora": f"block-diagonal LoRA has other tensors; {MERGE}",
+    "kasa_config": f"KaSA has other tensors; {MERGE}",
+    "velora_config": f"VeLoRA is not verified here; {MERGE}",
+    "monteclora_config": f"MonteCLoRA has other tensors; {MERGE}",
 }
 
 
@@ -178,13 +178,13 @@ def _refused_fields(raw: Mapping[str, Any]) -> list[str]:
         else:
             refused.append(
                 f"{key!r} is {_short(value)}: not a field that is known here, and it may change the weights; if it "
-                f"mattered in training alone, take it out of adapter_config.json, else {_MERGE}"
+                f"mattered in training alone, take it out of adapter_config.json, else {MERGE}"
             )
     return refused
 
 
 def _is_empty(value: object) -> bool:
-    """Whether a field says that there is nothing; 0 is a number, which may mean something."""
+    """Whether the value means "not used". 0 does not: it is a number, which may mean something."""
     return value is None or value is False or value in ([], {}, "")
 
 
@@ -241,7 +241,7 @@ def _broken_fields(raw: Mapping[str, Any]) -> list[str]:
 
 
 def _integer(digits: str) -> int | float:
-    """Infinity, which every field refuses, for what is too long for Python to read as an integer."""
+    """The integer, or infinity if it is too long for Python to read; every field refuses infinity."""
     return int(digits) if len(digits) <= sys.int_info.str_digits_check_threshold else float(digits)
 
 

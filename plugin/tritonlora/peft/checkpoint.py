@@ -1,9 +1,9 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints on disk, whole or in shards: safetensors, or pickles of plain tensors.
+"""Open checkpoints, whole or in shards: safetensors, or pickles of plain tensors.
 
-Nothing is read before it is used wherever the format allows it. No link leads out of the directory, and no code of a
-pickle runs.
+Tensors are read when they are used, where the format allows it. A link out of the directory is refused, except into the
+`blobs` of a Hugging Face download cache. No code of a pickle runs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _LFS_POINTER = b"version https://git-lfs"
 
 
 def load_checkpoint(directory: Path, safetensors_name: str, pickle_name: str) -> dict[str, StoredTensor]:
-    """All tensors of the checkpoint in `directory`, safetensors before pickles. Raises InvalidAdapter."""
+    """All tensors of the checkpoint in `directory`; safetensors are preferred to pickles. Raises InvalidAdapter."""
     for name, load in ((safetensors_name, load_tensors), (pickle_name, load_pickle)):
         if os.path.lexists(directory / name):
             return load(file_inside(directory, name))
@@ -54,7 +54,7 @@ def load_pickle(path: Path) -> dict[str, StoredTensor]:
             # What torch.load maps it takes as it stands, whether it is compressed or not.
             if is_zip and any(entry.compress_type != zipfile.ZIP_STORED for entry in zipfile.ZipFile(file).infolist()):
                 raise InvalidAdapter(
-                    f"{str(path)!r} is a compressed archive, as torch.save writes none; save the adapter as safetensors"
+                    f"{str(path)!r} is compressed, which torch.save never does; save the adapter as safetensors"
                 )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what it would say of a strange file is said below
@@ -77,7 +77,7 @@ def load_pickle(path: Path) -> dict[str, StoredTensor]:
 
 
 def file_inside(directory: Path, name: str) -> Path:
-    """The file `name` of `directory`. Raises InvalidAdapter where it is missing or leads anywhere else."""
+    """The path of the file `name` in `directory`. Raises InvalidAdapter if it is missing, or a link elsewhere."""
     path = directory / name
     if Path(name).name != name or name in ("", ".", ".."):
         raise InvalidAdapter(f"{name!r} is not the name of a file in {str(directory)!r}")
@@ -90,12 +90,12 @@ def file_inside(directory: Path, name: str) -> Path:
     if target.parent not in (home, blobs):
         raise InvalidAdapter(f"{str(path)!r} is a link out of its directory, to {str(target)!r}; copy the file")
     if _is_lfs_pointer(path):
-        raise InvalidAdapter(f"{str(path)!r} stands for a file of Git LFS; fetch that with `git lfs pull`")
+        raise InvalidAdapter(f"{str(path)!r} is a pointer to a file in Git LFS; fetch the file with `git lfs pull`")
     return path
 
 
 def read_json_bytes(path: Path) -> bytes:
-    """The bytes of a JSON file, which must not be larger than any honest one. Raises InvalidAdapter."""
+    """The bytes of a JSON file of at most MAX_JSON_BYTES. Raises InvalidAdapter."""
     try:
         nbytes = path.stat().st_size
         if nbytes > MAX_JSON_BYTES:
@@ -108,7 +108,7 @@ def read_json_bytes(path: Path) -> bytes:
 def _load_shards(
     directory: Path, index: Path, load: Callable[[Path], dict[str, StoredTensor]]
 ) -> dict[str, StoredTensor]:
-    """The tensors of all shards, where these hold exactly what the index says."""
+    """The tensors of all shards. InvalidAdapter unless the shards hold exactly the tensors in the index."""
     weight_map = _weight_map(index)
     tensors: dict[str, StoredTensor] = {}
     problems = []
@@ -133,7 +133,7 @@ def _load_shards(
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Tensor -> shard. Raises InvalidAdapter."""
+    """The index: the shard's file name by tensor name. Raises InvalidAdapter."""
     try:
         weight_map = json.loads(read_json_bytes(index))["weight_map"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:

@@ -1,15 +1,16 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""Which layers the regular expressions of rank_pattern and alpha_pattern match, in bounded time.
+"""Match the regular expressions of rank_pattern and alpha_pattern with layers' paths, in bounded time.
 
 PEFT's rule (`get_pattern_key` in src/peft/utils/other.py): a pattern matches a path when it matches its end, from the
 beginning or from a dot on. Python's `re` tries one way after the other, and a short pattern can have billions of ways.
 
-Strategy: all paths stand behind each other in one long row, and a set of places in that row is an integer with a bit
-for each. A part of a pattern leads from one such set to another, for all paths and all ways at the same time, in a few
-operations on integers. So the time is that of (length of the pattern) x (length of all paths), whatever the pattern is.
-This decides whether a pattern matches, and never how, so that everything that depends on the how is refused: references
-to groups, conditions on groups, and repetitions that give nothing back.
+Strategy: join all paths into one text. A set of positions in it is an integer with a bit for each position. Each part
+of a pattern maps the positions before it to the positions after it, for all paths at once, in a few operations on
+integers. The time is at most (length of the pattern) x (length of all paths).
+
+This tells whether a pattern matches, not which characters each group took. What needs the latter is refused: references
+to groups, conditions on groups, and possessive repetitions.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ _FLAGS = re.compile(r"\(\?[a-zA-Z-]")
 
 @functools.lru_cache(maxsize=16384)
 def parse(pattern: str) -> _Choice:
-    """What `pattern` says; ValueError, with the reason, where that is not one to match layers by."""
+    """The syntax tree of `pattern`; ValueError with the reason if it is malformed or not supported."""
     if len(pattern) > MAX_LENGTH or _REPEATED_GROUP.search(pattern) or _FLAGS.search(pattern):
         raise ValueError("a repeated group, flags, or too long; write the layers' names")
     try:
@@ -253,9 +254,9 @@ def _step(places: int, mask: int, backwards: bool) -> int:
 
 
 def matches(patterns: Mapping[str, _T], paths: Sequence[str]) -> dict[str, list[_T]]:
-    """Path -> the values of all patterns that match it, in their order.
+    """For each path that a pattern matches: the values of all patterns that match it, in the patterns' order.
 
-    Raises InvalidAdapter where the patterns and paths are so many that it would take more than seconds.
+    Raises InvalidAdapter if there are so many patterns and paths that matching would take more than seconds.
     """
     found: dict[str, list[_T]] = {}
     if not patterns or not paths:

@@ -1,9 +1,9 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""Safetensors files, of which only the header is read before a tensor is asked for.
+"""Open safetensors files: the header is read at once, a tensor when it is used.
 
-The header is checked more strictly than a loader of trusted files would: every byte of the file must belong to exactly
-one tensor, so that no header can point outside, share bytes between tensors or hide any.
+Rule: every byte of the data must belong to exactly one tensor. So no header can point outside the file, share bytes
+between tensors, or hide bytes. Loaders of trusted files check less.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def parse_header(header: bytes, data_nbytes: int) -> dict[str, TensorEntry]:
 
 
 def load_tensors(path: Path) -> dict[str, StoredTensor]:
-    """Every tensor of `path`. Raises InvalidAdapter."""
+    """The tensors of the file `path`, by name; none is read yet. Raises InvalidAdapter."""
     try:
         with open(open_file(path), "rb", buffering=0) as file:  # noqa: PTH123  a descriptor
             found = os.fstat(file.fileno())

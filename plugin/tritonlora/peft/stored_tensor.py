@@ -1,9 +1,9 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""A tensor where it is stored: its dtype and shape, and a way to its bytes.
+"""A tensor in a file: its dtype and shape, and a function that reads its bytes.
 
-Bytes are read to where they are wanted, not mapped: that costs no page faults, and a file that becomes shorter
-meanwhile is an error, where a mapping would end the process.
+Bytes are read into memory of the caller, not mapped. Reading costs no page faults, and a file that becomes shorter
+meanwhile is an error; with a mapping it would end the process.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class StoredTensor(NamedTuple):
-    """A tensor of which nothing is read before it is asked for."""
+    """A tensor whose bytes are read on request."""
 
     dtype: Dtype
     shape: tuple[int, ...]
@@ -52,12 +52,13 @@ class StoredTensor(NamedTuple):
 
 
 class StoredFile:
-    """A file of tensors, opened when one of them is read and closed with the last: of many adapters, only those that
-    are being converted are open.
+    """A file of tensors. It is opened when the first one is read, and closed when no tensor of it is left.
+
+    So of many adapters, only those that are being converted have open files.
     """
 
     def __init__(self, path: Path, found: os.stat_result) -> None:
-        """`found`: what the file was when its header was read."""
+        """`found`: the file's status when its header was read. A file that changed since is an error."""
         self._path = path
         self._version = version_of(found)
         self._descriptor: int | None = None
@@ -89,7 +90,7 @@ class StoredFile:
 
 
 def in_memory(tensor: torch.Tensor) -> StoredTensor:
-    """A tensor that is there already."""
+    """`tensor`, already in memory, as a StoredTensor."""
 
     def copy(start: int, memory: memoryview) -> None:
         memory[:] = bytes_of(tensor.detach().contiguous())[start : start + len(memory)]
