@@ -32,7 +32,7 @@ from upstream_configs import upstream_repository_on_the_cpu
 # "```bash docker": what is needed to run the block, and is not here.
 MARKS = {"", "docker", "cluster", "gpu", "minutes", "client"}
 BETWEEN = "\x1e"  # printed before each block
-SCRIPT_SECONDS = 300
+SCRIPT_SECONDS = 600
 
 
 @dataclass(frozen=True)

@@ -165,6 +165,13 @@ def test_a_name_that_does_not_exist_is_found(span: str, problem: str | None) -> 
     assert problem is None or problem in str(found)
 
 
+def test_no_source_cites_a_page_that_is_not_here() -> None:
+    """A page without a directory before its name is one of ours; with one, it is another project's."""
+    ours = {page.path.name for page in PAGES}
+
+    assert set(re.findall(r"(?<![\w/])\w+\.md\b", source())) <= ours
+
+
 def test_every_path_of_the_package_tree_exists() -> None:
     """README's tree: each path at the beginning of a line, in the directory above it."""
     [tree] = [block.text for block in PAGES[0].blocks if block.text.startswith("plugin/tritonlora/")]

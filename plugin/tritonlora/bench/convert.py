@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""How long conversion takes, and how much memory, as ratios taken in one run on one machine.
+"""Benchmark conversion: time and memory, as ratios of one run on one machine.
 
 The adapter is that of a Llama 8B with all seven linear layers, in bfloat16. Three ways are timed, each from the files
 to a new file, all on the same in-memory file system, so that no disk is measured:
@@ -134,7 +134,7 @@ def make_adapter(
 
 
 def convert(adapter: Path, out: Path) -> None:
-    """Our way."""
+    """Convert as `tritonlora convert` does."""
     from tritonlora.conversion.layout import plan_layout
     from tritonlora.conversion.tensors import convert_file
     from tritonlora.peft.adapter import load_adapter
@@ -144,7 +144,7 @@ def convert(adapter: Path, out: Path) -> None:
 
 
 def straightforward(adapter: Path, out: Path) -> None:
-    """What one would write first, without a check of anything."""
+    """Convert in the straightforward way in torch, without any check."""
     import torch
     from safetensors.torch import load_file
 

@@ -1,10 +1,10 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""The client of the route benchmark: streams over HTTP, in a process of its own that takes little of the processor.
+"""The client of the route benchmark: HTTP streams, in a process of its own that takes little processor time.
 
-Several ways to ask for the same are taken by turns, round after round, so that what else the machine does meets all of
-them alike. A round opens its streams together and ends with the last of them. What arrives is looked at only for its
-end while the clock runs, and parsed afterwards.
+Ways to ask take turns, round after round, so that other load on the machine affects all of them alike. A round opens
+its streams together and ends with the last of them. While the clock runs, responses are only searched for their end.
+They are parsed afterwards.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TIMEOUT_SECONDS = 120.0
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """A model to ask, and what for: JSON bodies of generate_stream, which streams and rounds take by turns."""
+    """One way to ask: a model, and JSON bodies of generate_stream, which streams and rounds use in turn."""
 
     model: str
     bodies: Sequence[Mapping[str, object]]
@@ -39,7 +39,7 @@ class Way:
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """What one way took, in seconds."""
+    """The times of one way to ask, in seconds."""
 
     first: list[float] = field(default_factory=list)  # of each stream, to its first answer
     whole: list[float] = field(default_factory=list)  # of each stream, to its end
@@ -58,10 +58,10 @@ def ask(
     pause: float = 0.0,
     processes: Mapping[str, Sequence[int]] = MappingProxyType({}),
 ) -> dict[str, Times]:
-    """Let the client ask the server at `url` (HOST:PORT): the times of `rounds`, after those that are `discarded`.
+    """Time `rounds` of each way against the server at `url` (HOST:PORT), after `discarded` rounds that do not count.
 
-    With a `pause` in seconds it looks for answers only so often, which spares the processor where only the end counts.
-    `processes`: groups of process ids whose processor time is noted for each way.
+    With a `pause` in seconds the client looks for responses only so often; this saves processor time if only the end
+    counts. `processes` are groups of process ids whose processor time is measured for each way.
     Raises ServerError when a stream ends with an error or with fewer answers than it should have.
     """
     job = {

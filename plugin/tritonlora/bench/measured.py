@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""What a benchmark found: values, some of which are held against each other; as a table and as a plot."""
+"""The results of a benchmark: measured values and ratios of them, as a table and as a plot."""
 
 from __future__ import annotations
 

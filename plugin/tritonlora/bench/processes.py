@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""What the processes of a running tritonserver take, from Linux' /proc."""
+"""Processor time and memory of a running tritonserver's processes, from Linux' /proc."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""What the router costs, as ratios taken in one run on one machine: a real tritonserver, the shipped repository, and
-the synthetic engine without a delay.
+"""Benchmark the router: ratios of one run on one machine, with a real tritonserver, the shipped repository and the
+synthetic engine without a delay.
 
     ttft      time to the first token of one request at a time, against asking the engine's model directly
     tokens    tokens per second of many streams at a time, against asking the engine's model directly
@@ -9,7 +9,7 @@ the synthetic engine without a delay.
     lookup    finding an adapter, and reading the table again, for tables of different sizes (in this process)
     memory    of the router's processes, over many requests
 
-What is compared is taken by turns, so that what else the machine does meets both sides alike. The pass-through model is
+Both sides of a comparison take turns, so that other load on the machine affects them alike. The pass-through model is
 the least that a Python model between client and engine can do. The floors of `tokens` do even less: a model that takes
 each of the engine's answers and sends only the last one, and an ensemble of the engine alone, without an adapter.
 """

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """One of upstream's backends: its error texts, with what is filled in between braces."""
+    """The error texts of one of upstream's backends, as templates for `str.format`."""
 
     executor_error: str
     input_error: str

@@ -28,7 +28,7 @@ from tritonlora.errors import EngineMismatch, one_message
 
 @dataclass(frozen=True, slots=True)
 class LoraLayer:
-    """What an adapter does to one linear layer."""
+    """The LoRA of one linear layer."""
 
     a: torch.Tensor  # (r, in)
     b: torch.Tensor  # (out, r), with the scaling in it
@@ -51,12 +51,12 @@ class Generation:
 
 
 class CausalLM:
-    """The model of one checkpoint; it serves requests in any order, one token at a time."""
+    """The model of one checkpoint. Requests may take turns token by token."""
 
     iteration_seconds = 0.0
 
     def __init__(self, checkpoint: Path, profile: EngineProfile, *, compute_dtype: str = "float32") -> None:
-        """EngineMismatch: no checkpoint, or layers that `profile` has LoRA for are missing or fused."""
+        """Raises EngineMismatch if there is no checkpoint, or a layer with LoRA in `profile` is missing or fused."""
         self._dtype = getattr(torch, compute_dtype)
         self._modules = {dims.module.id: dims for dims in profile.modules.values()}
         self._model = _load_checkpoint(checkpoint, self._dtype)
@@ -70,7 +70,7 @@ class CausalLM:
         self._options = {"use_cache": True, **({"logits_to_keep": 1} if "logits_to_keep" in takes else {})}
 
     def load_adapter(self, lora: LoraInputs) -> Adapter:
-        """The layers of each row, in the dtype of the computation; copies, for the request's memory is not ours."""
+        """Copy the adapter's layers out of the request's memory, in the dtype of the computation."""
         if lora.weights is None or lora.config is None:
             return {}
         magnitudes = unpack_magnitudes(lora.weights[0], lora.config[0], self._modules)
@@ -85,7 +85,7 @@ class CausalLM:
         return tensor.to(self._dtype, copy=True)
 
     def begin(self, request: GenerationRequest, adapter: Adapter | None) -> Generation:
-        """Nothing is computed before the first token."""
+        """The state of a new request; nothing is computed yet."""
         generator = torch.Generator().manual_seed(request.sampling.seed % (1 << 63))
         return Generation(request, adapter or {}, generator, list(request.prompt))
 

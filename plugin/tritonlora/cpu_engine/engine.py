@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""The CPU engine as a whole: from config.pbtxt's parameters to something that takes the tensors of requests."""
+"""Build the CPU engine from config.pbtxt's parameters, and submit the tensors of requests to it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class CpuEngine:
         requested_outputs: Collection[str] = ("output_ids", "sequence_length"),
         label: str = "",
     ) -> None:
-        """Take one Triton request and return at once; `answers(row, rows)` says where the answers of a row go.
+        """Queue one Triton request and return at once; `answers(row, rows)` gives the receiver of a row's responses.
 
         `label` is the client's request id: a later request with it and `stop` ends this one.
         """
@@ -61,12 +61,12 @@ class CpuEngine:
             self._executor.submit(row, answers(index, len(rows)), label=label)
 
     def close(self) -> None:
-        """Requests that are not answered yet get an error."""
+        """End the thread. Requests that have not ended get an error."""
         self._executor.close()
 
 
 def load_engine(parameters: Mapping[str, str], model_directory: Path, *, decoupled: bool) -> CpuEngine:
-    """The engine that config.pbtxt asks for. EngineMismatch: it cannot be loaded so, and why."""
+    """Load the engine that config.pbtxt describes. Raises EngineMismatch with the reason if that is not possible."""
     settings = parse_settings(parameters, model_directory)
     cache_parameters, _ = parse_parameters(parameters)
     profile = read_profile(settings)

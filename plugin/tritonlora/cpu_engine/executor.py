@@ -1,9 +1,10 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""The loop: requests come in, one thread takes them, and every iteration gives each of them one more token.
+"""The executor's loop: one thread takes requests from a queue, and each iteration computes a token for each of them.
 
-A request is *submitted* (it waits, with no claim on anything), *taken* (its LoRA is checked and its pages are pinned),
-then active until it ends. No more are taken than may be active at once. Nothing here knows the model or Triton.
+A request is first *submitted* (it waits in the queue and holds nothing), then *taken* (its LoRA is checked and its
+pages are pinned), then *active* until it ends. At most `max_num_requests` are active. This module knows neither the
+model nor Triton.
 """
 
 from __future__ import annotations
@@ -40,40 +41,40 @@ StateT = TypeVar("StateT")
 
 
 class Model(Protocol[AdapterT, StateT]):
-    """What computes the tokens. All calls come from the executor's thread."""
+    """A model that computes tokens. All calls come from the executor's thread."""
 
     @property
     def iteration_seconds(self) -> float:
-        """How long an iteration lasts at least."""
+        """The least duration of an iteration."""
 
     @property
     def max_sequence_length(self) -> int:
-        """Prompt and answer together, in tokens."""
+        """The most tokens of prompt and response together."""
 
     def load_adapter(self, lora: LoraInputs) -> AdapterT:
-        """An adapter from its wire tensors, which have been checked. Nothing of the request may be kept."""
+        """Load an adapter from its checked wire tensors. Copy them: their memory is the request's."""
 
     def begin(self, request: GenerationRequest, adapter: AdapterT | None) -> StateT:
-        """What is kept for a request between its tokens."""
+        """The state of a request between its tokens."""
 
     def next_token(self, state: StateT) -> int:
-        """One more token."""
+        """Compute the next token."""
 
 
 class Answers(Protocol):
-    """Where the answers of one request go."""
+    """The receiver of the responses to one request."""
 
     def send(self, tokens: Sequence[int], *, last: bool) -> None:
-        """Tokens that were not sent before."""
+        """Send new tokens; `last` ends the request."""
 
     def fail(self, message: str) -> None:
-        """The end, with an error."""
+        """End the request with an error."""
 
     def cancel(self) -> None:
-        """The end, because the client asked for it."""
+        """End the request because its client asked for it."""
 
     def is_cancelled(self) -> bool:
-        """Whether the client has gone."""
+        """Whether the client has left."""
 
 
 @dataclass(slots=True)
@@ -94,7 +95,7 @@ class _Active(Generic[StateT]):
 
 
 class Executor(Generic[AdapterT, StateT]):
-    """One engine. Its thread runs until `close`."""
+    """The executor of one engine. Its thread runs until `close`."""
 
     def __init__(
         self,
@@ -106,7 +107,7 @@ class Executor(Generic[AdapterT, StateT]):
         max_num_requests: int = 64,
         cancellation_check_seconds: float = 0.1,
     ) -> None:
-        """EngineMismatch: the LoRA cache is too small for the engine to load."""
+        """Start the thread. Raises EngineMismatch if the engine would not load with so small a LoRA cache."""
         self._model = model
         self._profile = profile
         self._backend = backend
@@ -125,7 +126,7 @@ class Executor(Generic[AdapterT, StateT]):
         self._thread.start()
 
     def submit(self, request: GenerationRequest, answers: Answers, *, label: str = "") -> None:
-        """Queue a request; all that follows goes to `answers`, from the executor's thread. `label`: to stop it by."""
+        """Queue a request. `answers` is called from the executor's thread; `stop` ends the request by its `label`."""
         with self._changed:
             self._queue.append(_Submitted(next(self._ids), request, answers, label))
             self._changed.notify()
@@ -138,7 +139,7 @@ class Executor(Generic[AdapterT, StateT]):
                     submitted.stopped = True
 
     def close(self) -> None:
-        """End the thread; requests that are not answered yet get an error."""
+        """End the thread. Requests that have not ended get an error."""
         with self._changed:
             self._closing.set()
             self._changed.notify()
@@ -217,7 +218,7 @@ class Executor(Generic[AdapterT, StateT]):
                 self._fail(active.submitted, f"Encountered an error in forwardAsync function: {error}")
 
     def _is_wanted(self, active: _Active[StateT], asks: bool) -> bool:
-        """False when the request has been ended: it was stopped, or, if `asks`, its client turns out to have gone."""
+        """False if the request has ended: it was stopped or, with `asks`, its client is found to have left."""
         submitted = active.submitted
         if not (submitted.stopped or (asks and submitted.answers.is_cancelled())):
             return True
@@ -227,7 +228,7 @@ class Executor(Generic[AdapterT, StateT]):
         return False
 
     def _advance(self, active: _Active[StateT]) -> bool:
-        """One more token for one request; False when it has ended."""
+        """Compute one request's next token and send what is due. False if the request has ended."""
         submitted = active.submitted
         request, answers = submitted.request, submitted.answers
         try:
@@ -236,7 +237,7 @@ class Executor(Generic[AdapterT, StateT]):
             active.tokens += piece
             last = not piece or len(active.tokens) >= active.max_tokens or _ends_in(active.tokens, request)
             if last:
-                self._release(submitted)  # first, so that who has the answer can rely on the pages being free
+                self._release(submitted)  # first: a client that has the response may rely on the pages being free
             if request.streaming:
                 answers.send(piece, last=last)
             elif last:
@@ -274,7 +275,7 @@ def _geometry(profile: EngineProfile, parameters: CacheParameters) -> PageGeomet
 
 
 def _load_error(rows: Rows, geometry: PageGeometry) -> str:
-    """Upstream's words when an adapter's pages cannot take it; "" when they can."""
+    """Upstream's error text if the adapter does not fit into its pages, else ""."""
     row = geometry.too_wide(rows)
     return f"slice {geometry.row_slots(row)} exceeds buffer size {geometry.slots_per_page}" if row else ""
 

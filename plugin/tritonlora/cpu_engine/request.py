@@ -1,8 +1,8 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""The tensors of one Triton request -> what to generate, a value for each row of the batch.
+"""Parse the tensors of one Triton request into a `GenerationRequest` for each row of the batch.
 
-Rule: an input that would change the answer, and that is not implemented here, is refused by name. It is never ignored.
+Rule: an input that would change the response and is not implemented here is refused by name, never ignored.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class LoraInputs:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How to choose the next token. As it is: the likeliest one."""
+    """How to choose the next token. The defaults choose the likeliest one."""
 
     temperature: float = 1.0
     top_k: int = 0  # 0: no limit
@@ -46,7 +46,7 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        """Without top_k and top_p the engine takes the likeliest token, whatever the temperature."""
+        """Whether the likeliest token is taken: without top_k and top_p the temperature has no effect."""
         return self.top_k == 1 or self.temperature <= 0 or (self.top_k == 0 and self.top_p == 0)
 
 
@@ -80,7 +80,7 @@ _WITHOUT_EFFECT = frozenset({
     "retention_decode_duration_ms"
 })
 # fmt: on
-# Anything else may be there with the value that asks for nothing. That is 0 (false) or no elements, except here.
+# Every other input is accepted with its neutral value only: 0, false or no elements, except for these.
 _ASKS_FOR_NOTHING = {"beam_width": 1, "num_return_sequences": 1, "runtime_top_p_decay": 1}
 
 
@@ -94,8 +94,8 @@ def parse_requests(
 ) -> list[GenerationRequest]:
     """A request for each row of the batch.
 
-    `tensors` have the batch dimension first; `exclude_input` is the model's own setting, used where the request says
-    nothing. InvalidRequest: upstream's text, or our own for what this engine does not implement.
+    `tensors` have the batch dimension first. `exclude_input` is the model's default for requests that do not set it.
+    Raises InvalidRequest with upstream's text, or with our own for inputs that this engine does not implement.
     """
     _check_outputs(requested_outputs, backend)
     if "request_output_len" not in tensors:
@@ -119,7 +119,7 @@ def parse_requests(
 
 
 def asks_to_stop(tensors: Tensors) -> bool:
-    """Whether this is no request, but asks to end the one with the same request id."""
+    """Whether the tensors ask to end an earlier request with the same request id."""
     return bool(np.any(np.asarray(tensors.get("stop", False))))
 
 

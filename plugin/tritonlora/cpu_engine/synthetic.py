@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model without weights: each token follows from the task id and the prompt, at a set pace.
 
-It makes the router's own cost measurable, and thousands of requests drivable. The LoRA inputs are checked, counted in
-pages and evicted as with a real model; only nothing is computed with them, and how to sample has no effect.
+With it the router's own cost can be measured, over thousands of requests. LoRA inputs are checked, cached and evicted
+as with a real model, but nothing is computed with them. Sampling inputs have no effect.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ class SyntheticModel:
         """Nothing to load."""
 
     def begin(self, request: GenerationRequest, adapter: None) -> Iterator[int]:  # noqa: ARG002
-        """The endless answer."""
+        """An iterator over the response's tokens, without an end."""
         task_id = request.lora.task_id
         tag = f"[{task_id}]" if task_id else "[base]"
         return itertools.cycle([*tag.encode(), *request.prompt])
 
     def next_token(self, state: Iterator[int]) -> int:
-        """The next of them."""
+        """The next token."""
         return next(state)

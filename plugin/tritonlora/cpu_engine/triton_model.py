@@ -53,7 +53,7 @@ class TritonPythonModel:
 
 
 class Reply:
-    """The answer to one request: it is complete when all rows of its batch have ended."""
+    """The responses to one request. They are complete when all rows of its batch have ended."""
 
     def __init__(self, request: pb_utils.InferenceRequest) -> None:
         self.wants_batch_index = "batch_index" in request.requested_output_names()
@@ -66,7 +66,7 @@ class Reply:
         """Send one response; the last one of the last row is flagged as such."""
         self._rows_ended += ends_row
         is_final = self._rows_ended == rows
-        # Of an error that is not the first answer to a BLS request Triton 2.51 loses all, the flag included.
+        # Triton 2.51 loses an error that is not the first response to a BLS request, and the final flag with it.
         apart = is_final and self._has_answered and response.has_error()
         self._sender.send(response, flags=FINAL if is_final and not apart else 0)
         if apart:
@@ -75,7 +75,7 @@ class Reply:
 
 
 class RowAnswers:
-    """Where the engine sends the answers of one row: `tritonlora.cpu_engine.executor.Answers`."""
+    """The responses to one row of a batch; implements `tritonlora.cpu_engine.executor.Answers`."""
 
     def __init__(self, reply: Reply, row: int, rows: int) -> None:
         self._reply = reply
@@ -99,9 +99,9 @@ class RowAnswers:
         self._reply.send(error, ends_row=True, rows=self._rows)
 
     def cancel(self) -> None:
-        """End the row that nobody waits for any more.
+        """End the row without an error, because its client has left.
 
-        Not with an error: after the first answer to a BLS request Triton 2.51 loses it, and the end with it.
+        Triton 2.51 would lose an error after the first response to a BLS request, and the end of the stream with it.
         """
         self.send([], last=True)
 

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""What the engine checks about a request's LoRA tensors, in its order and with its messages.
+"""Check a request's LoRA tensors as the engine does: in its order and with its messages.
 
 Sources: TensorRT-LLM cpp/tensorrt_llm/executor/loraConfig.cpp (when the request is made) and
 cpp/tensorrt_llm/runtime/loraUtils.cpp `loraValidateRequestTensors` (when the executor takes it).
@@ -19,7 +19,7 @@ Rows = list[list[int]]
 
 
 def check_lora_config(lora: LoraInputs) -> None:
-    """The checks of `executor::LoraConfig`, which a request does not get past to be queued at all."""
+    """Check as `executor::LoraConfig` does, before a request is queued."""
     weights, config = _squeeze(lora.weights), _squeeze(lora.config)
     if config is not None:
         _expect(config.dim() == 2, "Expected config tensor to have 2 dimensions")
@@ -34,7 +34,7 @@ def check_lora_config(lora: LoraInputs) -> None:
 
 
 def check_lora_tensors(lora: LoraInputs, profile: EngineProfile) -> Rows | None:
-    """The rows of lora_config if the request carries weights and they are the engine's; None for an id alone."""
+    """Check weights against the engine: the rows of lora_config, or None if the request carries an id alone."""
     weights, config = lora.weights, lora.config
     _expect(lora.task_id is not None, "lora_task_id must be set for LoRA inference")
     if weights is None and config is None:
@@ -81,7 +81,7 @@ def _check_row(row: list[int], width: int, profile: EngineProfile) -> None:
 
 
 def _squeeze(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """Without the batch dimension, where there is one of 1."""
+    """The tensor without its batch dimension, if that is 1."""
     return tensor[0] if tensor is not None and tensor.dim() == 3 and len(tensor) == 1 else tensor
 
 

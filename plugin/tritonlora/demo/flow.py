@@ -1,8 +1,8 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""The whole job on this machine: base model, repository, adapters, server, the same questions by adapter name.
+"""The demo: fetch a base model, make a repository, add adapters, start a server, ask each adapter the same questions.
 
-Nothing here is special to the demo but the questions and the looks: it calls what the other commands call.
+Only the questions and the looks are the demo's own. Everything else is what the other commands call.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ EXIT_TIMEOUT_SECONDS = 2  # after Ctrl-C nobody waits for an answer
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What one model said to one question."""
+    """The response of one model to one question."""
 
     question: str
     lora_name: str | None  # None: the base model
@@ -57,7 +57,7 @@ class LoadedAdapter:
 
 @dataclass(frozen=True, slots=True)
 class Demonstration:
-    """What happened."""
+    """The results of one run of the demo."""
 
     base: str
     repository: str
@@ -79,11 +79,11 @@ def run(
     stdout: Console | None = None,
     stderr: Console | None = None,
 ) -> Demonstration:
-    """Do everything; say on `stderr` what is being done, and print on `stdout` the answers or, as JSON, all there is.
+    """Run the demo: report steps on `stderr`, print responses (or, with `as_json`, all results) on `stdout`.
 
-    `base` is a checkpoint to use in place of the one that is fetched; the model repository stays in `keep`, else it is
-    made in a scratch directory. However this ends, no process and no scratch directory is left behind. Raises
-    TritonLoraError when a step fails, or when an adapter did not change a single answer.
+    `base` is a checkpoint to use instead of the one that is fetched. The model repository stays in `keep`, or is made
+    in a scratch directory. However this ends, no process and no scratch directory is left behind. Raises
+    TritonLoraError if a step fails, or if an adapter changed no response of the base model.
     """
     out, err = stdout or Console(), stderr or Console(stderr=True)
     started = time.monotonic()
@@ -137,7 +137,7 @@ def prepare_repository(root: Path, base: Path, adapters: Path = ADAPTERS) -> tup
 
 
 def ask(url: str, question: str, lora_name: str | None, on_text: Callable[[str], None]) -> Answer:
-    """Put one question, by adapter name; `on_text` gets the text so far whenever a piece of it arrives."""
+    """Ask one question by adapter name. `on_text` gets the text so far whenever a piece arrives."""
     started = time.monotonic()
     text, pieces = "", 0
     for piece in client.generate(question, lora_name=lora_name, max_tokens=MAX_TOKENS, url=url):

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""What the demo asks: nothing that an adapter was trained on, and little that the small base model gets wrong."""
+"""The demo's questions. No adapter was trained on them, and the small base model knows most of the answers."""
 
 from __future__ import annotations
 

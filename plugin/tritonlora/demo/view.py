@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""What the demo looks like: steps with their time, and answers that grow while they are streamed."""
+"""The demo's output: steps with their time, and responses that grow while they are streamed."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def answers(out: Console, names: Sequence[str]) -> Iterator[Show]:
 
 @contextmanager
 def silent() -> Iterator[Show]:
-    """Nothing is seen."""
+    """Show nothing."""
 
     def show(_question: str, _name: str | None, _text: str) -> None:
         pass

@@ -1,8 +1,8 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""Does it fit: adapters + engine + config.pbtxt's parameters -> pages, bytes, and the parameters to set.
+"""Plan the engine's LoRA cache: pages and bytes of each adapter, whether all fit, and the parameters to set.
 
-All numbers come from `cache`, so that they are the engine's own. Each process of the engine (a tensor-parallel and
+All numbers come from `lora_cache`, which follows the engine's code. Each process of the engine (a tensor-parallel and
 pipeline-parallel rank) has a host cache of lora_cache_host_memory_bytes to itself, and a share of its GPU's memory.
 Pipeline-parallel ranks hold different layers. So each rank is planned, and an adapter fits only if it fits on all.
 """
@@ -53,7 +53,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class AdapterPlan:
-    """What one adapter takes."""
+    """The space that one adapter takes in the cache."""
 
     name: str
     ranks: tuple[int, ...]  # the different adapter sizes in it
@@ -255,7 +255,7 @@ def what_if(
 
 
 def loadable_remedy(plan: CachePlan, adapter: AdapterPlan, *, registered: bool) -> str:
-    """What makes an unloadable adapter of `plan` loadable. The command plans for adapters that are `registered`."""
+    """The remedy for an unloadable adapter of `plan`; one that is not `registered` yet needs a `--what-if`."""
     size = adapter.max_adapter_size
     if size > plan.max_lora_rank:
         return f"build the engine with --max_lora_rank {size}"
@@ -264,9 +264,11 @@ def loadable_remedy(plan: CachePlan, adapter: AdapterPlan, *, registered: bool) 
 
 
 def choose_warm(plan: CachePlan, traffic: Mapping[str, float]) -> WarmChoice:
-    """Keep those warm that answer most requests for each page; `traffic` has the requests (or a weight) by name.
+    """Choose the warm adapters: those with the most requests for each page they take.
 
-    Room for one of the others stays free, so that loading one evicts no warm adapter. The shares are an estimate:
+    `traffic` has the requests, or weights in proportion to them, by adapter name.
+
+    Capacity for one other adapter stays free, so that loading one evicts no warm adapter. The shares are an estimate:
     the engine evicts by age, not by traffic. TritonLoraError: `traffic` names an adapter that is not in the plan.
     """
     names = {adapter.name for adapter in plan.adapters}

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""What the CPU engine reads of config.pbtxt's parameters, and the profile that follows. Does not import torch."""
+"""The CPU engine's parameters in config.pbtxt, and its engine profile. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BACKENDS = ("cpp", "python")
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What this engine reads of config.pbtxt's parameters, besides lora_cache_*; upstream's names where it has one."""
+    """The CPU engine's parameters, without lora_cache_*. Names are upstream's where upstream has the parameter."""
 
     gpt_model_path: Path  # a Hugging Face checkpoint; with `synthetic`, only its config.json is read
     exclude_input_in_output: bool = False
@@ -35,7 +35,7 @@ class Settings:
 
 
 def parse_settings(parameters: Mapping[str, str], model_directory: Path) -> Settings:
-    """`parameters` as config.pbtxt has them; an empty one and an unfilled `${...}` count as not given.
+    """Parse `parameters` as config.pbtxt has them; an empty value and an unfilled `${...}` count as not given.
 
     Relative paths are relative to the model's directory. EngineMismatch names every parameter that is wrong.
     """
@@ -96,7 +96,7 @@ _CONVERT: dict[str, tuple[Callable[[str], Any], str]] = {
 
 
 def read_profile(settings: Settings) -> EngineProfile:
-    """What the engine accepts; EngineMismatch when its config.json cannot be read."""
+    """The engine's profile. Raises EngineMismatch if its config.json cannot be read."""
     try:
         config = read_config_json(settings.gpt_model_path / "config.json")
     except EngineMismatch as error:

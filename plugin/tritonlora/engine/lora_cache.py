@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""TensorRT-LLM's LoRA cache: how many pages an adapter takes, and which adapter goes when pages run out.
+"""TensorRT-LLM's LoRA cache: the pages that an adapter takes, and the eviction order when pages run out.
 
 The planner predicts this cache, and the CPU engine behaves like it: both use this one implementation. Oddities of
 upstream are kept on purpose, each marked "sic".
@@ -14,8 +14,8 @@ The engine has two such caches with the same pages: one in host memory, and one 
 running batch.
 
 Sources: TensorRT-LLM cpp/tensorrt_llm/runtime/loraCache.cpp (pages, lists, eviction) and
-cpp/tensorrt_llm/batch_manager/peftCacheManager.cpp (geometry, which request pins what). tests/golden holds results of
-that code.
+cpp/tensorrt_llm/batch_manager/peftCacheManager.cpp (geometry, which request pins what). tests/support/golden holds
+results of that code.
 """
 
 from __future__ import annotations
@@ -378,11 +378,12 @@ class PeftCache(Generic[Value]):
         *,
         load_error: str = "",
     ) -> None:
-        """Take a request for a task. `weights`, if it carries any: the pages they take, and what loads them.
+        """Take a request for a task.
 
-        Weights for a cached task are not even loaded (sic). TaskNotCachedError and LoraCacheError carry the engine's
-        text; the request is then not taken. With a `load_error` the request is taken, and its task is cached, never
-        loaded and never evicted (sic): `check_batch` tells.
+        `weights` are the pages that the request's weights take and a function that loads them; None if it carries none.
+        Weights for a cached task are not loaded (sic). Raises TaskNotCachedError or LoraCacheError with the engine's
+        text; the request is then not taken. With a `load_error` the request is taken, and its task stays cached without
+        being loaded or evicted (sic), until `check_batch` raises the error.
         """
         if weights is None and task_id not in self.cache:
             raise TaskNotCachedError(f"LoRA task {task_id} not found in cache. Please send LoRA weights with request")
@@ -415,7 +416,7 @@ class PeftCache(Generic[Value]):
                 raise BatchError(text or f"Caught exception during copyTask ensure batch -- {processing}")
 
     def finish(self, task_id: int, request_id: int) -> None:
-        """The request has ended, however it ended."""
+        """Unpin the task from a request that has ended, in whatever way."""
         users = self.requests.get(task_id, set())
         users.discard(request_id)
         if not users:

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""The model.yaml of TensorRT-LLM's LLM API model: what it says about the server's config, the base model and LoRA.
+"""Read the model.yaml of TensorRT-LLM's LLM API model: the server's config, the base model and LoRA.
 
 Source: TensorRT-LLM triton_backend/all_models/llmapi/tensorrt_llm/1/model.{yaml,py} and tensorrt_llm/lora_helper.py.
 """
@@ -59,7 +59,7 @@ def load_model_yaml(directory: Path) -> ModelYaml:
 
 
 def parse_model_yaml(document: object, path: Path) -> ModelYaml:
-    """What a model.yaml's content says; ConfigError with every problem."""
+    """Parse the content of a model.yaml. Raises ConfigError with every problem."""
     top = _Section(document, "")
     triton = _Section(top.values.get("triton_config"), "triton_config.")
     lora = _Section(top.values.get("lora_config") or {}, "lora_config.")

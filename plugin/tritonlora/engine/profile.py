@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""What an engine accepts: dims, dtype, target modules, max rank, parallelism.
+"""Read an engine's profile, the facts that decide which adapters it accepts: dims, dtype, modules, rank, parallelism.
 
 It is read from the config.json of a TensorRT-LLM engine (`trtllm-build`, v0.9 and later) or from that of a Hugging
 Face model. This file does not import torch.

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""Which adapters are asked for, and how much: from a file of weights, or from what the server measures."""
+"""Read how much each adapter is asked for: from a file of weights, or from the server's metrics."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _SAMPLE = re.compile(
 
 
 def parse_traffic(text: str, registered: Container[str]) -> dict[str, float]:
-    """Requests, or any weights in proportion to them, by adapter name.
+    """The number of requests, or weights in proportion to it, by adapter name.
 
-    `text` is the body of the server's /metrics, of which adapters that are not registered any more are left out, or has
-    a line `name: weight` for each adapter, blank lines and # comments aside. TritonLoraError names every wrong line.
+    `text` is either the body of the server's /metrics, or a line `name: weight` for each adapter, with blank lines and
+    # comments. In metrics, adapters that are no longer registered are left out. TritonLoraError names every wrong line.
     """
     if REQUESTS_METRIC in text:
         sums: dict[str, float] = {}

@@ -21,7 +21,7 @@ DEFAULT_URL = "localhost:8000"
 DEFAULT_MODEL = "ensemble"
 TIMEOUT_SECONDS = 600.0
 LISTING_TIMEOUT_SECONDS = 30.0
-_CANNOT_STREAM = "Streaming is only supported"  # of both kinds of target's error texts; it comes before any text
+_CANNOT_STREAM = "Streaming is only supported"  # begins the error of both kinds of target; it arrives before any text
 _CONNECTIONS: dict[str, tuple[type[http.client.HTTPConnection], int]] = {
     "http": (http.client.HTTPConnection, 8000),
     "https": (http.client.HTTPSConnection, 443),
@@ -32,7 +32,7 @@ _NO_MODEL = re.compile(r"unknown model|is not found|is not ready|no available ve
 
 
 def request_body(prompt: str, lora_name: str | None, max_tokens: int, inputs: Mapping[str, Any]) -> bytes:
-    """The JSON that a client sends: an adapter's name, and nothing else of the adapter."""
+    """The JSON body of a request. It holds the adapter's name, and nothing else of the adapter."""
     name = {} if lora_name is None else {"lora_name": lora_name}
     return json.dumps({"text_input": prompt, "max_tokens": max_tokens, **name, **inputs}).encode()
 
@@ -47,11 +47,11 @@ def generate(
     inputs: Mapping[str, Any] | None = None,
     timeout: float = TIMEOUT_SECONDS,
 ) -> Iterator[str]:
-    """The pieces of the answer's text as the server sends them.
+    """Ask for text; yields the pieces of the response as the server sends them.
 
     `url` is HOST:PORT of the HTTP endpoint; `inputs` are further inputs of `model`, by name. An engine that is not
-    decoupled cannot stream, and gives the whole text at once. Raises ServerError with the server's own words, or when
-    the server cannot be reached. Closing the iterator cancels the request.
+    decoupled cannot stream: the whole text comes as one piece. Raises ServerError with the server's message, or if the
+    server cannot be reached. Closing the iterator cancels the request.
     """
     for stream in (True, False):
         body = request_body(prompt, lora_name, max_tokens, {"stream": stream, **(inputs or {})})
@@ -66,12 +66,12 @@ def generate(
 
 
 def ask(model: str, inputs: Mapping[str, Any], *, url: str = DEFAULT_URL, timeout: float = TIMEOUT_SECONDS) -> int:
-    """Send one request to any model and read all it answers; the number of answers. Errors are those of `generate`."""
+    """Send one request to any model and read its responses; returns their number. Raises as `generate` does."""
     return sum(1 for _ in _answers(url, model, json.dumps(inputs).encode(), timeout))
 
 
 def adapters(url: str = DEFAULT_URL, *, timeout: float = LISTING_TIMEOUT_SECONDS) -> dict[str, dict[str, Any]]:
-    """What a server says of its adapters, by lora_name: `listing.describe`. ServerError when it cannot say it."""
+    """The server's listing of its adapters, by lora_name (`serving.listing.describe`). Raises ServerError."""
     try:
         texts = [event["adapters"] for event in _answers(url, LISTING, b"{}", timeout)]
         found: dict[str, dict[str, Any]] = _json_object(*texts)

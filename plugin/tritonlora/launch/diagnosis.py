@@ -1,8 +1,8 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""What a server on this repository's adapters needs: how many processes, why it did not start, whether all answer.
+"""Connect a server with a repository's adapters: its processes, why it did not start, whether every adapter responds.
 
-`server` knows how to run a tritonserver and nothing of adapters; here the two meet.
+`server` runs a tritonserver and knows nothing of adapters.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _ELSE = "tritonlora check may say why; without it the server starts: tritonlora 
 
 
 def world_of(repository: Repository, config: ModelConfig, size: int | None = None) -> World:
-    """The processes that serve the engine: `size`, or what the engine was built for, or one where nobody knows."""
+    """The processes that serve the engine: `size`, else what the engine was built for, else one."""
     if size is None and target_of(config).SERVER_FOR_EACH_PROCESS:
         try:
             profile = engine_profile(repository, config)
@@ -73,7 +73,7 @@ def refuse_cached_responses(repository: Repository) -> None:
 
 
 def explain(log: Sequence[str], table: AdapterTable) -> str | None:
-    """Which adapter kept the server from starting, by its log, and what to do; None when it was none."""
+    """The adapter that kept the server from starting, by its log, with a remedy; None if no adapter did."""
     for line in log:
         failed = _FAILED_SAMPLE.search(line)
         if failed:
@@ -92,7 +92,7 @@ def explain(log: Sequence[str], table: AdapterTable) -> str | None:
 
 
 def first_error(findings: Sequence[Finding]) -> str | None:
-    """What `check` would call an error, and what to do; None where there is none."""
+    """The first of the findings that is an error, with its remedy; None if none is."""
     errors = (one for one in findings if one.severity == "error")
     return next((f"{one.where}: {one.problem}\n  remedy: {one.remedy}" for one in errors), None)
 

@@ -36,7 +36,7 @@ GRACE_SECONDS = 10  # beyond its timeout, for a server to unload its models befo
 _ANY = {"0.0.0.0": LOCAL, "::": "::1"}  # noqa: S104  every interface -> where this machine reaches it
 # core, src/model_lifecycle.cc: "loading: lora_router:1", "successfully loaded 'lora_router'"
 _LOADING = re.compile(r"\bloading: (?P<begun>[^:\s\"]+):\d+|successfully loaded '(?P<done>[^']+)'")
-# glog's, and what a process says that crashes; what else tritonserver prints without its log has no level.
+# glog's error lines, and the last words of a process that crashes. Other output past the log has no level.
 _ERROR = re.compile(r"E\d{4} |terminate called|  what\(\): |Signal \(")
 
 
@@ -69,12 +69,12 @@ class Server:
         on_log: Callable[[str], None] | None = None,
         explain: Callable[[Sequence[str]], str | None] = lambda _: None,
     ) -> None:
-        """`on_log` gets every line of the server's log (from a thread of its own).
+        """Prepare the command; entering the `with` block launches it.
 
-        `explain` makes of the log of a server that did not start what the user should know first, if it can.
-
-        `ports` default to free ones, and `address`, in numbers, to this machine only. When the server is stopped,
-        requests under way have `exit_timeout` seconds to end. `complete_configs`: models may complete theirs.
+        `ports` default to free ones. `address`, in numbers, defaults to this machine only. When the server is stopped,
+        requests under way have `exit_timeout` seconds to end. With `complete_configs`, models may complete their
+        config.pbtxt. `on_log` gets every line of the server's log, from a thread of its own. `explain` turns the log of
+        a server that did not start into the reason, or None.
         """
         tritonserver = find_tritonserver()
         if world is not None and world.size > 1 and shutil.which(installed.MPIRUN) is None:
@@ -179,7 +179,7 @@ class Server:
                         self._on_log(line.rstrip("\n"))
 
     def models(self) -> dict[str, bool]:
-        """The models that the server has begun to load, by the log so far -> whether they are ready."""
+        """Whether each model that the server has begun to load is ready, by the log so far."""
         found = (match for line in list(self._log) if (match := _LOADING.search(line)))
         states: dict[str, bool] = {}
         for match in found:
@@ -189,9 +189,9 @@ class Server:
     def wait_until_ready(
         self, timeout: float = 600.0, on_progress: Callable[[dict[str, bool]], None] = lambda _: None
     ) -> None:
-        """Return when every model is ready; ServerError with the end of the log when that does not come about.
+        """Return when every model is ready. If the server exits or times out: ServerError with the end of its log.
 
-        `on_progress` is called with `models` again and again meanwhile.
+        `timeout` is in seconds. `on_progress` is called with `models` at every poll.
         """
         while not self._is_ready():
             on_progress(self.models())
