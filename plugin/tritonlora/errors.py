@@ -11,6 +11,7 @@
   - ConfigError               a config.pbtxt that cannot be read or edited; carries line and column
   - RepositoryError           a model repository that is not in the state the command needs
   - ServerError               tritonserver cannot be found, did not start, or answered with an error
+  - MissingExtra              a command needs packages that only an extra of tritonlora installs
   - AdapterTableError, ModelConfigError, SharedMemoryError, RequestError and its kinds: see `serving.errors`
 
 An error is raised once with all the problems found, a line each. Each line names the thing and, where there is one, the
@@ -47,6 +48,7 @@ __all__ = [
     "EngineSilent",
     "InvalidAdapter",
     "InvalidRequest",
+    "MissingExtra",
     "ModelConfigError",
     "RepositoryError",
     "RequestError",
@@ -101,6 +103,10 @@ class RepositoryError(TritonLoraError):
 
 class ServerError(TritonLoraError):
     """A tritonserver cannot be found, did not start, or answered with an error."""
+
+
+class MissingExtra(TritonLoraError):
+    """A command needs packages that only an extra of tritonlora installs."""
 
 
 def merge_layers(problems: Iterable[str]) -> list[str]:

@@ -25,7 +25,7 @@ from rich.console import Console
 
 from adapters import write_adapter
 from repositories import SYNTHETIC_GEOMETRY, set_cache_pages, synthetic_adapter, synthetic_repository
-from tritonlora import __version__
+from tritonlora import __version__, extras
 from tritonlora.check import checks
 from tritonlora.cli import commands, output
 from tritonlora.files import publish
@@ -137,12 +137,32 @@ def test_a_plot_that_cannot_be_drawn_is_usage(
     assert (2, True) == (code, "--plot" in err)
 
 
-def test_a_plot_needs_what_draws_it(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """matplotlib is an extra."""
+@pytest.mark.parametrize(
+    ("extra", "command"),
+    [
+        ("convert", ["add", "joker", "adapter", "--repo", "models"]),
+        ("convert", ["add", "--all", "adapters", "--repo", "models"]),
+        ("convert", ["convert", "adapter", "out"]),
+        ("demo", ["demo"]),
+        ("bench", ["bench", "convert"]),
+        ("bench", ["bench", "route"]),
+    ],
+)
+def test_a_command_that_lacks_an_extra_says_what_to_install(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, extra: str, command: list[str]
+) -> None:
+    """In one line that names the first missing module and the whole command."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("adapter", "adapters/one"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "adapter_config.json").write_text("{}")
+    init.create_repository(tmp_path / "models")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    code, _, err = run(capsys, "bench", "convert", "--plot", "x.png")
+    code, out, err = run(capsys, *command)
+    modules = ", ".join(extras.MODULES[extra])
 
-    assert (2, True) == (code, "tritonlora[bench]" in err)
+    assert (1, "") == (code, out)
+    assert f"error: {modules}: not installed; run: pip install 'tritonlora[{extra}]'\n" == err
 
 
 def test_a_refusal_is_one_message_on_stderr(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from tritonlora.launch.tritonserver import Tritonserver, World, server_command
 from tritonlora.machine import Ports, ports_in_use
 from tritonlora.repository import add, init, paths
 from tritonlora.repository.paths import read_config
+from tritonlora.serving.adapter_table import AdapterTable
 from upstream_configs import upstream_repository
 
 
@@ -49,6 +50,21 @@ def test_an_engine_of_several_processes_is_started_as_upstream_starts_it() -> No
     assert expected == server_command(
         Tritonserver(Path(server[0])), Path("/repo"), Ports(), extra=["--log-info=1"], world=World(2, "llama")
     )
+
+
+@pytest.mark.parametrize(
+    ("line", "extra"),
+    [
+        ("UNAVAILABLE: Internal: ModuleNotFoundError: No module named 'torch'", "convert"),
+        ("tokenizer_dir needs the Python package transformers: No module named 'transformers'", "cpu"),
+    ],
+)
+def test_a_server_that_lacks_an_extra_says_what_to_install(line: str, extra: str) -> None:
+    """Of modules that no extra brings nothing is said."""
+    said = diagnosis.explain(["I1130 loading", "No module named 'somebody_elses'", line], AdapterTable()) or ""
+
+    assert said.endswith(f"remedy: pip install 'tritonlora[{extra}]'")
+    assert diagnosis.explain(["No module named 'somebody_elses'"], AdapterTable()) is None
 
 
 def test_an_engine_of_several_processes_needs_mpirun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -223,7 +223,7 @@ def test_no_tritonserver_at_all_is_an_error_with_the_remedy(tmp_path: Path, monk
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
 
-    with pytest.raises(ServerError, match="pip install --no-deps nvidia-pytriton"):
+    with pytest.raises(ServerError, match=r"pip install 'tritonlora\[server\]'"):
         find_tritonserver()
 
 

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from tritonlora import extras
 from tritonlora.cli.output import AsJson, print_json, print_table, stderr
 
 
@@ -23,8 +23,6 @@ def _drawable(plot: Path | None) -> Path | None:
         raise typer.BadParameter(f"{str(plot)!r} is no PNG file; give FILE.png")
     if plot.is_dir() or not os.access(plot if plot.exists() else plot.parent, os.W_OK):
         raise typer.BadParameter(f"{str(plot)!r} cannot be written; give a file in a directory that is there")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise typer.BadParameter("there is no matplotlib to draw with; run: pip install 'tritonlora[bench]'")
     return plot
 
 
@@ -48,6 +46,8 @@ def bench_convert(
     write). bfloat16, all linear layers, from and to an in-memory file system.
     """
     from tritonlora.bench import convert as benchmark
+
+    extras.require("bench")
 
     try:
         numbers = [int(rank) for rank in ranks.split(",")]
@@ -79,6 +79,7 @@ def bench_route(
     """The router against asking the engine's model directly, on a real server with the synthetic engine."""
     from tritonlora.bench import measured, route
 
+    extras.require("bench")
     parts = part or list(route.PARTS)
     if unknown := [name for name in parts if name not in route.PARTS]:
         raise typer.BadParameter(f"no part {unknown[0]!r}; there are {', '.join(route.PARTS)}")

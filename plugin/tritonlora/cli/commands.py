@@ -22,12 +22,11 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 import typer
 from rich.progress import Progress
 
-from tritonlora import __version__, interrupts, machine
+from tritonlora import __version__, extras, interrupts, machine
 from tritonlora.cli.bench import bench
 from tritonlora.cli.output import (
     GPU_NOT_CHECKED,
     AsJson,
-    loading,
     print_diff,
     print_json,
     print_listing,
@@ -152,6 +151,7 @@ def _interrupt(number: int, _frame: FrameType | None) -> None:
 
 def _import_torch() -> None:
     """All of it: an interrupt in its midst is lost in some of its modules, and leaves others half there."""
+    extras.require("convert")
     with interrupts.held():
         import torch  # noqa: F401
 
@@ -564,10 +564,10 @@ def convert(
     as_json: AsJson = False,
 ) -> None:
     """Only convert: adapter_model.bin and adapter_config.bin, or model.lora_weights.npy and model.lora_config.npy."""
-    from tritonlora.conversion import convert as conversion
-
     with stderr.status(f"converting {adapter_dir}"):
         _import_torch()
+        from tritonlora.conversion import convert as conversion
+
         converted = conversion.convert(
             adapter_dir, out_dir, dtype=dtype, base=base, file_format=file_format, allow_nonfinite=allow_nonfinite
         )
@@ -618,7 +618,11 @@ def serve(
     ports = Ports(http_port, grpc_port, metrics_port)
     world = diagnosis.world_of(opened, config, world_size)
     if print_command:
-        found = tritonserver.find_tritonserver()
+        try:
+            found = tritonserver.find_tritonserver()
+        except ServerError as error:  # the command may be for another machine
+            print_note(str(error))
+            found = tritonserver.Tritonserver(Path("tritonserver"))
         words = [f"{key}={shlex.quote(value)}" for key, value in found.environment.items()]
         command = tritonserver.server_command(
             found,
@@ -645,7 +649,7 @@ def serve(
         explain=lambda log: diagnosis.explain(log, table) or diagnosis.first_error(checking.check(opened)),
     ) as running:
         with stderr.status("starting tritonserver") as status:
-            running.wait_until_ready(timeout, on_progress=lambda models: status.update(loading(models)))
+            running.wait_until_ready(timeout, on_progress=lambda what, *_: status.update(what))
         if verify and (problems := diagnosis.verify(running.http_url, opened, config, table)):
             raise ServerError(one_message("the server is ready, but not right", problems))
         listening = f"listening at {address}: http {ports.http}, grpc {ports.grpc}, metrics {ports.metrics}"

@@ -84,12 +84,6 @@ def size(nbytes: float) -> str:
     return f"{nbytes:.1f} GiB"
 
 
-def loading(models: Mapping[str, bool]) -> str:
-    """How far a server is that loads `models`: name -> whether it is ready."""
-    waiting = [name for name, is_ready in models.items() if not is_ready]
-    return f"{len(models) - len(waiting)} of {len(models)} models ready; loading {', '.join(waiting) or '…'}"
-
-
 def print_listing(listing: Mapping[str, Mapping[str, Any]]) -> None:
     """What a server says of its adapters: `listing.describe`. Of a malformed entry it says the state alone."""
     columns = ("lora_name", "lora_task_id", "rank", "modules", "lora_weights", "aliases", "state")

@@ -157,12 +157,8 @@ def _nbytes(directory: Path) -> int:
 
 def _conversion() -> Callable[[Path, Path, Progress], None]:
     """The real conversion; imported late, as torch and gguf take seconds and a finished checkpoint needs neither."""
-    try:
-        from tritonlora.demo import gguf_checkpoint
-    except ImportError as error:
-        raise TritonLoraError(
-            f"cannot convert the base model: {error}; install what is missing: pip install 'tritonlora[cpu]'"
-        ) from error
+    from tritonlora.demo import gguf_checkpoint
+
     return gguf_checkpoint.convert
 
 

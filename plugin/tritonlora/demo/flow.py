@@ -18,6 +18,7 @@ from tempfile import TemporaryDirectory
 
 from rich.console import Console
 
+from tritonlora import extras
 from tritonlora.demo import view
 from tritonlora.demo.base_model import base_checkpoint
 from tritonlora.demo.questions import MAX_TOKENS, QUESTIONS
@@ -87,16 +88,17 @@ def run(
     """
     out, err = stdout or Console(), stderr or Console(stderr=True)
     started = time.monotonic()
-    find_tritonserver()  # before anything is fetched
+    extras.require("demo")  # this and the server: before anything is fetched
+    find_tritonserver()
     with ExitStack() as stack:
         with view.step(err, "base model") as progress:
             checkpoint = base.resolve() if base else base_checkpoint(progress)
         root = (keep or Path(stack.enter_context(TemporaryDirectory(prefix="tritonlora-demo-")))).resolve()
         with view.step(err, "model repository"):
             adapters = prepare_repository(root, checkpoint)
-        with view.step(err, f"tritonserver, {len(adapters)} adapters loaded by its warmup"):
+        with view.step(err, f"tritonserver, {len(adapters)} adapters loaded by its warmup") as progress:
             server = stack.enter_context(Server(root, exit_timeout=EXIT_TIMEOUT_SECONDS))
-            server.wait_until_ready()
+            server.wait_until_ready(on_progress=progress)
         names = [adapter.lora_name for adapter in adapters]
         with view.silent() if as_json else view.answers(out, names) as show:
             answers = _ask_all(server.http_url, names, show)

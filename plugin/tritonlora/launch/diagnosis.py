@@ -11,6 +11,7 @@ import contextlib
 import re
 from collections.abc import Sequence
 
+from tritonlora import extras
 from tritonlora.check.around import cached_responses
 from tritonlora.check.findings import Finding
 from tritonlora.errors import ServerError, TritonLoraError, one_message
@@ -34,6 +35,7 @@ _BAD_FILE = re.compile(
     r".*\b(?:adapter_(?:model|config)|lora_(?:id|name|path))_(?P<id>\d+)(?:\.bin)?(?!\d).*)"
 )
 _BAD_PATH = re.compile(r"(?P<error>lora_path does not exist on .*/adapter_(?P<id>\d+)\b.*)")
+_NO_MODULE = re.compile(r"No module named '(?P<module>\w+)")
 _REMEDIES = {
     "same data type as base model": "tritonlora check says which dtype the engine takes",
     "not enabled for this model": "build the engine with that module, or convert the adapter without it",
@@ -73,8 +75,11 @@ def refuse_cached_responses(repository: Repository) -> None:
 
 
 def explain(log: Sequence[str], table: AdapterTable) -> str | None:
-    """The adapter that kept the server from starting, by its log, with a remedy; None if no adapter did."""
+    """Which adapter or missing package kept the server from starting, by its log, and what to do; None if neither."""
     for line in log:
+        lacking = _NO_MODULE.search(line)
+        if lacking and (extra := extras.extra_of(lacking["module"])):
+            return f"{lacking['module']} is not installed in the server's Python\n  remedy: {extras.install(extra)}"
         failed = _FAILED_SAMPLE.search(line)
         if failed:
             task_id = task_id_of_sample(failed["sample"])

@@ -187,14 +187,19 @@ class Server:
         return states
 
     def wait_until_ready(
-        self, timeout: float = 600.0, on_progress: Callable[[dict[str, bool]], None] = lambda _: None
+        self, timeout: float = 600.0, on_progress: Callable[[str, int, int], None] = lambda *_: None
     ) -> None:
         """Return when every model is ready. If the server exits or times out: ServerError with the end of its log.
 
-        `timeout` is in seconds. `on_progress` is called with `models` at every poll.
+        `timeout` is in seconds. `on_progress` is called again and again meanwhile: (what the server is loading, and for how many seconds;
+        models that are ready; models that it has begun to load).
         """
         while not self._is_ready():
-            on_progress(self.models())
+            models = self.models()
+            loading = ", ".join(name for name, is_ready in models.items() if not is_ready) or "…"
+            ready = sum(models.values())
+            what = f"{ready} of {len(models)} models ready; loading {loading}"
+            on_progress(f"{time.monotonic() - self._started:.0f} s: {what}", ready, len(models))
             if self._process.poll() is not None:
                 raise self._failure(f"exited with status {self._process.returncode} before it was ready")
             if time.monotonic() - self._started > timeout:

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import platformdirs
 
+from tritonlora import extras
 from tritonlora.errors import ServerError, one_message
 from tritonlora.machine import ENDPOINTS, LOCAL, Ports, is_ipv6
 
@@ -54,7 +55,7 @@ def find_tritonserver() -> Tritonserver:
     if package is None or package.origin is None:
         raise ServerError(
             "no tritonserver found on PATH, nor in the Python package nvidia-pytriton; "
-            "run inside a Triton container, or: pip install --no-deps nvidia-pytriton"
+            f"run inside a Triton container, or with Python 3.10 to 3.12: {extras.install('server')}"
         )
     return _embedded(Path(package.origin).parent)
 
