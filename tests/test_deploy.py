@@ -164,20 +164,32 @@ def test_the_dockerfile_starts_from_nvidias_image_and_keeps_its_torch() -> None:
     """And its entry point, which execs the command: process 1 is tritonlora, without a shell that keeps signals."""
     instructions = dockerfile()
     words = [word for word, _ in instructions]
-    runs = [rest for word, rest in instructions if word == "RUN"]
+    [build, install] = [rest for word, rest in instructions if word == "RUN"]
+    image = "nvcr.io/nvidia/tritonserver:${TRITON_VERSION}-trtllm-python-py3"
 
-    assert ("FROM", "nvcr.io/nvidia/tritonserver:${TRITON_VERSION}-trtllm-python-py3") in instructions
+    assert [f"{image} AS build", image] == [rest for word, rest in instructions if word == "FROM"]
     assert ["ARG", "FROM"] == words[:2]
     assert "ENTRYPOINT" not in words
     assert ("CMD", '["tritonlora", "serve", "--address", "0.0.0.0"]') == instructions[-1]
-    assert 1 == len(runs)
-    assert all(name in runs[0] for name in ("numpy", "torch", "tensorrt[-_]llm", "--constraint container.txt"))
+    assert "pip wheel" in build
+    assert all(name in install for name in ("numpy", "torch", "tensorrt[-_]llm", "--constraint container.txt"))
+
+
+def test_the_image_gets_the_wheel_with_what_add_needs() -> None:
+    """The second stage has nothing of the checkout but the wheel of the first one."""
+    instructions = dockerfile()
+    second = instructions[[word for word, _ in instructions].index("FROM", 2) :]
+    installs = next(rest for word, rest in second if word == "RUN")
+
+    assert ["--from=build /build/dist dist"] == [rest for word, rest in second if word == "COPY"]
+    assert "dist/*.whl)[convert]" in installs
 
 
 def test_the_image_gets_what_it_is_built_from_and_nothing_else() -> None:
     """What COPY names exists and passes the ignore file."""
     root = DEPLOY.parents[1]
-    copied = {source for word, rest in dockerfile() if word == "COPY" for source in rest.split()[:-1]}
+    copies = [rest.split()[:-1] for word, rest in dockerfile() if word == "COPY" and "--from" not in rest]
+    copied = {source for sources in copies for source in sources}
     allowed = {line[1:] for line in (DEPLOY / "Dockerfile.dockerignore").read_text().splitlines() if line[:1] == "!"}
 
     assert copied == allowed
