@@ -191,8 +191,8 @@ class Server:
     ) -> None:
         """Return when every model is ready. If the server exits or times out: ServerError with the end of its log.
 
-        `timeout` is in seconds. `on_progress` is called again and again meanwhile: (what the server is loading, and for how many seconds;
-        models that are ready; models that it has begun to load).
+        `timeout` is in seconds. `on_progress` is called again and again meanwhile: (what the server is loading, and for
+        how many seconds; models that are ready; models that it has begun to load).
         """
         while not self._is_ready():
             models = self.models()
