@@ -273,7 +273,7 @@ def test_replace_value_changes_that_value_and_no_other_byte(seed: int) -> None:
     else:
         setattr(twin, field.name, wanted)
 
-    edited = replace_value(document, value, literal)
+    edited = replace_value(document, value, literal).text
 
     assert proto == protobuf(edited)
     assert document.text[: value.start] == edited[: value.start]
@@ -295,7 +295,7 @@ def test_append_value_adds_that_value_and_changes_no_byte(seed: int) -> None:
     literal = literal_of(field, values[0])
     getattr(twin, field.name).append(values[0])
 
-    edited = append_value(document, message, field.name, literal)
+    edited = append_value(document, message, field.name, literal).text
 
     assert proto == protobuf(edited)
     comma, rest = pieces_added(document.text, edited)
@@ -319,7 +319,7 @@ def test_insert_field_adds_that_field_and_changes_no_byte(seed: int) -> None:
     assume(other.ListFields())
     twin.MergeFrom(other)
 
-    edited = insert_field(document, message, text_format.MessageToString(other, as_utf8=True).rstrip("\n"))
+    edited = insert_field(document, message, text_format.MessageToString(other, as_utf8=True).rstrip("\n")).text
 
     assert proto == protobuf(edited)
     assert "" == pieces_added(document.text, edited)[1]
@@ -342,7 +342,7 @@ def test_remove_value_takes_that_value_and_no_other_byte(seed: int) -> None:
     else:
         twin.ClearField(field.name)
 
-    edited = remove_value(document, message, value)
+    edited = remove_value(document, message, value).text
 
     assert proto == protobuf(edited)
     removed = "".join(pieces_added(edited, document.text))
@@ -392,7 +392,7 @@ def test_append_value_writes_in_the_style_of_its_neighbours(before: str, after: 
     """Indentation, line ends, spelling and comments of the file stay as the user has them."""
     document = parse(before)
 
-    assert after == append_value(document, document.message, "input", ELEMENT)
+    assert after == append_value(document, document.message, "input", ELEMENT).text
 
 
 @pytest.mark.parametrize(
@@ -416,7 +416,7 @@ def test_remove_value_leaves_tidy_text(before: str, after: str) -> None:
     document = parse(before)
     value = next(m for m in document.message.messages("a") if m.scalar("n") and m.scalars("n")[0].value == "2")
 
-    assert after == remove_value(document, document.message, value)
+    assert after == remove_value(document, document.message, value).text
 
 
 # --- What a config says --------------------------------------------------------------------------------------------

@@ -7,7 +7,8 @@ from __future__ import annotations
 import pytest
 
 from tritonlora.errors import ConfigError
-from tritonlora.repository.ensemble_edits import rewire_to_forward, rewire_to_resolve
+from tritonlora.pbtxt.text_format import parse
+from tritonlora.repository import ensemble_edits
 from upstream_configs import VERSIONS, as_rewired_before, fill, protobuf, removed_and_added, step_of, upstream
 
 ENSEMBLE = """\
@@ -23,6 +24,16 @@ ensemble_scheduling {
   ]
 }
 """
+
+
+def rewire_to_forward(text: str, *, postprocessing: str | None = None) -> str:
+    """The text of the document that `ensemble_edits` makes of the document of `text`."""
+    return ensemble_edits.rewire_to_forward(parse(text), postprocessing=postprocessing).text
+
+
+def rewire_to_resolve(text: str) -> str:
+    """The text of the document that `ensemble_edits` makes of the document of `text`."""
+    return ensemble_edits.rewire_to_resolve(parse(text)).text
 
 
 # --- rewire_to_forward ------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from repositories import lead_as_before, llm_api_repository, synthetic_adapter
 from tritonlora.errors import RepositoryError
 from tritonlora.files import TEMPORARY_SUFFIX
 from tritonlora.pbtxt.model_config import parse_config
+from tritonlora.pbtxt.text_format import parse
 from tritonlora.repository import add, init, model_configs, paths, undo
 from tritonlora.repository.add import Options
 from tritonlora.repository.init import code_of, shipped_models
@@ -24,6 +25,11 @@ from tritonlora.repository.paths import half_written, read_text
 from upstream_configs import protobuf, upstream_repository
 
 VERSIONS = ("v0.10.0", "v0.15.0", "v0.18.0")
+
+
+def with_parameter(config: Path, key: str, value: str) -> str:
+    """The text of a config.pbtxt with one parameter set."""
+    return model_configs.set_parameters(parse(read_text(config)), {key: value}).text
 
 
 def contents(root: Path) -> dict[str, str]:
@@ -86,7 +92,7 @@ def test_init_keeps_what_somebody_has_tuned(tmp_path: Path) -> None:
     root = upstream_repository(tmp_path / "repo", "v0.18.0")
     init.init(root)
     config = root / "lora_router" / "config.pbtxt"
-    tuned = model_configs.set_parameter(config.read_text(), "load_timeout_seconds", "7")
+    tuned = with_parameter(config, "load_timeout_seconds", "7")
     config.write_text(tuned.replace("count: 16", "count: 5"))
     (root / "lora_router" / "adapters.json").write_text("mine")
     init.init(root)
@@ -195,7 +201,7 @@ def test_the_bls_model_is_not_led_through_the_router_and_init_says_so(tmp_path: 
     init.init(root)
     note = "'tensorrt_llm_bls' calls 'tensorrt_llm' itself and takes no lora_name: clients that want adapters ask "
     bls = root / "tensorrt_llm_bls" / "config.pbtxt"
-    texts = [read_text(bls), model_configs.set_parameter(read_text(bls), "tensorrt_llm_model_name", "other")]
+    texts = [read_text(bls), with_parameter(bls, "tensorrt_llm_model_name", "other")]
 
     assert [f"{note}'ensemble'"] == init.notes(root)
     bls.write_text(texts[1])
@@ -379,7 +385,7 @@ def test_init_keeps_what_somebody_has_tuned_in_the_resolver(tmp_path: Path) -> N
     assert any("run tritonlora plan --apply" in note for note in init.notes(root))
     for model, key, value in (("lora_resolver", "resend_seconds", "7"), ("lora_router", "cache_pages", "12")):
         config = root / model / "config.pbtxt"
-        config.write_text(model_configs.set_parameter(config.read_text(), key, value))
+        config.write_text(with_parameter(config, key, value))
     init.init(root)
 
     parameters = parse_config((root / "lora_resolver" / "config.pbtxt").read_text()).parameters

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from tritonlora.errors import ConfigError
-from tritonlora.pbtxt.model_config import parse_config
-from tritonlora.repository.model_configs import resolver_config, router_config, set_parameter
+from tritonlora.pbtxt.model_config import config_of, parse_config
+from tritonlora.pbtxt.text_format import parse
+from tritonlora.repository.model_configs import resolver_config, router_config, set_parameters
 from tritonlora.targets.declarations import declare_lora_weights
 from upstream_configs import NAMES, PATHS, VERSIONS, fill, protobuf, removed_and_added, upstream
 
@@ -166,18 +167,18 @@ def test_declare_lora_weights_changes_type_and_columns_only(
         if tensor.name == "lora_config":
             tensor.dims[1] = dim
 
-    declared = declare_lora_weights(text, dtype, columns)
+    declared = declare_lora_weights(parse(text), dtype, columns).text
 
     assert wanted == protobuf(declared)
     assert (dtype != "float16") + (dim != 3) == len(removed_and_added(text, declared)[0])
-    assert declared == declare_lora_weights(declared, dtype, columns)
+    assert declared == declare_lora_weights(parse(declared), dtype, columns).text
 
 
 def test_declare_lora_weights_declares_a_type_that_was_left_out() -> None:
     """A lora_weights input without data_type gets one, and free columns stay free."""
     text = TARGET.replace("data_type: TYPE_FP16 ", "").replace("[ -1, 3 ]", "[ -1, -1 ]")
 
-    config = parse_config(declare_lora_weights(text, "bfloat16", [4]))
+    config = config_of(declare_lora_weights(parse(text), "bfloat16", [4]))
 
     assert ["TYPE_BF16", (-1, -1)] == [
         spec.data_type if spec.name == "lora_weights" else spec.dims for spec in config.inputs[2:]
@@ -187,10 +188,10 @@ def test_declare_lora_weights_declares_a_type_that_was_left_out() -> None:
 def test_declare_lora_weights_needs_lora_inputs() -> None:
     """A model without them is refused."""
     with pytest.raises(ConfigError, match="declares no input 'lora_weights', so it takes no adapters"):
-        declare_lora_weights('name: "x"', "bfloat16")
+        declare_lora_weights(parse('name: "x"'), "bfloat16")
 
 
-# --- set_parameter -------------------------------------------------------------------------------------------------
+# --- set_parameters ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", PATHS, ids=NAMES)
@@ -200,7 +201,7 @@ def test_set_parameter_adds_one_to_every_upstream_config(path: Any) -> None:
     wanted = protobuf(text)
     wanted.parameters["new key"].string_value = 'a "value"\n'
 
-    edited = set_parameter(text, "new key", 'a "value"\n')
+    edited = set_parameters(parse(text), {"new key": 'a "value"\n'}).text
 
     assert wanted == protobuf(edited)
     assert [] == removed_and_added(text, edited)[0]
@@ -214,7 +215,7 @@ def test_set_parameter_replaces_upstream_parameters(version: str) -> None:
         wanted = protobuf(text)
         wanted.parameters[key].string_value = "64"
 
-        edited = set_parameter(text, key, "64")
+        edited = set_parameters(parse(text), {key: "64"}).text
 
         assert wanted == protobuf(edited)
         pairs = zip(text.splitlines(), edited.splitlines(), strict=True)
@@ -236,4 +237,4 @@ def test_set_parameter_replaces_upstream_parameters(version: str) -> None:
 )
 def test_set_parameter_edits_every_spelling(before: str, after: str) -> None:
     """The value is set where the file has its place, and left alone where it is right already."""
-    assert after == set_parameter(before, "k", "v")
+    assert after == set_parameters(parse(before), {"k": "v"}).text

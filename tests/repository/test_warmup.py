@@ -15,6 +15,7 @@ from tritonclient.utils import serialize_byte_tensor
 from table import sample as tensor_sample
 from tritonlora.errors import ConfigError
 from tritonlora.pbtxt.model_config import DATA_TYPES, parse_config
+from tritonlora.pbtxt.text_format import parse
 from tritonlora.repository.warmup import (
     BEGIN,
     END,
@@ -50,7 +51,7 @@ ONE = (tensor_sample(1, (224, 589824), (224, 3)),)
 
 def engine_text(version: str = "v0.18.0") -> str:
     """An upstream engine model's config, filled and declared for bfloat16 adapters."""
-    return declare_lora_weights(fill(upstream(version, "tensorrt_llm")), "bfloat16")
+    return declare_lora_weights(parse(fill(upstream(version, "tensorrt_llm"))), "bfloat16").text
 
 
 def minimal(inputs: str, max_batch_size: int = 4) -> str:

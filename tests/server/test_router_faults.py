@@ -31,7 +31,8 @@ from tritonlora.bench.processes import processes_of
 from tritonlora.errors import ServerError
 from tritonlora.files import write_text
 from tritonlora.launch.server import Server
-from tritonlora.repository.model_configs import set_parameter
+from tritonlora.pbtxt.text_format import parse
+from tritonlora.repository.model_configs import set_parameters
 from tritonlora.repository.paths import Repository, read_table, read_text
 
 Launch = Callable[..., Server]
@@ -101,7 +102,7 @@ def puppet(tmp_path_factory: pytest.TempPathFactory, launch: Launch) -> Server:
     opened = synthetic_repository(tmp_path_factory.mktemp("puppet") / "repo", cold=["pirate", "haiku"], streams=2)
     router = opened.root / "lora_router" / "config.pbtxt"
     for parameter, seconds in (("stall_timeout_seconds", "0.5"), ("first_answer_timeout_seconds", "1")):
-        write_text(router, set_parameter(read_text(router), parameter, seconds))
+        write_text(router, set_parameters(parse(read_text(router)), {parameter: seconds}).text)
     write_text(opened.root / "tensorrt_llm" / "1" / "model.py", PUPPET)
     return launch(opened.root)
 
@@ -261,7 +262,7 @@ def test_an_engine_whose_process_is_killed_is_an_error(tmp_path: Path, launch: L
     )
     router = opened.root / "lora_router" / "config.pbtxt"
     for parameter in ("first_answer_timeout_seconds", "stall_timeout_seconds"):
-        write_text(router, set_parameter(read_text(router), parameter, "2"))
+        write_text(router, set_parameters(parse(read_text(router)), {parameter: "2"}).text)
     server = launch(opened.root)
     streamed, whole = (ROUTER.tensors(Question([b"pirate"], tokens=[100]), streams) for streams in (True, False))
     with ThreadPoolExecutor(1) as pool:

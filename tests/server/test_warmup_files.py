@@ -20,7 +20,7 @@ from tritonlora.pbtxt.edits import append_value
 from tritonlora.pbtxt.model_config import parse_config
 from tritonlora.pbtxt.text_format import parse
 from tritonlora.repository.ensemble_edits import rewire_to_forward
-from tritonlora.repository.model_configs import router_config, set_parameter
+from tritonlora.repository.model_configs import router_config, set_parameters
 from tritonlora.repository.warmup import render_block, replace_block, shared_files
 from tritonlora.targets import engine_model, task_id_bytes, task_id_file
 from tritonlora.targets.declarations import declare_lora_weights
@@ -124,8 +124,8 @@ def write_model(repository: Path, name: str, config: str, code: str = "") -> Pat
 
 def engine_config(version: str, seen: Path) -> str:
     """The upstream engine model's config with the block for SAMPLES."""
-    text = declare_lora_weights(filled_upstream(version, "tensorrt_llm"), "bfloat16")
-    text = set_parameter(text, "seen", str(seen))
+    declared = declare_lora_weights(parse(filled_upstream(version, "tensorrt_llm")), "bfloat16")
+    text = set_parameters(declared, {"seen": str(seen)}).text
     return replace_block(text, render_block(parse_config(text), SAMPLES))
 
 
@@ -165,11 +165,10 @@ def test_a_real_server_loads_each_adapter_from_the_block_and_serves_it_by_name(
     write_model(repository, "preprocessing", filled_upstream(version, "preprocessing"), ZEROS)
     postprocessing = parse(filled_upstream(version, "postprocessing"))
     previous = '{\n  name: "PREVIOUS_TOKENS"\n  data_type: TYPE_INT32\n  dims: [ -1 ]\n}'
-    write_model(
-        repository, "postprocessing", append_value(postprocessing, postprocessing.message, "input", previous), ZEROS
-    )
-    ensemble = rewire_to_forward(filled_upstream(version, "ensemble"), postprocessing="postprocessing")
-    write_model(repository, "ensemble", ensemble)
+    postprocessing = append_value(postprocessing, postprocessing.message, "input", previous)
+    write_model(repository, "postprocessing", postprocessing.text, ZEROS)
+    ensemble = rewire_to_forward(parse(filled_upstream(version, "ensemble")), postprocessing="postprocessing")
+    write_model(repository, "ensemble", ensemble.text)
 
     server = launch(repository)
 

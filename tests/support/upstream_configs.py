@@ -15,7 +15,8 @@ from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from tritonlora.repository.init import shipped_models
-from tritonlora.repository.model_configs import set_parameter
+from tritonlora.pbtxt.text_format import parse
+from tritonlora.repository.model_configs import set_parameters
 
 ROOT = Path(__file__).parent / "upstream"
 PATHS = sorted(ROOT.glob("*/*/config.pbtxt"))
@@ -101,10 +102,7 @@ def upstream_repository_on_the_cpu(root: Path, version: str, *, decoupled: str) 
             code.unlink()
             shutil.copytree(shipped_models() / model / "1" / "serving", code)
         config = root / model / "config.pbtxt"
-        text = config.read_text()
-        for key, value in parameters.items():
-            text = set_parameter(text, key, value)
-        config.write_text(text)
+        config.write_text(set_parameters(parse(config.read_text()), parameters).text)
     return root
 
 

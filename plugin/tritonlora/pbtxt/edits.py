@@ -1,20 +1,20 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""Lossless config.pbtxt editing: text in, text out.
+"""Lossless editing of a config.pbtxt: a document in, a document out.
 
-Strategy: an edit takes a document and a node of its tree and returns a new text in which only that place differs;
-`parse` that text for the next edit. What an edit puts in is given as pbtxt indented by two spaces, without
-comments; it takes on the indentation and the line ends of its neighbours.
+Strategy: an edit takes a document and a node of its tree. It returns the document of a new text in which only that
+place differs, so that the next edit finds its node in a tree that is up to date. Each text is parsed once. A new piece
+of text is given as pbtxt indented by two spaces, without comments. It takes on the indentation and the line ends of its
+neighbours.
 
 Read files with newline="" so that CRLF gets here, and back, as it is.
 """
 
 from __future__ import annotations
 
-import functools
 import re
 
-from tritonlora.pbtxt.text_format import Document, Field, Message, Scalar
+from tritonlora.pbtxt.text_format import Document, Field, Message, Scalar, parse
 
 _BLANKS = re.compile(r"(?:[ \t\r\n\v\f]+|#[^\n]*)*")
 _REST_OF_LINE = re.compile(r"[ \t\v\f]*(?:#[^\r\n]*)?(?=\r?\n|\Z)")
@@ -23,7 +23,6 @@ _NAME_AND_COLON = re.compile(r"\w+[ \t]*:?", re.ASCII)
 _QUOTED = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 
-@functools.lru_cache(maxsize=4096)  # a thousand warmup samples have the same few names
 def quote(content: str) -> str:
     """A string literal with that content."""
     escaped = (_QUOTED.get(c, c if c.isprintable() else "".join(f"\\{b:03o}" for b in c.encode())) for c in content)
@@ -35,13 +34,35 @@ def newline_of(text: str) -> str:
     return "\r\n" if text[: text.find("\n") + 1].endswith("\r\n") else "\n"
 
 
-def replace_value(document: Document, value: Scalar | Message, literal: str) -> str:
-    """The text with `literal` where `value` stands."""
-    return document.text[: value.start] + literal + document.text[value.end :]
+def replace_value(document: Document, value: Scalar | Message, literal: str) -> Document:
+    """The document with `literal` in the place of `value`."""
+    return parse(document.text[: value.start] + literal + document.text[value.end :])
 
 
-def insert_field(document: Document, message: Message, snippet: str) -> str:
-    """The text with the fields in `snippet` at the end of `message`."""
+def insert_field(document: Document, message: Message, snippet: str) -> Document:
+    """The document with the fields in `snippet` at the end of `message`."""
+    return parse(_with_field(document, message, snippet))
+
+
+def append_value(document: Document, message: Message, name: str, literal: str) -> Document:
+    """The document with one more value of the repeated field `name`: in its list, or as one more `name`.
+
+    `literal` is a scalar, or a message in curly brackets.
+    """
+    return parse(_with_value(document, message, name, literal))
+
+
+def remove_value(
+    document: Document, message: Message, value: Scalar | Message, *, with_comment: bool = False
+) -> Document:
+    """The document without that value of one of `message`'s fields. Its line goes if nothing else is on it.
+
+    With `with_comment`, the lines of comment directly above it go as well.
+    """
+    return parse(_without_value(document, message, value, with_comment=with_comment))
+
+
+def _with_field(document: Document, message: Message, snippet: str) -> str:
     text = document.text
     if message is document.message:
         # Behind the comments at the end of the file, which may say what the fields above them are.
@@ -54,15 +75,11 @@ def insert_field(document: Document, message: Message, snippet: str) -> str:
     return _insert_after(text, last, snippet, unit=_unit(text, last))
 
 
-def append_value(document: Document, message: Message, name: str, literal: str) -> str:
-    """The text with one more value of the repeated field `name`: in its list, or as one more `name`.
-
-    `literal` is a scalar, or a message in curly brackets.
-    """
+def _with_value(document: Document, message: Message, name: str, literal: str) -> str:
     text = document.text
     last = next((field for field in reversed(message.fields) if field.name == name), None)
     if last is None:
-        return insert_field(document, message, f"{name}: {literal}")
+        return _with_field(document, message, f"{name}: {literal}")
     if not last.in_list:
         head = text[last.start : last.opening].rstrip()
         spelling = head if _NAME_AND_COLON.fullmatch(head) else f"{name}:"
@@ -72,11 +89,7 @@ def append_value(document: Document, message: Message, name: str, literal: str) 
     return _insert_after(text, last.values[-1], literal, unit=_unit(text, last.values[-1]), comma=",")
 
 
-def remove_value(document: Document, message: Message, value: Scalar | Message, *, with_comment: bool = False) -> str:
-    """The text without that value of one of `message`'s fields; its line goes too where nothing else is on it.
-
-    With `with_comment`, the lines of comment directly above it go as well.
-    """
+def _without_value(document: Document, message: Message, value: Scalar | Message, *, with_comment: bool) -> str:
     text = document.text
     place = next(field for field in message.fields if any(other is value for other in field.values))
     start, end = (value.start, value.end) if place.in_list else (place.start, place.end)

@@ -8,7 +8,6 @@ Meaning and defaults are those of triton-inference-server/common, protobuf/model
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from types import MappingProxyType
 from typing import TypeVar
 
 from tritonlora.errors import ConfigError, one_message
-from tritonlora.pbtxt.text_format import Message, Scalar, error_at, parse
+from tritonlora.pbtxt.text_format import Document, Message, Scalar, error_at, parse
 
 _TEMPLATE = re.compile(r"\$\{[^{}]*\}")
 _INTEGER = re.compile(r"-?(?:0[xX][0-9a-fA-F]+|0[0-7]*|[1-9][0-9]*)", re.ASCII)
@@ -115,14 +114,18 @@ class ModelConfig:
         return any(step.model_name == model for step in self.steps)
 
 
-@functools.lru_cache(maxsize=8)  # one command looks at the same few configs from many sides
 def parse_config(text: str) -> ModelConfig:
-    """A config.pbtxt's meaning; raises one ConfigError with everything in it that cannot be read.
+    """The meaning of a config.pbtxt's text; ConfigError where it cannot be parsed, else as `config_of`."""
+    return config_of(parse(text))
+
+
+def config_of(document: Document) -> ModelConfig:
+    """The meaning of a config.pbtxt; one ConfigError with everything in it that cannot be understood.
 
     Templates are no error here.
     """
-    reader = _Reader(text)
-    root = parse(text).message
+    reader = _Reader(document.text)
+    root = document.message
     policy = reader.message(root, "model_transaction_policy")
     scheduling = reader.message(root, "ensemble_scheduling")
     cache = reader.message(root, "response_cache")

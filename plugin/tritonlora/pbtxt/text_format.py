@@ -9,7 +9,6 @@ replace one place and leave every other byte alone; nothing is ever rendered fro
 
 from __future__ import annotations
 
-import functools
 import re
 import sys
 from dataclasses import dataclass
@@ -119,7 +118,6 @@ class Document:
     message: Message
 
 
-@functools.lru_cache(maxsize=8)  # one command looks at the same few texts from many sides
 def parse(text: str) -> Document:
     """The tree of a config.pbtxt; raises ConfigError with line, column and what was expected there."""
     if len(text) > MAX_LENGTH:

@@ -31,6 +31,7 @@ from tritonlora.errors import EngineMismatch, RepositoryError, TritonLoraError, 
 from tritonlora.files import locked, make_directory, publish, sha256_of, temporary_name, write_text
 from tritonlora.interrupts import held
 from tritonlora.pbtxt.model_config import ModelConfig
+from tritonlora.pbtxt.text_format import parse
 from tritonlora.peft.adapter import Adapter, load_adapter
 from tritonlora.repository import generated, model_configs, undo, warmup
 from tritonlora.repository.paths import (
@@ -431,10 +432,8 @@ def set_parameters(repository: Repository, parameters: Mapping[str, str]) -> Non
 
 
 def _set_parameters(repository: Repository, parameters: Mapping[str, str]) -> None:
-    text = read_text(repository.config_path)
-    for key, value in parameters.items():
-        text = model_configs.set_parameter(text, key, value)
-    undo.write(repository.root, {repository.config_path: text.encode()})
+    document = model_configs.set_parameters(parse(read_text(repository.config_path)), parameters)
+    undo.write(repository.root, {repository.config_path: document.text.encode()})
 
 
 def apply_plan(
@@ -461,7 +460,7 @@ def apply_plan(
         cache_pages = str(planned.tightest.host_pages)
         configs = [repository.root / model / "config.pbtxt" for model in (ROUTER, RESOLVER)]
         texts = {
-            path: model_configs.set_parameter(read_text(path), "cache_pages", cache_pages).encode()
+            path: model_configs.set_parameters(parse(read_text(path)), {"cache_pages": cache_pages}).text.encode()
             for path in configs
             if path.is_file()
         }

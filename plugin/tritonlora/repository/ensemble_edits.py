@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""The edits that lead an ensemble to its engine's model by the names of adapters: text to text, lossless, idempotent.
+"""The edits that lead an ensemble to its engine's model by the names of adapters: losslessly, and idempotent.
 
     forward    preprocessing -> lora_router -> postprocessing; the router asks the engine's model by itself
     resolve    preprocessing -> lora_resolver -> tensorrt_llm -> postprocessing
@@ -10,12 +10,10 @@ Either way can be changed into the other.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from tritonlora.errors import ConfigError
 from tritonlora.pbtxt.edits import append_value, quote, remove_value, replace_value
-from tritonlora.pbtxt.model_config import ModelConfig, parse_config
-from tritonlora.pbtxt.text_format import Document, Message, error_at, parse
+from tritonlora.pbtxt.model_config import DATA_TYPES
+from tritonlora.pbtxt.text_format import Document, Message, error_at
 from tritonlora.repository.model_configs import FORMERLY_THERE, REQUIRED
 from tritonlora.repository.paths import DEFAULT_TARGET, RESOLVER, ROUTER
 from tritonlora.serving.wire import WIRES
@@ -31,46 +29,45 @@ RESOLVED = {
 
 
 def rewire_to_forward(
-    text: str,
+    document: Document,
     *,
     target: str = DEFAULT_TARGET,
     postprocessing: str | None = None,
-) -> str:
+) -> Document:
     """An ensemble's config.pbtxt with the router in `target`'s place, and the optional input lora_name leading to it.
 
-    What only the router gives no longer leads to that step, and tensors that this leaves unused go: Triton refuses an
+    Inputs that only the router gives no longer lead to that step. Tensors that this leaves unused go: Triton refuses an
     ensemble with an unused tensor. With `postprocessing`, the name of a step with the input PREVIOUS_TOKENS, the
     router's previous_ids lead there.
 
     Raises ConfigError when it is not plain which step to change.
     """
-    _require_one_step(text, target)
-    text = _remove_resolver(text, target)
-    text = _rename_step(text, target, ROUTER)
+    _require_one_step(document, target)
+    document = _remove_resolver(document, target)
+    document = _rename_step(document, target, ROUTER)
     for name in (name for wire in WIRES for name in wire.router_only):
-        text = _disconnect(text, ROUTER, name)
-    text = _declare_lora_name(text)
-    text = _connect(text, ROUTER, "input_map", "lora_name", "lora_name")
+        document = _disconnect(document, ROUTER, name)
+    document = _declare_lora_name(document)
+    document = _connect(document, ROUTER, "input_map", "lora_name", "lora_name")
     if postprocessing is not None:
-        text = _connect(text, ROUTER, "output_map", "previous_ids", PREVIOUS_TOKENS)
-        text = _connect(text, postprocessing, "input_map", "PREVIOUS_TOKENS", PREVIOUS_TOKENS)
-    return text
+        document = _connect(document, ROUTER, "output_map", "previous_ids", PREVIOUS_TOKENS)
+        document = _connect(document, postprocessing, "input_map", "PREVIOUS_TOKENS", PREVIOUS_TOKENS)
+    return document
 
 
-def rewire_to_resolve(text: str, *, target: str = DEFAULT_TARGET) -> str:
+def rewire_to_resolve(document: Document, *, target: str = DEFAULT_TARGET) -> Document:
     """An ensemble's config.pbtxt with a step for the resolver, which gives the step for `target` its LoRA inputs.
 
     The resolver gets the optional inputs lora_name, and lora_task_id where the ensemble gave one to the target. The
-    target's request_output_len goes through the resolver: the target refuses to be without, so that an empty response
-    of the resolver is no request to the base model. The router's previous_ids go: nobody but the router knows them.
+    target's request_output_len goes through the resolver. The target refuses to run without it, so that an empty
+    response of the resolver is no request to the base model. The router's previous_ids go: only the router knows them.
 
     Raises ConfigError when it is not plain which step to change.
     """
-    _require_one_step(text, target)
-    text = _rename_step(text, ROUTER, target)
-    text = _declare_lora_name(text)
-    given = _input_map(text, target)
-    asked = _input_map(text, RESOLVER)
+    _require_one_step(document, target)
+    document = _rename_step(document, ROUTER, target)
+    document = _declare_lora_name(document)
+    given, asked = _maps(document, "input_map", target), _maps(document, "input_map", RESOLVER)
     required = asked.get(REQUIRED, given.get(REQUIRED))
     if required is None:
         raise ConfigError(f"the ensemble gives the step for {target!r} no {REQUIRED}; rewire this ensemble by hand")
@@ -78,45 +75,40 @@ def rewire_to_resolve(text: str, *, target: str = DEFAULT_TARGET) -> str:
     task_id = given.get("lora_task_id", RESOLVED["lora_task_id"])
     if task_id != RESOLVED["lora_task_id"]:
         inputs["lora_task_id"] = task_id
-    document = parse(text)
     if not _find_step(document, RESOLVER):
         scheduling = document.message.messages("ensemble_scheduling")[-1]
         literal = f"{{\n  model_name: {quote(RESOLVER)}\n  model_version: -1\n}}"
-        text = append_value(document, scheduling, "step", literal)
+        document = append_value(document, scheduling, "step", literal)
     for key, tensor in inputs.items():
-        text = _connect(text, RESOLVER, "input_map", key, tensor)
-    text = _disconnect(text, target, "lora_name")
-    text = _disconnect(text, RESOLVER, FORMERLY_THERE)
+        document = _connect(document, RESOLVER, "input_map", key, tensor)
+    document = _disconnect(document, target, "lora_name")
+    document = _disconnect(document, RESOLVER, FORMERLY_THERE)
     for key, tensor in RESOLVED.items():
-        text = _connect(text, RESOLVER, "output_map", key, tensor)
-        text = _reconnect(text, target, key, tensor)
-    for other in parse_config(text).steps:
-        for key, tensor in other.input_map.items():
+        document = _connect(document, RESOLVER, "output_map", key, tensor)
+        document = _reconnect(document, target, key, tensor)
+    for model in _step_names(document):
+        for key, tensor in _maps(document, "input_map", model).items():
             if tensor == PREVIOUS_TOKENS:
-                text = _disconnect(text, other.model_name, key)
-    return text
+                document = _disconnect(document, model, key)
+    return document
 
 
-def _remove_resolver(text: str, target: str) -> str:
-    """The ensemble without that step; what the resolver got of the target's inputs leads to `target` again."""
-    if _find_step(parse(text), RESOLVER) is None:
-        return text
-    given, asked = _input_map(text, target), _input_map(text, RESOLVER)
+def _remove_resolver(document: Document, target: str) -> Document:
+    """The ensemble without the resolver's step. The target's inputs that went through it lead to `target` again."""
+    if _find_step(document, RESOLVER) is None:
+        return document
+    given, asked = _maps(document, "input_map", target), _maps(document, "input_map", RESOLVER)
     for key, tensor in RESOLVED.items():
         if given.get(key) == tensor:
-            text = _reconnect(text, target, key, asked[key]) if key in asked else _disconnect(text, target, key)
-    document = parse(text)
+            document = (
+                _reconnect(document, target, key, asked[key]) if key in asked else _disconnect(document, target, key)
+            )
     gone = _find_step(document, RESOLVER)
-    return remove_value(document, document.message.messages("ensemble_scheduling")[-1], gone) if gone else text
+    return remove_value(document, document.message.messages("ensemble_scheduling")[-1], gone) if gone else document
 
 
-def _input_map(text: str, model: str) -> Mapping[str, str]:
-    """That of the ensemble's step for `model`; empty where there is none."""
-    return next((step.input_map for step in parse_config(text).steps if step.model_name == model), {})
-
-
-def _require_one_step(text: str, target: str) -> None:
-    steps = [step.model_name for step in parse_config(text).steps]
+def _require_one_step(document: Document, target: str) -> None:
+    steps = _step_names(document)
     if not steps:
         raise ConfigError("expected an ensemble, got a config without ensemble_scheduling steps")
     found = [name for name in steps if name in (target, ROUTER)]
@@ -129,15 +121,14 @@ def _require_one_step(text: str, target: str) -> None:
         raise ConfigError(f"expected one step for {target!r} or {ROUTER!r}, got {listed}; rewire this ensemble by hand")
 
 
-def _rename_step(text: str, old: str, new: str) -> str:
-    document = parse(text)
+def _rename_step(document: Document, old: str, new: str) -> Document:
     step = _find_step(document, old)
     if step is None:
-        return text
+        return document
     version = step.scalar("model_version")
     if version is not None and version.value != "-1":
         raise error_at(
-            text,
+            document.text,
             version.start,
             f"the step asks for version {version.value} of {old!r}, and {new!r} has none but its own; set it to -1",
         )
@@ -145,21 +136,23 @@ def _rename_step(text: str, old: str, new: str) -> str:
     return replace_value(document, model_name, quote(new))
 
 
-def _declare_lora_name(text: str) -> str:
-    config = parse_config(text)
-    spec = config.input("lora_name")
+def _declare_lora_name(document: Document) -> Document:
+    spec = document.message.find("input", "name", "lora_name")
     if spec is None:
-        document = parse(text)
         literal = '{\n  name: "lora_name"\n  data_type: TYPE_STRING\n  dims: [ 1 ]\n  optional: true\n}'
         return append_value(document, document.message, "input", literal)
-    if spec.data_type != "TYPE_STRING":
-        raise ConfigError(f"expected the ensemble's input 'lora_name' to be TYPE_STRING, got {spec.data_type}")
-    return text
+    data_type = spec.scalar("data_type")
+    if data_type is None or data_type.value not in _STRING:
+        got = data_type.value if data_type else "none"
+        raise ConfigError(f"expected the ensemble's input 'lora_name' to be TYPE_STRING, got {got}")
+    return document
 
 
-def _connect(text: str, model: str, kind: str, key: str, tensor: str) -> str:
+_STRING = ("TYPE_STRING", str(DATA_TYPES.index("TYPE_STRING")))  # protobuf takes an enum's number as well
+
+
+def _connect(document: Document, model: str, kind: str, key: str, tensor: str) -> Document:
     """Lead the ensemble's `tensor` to (input_map) or from (output_map) the tensor `key` of the step for `model`."""
-    document = parse(text)
     step = _find_step(document, model)
     if step is None:
         raise ConfigError(f"the ensemble has no step for {model!r}")
@@ -170,59 +163,69 @@ def _connect(text: str, model: str, kind: str, key: str, tensor: str) -> str:
     if value is None or value.value != tensor:
         place = entry.start if value is None else value.start
         raise error_at(
-            text, place, f"expected {kind} {key!r} of the step for {model!r} to be {tensor!r}; edit or remove it"
+            document.text,
+            place,
+            f"expected {kind} {key!r} of the step for {model!r} to be {tensor!r}; edit or remove it",
         )
-    return text
+    return document
 
 
-def _reconnect(text: str, model: str, key: str, tensor: str) -> str:
-    """Lead `tensor` to the input `key` of the step for `model`, whatever led there; what nothing uses then goes."""
-    document = parse(text)
+def _reconnect(document: Document, model: str, key: str, tensor: str) -> Document:
+    """Lead `tensor` to the input `key` of the step for `model`, and take out the tensor that this leaves unused."""
     step = _find_step(document, model)
     entry = step.find("input_map", "key", key) if step else None
     value = entry.scalar("value") if entry else None
     if value is None:
-        return _connect(text, model, "input_map", key, tensor)
+        return _connect(document, model, "input_map", key, tensor)
     if value.value == tensor:
-        return text
+        return document
     return _without_unused(replace_value(document, value, quote(tensor)), value.value)
 
 
-def _disconnect(text: str, model: str, key: str) -> str:
-    """Take the input `key` from the step for `model`; what nothing in the ensemble uses then goes."""
-    document = parse(text)
+def _disconnect(document: Document, model: str, key: str) -> Document:
+    """Take the input `key` from the step for `model`, and take out the tensor that this leaves unused."""
     step = _find_step(document, model)
     entry = step.find("input_map", "key", key) if step else None
     if step is None or entry is None:
-        return text
+        return document
     value = entry.scalar("value")
-    text = remove_value(document, step, entry)
-    return text if value is None else _without_unused(text, value.value)
+    document = remove_value(document, step, entry)
+    return document if value is None else _without_unused(document, value.value)
 
 
-def _without_unused(text: str, tensor: str) -> str:
+def _without_unused(document: Document, tensor: str) -> Document:
     """The ensemble without `tensor`, if nothing uses it: Triton refuses an ensemble with an unused tensor."""
-    return text if _is_used(parse_config(text), tensor) else _remove_producers(text, tensor)
+    is_used = document.message.find("output", "name", tensor) is not None or any(
+        entry.has("value", tensor) for step in _steps(document) for entry in step.messages("input_map")
+    )
+    return document if is_used else _remove_producers(document, tensor)
 
 
-def _is_used(ensemble: ModelConfig, tensor: str) -> bool:
-    return ensemble.output(tensor) is not None or any(tensor in step.input_map.values() for step in ensemble.steps)
-
-
-def _remove_producers(text: str, tensor: str) -> str:
+def _remove_producers(document: Document, tensor: str) -> Document:
     """Take `tensor` from the ensemble's inputs and from the steps that give it."""
-    document = parse(text)
     if declared := document.message.find("input", "name", tensor):
         return remove_value(document, document.message, declared, with_comment=True)
     for step in _steps(document):
         if entry := step.find("output_map", "value", tensor):
             return remove_value(document, step, entry)
-    return text
+    return document
 
 
 def _steps(document: Document) -> tuple[Message, ...]:
     scheduling = document.message.message("ensemble_scheduling")
     return scheduling.messages("step") if scheduling else ()
+
+
+def _step_names(document: Document) -> list[str]:
+    names = (step.scalar("model_name") for step in _steps(document))
+    return [name.value if name else "" for name in names]
+
+
+def _maps(document: Document, kind: str, model: str) -> dict[str, str]:
+    """The input_map or output_map of the ensemble's step for `model`; empty where there is no such step."""
+    step = _find_step(document, model)
+    found = ((entry.scalar("key"), entry.scalar("value")) for entry in (step.messages(kind) if step else ()))
+    return {key.value: value.value for key, value in found if key and value}
 
 
 def _find_step(document: Document, model: str) -> Message | None:

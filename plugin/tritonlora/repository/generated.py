@@ -16,7 +16,8 @@ from pathlib import Path
 
 from tritonlora.errors import ConfigError, RepositoryError
 from tritonlora.files import delete, write_text
-from tritonlora.pbtxt.model_config import parse_config
+from tritonlora.pbtxt.model_config import config_of, parse_config
+from tritonlora.pbtxt.text_format import parse
 from tritonlora.repository import ensemble_edits, undo, warmup
 from tritonlora.repository.paths import (
     RESOLVER,
@@ -40,8 +41,9 @@ def rendered_config(repository: Repository, table: AdapterTable) -> str:
     """The engine model's config.pbtxt for `table`; RepositoryError, naming the file, when it cannot be edited."""
     text = read_text(repository.config_path)
     try:
-        text = target_of(parse_config(text)).declare(text, table.entries.values())
-        config = parse_config(text)
+        document = parse(text)
+        document = target_of(config_of(document)).declare(document, table.entries.values())
+        text, config = document.text, config_of(document)
         block = warmup.render_block(config, warmup.samples(config, table))
         _keep_foreign_files(repository, text, warmup.files(config, table, repository.served_root))
         return warmup.replace_block(text, block)
@@ -104,12 +106,13 @@ def _resolver_in_step(repository: Repository, text: str) -> Iterator[None]:
     configs = read_configs(repository.root)
     resolving = {one: read_text(one) for one, config in configs.items() if config.leads_to(RESOLVER)}
     forward = {
-        one: ensemble_edits.rewire_to_forward(before, target=repository.target) for one, before in resolving.items()
+        one: ensemble_edits.rewire_to_forward(parse(before), target=repository.target)
+        for one, before in resolving.items()
     }
-    undo.write(repository.root, {one: text.encode() for one, text in forward.items()})
+    undo.write(repository.root, {one: after.text.encode() for one, after in forward.items()})
     yield
-    resolver = declare_output(read_text(path), "lora_weights", str(weights.data_type))
-    undo.write(repository.root, {path: resolver.encode()})
+    resolver = declare_output(parse(read_text(path)), "lora_weights", str(weights.data_type))
+    undo.write(repository.root, {path: resolver.text.encode()})
     undo.write(repository.root, {one: text.encode() for one, text in resolving.items()})
 
 

@@ -26,6 +26,7 @@ from tritonlora.files import (
     writing,
 )
 from tritonlora.pbtxt.model_config import ModelConfig, has_template, parse_config
+from tritonlora.pbtxt.text_format import parse
 from tritonlora.repository import ensemble_edits, model_configs, undo
 from tritonlora.repository.paths import (
     COPY_AGAIN,
@@ -84,9 +85,9 @@ def create_repository(root: Path, parameters: Mapping[str, Mapping[str, str]] | 
         shutil.copytree(source / model, root / model, ignore=shutil.ignore_patterns("__pycache__", ".lock", SERVING))
         if (root / model / "1" / "model.py").is_file() and model != DEFAULT_TARGET:
             shutil.copytree(PACKAGE / SERVING, root / model / "1" / SERVING, ignore=_NO_CACHES)
-        for key, value in (parameters or {}).get(model, {}).items():
+        if own := (parameters or {}).get(model):
             config = root / model / "config.pbtxt"
-            write_text(config, model_configs.set_parameter(read_text(config), key, value))
+            write_text(config, model_configs.set_parameters(parse(read_text(config)), own).text)
 
 
 _NO_CACHES = shutil.ignore_patterns("__pycache__")
@@ -117,7 +118,7 @@ def plan_init(
     for path, config in found.items():
         postprocessing = next((s.model_name for s in config.steps if _takes_previous_tokens(root, s.model_name)), None)
         takes_previous_ids |= postprocessing is not None
-        before = read_text(path)
+        before = parse(read_text(path))
         try:
             after = (
                 ensemble_edits.rewire_to_resolve(before, target=target)
@@ -126,7 +127,7 @@ def plan_init(
             )
         except ConfigError as error:
             raise RepositoryError(f"{path}: {error}") from None
-        changes.append(FileChange(path, before, after))
+        changes.append(FileChange(path, before.text, after.text))
     files = {f"{LISTING}/config.pbtxt": read_text(shipped_models() / LISTING / "config.pbtxt")}
     try:
         tuned = _config_there(root, ROUTER)
@@ -173,9 +174,7 @@ def _resolver_config(root: Path, target: str, engine_config: ModelConfig, router
 
 
 def _with_parameters(text: str, parameters: Mapping[str, str]) -> str:
-    for key, value in parameters.items():
-        text = model_configs.set_parameter(text, key, value)
-    return text
+    return model_configs.set_parameters(parse(text), parameters).text
 
 
 def code_of(model: str) -> dict[str, str]:

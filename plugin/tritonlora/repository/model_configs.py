@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The configs of the models that stand before an engine's, made from what that one declares.
 
-`set_parameter` edits a config that is there, losslessly. All are values in, text out, and idempotent.
+`set_parameters` edits a config that is there, losslessly. All are values in, values out, and idempotent.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import replace
 from tritonlora.errors import ConfigError, one_message
 from tritonlora.pbtxt.edits import append_value, insert_field, quote, replace_value
 from tritonlora.pbtxt.model_config import ModelConfig, TensorSpec, Unfilled, filled
-from tritonlora.pbtxt.text_format import parse
+from tritonlora.pbtxt.text_format import Document
 from tritonlora.targets import Target, target_of
 
 # An input that the engine refuses to be without; Triton counts required inputs, and does not look which ones are there.
@@ -269,9 +269,14 @@ def one_step_ensemble(target: ModelConfig, router_config: ModelConfig, *, name: 
 # --- Parameters --------------------------------------------------------------------------------------------------
 
 
-def set_parameter(text: str, key: str, string_value: str) -> str:
-    """A config.pbtxt with the parameter `key` set to `string_value`, in its place if it is there already."""
-    document = parse(text)
+def set_parameters(document: Document, parameters: Mapping[str, str]) -> Document:
+    """A config.pbtxt with these parameters set to these strings; one that is there already is set in its place."""
+    for key, value in parameters.items():
+        document = _set_parameter(document, key, value)
+    return document
+
+
+def _set_parameter(document: Document, key: str, string_value: str) -> Document:
     entry = document.message.find("parameters", "key", key)
     if entry is None:
         return append_value(document, document.message, "parameters", _parameter(key, string_value))
@@ -282,7 +287,7 @@ def set_parameter(text: str, key: str, string_value: str) -> str:
     if current is None:
         return insert_field(document, value, f"string_value: {quote(string_value)}")
     if current.value == string_value:
-        return text
+        return document
     return replace_value(document, current, quote(string_value))
 
 

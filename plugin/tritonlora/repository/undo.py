@@ -36,6 +36,7 @@ from tritonlora.files import (
     writing,
 )
 from tritonlora.pbtxt.model_config import parse_config
+from tritonlora.pbtxt.text_format import parse
 from tritonlora.repository import ensemble_edits
 from tritonlora.repository.paths import (
     LISTING,
@@ -303,8 +304,8 @@ def _lead_past_resolver(root: Path) -> None:
     resolving = [path for path, config in read_configs(root).items() if config.leads_to(RESOLVER)]
     if resolving:
         target = open_repository(root).target
-        forward = {path: ensemble_edits.rewire_to_forward(read_text(path), target=target) for path in resolving}
-        write(root, {path: text.encode() for path, text in forward.items()})
+        forward = {path: ensemble_edits.rewire_to_forward(parse(read_text(path)), target=target) for path in resolving}
+        write(root, {path: after.text.encode() for path, after in forward.items()})
 
 
 def _step(change: FileChange) -> int:

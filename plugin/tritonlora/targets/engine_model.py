@@ -16,6 +16,7 @@ from tritonlora.engine.cpu_engine_settings import is_cpu_engine, parse_settings,
 from tritonlora.engine.profile import EngineProfile, load_profile
 from tritonlora.errors import RepositoryError
 from tritonlora.pbtxt.model_config import ModelConfig, has_template
+from tritonlora.pbtxt.text_format import Document
 from tritonlora.peft.adapter import Adapter
 from tritonlora.serving.adapter_table import AdapterEntry
 from tritonlora.serving.dtypes import DTYPES
@@ -104,11 +105,11 @@ def rows(root: Path, entry: AdapterEntry, profile: EngineProfile | None) -> Rows
     return tuple(struct.iter_unpack(f"<{entry.lora_config_shape[1]}i", content))
 
 
-def declare(text: str, entries: Collection[AdapterEntry]) -> str:
-    """lora_weights in the adapters' dtype, lora_config with their columns."""
+def declare(document: Document, entries: Collection[AdapterEntry]) -> Document:
+    """Declare lora_weights in the adapters' dtype, and lora_config with their columns."""
     for dtype in {entry.dtype for entry in entries}:  # one, at most
-        text = declare_lora_weights(text, dtype, {entry.lora_config_shape[1] for entry in entries})
-    return text
+        document = declare_lora_weights(document, dtype, {entry.lora_config_shape[1] for entry in entries})
+    return document
 
 
 def served_config(config: ModelConfig, directory: Path) -> ModelConfig:  # noqa: ARG001

@@ -16,6 +16,7 @@ from tritonlora.engine.model_yaml import complete, load_model_yaml, profile_of
 from tritonlora.engine.profile import EngineProfile
 from tritonlora.errors import AdapterError, EngineMismatch
 from tritonlora.pbtxt.model_config import ModelConfig
+from tritonlora.pbtxt.text_format import Document
 from tritonlora.peft.adapter import Adapter, load_adapter
 from tritonlora.serving.adapter_table import AdapterEntry
 from tritonlora.serving.wire import LLM_API
@@ -116,9 +117,9 @@ def rows(root: Path, entry: AdapterEntry, profile: EngineProfile | None) -> Rows
     return tuple((row.module.id, row.layer, row.adapter_size) for row in layout.rows)
 
 
-def declare(text: str, entries: Collection[AdapterEntry]) -> str:  # noqa: ARG001
-    """The text as it is: its inputs are the same for all adapters."""
-    return text
+def declare(document: Document, entries: Collection[AdapterEntry]) -> Document:  # noqa: ARG001
+    """Leave the config as it is: its inputs are the same for all adapters."""
+    return document
 
 
 def served_config(config: ModelConfig, directory: Path) -> ModelConfig:

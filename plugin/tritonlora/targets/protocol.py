@@ -13,6 +13,7 @@ from typing import Protocol
 from tritonlora.conversion.layout import Layout
 from tritonlora.engine.profile import EngineProfile
 from tritonlora.pbtxt.model_config import ModelConfig
+from tritonlora.pbtxt.text_format import Document
 from tritonlora.peft.adapter import Adapter
 from tritonlora.serving.adapter_table import AdapterEntry
 from tritonlora.serving.wire import Wire
@@ -94,7 +95,7 @@ class Target(Protocol):
     def rows(self, root: Path, entry: AdapterEntry, profile: EngineProfile | None) -> Rows:
         """The rows of a stored adapter, for an engine or for none that is known; TritonLoraError."""
 
-    def declare(self, text: str, entries: Collection[AdapterEntry]) -> str:
+    def declare(self, document: Document, entries: Collection[AdapterEntry]) -> Document:
         """The target's config.pbtxt, with the LoRA tensors declared as these adapters are."""
 
     def served_config(self, config: ModelConfig, directory: Path) -> ModelConfig:
