@@ -10,10 +10,12 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from repositories import lead_as_before, llm_api_repository, synthetic_adapter
+from tritonlora import files
 from tritonlora.errors import RepositoryError
 from tritonlora.files import TEMPORARY_SUFFIX
 from tritonlora.pbtxt.model_config import parse_config
@@ -348,10 +350,12 @@ def test_init_gives_an_earlier_resolver_what_it_lacks(
     now = contents(root)
     lead_as_before(paths.open_repository(root))
     assert now != contents(root)
-    write, seen = undo.write, []
+    write_bytes, seen = files.write_bytes, []
 
-    def watch(root: Path, written: dict[Path, bytes]) -> None:
-        write(root, written)
+    def watch(path: Path, content: bytes, **options: Any) -> None:
+        write_bytes(path, content, **options)
+        if path.name != "config.pbtxt":
+            return
         resolver, *steps = (
             parse_config(read_text(root / model / "config.pbtxt")) for model in ("lora_resolver", "ensemble")
         )
@@ -360,7 +364,7 @@ def test_init_gives_an_earlier_resolver_what_it_lacks(
         seen.append(mapped - {spec.name for spec in (*resolver.inputs, *resolver.outputs)})
 
     with monkeypatch.context() as watched:
-        watched.setattr("tritonlora.repository.undo.write", watch)
+        watched.setattr("tritonlora.repository.undo.write_bytes", watch)
         init.init(root)
     written = "lora_router/1/originals/written.json"
 
@@ -415,19 +419,19 @@ def test_the_ensemble_loads_while_the_type_of_the_weights_changes(
     root = upstream_repository(tmp_path / "repo", "v0.18.0")
     init.init(root, topology="resolve")
     mixed: list[Path] = []
-    write = undo.write
+    write_bytes = files.write_bytes
 
-    def watch(root: Path, contents: dict[Path, bytes]) -> None:
-        write(root, contents)
+    def watch(path: Path, content: bytes, **options: Any) -> None:
+        write_bytes(path, content, **options)
         ensemble, resolver, engine = (
             parse_config((root / model / "config.pbtxt").read_text())
             for model in ("ensemble", "lora_resolver", "tensorrt_llm")
         )
         weights = (resolver.output("lora_weights"), engine.input("lora_weights"))
         types = {spec.data_type for spec in weights if spec}
-        mixed.extend(contents if ensemble.leads_to("lora_resolver") and len(types) > 1 else [])
+        mixed.extend([path] if ensemble.leads_to("lora_resolver") and len(types) > 1 else [])
 
-    monkeypatch.setattr("tritonlora.repository.undo.write", watch)
+    monkeypatch.setattr("tritonlora.repository.undo.write_bytes", watch)
     adapter = synthetic_adapter(tmp_path / "adapter")
     add.add(paths.open_repository(root), "pirate", adapter, Options(dtype="bfloat16"))
     resolver = protobuf((root / "lora_resolver" / "config.pbtxt").read_text())

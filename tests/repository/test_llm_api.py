@@ -27,6 +27,7 @@ from tritonlora.repository import add, generated, init, paths, undo
 from tritonlora.repository.add import Options
 from tritonlora.repository.init import shipped_models
 from tritonlora.repository.paths import Repository, read_table, read_text
+from tritonlora.repository.state import Models, State, read_state
 from upstream_configs import protobuf
 
 BASE = shipped_models() / "tensorrt_llm" / "1"
@@ -479,21 +480,20 @@ def test_serve_starts_one_server_whatever_the_number_of_gpus(sound: Repository) 
     """The LLM API starts its other processes by itself."""
     _edit_yaml(sound, tensor_parallel_size=2)
 
-    assert World(1, "tensorrt_llm") == diagnosis.world_of(sound, paths.served_config(sound.config_path))
+    assert World(1, "tensorrt_llm") == diagnosis.world_of(sound, Models(sound.root).served_config(sound.target))
 
 
 def test_a_config_that_changes_after_it_was_read_is_refused(
     opened: Repository, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The engine would read another one than was checked."""
-    read_config = paths.read_config
 
-    def change_meanwhile(path: Path) -> Any:
+    def change_meanwhile(repository: Repository) -> State:
         config = json.loads((adapter / "adapter_config.json").read_text())
         (adapter / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 1}))
-        return read_config(path)
+        return read_state(repository)
 
-    monkeypatch.setattr("tritonlora.repository.add.read_config", change_meanwhile)
+    monkeypatch.setattr("tritonlora.repository.add.read_state", change_meanwhile)
     with pytest.raises(InvalidAdapter, match="adapter_config.json' was changed after it had been looked at; try again"):
         add.add(opened, "pirate", adapter)
 
@@ -508,10 +508,10 @@ def test_a_directory_that_a_warmup_sample_leads_to_stays(opened: Repository, ada
     after = read_text(opened.config_path)
     opened.config_path.write_text(before)
     let_time_pass(opened)
-    generated.sweep(opened, read_table(opened))
+    generated.sweep(read_state(opened))
     kept = {path.name for path in opened.warmup_directory.glob("*_1")}
     opened.config_path.write_text(after)
-    generated.sweep(opened, read_table(opened))
+    generated.sweep(read_state(opened))
 
     assert {"adapter_1", "lora_id_1", "lora_name_1", "lora_path_1"} == kept
     assert [] == list(opened.warmup_directory.glob("*_1"))

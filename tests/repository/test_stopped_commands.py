@@ -26,6 +26,7 @@ from tritonlora.cli import commands as cli
 from tritonlora.errors import InvalidAdapter
 from tritonlora.repository import add, generated, paths, undo
 from tritonlora.repository.paths import read_table, read_text
+from tritonlora.repository.state import read_state
 from upstream_configs import protobuf, upstream_repository
 
 ITEMSIZES = {"TYPE_INT32": 4, "TYPE_UINT64": 8, "TYPE_BF16": 2}
@@ -190,11 +191,11 @@ def test_while_a_config_cannot_be_read_no_adapter_s_file_goes(base: Path, tmp_pa
     config = opened.root / name / "config.pbtxt"
     text = read_text(config)
     config.write_text(text + 'model_warmup { name: "')
-    generated.sweep(opened, read_table(opened))
+    generated.sweep(read_state(opened))
 
     assert (opened.warmup_directory / "adapter_model_1.bin").exists()
     config.write_text(text)
-    assert [] == generated.sweep(opened, read_table(opened))
+    assert [] == generated.sweep(read_state(opened))
     assert not (opened.warmup_directory / "adapter_model_1.bin").exists()
 
 
@@ -366,13 +367,14 @@ def test_check_waits_for_a_writer_that_is_half_way(
     if first_ever:
         (root / "lora_router" / ".lock").unlink()
     half_way, waits = threading.Event(), threading.Event()
-    write_config, findings = generated.write_config, checks._findings
+    write_bytes, findings = files.write_bytes, checks._findings
     looks: list[int] = []
 
-    def stop_half_way(*arguments: Any) -> None:
-        half_way.set()
-        assert waits.wait(60)
-        write_config(*arguments)
+    def stop_half_way(path: Path, content: bytes, **options: Any) -> None:
+        if path == opened.config_path:
+            half_way.set()
+            assert waits.wait(60)
+        write_bytes(path, content, **options)
 
     class Waits(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -393,7 +395,7 @@ def test_check_waits_for_a_writer_that_is_half_way(
             return found
 
         monkeypatch.setattr(files, "SILENT_WAIT_SECONDS", 0.01)
-        monkeypatch.setattr(generated, "write_config", stop_half_way)
+        monkeypatch.setattr(undo, "write_bytes", stop_half_way)
         monkeypatch.setattr(checks, "_findings", look)
         handler = Waits()
         logging.getLogger("tritonlora.files").addHandler(handler)

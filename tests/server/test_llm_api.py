@@ -28,6 +28,7 @@ from tritonlora.launch import client, diagnosis
 from tritonlora.launch.server import Server
 from tritonlora.repository import add, init, paths
 from tritonlora.repository.paths import Repository, read_table
+from tritonlora.repository.state import Models
 
 Launch = Callable[..., Server]
 WARM = ("attention", "all")
@@ -275,7 +276,7 @@ def test_adapters_come_and_go_without_a_restart(served: Served) -> None:
 
 def test_serve_finds_that_all_is_right(served: Served) -> None:
     """Each warm adapter answers, and an id that nobody registered is refused."""
-    config = paths.served_config(served.opened.config_path)
+    config = Models(served.opened.root).served_config(served.opened.target)
 
     assert [] == diagnosis.verify(served.server.http_url, served.opened, config, read_table(served.opened))
 

@@ -8,6 +8,7 @@ Reads only; `register.repair` is what puts right what can be.
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 from collections.abc import Callable, Iterator
 
@@ -27,19 +28,15 @@ from tritonlora.repository.paths import (
     RESOLVER,
     ROUTER,
     Repository,
-    engine_profile,
     half_written,
-    plan_of,
     read_bytes,
-    read_config,
     read_table,
-    read_text,
-    served_config,
 )
+from tritonlora.repository.state import read_state
 from tritonlora.serving.adapter_table import AdapterEntry, AdapterTable
 from tritonlora.serving.dtypes import DTYPES
 from tritonlora.serving.file_version import has_content
-from tritonlora.targets import Rows, target_of
+from tritonlora.targets import Rows
 
 REPAIR = "tritonlora check --fix"
 
@@ -65,26 +62,24 @@ def check(
 
 
 def _findings(repository: Repository, ports: Ports | None, gpu_memory: int | None) -> list[Finding]:
-    config = served_config(repository.config_path)
-    kind = target_of(config)
+    state = read_state(repository)
+    config = state.models.served_config(repository.target)
     findings: list[Finding] = []
     configs = {repository.target: config}
-    for path in sorted({*repository.root.glob("*/config.pbtxt")} - {repository.config_path}):
+    for name in state.models.names():
         try:
-            configs[path.parent.name] = read_config(path)
+            configs.setdefault(name, state.models.config(name))
         except TritonLoraError as error:
-            findings.append(_error(f"{path.parent.name}/config.pbtxt", str(error), "put the file right"))
+            findings.append(_error(f"{name}/config.pbtxt", str(error), "put the file right"))
+    profile, plan = None, None
     try:
-        profile = engine_profile(repository, config)
+        profile = state.profile
     except TritonLoraError as error:
-        profile = None
         findings.append(_error("gpt_model_path", str(error), "give the parameter the engine's own directory"))
-    table, text = read_table(repository), read_text(repository.config_path)
-    try:
-        plan = plan_of(repository, table, config, profile, gpu_memory=gpu_memory)
-    except TritonLoraError:
-        plan = None  # _files or _rows says why
-    subject = Subject(repository, table, text, config, kind, configs, profile, plan, ports)
+    else:
+        with contextlib.suppress(TritonLoraError):  # _files or _rows says why
+            plan = state.plan(gpu_memory=gpu_memory)
+    subject = Subject(state, config, configs, profile, plan, ports)
     for one in CHECKS:
         try:
             findings += one(subject)
@@ -131,7 +126,8 @@ def _beam_width(subject: Subject) -> Iterator[Finding]:
     asked = subject.config.parameters.get("max_beam_width", "")
     if asked.isdecimal() and int(asked) > most:
         yield _error(where, f"max_beam_width is {asked}, and the engine was built for {most}", rebuild)
-    for file in warmup.foreign_files(subject.config_text, "beam_width"):
+    asking = (file for file, inputs in subject.state.foreign_files.items() if "beam_width" in inputs)
+    for file in asking:
         path = subject.repository.warmup_directory / file
         width = int.from_bytes(read_bytes(path)[:4], "little") if path.exists() else 0
         if width > most:
@@ -249,7 +245,7 @@ def _warmup_block(subject: Subject) -> Iterator[Finding]:
     """The generated model_warmup block is that of the table, and its files are there."""
     where = f"{subject.repository.target}/config.pbtxt"
     names = {entry.lora_task_id: name for name, entry in subject.table.entries.items() if entry.warm}
-    found = {sample.task_id: sample for sample in warmup.read_block(subject.config_text)}
+    found = {sample.task_id: sample for sample in warmup.read_block(subject.state.document.text)}
     loaded = {name: entry for name, entry in subject.table.entries.items() if entry.lora_task_id in found}
     files = warmup.files(subject.config, AdapterTable(loaded), subject.repository.served_root) if found else {}
     try:
@@ -362,8 +358,8 @@ def _leftovers(subject: Subject) -> Iterator[Finding]:
     """Files that a command left when it was stopped, or that a replaced adapter has left."""
     for path in half_written(subject.repository.root):
         yield _warning(subject.repository.relative(path), "a command that was stopped left it half-written", REPAIR)
-    outlived = {*generated.left_over(subject.repository, subject.table)}
-    mine = set(warmup.foreign_files(subject.config_text))
+    outlived = {*generated.left_over(subject.state)}
+    mine = subject.state.foreign_files
     for path in sorted(subject.repository.warmup_directory.glob("*")):
         task_id = warmup.task_id_of(path.name)
         if path in outlived:

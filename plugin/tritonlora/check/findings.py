@@ -12,6 +12,7 @@ from tritonlora.engine.profile import EngineProfile
 from tritonlora.machine import Ports
 from tritonlora.pbtxt.model_config import ModelConfig
 from tritonlora.repository.paths import Repository
+from tritonlora.repository.state import State
 from tritonlora.serving.adapter_table import AdapterTable
 from tritonlora.targets import Target
 
@@ -30,15 +31,27 @@ class Finding:
 class Subject:
     """What was read of a repository."""
 
-    repository: Repository
-    table: AdapterTable
-    config_text: str
-    config: ModelConfig
-    kind: Target
+    state: State
+    config: ModelConfig  # of the engine's model, as the server has it
     configs: Mapping[str, ModelConfig]  # of all models whose config.pbtxt can be read, by name
-    profile: EngineProfile | None
+    profile: EngineProfile | None  # None, too, where the engine's own files cannot be read
     plan: CachePlan | None  # None, too, where an adapter's files are not what they should be
     ports: Ports | None  # that a server is to listen on
+
+    @property
+    def repository(self) -> Repository:
+        """Where its files are."""
+        return self.state.repository
+
+    @property
+    def table(self) -> AdapterTable:
+        """adapters.json."""
+        return self.state.table
+
+    @property
+    def kind(self) -> Target:
+        """The kind of target that the engine's model is."""
+        return self.state.kind
 
 
 def error(where: str, problem: str, remedy: str) -> Finding:

@@ -606,12 +606,13 @@ def serve(
     from tritonlora.launch import diagnosis, tritonserver
     from tritonlora.launch.server import Server
     from tritonlora.repository import paths
+    from tritonlora.repository.state import Models
     from tritonlora.targets import target_of
 
     tritonserver.check_extra(context.args)
     address = machine.numeric_address(address)
     opened = paths.open_repository(repo)
-    config = paths.served_config(opened.config_path)
+    config = Models(repo).served_config(opened.target)
     diagnosis.refuse_cached_responses(opened)
     kind = target_of(config)
     table = paths.read_table(opened)

@@ -28,23 +28,18 @@ from tritonlora.engine import cache_plan
 from tritonlora.engine.lora_cache import parse_parameters
 from tritonlora.engine.profile import EngineProfile, load_profile
 from tritonlora.errors import EngineMismatch, RepositoryError, TritonLoraError, UnknownArchitecture, one_message
-from tritonlora.files import locked, make_directory, publish, sha256_of, temporary_name, write_text
+from tritonlora.files import locked, make_directory, publish, sha256_of, temporary_name
 from tritonlora.interrupts import held
 from tritonlora.pbtxt.model_config import ModelConfig
-from tritonlora.pbtxt.text_format import parse
 from tritonlora.peft.adapter import Adapter, load_adapter
-from tritonlora.repository import generated, model_configs, undo, warmup
+from tritonlora.repository import generated, model_configs, undo
 from tritonlora.repository.paths import (
     RESOLVER,
     ROUTER,
     Repository,
-    engine_profile,
     plan_entries,
-    read_bytes,
-    read_config,
-    read_table,
-    read_text,
 )
+from tritonlora.repository.state import State, read_state
 from tritonlora.serving.adapter_table import (
     AdapterEntry,
     AdapterTable,
@@ -56,7 +51,7 @@ from tritonlora.serving.adapter_table import (
     without_alias,
 )
 from tritonlora.serving.adapter_table_json import render
-from tritonlora.targets import Target, target_of
+from tritonlora.targets import Target
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,16 +105,17 @@ def add(
     """
     adapter = _read(name, adapter_directory)  # which may take a while, and needs nobody to wait
     with contextlib.nullcontext() if dry_run else locked(repository.table_path.parent):
-        table = read_table(repository)
-        planned = _plan(repository, table, name, adapter, options, task_id=task_id)
+        state = read_state(repository)
+        planned = _plan(state, state.table, name, adapter, options, task_id=task_id)
         # Everything that can be refused is refused before a byte is written.
-        generated.rendered_config(repository, with_adapter(table, name, planned.entry))
+        files = generated.rendered(state, with_adapter(state.table, name, planned.entry))
         if dry_run:
-            return _after(table, Added(name, planned.entry, planned.remarks))
-        generated.sweep(repository, table)
-        added = _write_tensors(repository, planned, table.entries.get(name) if task_id is None else None)
-        generated.write_table(repository, table, _with(table, added))
-        return _after(table, added)
+            return _after(state.table, Added(name, planned.entry, planned.remarks))
+        generated.sweep(state)
+        added = _write_tensors(repository, planned, state.table.entries.get(name) if task_id is None else None)
+        table = _with(state.table, added)
+        generated.write(state, table, generated.rendered(state, table, files))
+        return _after(state.table, added)
 
 
 def add_all(
@@ -145,18 +141,18 @@ def add_all(
         except TritonLoraError as error:
             refuse(name, error)
     with locked(repository.table_path.parent):
-        before = read_table(repository)
-        planned, after = [], before
+        state = read_state(repository)
+        planned, after = [], (before := state.table)
         for name in list(read):
             try:
-                one = _plan(repository, after, name, read.pop(name), options)
+                one = _plan(state, after, name, read.pop(name), options)
                 after = with_adapter(after, name, one.entry)  # so that each gets an id of its own
             except TritonLoraError as error:
                 refuse(name, error)
             else:
                 planned.append(one)
-        generated.rendered_config(repository, after)  # or nothing is converted
-        generated.sweep(repository, before)
+        files = generated.rendered(state, after)  # or nothing is converted
+        generated.sweep(state)
         pool = ThreadPoolExecutor(CONVERSIONS_AT_A_TIME)
         futures = {
             pool.submit(_write_tensors, repository, one, before.entries.get(one.name)): one.name for one in planned
@@ -174,7 +170,7 @@ def add_all(
                 table = before
                 for result in results:
                     table = _with(table, result) if isinstance(result, Added) else table
-                generated.write_table(repository, before, table)
+                generated.write(state, table, generated.rendered(state, table, files))
     return results
 
 
@@ -205,7 +201,7 @@ def _read(name: str, directory: Path) -> Adapter:
 
 
 def _plan(
-    repository: Repository,
+    state: State,
     table: AdapterTable,
     name: str,
     adapter: Adapter,
@@ -213,10 +209,8 @@ def _plan(
     *,
     task_id: int | None = None,
 ) -> _Planned:
-    """Decide everything about the adapter but its values; any AdapterError."""
-    config = read_config(repository.config_path)
-    kind = target_of(config)
-    profile = engine_profile(repository, config)
+    """Decide everything about the adapter but its values, beside those in `table`; any AdapterError."""
+    kind, profile = state.kind, state.profile
     if options.base is not None:
         profile = _told_by(options.base, profile, options.dtype)
     dtype, remarks = _choose_dtype(table, name, profile, options.dtype, kind.ASSUMED_DTYPE)
@@ -225,9 +219,9 @@ def _plan(
         adapter, dtype=dtype, profile=profile, base=options.base, engine_reads=not kind.WIRE.sends_weights
     )
     entry = replace(
-        _entry_of(repository, kind, _task_id(repository, table, task_id), layout, warm=options.warm),
+        _entry_of(state.repository, kind, _task_id(state, table, task_id), layout, warm=options.warm),
         base_model_name_or_path=_noted_base(adapter.config.base_model_name_or_path or ""),
-        pages=_pages(name, layout, profile, config) if kind.WIRE.sends_weights else None,
+        pages=_pages(name, layout, profile, state.config) if kind.WIRE.sends_weights else None,
     )
     remarks = (*remarks, *_other_base(table, name, entry.base_model_name_or_path))
     return _Planned(name, adapter, layout, entry, kind, options, remarks)
@@ -375,7 +369,8 @@ def remove(repository: Repository, *names: str) -> list[Removed]:
     name alone is taken away. Refuses an adapter that has aliases which stay.
     """
     with locked(repository.table_path.parent):
-        before = table = read_table(repository)
+        state = read_state(repository)
+        before = table = state.table
         removed = []
         for name in sorted(dict.fromkeys(names), key=lambda name: name not in before.aliases):  # aliases first
             if name in table.aliases:
@@ -384,11 +379,8 @@ def remove(repository: Repository, *names: str) -> list[Removed]:
             else:
                 table, entry = without_adapter(table, name), table.entries.get(name)
                 removed.append(Removed(name, entry, alias_of=None))
-        if table.entries != before.entries:
-            generated.keep_for_a_while(repository, before, table)
-            generated.write_config(repository, table)
-        write_text(repository.table_path, render(table))
-        generated.sweep(repository, table)
+        files = generated.rendered(state, table) if table.entries != before.entries else None
+        generated.sweep(generated.write(state, table, files))
         return removed
 
 
@@ -407,10 +399,10 @@ def alias(repository: Repository, alias: str, name: str) -> Aliased:
     Where `name` is an alias itself, the new one leads to the adapter that it leads to now, and stays there.
     """
     with locked(repository.table_path.parent):
-        table = read_table(repository)
-        new_table = with_alias(table, alias, name)
-        write_text(repository.table_path, render(new_table))
-        return Aliased(alias, new_table.aliases[alias], table.aliases.get(alias))
+        state = read_state(repository)
+        table = with_alias(state.table, alias, name)
+        generated.write(state, table, None)
+        return Aliased(alias, table.aliases[alias], state.table.aliases.get(alias))
 
 
 def repair(repository: Repository) -> None:
@@ -419,21 +411,16 @@ def repair(repository: Repository) -> None:
     RepositoryError names what could not be deleted.
     """
     with locked(repository.table_path.parent):
-        table = read_table(repository)
-        generated.write_config(repository, table)
-        if problems := generated.sweep(repository, table):
+        state = read_state(repository)
+        if problems := generated.sweep(generated.write(state, state.table, generated.rendered(state, state.table))):
             raise RepositoryError(one_message("not everything that was left behind can be deleted", problems))
 
 
 def set_parameters(repository: Repository, parameters: Mapping[str, str]) -> None:
     """Set parameters of the engine's model, leaving every other byte of its config.pbtxt as it is."""
     with locked(repository.table_path.parent):
-        _set_parameters(repository, parameters)
-
-
-def _set_parameters(repository: Repository, parameters: Mapping[str, str]) -> None:
-    document = model_configs.set_parameters(parse(read_text(repository.config_path)), parameters)
-    undo.write(repository.root, {repository.config_path: document.text.encode()})
+        document = model_configs.set_parameters(read_state(repository).document, parameters)
+        undo.write(repository.root, {repository.config_path: document.text.encode()})
 
 
 def apply_plan(
@@ -444,39 +431,35 @@ def apply_plan(
     Gives the parameters of the engine's model that were changed.
     """
     with locked(repository.table_path.parent):
-        _, ignored = parse_parameters(read_config(repository.config_path).parameters)
+        state = read_state(repository)
+        _, ignored = parse_parameters(state.config.parameters)
         changed = {
             one.parameter: str(one.value)
             for one in recommendations
             if one.value != one.in_effect or one.parameter in ignored
         }
-        _set_parameters(repository, changed)
-        table, config = read_table(repository), read_config(repository.config_path)
-        planned = cache_plan.plan_cache(plan_entries(repository, table, config), profile, config.parameters)
+        entries = plan_entries(repository, state.table, state.config)
+        planned = cache_plan.plan_cache(entries, profile, {**state.config.parameters, **changed})
         pages = {adapter.name: adapter.pages for adapter in planned.adapters}
-        sized = {name: replace(entry, pages=pages[name]) for name, entry in table.entries.items()}
-        if sized != table.entries:
-            write_text(repository.table_path, render(replace(table, entries=sized)))
-        cache_pages = str(planned.tightest.host_pages)
-        configs = [repository.root / model / "config.pbtxt" for model in (ROUTER, RESOLVER)]
-        texts = {
-            path: model_configs.set_parameters(parse(read_text(path)), {"cache_pages": cache_pages}).text.encode()
-            for path in configs
-            if path.is_file()
+        sized = {name: replace(entry, pages=pages[name]) for name, entry in state.table.entries.items()}
+        cache_pages = {"cache_pages": str(planned.tightest.host_pages)}
+        parameters = {repository.target: changed} | {
+            model: cache_pages for model in (ROUTER, RESOLVER) if state.models.path(model).is_file()
         }
-        undo.write(repository.root, texts)
+        documents = {
+            state.models.path(model): model_configs.set_parameters(state.models.document(model), values)
+            for model, values in parameters.items()
+        }
+        contents = {path: document.text.encode() for path, document in documents.items()}
+        if sized != state.table.entries:
+            contents[repository.table_path] = render(replace(state.table, entries=sized)).encode()
+        undo.write(repository.root, contents)
     return changed
 
 
-def _task_id(repository: Repository, table: AdapterTable, asked: int | None) -> int:
+def _task_id(state: State, table: AdapterTable, asked: int | None) -> int:
     """The id for a new adapter: none that the user's own warmup samples load an adapter under or name a file after."""
-    text = read_text(repository.config_path)
-    taken = {warmup.task_id_of(file) for file in warmup.foreign_files(text)}
-    for file in warmup.foreign_files(text, *warmup.TASK_IDS):
-        path = repository.warmup_directory / file
-        if not path.exists():
-            raise RepositoryError(f"a model_warmup sample of {repository.config_path} needs {path}, which is missing")
-        taken.add(int.from_bytes(read_bytes(path)[:8], "little"))
+    taken = state.foreign_task_ids
     if asked is not None:
         if asked in taken:
             raise RepositoryError(f"lora_task_id {asked} is loaded by a model_warmup sample of your own; take another")

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""adapters.json, and what is generated from it: the warmup files and the model_warmup block; and what outlives it.
+"""What follows from a table: the engine model's config.pbtxt and the warmup files. Rendered once, and written once.
 
 The files of an adapter that was replaced or removed stay for a while. A request that came before may still have to send
 them to the engine, and a server that shares the repository over NFS may see the change a minute later.
@@ -8,52 +8,66 @@ them to the engine, and a server that shares the repository over NFS may see the
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tritonlora.errors import ConfigError, RepositoryError
-from tritonlora.files import delete, write_text
-from tritonlora.pbtxt.model_config import config_of, parse_config
-from tritonlora.pbtxt.text_format import parse
+from tritonlora.files import delete
+from tritonlora.pbtxt.model_config import ModelConfig, config_of
 from tritonlora.repository import ensemble_edits, undo, warmup
-from tritonlora.repository.paths import (
-    RESOLVER,
-    Repository,
-    half_written,
-    outlived,
-    read_config,
-    read_configs,
-    read_text,
-)
-from tritonlora.serving.adapter_table import AdapterTable
+from tritonlora.repository.paths import RESOLVER, half_written
+from tritonlora.repository.state import State, outlived
+from tritonlora.serving.adapter_table import AdapterEntry, AdapterTable
 from tritonlora.serving.adapter_table_json import render
 from tritonlora.serving.file_version import has_content
-from tritonlora.targets import target_of
 from tritonlora.targets.declarations import declare_output
 
 FILES_STAY_SECONDS = 600.0
+Contents = Mapping[Path, bytes]
 
 
-def rendered_config(repository: Repository, table: AdapterTable) -> str:
-    """The engine model's config.pbtxt for `table`; RepositoryError, naming the file, when it cannot be edited."""
-    text = read_text(repository.config_path)
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """What `rendered` makes of a table. All contents are whole files, in the order in which they are written."""
+
+    entries: Mapping[str, AdapterEntry]  # of the table
+    warmup_files: Contents
+    config_text: str  # of the engine's model
+    detour: Contents  # ensembles that lead past the resolver while the type of its lora_weights changes
+    after_detour: Contents  # the resolver's config.pbtxt, and the ensembles as they were
+
+
+def rendered(state: State, table: AdapterTable, known: Rendered | None = None) -> Rendered:
+    """What follows from `table`: `known`, where that was made of a table with the same adapters but for their digests.
+
+    RepositoryError, naming the file, when the engine model's config.pbtxt cannot be edited.
+    """
+    if known is not None and _without_digests(known.entries) == _without_digests(table.entries):
+        return known
+    repository = state.repository
     try:
-        document = parse(text)
-        document = target_of(config_of(document)).declare(document, table.entries.values())
-        text, config = document.text, config_of(document)
-        block = warmup.render_block(config, warmup.samples(config, table))
-        _keep_foreign_files(repository, text, warmup.files(config, table, repository.served_root))
-        return warmup.replace_block(text, block)
+        document = state.kind.declare(state.document, table.entries.values())
+        config = state.config if document is state.document else config_of(document)
+        files = warmup.files(config, table, repository.served_root)
+        text = warmup.replace_block(document.text, warmup.render_block(config, warmup.samples(config, table)))
+        _keep_foreign_files(state, files)
     except ConfigError as error:
         raise RepositoryError(f"{repository.config_path}: {error}") from None
+    detour, after_detour = _resolver_in_step(state, config)
+    paths = {repository.warmup_directory / name: content for name, content in files.items()}
+    return Rendered(table.entries, paths, text, detour, after_detour)
 
 
-def _keep_foreign_files(repository: Repository, text: str, files: Mapping[str, bytes]) -> None:
+def _without_digests(entries: Mapping[str, AdapterEntry]) -> dict[str, AdapterEntry]:
+    return {name: replace(one, lora_weights_sha256="", lora_config_sha256="") for name, one in entries.items()}
+
+
+def _keep_foreign_files(state: State, files: Mapping[str, bytes]) -> None:
     """Refuse to write over a file that warmup samples of the user's own read, unless it says the same."""
-    paths = {name: repository.warmup_directory / name for name in warmup.foreign_files(text) if name in files}
+    paths = {name: state.repository.warmup_directory / name for name in state.foreign_files if name in files}
     taken = sorted(name for name, path in paths.items() if path.exists() and not has_content(path, files[name]))
     if taken:
         raise RepositoryError(
@@ -62,67 +76,65 @@ def _keep_foreign_files(repository: Repository, text: str, files: Mapping[str, b
         )
 
 
-def write_table(repository: Repository, before: AdapterTable, table: AdapterTable) -> None:
-    """Write `table` in the place of `before`, and bring the rest in step with it."""
-    keep_for_a_while(repository, before, table)
-    _write_warmup_files(repository, table, rendered_config(repository, table))  # before anybody can ask for an adapter
-    write_text(repository.table_path, render(table))
-    write_config(repository, table)
+def _resolver_in_step(state: State, engine: ModelConfig) -> tuple[Contents, Contents]:
+    """What gives the resolver's lora_weights the type of the engine's: what comes before, and after, that changes.
+
+    Triton loads no ensemble that leads from one type to another. So the ensembles lead to the router meanwhile. The
+    repository loads whenever this is stopped, and `tritonlora init --topology resolve` completes it.
+    """
+    weights, models = engine.input("lora_weights"), state.models
+    resolver = models.present(RESOLVER) if weights else None
+    now = resolver.output("lora_weights") if resolver else None
+    if weights is None or now is None or now.data_type == weights.data_type:
+        return {}, {}
+    resolving = [name for name, config in models.configs().items() if config.leads_to(RESOLVER)]
+    detour = {
+        models.path(name): ensemble_edits.rewire_to_forward(models.document(name), target=state.repository.target)
+        for name in resolving
+    }
+    declared = declare_output(models.document(RESOLVER), "lora_weights", str(weights.data_type))
+    after = {models.path(RESOLVER): declared} | {models.path(name): models.document(name) for name in resolving}
+    return (
+        {path: document.text.encode() for path, document in detour.items()},
+        {path: document.text.encode() for path, document in after.items()},
+    )
 
 
-def keep_for_a_while(repository: Repository, before: AdapterTable, table: AdapterTable) -> None:
-    """The files of adapters that are in `before` alone stay from now on for as long as they must."""
-    retired = {*table.retired_lora_task_ids} - {*before.retired_lora_task_ids}
-    for path in warmup.files_of(repository.warmup_directory, retired):
+def write(state: State, table: AdapterTable, files: Rendered | None) -> State:
+    """Write `table`, and what was rendered of it; without `files`, the table alone. Gives the state after that.
+
+    What an adapter needs is there before its name is, and its name is gone before that. So a table in which adapters
+    are only gone comes last, and any other one before the engine model's config.pbtxt.
+    """
+    repository = state.repository
+    _keep_for_a_while(state, table)
+    contents = {repository.table_path: render(table).encode()}
+    if files is None:
+        undo.write(repository.root, contents)
+        return state.after(table, ())
+    config = {repository.config_path: files.config_text.encode()}
+    only_removes = table.entries.keys() < state.table.entries.keys()
+    contents = {**files.warmup_files, **(config | contents if only_removes else contents | config)}
+    for step in (files.detour, contents, files.after_detour):
+        if step:
+            undo.write(repository.root, step)
+    return state.after(table, {repository.target, *(path.parent.name for path in files.after_detour)})
+
+
+def _keep_for_a_while(state: State, table: AdapterTable) -> None:
+    """The files of adapters that `table` retires stay from now on for as long as they must."""
+    retired = {*table.retired_lora_task_ids} - {*state.table.retired_lora_task_ids}
+    for path in warmup.files_of(state.repository.warmup_directory, retired):
         os.utime(path)
 
 
-def write_config(repository: Repository, table: AdapterTable) -> None:
-    """Bring the warmup files and config.pbtxt in step with `table`."""
-    text = rendered_config(repository, table)
-    _write_warmup_files(repository, table, text)
-    with _resolver_in_step(repository, text):
-        undo.write(repository.root, {repository.config_path: text.encode()})
-
-
-def _write_warmup_files(repository: Repository, table: AdapterTable, text: str) -> None:
-    files = warmup.files(parse_config(text), table, repository.served_root)
-    undo.write(repository.root, {repository.warmup_directory / name: content for name, content in files.items()})
-
-
-@contextlib.contextmanager
-def _resolver_in_step(repository: Repository, text: str) -> Iterator[None]:
-    """Give the resolver's lora_weights the type of the engine's, whose config.pbtxt becomes `text` in this context.
-
-    Triton loads no ensemble that leads from one type to another. So where it changes, the ensembles lead to the router
-    meanwhile: the repository loads whenever this is stopped, and `tritonlora init --topology resolve` completes it.
-    """
-    weights = parse_config(text).input("lora_weights")
-    path = repository.root / RESOLVER / "config.pbtxt"
-    now = read_config(path).output("lora_weights") if weights and path.is_file() else None
-    if weights is None or now is None or now.data_type == weights.data_type:
-        yield
-        return
-    configs = read_configs(repository.root)
-    resolving = {one: read_text(one) for one, config in configs.items() if config.leads_to(RESOLVER)}
-    forward = {
-        one: ensemble_edits.rewire_to_forward(parse(before), target=repository.target)
-        for one, before in resolving.items()
-    }
-    undo.write(repository.root, {one: after.text.encode() for one, after in forward.items()})
-    yield
-    resolver = declare_output(parse(read_text(path)), "lora_weights", str(weights.data_type))
-    undo.write(repository.root, {path: resolver.text.encode()})
-    undo.write(repository.root, {one: text.encode() for one, text in resolving.items()})
-
-
-def sweep(repository: Repository, table: AdapterTable) -> list[str]:
+def sweep(state: State) -> list[str]:
     """Delete what a stopped command left half-written, and the files of retired ids that no request needs any more.
 
     Gives a line for each file that could not be deleted. It is in nobody's way, and `check` reports it.
     """
     problems = []
-    for path in [*half_written(repository.root), *left_over(repository, table)]:
+    for path in [*half_written(state.repository.root), *left_over(state)]:
         try:
             delete(path)
         except OSError as error:
@@ -130,6 +142,6 @@ def sweep(repository: Repository, table: AdapterTable) -> list[str]:
     return problems
 
 
-def left_over(repository: Repository, table: AdapterTable) -> list[Path]:
+def left_over(state: State) -> list[Path]:
     """Files of adapters that were replaced or removed so long ago that no request needs them."""
-    return outlived(repository, table, time.time() - FILES_STAY_SECONDS)
+    return outlived(state, time.time() - FILES_STAY_SECONDS)

@@ -39,12 +39,10 @@ from tritonlora.repository.paths import (
     SERVING,
     dead_links,
     half_written,
-    read_config,
-    read_configs,
     read_text,
-    served_config,
 )
-from tritonlora.repository.undo import FileChange
+from tritonlora.repository.state import Models
+from tritonlora.repository.undo import OURS, FileChange
 from tritonlora.serving.adapter_table import AdapterTable
 from tritonlora.serving.adapter_table_json import render
 from tritonlora.targets import target_of
@@ -52,7 +50,6 @@ from tritonlora.targets import target_of
 PACKAGE = Path(tritonlora.__file__).resolve().parent
 _BLS_TARGET = "tensorrt_llm_model_name"  # parameter of upstream's tensorrt_llm_bls: the model that it calls
 ENSEMBLE = "ensemble"
-_WITH_CODE = (ROUTER, LISTING)
 FORWARD, RESOLVE = TOPOLOGIES = ("forward", "resolve")
 
 
@@ -103,11 +100,11 @@ def plan_init(
     """
     if links := dead_links(root):
         raise RepositoryError(one_message(f"links to models' code lead nowhere; {COPY_AGAIN}", map(str, links)))
-    target = _choose_target(root, target)
-    config_path = root / target / "config.pbtxt"
-    engine_config = served_config(config_path)
-    found = _ensembles_of(root, target)
-    present = topology_of(root)
+    models = Models(root)
+    target = _choose_target(models, target)
+    engine_config = models.served_config(target)
+    found = _ensembles_of(models, target)
+    present = _topology_of(models)
     resolves = (topology or present) == RESOLVE
     if resolves and not found:
         raise RepositoryError(f"the resolve topology needs an ensemble with a step for {target!r}, and there is none")
@@ -115,10 +112,11 @@ def plan_init(
         raise RepositoryError(f"{target!r} reads adapters by itself, which only the forward topology serves")
     changes = []
     takes_previous_ids = False
-    for path, config in found.items():
-        postprocessing = next((s.model_name for s in config.steps if _takes_previous_tokens(root, s.model_name)), None)
+    for name, config in found.items():
+        path, before = models.path(name), models.document(name)
+        steps = (step.model_name for step in config.steps)
+        postprocessing = next((model for model in steps if _takes_previous_tokens(models, model)), None)
         takes_previous_ids |= postprocessing is not None
-        before = parse(read_text(path))
         try:
             after = (
                 ensemble_edits.rewire_to_resolve(before, target=target)
@@ -130,7 +128,7 @@ def plan_init(
         changes.append(FileChange(path, before.text, after.text))
     files = {f"{LISTING}/config.pbtxt": read_text(shipped_models() / LISTING / "config.pbtxt")}
     try:
-        tuned = _config_there(root, ROUTER)
+        tuned = models.present(ROUTER)
         streams = {"max_streams": tuned.instance_count} if tuned and isinstance(tuned.instance_count, int) else {}
         router_config = model_configs.router_config(
             engine_config, name=ROUTER, target_name=target, previous_ids=takes_previous_ids, **streams
@@ -139,10 +137,11 @@ def plan_init(
         files[f"{ROUTER}/config.pbtxt"] = _with_parameters(router_config, _tuned_parameters(tuned) | given)
         ensemble = model_configs.one_step_ensemble(engine_config, parse_config(router_config), name=ENSEMBLE)
         if resolves:
-            files[f"{RESOLVER}/config.pbtxt"] = _resolver_config(root, target, engine_config, tuned)
+            files[f"{RESOLVER}/config.pbtxt"] = _resolver_config(models, target, engine_config, tuned)
     except ConfigError as error:
-        raise RepositoryError(f"{config_path}: {error}") from None
-    for model in (ROUTER, LISTING, *([RESOLVER] if resolves else [])):
+        raise RepositoryError(f"{models.path(target)}: {error}") from None
+    ours = [model for model in OURS if resolves or model != RESOLVER]
+    for model in ours:
         files |= code_of(model)
     if not (root / ROUTER / "adapters.json").exists():
         files[f"{ROUTER}/adapters.json"] = render(AdapterTable())
@@ -154,19 +153,23 @@ def plan_init(
     if present == RESOLVE and not resolves:
         changes += [FileChange(path, read_text(path), None) for path in undo.files_of(root, RESOLVER)]
     # What an earlier version wrote into these models, and this one does not.
-    unused = [root / name for name in undo.recorded(root) if name not in files and Path(name).parts[0] in _WITH_CODE]
+    unused = [root / name for name in undo.recorded(root) if name not in files and Path(name).parts[0] in ours]
     changes += [FileChange(path, read_text(path), None) for path in unused if path.is_file()]
     return [change for change in changes if change.before != change.after]
 
 
 def topology_of(root: Path) -> str:
     """Which way the ensembles of a repository lead."""
-    return RESOLVE if any(config.leads_to(RESOLVER) for config in read_configs(root).values()) else FORWARD
+    return _topology_of(Models(root))
 
 
-def _resolver_config(root: Path, target: str, engine_config: ModelConfig, router: ModelConfig | None) -> str:
+def _topology_of(models: Models) -> str:
+    return RESOLVE if any(config.leads_to(RESOLVER) for config in models.configs().values()) else FORWARD
+
+
+def _resolver_config(models: Models, target: str, engine_config: ModelConfig, router: ModelConfig | None) -> str:
     """The resolver's config.pbtxt, with what somebody has tuned in it, and what the router knows of the cache."""
-    tuned = _config_there(root, RESOLVER)
+    tuned = models.present(RESOLVER)
     instances = {"instances": tuned.instance_count} if tuned and isinstance(tuned.instance_count, int) else {}
     text = model_configs.resolver_config(engine_config, name=RESOLVER, target_name=target, router=ROUTER, **instances)
     known = {"cache_pages": router.parameters.get("cache_pages", "0")} if router else {}
@@ -228,10 +231,8 @@ def init(
             is_new = any(change.after is not None and change.path.is_relative_to(root / model) for change in planned)
             if is_new and not (root / model).exists():
                 _put(model, root, planned)
-        for change in sorted(planned, key=_step):
-            if change.after is not None:
-                make_directory(change.path.parent)
-                undo.write(root, {change.path: change.after.encode()})
+        ordered = sorted(planned, key=_step)
+        undo.write(root, {one.path: one.after.encode() for one in ordered if one.after is not None})
         gone = [change.path for change in planned if change.after is None]
         if present_after := [path for path in gone if path.is_relative_to(root / RESOLVER)]:
             undo.take_out(root, [RESOLVER])
@@ -271,20 +272,20 @@ def _put(model: str, root: Path, changes: Sequence[FileChange]) -> None:
 
 def notes(root: Path) -> list[str]:
     """What somebody who has just put the router into `root` should know."""
-    router = read_config(root / ROUTER / "config.pbtxt")
+    models = Models(root)
+    router = models.config(ROUTER)
     target = router.parameters.get("target", DEFAULT_TARGET)
-    found = _ensembles_of(root, target)
-    configs = {path.parent.name: config for path, config in read_configs(root).items()}
+    found = _ensembles_of(models, target)
     said = [] if found else [f"no ensemble has a step for {target!r}: clients send their tokens to {ROUTER!r}"]
-    if topology_of(root) == RESOLVE and router.parameters.get("cache_pages", "0") == "0":
+    if _topology_of(models) == RESOLVE and router.parameters.get("cache_pages", "0") == "0":
         said.append(
             "the size of the engine's cache is not known, so weights travel with every request: run tritonlora plan "
             "--apply where the engine's config.json is"
         )
     return said + [
         f"{name!r} calls {target!r} itself and takes no lora_name: clients that want adapters ask "
-        + (" or ".join(repr(path.parent.name) for path in found) or repr(ROUTER))
-        for name in models_past_the_router(configs, target)
+        + (" or ".join(map(repr, found)) or repr(ROUTER))
+        for name in models_past_the_router(models.configs(), target)
     ]
 
 
@@ -301,11 +302,11 @@ def models_past_the_router(configs: Mapping[str, ModelConfig], target: str) -> l
     ]
 
 
-def _choose_target(root: Path, asked: str | None) -> str:
+def _choose_target(models: Models, asked: str | None) -> str:
     """The engine's model; RepositoryError where it is not plain which one that is, or it is not there."""
-    path = root / ROUTER / "config.pbtxt"
-    present = read_config(path).parameters.get("target", "") if path.is_file() else None
-    others = {model: _config_there(root, model) for model in (LISTING, RESOLVER)}
+    root, router = models.root, models.present(ROUTER)
+    present = router.parameters.get("target", "") if router else None
+    others = {model: models.present(model) for model in (LISTING, RESOLVER)}
     strangers = {ROUTER: present == ""} | {
         model: config is not None and not config.parameters.get("router") for model, config in others.items()
     }
@@ -320,48 +321,42 @@ def _choose_target(root: Path, asked: str | None) -> str:
             f"serve {asked!r} from another repository, or take the router out with: tritonlora init --undo {root}"
         )
     target = asked or present or DEFAULT_TARGET
-    if not (root / target / "config.pbtxt").is_file():
+    if not models.path(target).is_file():
         candidates = [
-            repr(path.parent.name)
-            for path, config in read_configs(root).items()
+            repr(name)
+            for name, config in models.configs().items()
             if not config.steps
             and not target_of(config).WIRE.missing([spec.name for spec in config.inputs])
             and _BLS_TARGET not in config.parameters
         ]
         raise RepositoryError(
-            f"{str(root)!r} has no model {target!r} (no {root / target / 'config.pbtxt'}); "
+            f"{str(root)!r} has no model {target!r} (no {models.path(target)}); "
             f"name the engine's model with --target{': ' if candidates else ''}{', '.join(candidates)}"
         )
     return target
 
 
-def _ensembles_of(root: Path, target: str) -> dict[Path, ModelConfig]:
+def _ensembles_of(models: Models, target: str) -> dict[str, ModelConfig]:
     """The ensembles with a step for `target` or for the router; RepositoryError where all lead to other models."""
-    candidates = {path: config for path, config in read_configs(root).items() if config.steps}
+    candidates = {name: config for name, config in models.configs().items() if config.steps}
     found = {
-        path: config
-        for path, config in candidates.items()
+        name: config
+        for name, config in candidates.items()
         if any(step.model_name in (target, ROUTER) for step in config.steps)
     }
     if candidates and not found:
-        names = ", ".join(repr(path.parent.name) for path in candidates)
+        names = ", ".join(map(repr, candidates))
         raise RepositoryError(
             f"no ensemble of {names} has a step for {target!r}; name the engine's model with --target"
         )
     return found
 
 
-def _config_there(root: Path, model: str) -> ModelConfig | None:
-    """The config of a model of ours that is there already: what somebody has tuned in it stays."""
-    path = root / model / "config.pbtxt"
-    return read_config(path) if path.is_file() else None
-
-
 def _tuned_parameters(config: ModelConfig | None) -> dict[str, str]:
-    """The parameters of a model, less those that `init` sets."""
+    """The parameters of a model of ours that is there already, which stay, less those that `init` sets."""
     return {key: value for key, value in config.parameters.items() if key not in ("target", "router")} if config else {}
 
 
-def _takes_previous_tokens(root: Path, model: str) -> bool:
-    path = root / model / "config.pbtxt"
-    return path.is_file() and read_config(path).input("PREVIOUS_TOKENS") is not None
+def _takes_previous_tokens(models: Models, model: str) -> bool:
+    config = models.present(model)
+    return config is not None and config.input("PREVIOUS_TOKENS") is not None

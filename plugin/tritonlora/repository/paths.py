@@ -2,13 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model repository with a router in it: where things are, and what they say. Reads only.
 
-`install` puts the router there, `register` adapters; both write through `files`.
+`state.State` is what they say all together. `init` puts the router there, and `add` adapters.
 """
 
 from __future__ import annotations
 
-import math
-import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,11 +109,6 @@ def read_config(path: Path) -> ModelConfig:
         raise RepositoryError(f"{path}: {error}") from None
 
 
-def read_configs(root: Path) -> dict[Path, ModelConfig]:
-    """What `read_config` gives for each model of a repository, in the order of their names."""
-    return {path: read_config(path) for path in sorted(root.glob("*/config.pbtxt"))}
-
-
 def read_table(repository: Repository) -> AdapterTable:
     """adapters.json; an absent file is an empty table, unless there are adapters: their ids must not be given again."""
     try:
@@ -136,15 +129,6 @@ def read_table(repository: Repository) -> AdapterTable:
         raise AdapterTableError(f"{repository.table_path}: {error}") from None
 
 
-def served_config(path: Path) -> ModelConfig:
-    """The config of a target as the server has it, which completes some of it when it loads the model."""
-    config = read_config(path)
-    try:
-        return target_of(config).served_config(config, path.parent)
-    except ConfigError as error:
-        raise RepositoryError(str(error)) from None
-
-
 def engine_profile(repository: Repository, config: ModelConfig) -> EngineProfile | None:
     """What the engine behind the target accepts; None when the config.json that says it is not on this machine."""
     return target_of(config).profile(config, repository.target_directory)
@@ -161,49 +145,11 @@ def dead_links(root: Path) -> list[Path]:
     return [link for link in links if link.is_symlink() and not link.exists()]
 
 
-# What may be deleted: this alone, by whatever command.
-
-
 def half_written(root: Path) -> list[Path]:
     """Files and directories in the making that commands which were stopped have left in a model repository."""
     places = ("*", f"*/{WARMUP}", "*/1", f"*/1/{SERVING}", f"*/1/{FORMER_SERVING}")
     found = {path for place in places for path in root.glob(f"{place}/.*{TEMPORARY_SUFFIX}")}
     return sorted(path for path in found if is_abandoned(path))
-
-
-def outlived(repository: Repository, table: AdapterTable, oldest: float = math.inf) -> list[Path]:
-    """Files of retired ids that were last used before `oldest`, in seconds since 1970, and that nothing names.
-
-    No file goes that a model_warmup sample of a config.pbtxt names, whatever the table says: Triton would not load the
-    model. Nor do the other files of its id, for the one that is named may say where these are. While a config.pbtxt
-    cannot be read, none goes at all.
-    """
-    home = repository.warmup_directory
-    retired = warmup.files_of(home, table.retired_lora_task_ids)
-    found = [path for path in retired if path.lstat().st_mtime <= oldest]
-    try:
-        named = named_by_samples(repository.root) if found else set()
-    except RepositoryError:
-        return []
-    inside = (path.relative_to(place) for place in {home, home.resolve()} for path in named if place in path.parents)
-    kept = {warmup.task_id_of(path.parts[0]) for path in inside}
-    return [path for path in found if warmup.task_id_of(path.name) not in kept]
-
-
-def named_by_samples(root: Path) -> set[Path]:
-    """The files that model_warmup samples of any model name, as their paths are written and where links lead.
-
-    RepositoryError when a config.pbtxt cannot be read.
-    """
-    found = set()
-    for config in root.glob("*/config.pbtxt"):
-        try:
-            for file in warmup.named_files(read_text(config)):
-                path = config.parent / WARMUP / file
-                found |= {Path(os.path.normpath(path)), path.resolve()}
-        except (ConfigError, ValueError, RuntimeError) as error:  # a name that is no path; links in a circle
-            raise RepositoryError(f"{config}: {error}") from None
-    return found
 
 
 def plan_of(

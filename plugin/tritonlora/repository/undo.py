@@ -36,7 +36,6 @@ from tritonlora.files import (
     writing,
 )
 from tritonlora.pbtxt.model_config import parse_config
-from tritonlora.pbtxt.text_format import parse
 from tritonlora.repository import ensemble_edits
 from tritonlora.repository.paths import (
     LISTING,
@@ -44,14 +43,11 @@ from tritonlora.repository.paths import (
     ROUTER,
     Repository,
     half_written,
-    named_by_samples,
     open_repository,
-    outlived,
     read_bytes,
-    read_configs,
     read_table,
-    read_text,
 )
+from tritonlora.repository.state import Models, named_by_samples, outlived, read_state
 from tritonlora.serving.file_version import has_content, read_file
 
 ORIGINALS = Path(ROUTER, "1", "originals")
@@ -101,9 +97,10 @@ def record(root: Path, model: str, contents: Mapping[Path, bytes]) -> None:
 
 
 def write(root: Path, contents: Mapping[Path, bytes]) -> None:
-    """Write whole files of the repository at `root` so that `undo` can put back what was there.
+    """Write whole files of the repository at `root`, in this order, so that `undo` can put back what was there.
 
-    A file that has its content already is left alone, and no record made of it: it may be the user's own.
+    The digests of all of them are recorded first, and once. A file that has its content already is left alone, and no
+    record made of it: it may be the user's own.
     """
     new = {path: content for path, content in contents.items() if not has_content(path, content)}
     if os.path.lexists(root / WRITTEN):
@@ -116,6 +113,7 @@ def write(root: Path, contents: Mapping[Path, bytes]) -> None:
         if digests != recorded:
             write_text(root / WRITTEN, _render(digests))
     for path, content in new.items():
+        make_directory(path.parent)
         write_bytes(path, content)
 
 
@@ -280,9 +278,10 @@ def undo(root: Path, *, dry_run: bool = False) -> list[FileChange]:
             original = _original(root, change.path.relative_to(root).as_posix())
             if original is not None:
                 write_bytes(change.path, original)
-            # A model goes as a whole, and a file that a sample of the user's own names has to stay.
-            elif change.path.relative_to(root).parts[0] not in models and change.path not in named_by_samples(root):
-                change.path.unlink()
+        # A model goes as a whole, and a file that a sample of the user's own names has to stay.
+        alone = [one.path for one in changes if one.after is None and one.path.relative_to(root).parts[0] not in models]
+        for path in {*alone} - (named_by_samples(Models(root)) if alone else set()):
+            path.unlink()
         for path in _of_removed_adapters(root):
             delete(path)
         for name in _read_digests(root):
@@ -295,17 +294,17 @@ def _of_removed_adapters(root: Path) -> list[Path]:
     """The files of adapters that were removed, which stay for a while."""
     if not (root / ROUTER / "config.pbtxt").is_file():
         return []
-    opened = open_repository(root)
-    return outlived(opened, read_table(opened))
+    return outlived(read_state(open_repository(root)))
 
 
 def _lead_past_resolver(root: Path) -> None:
     """Lead the ensembles that lead to the resolver to the router: Triton loads none from one type to another."""
-    resolving = [path for path, config in read_configs(root).items() if config.leads_to(RESOLVER)]
+    models = Models(root)
+    resolving = [name for name, config in models.configs().items() if config.leads_to(RESOLVER)]
     if resolving:
         target = open_repository(root).target
-        forward = {path: ensemble_edits.rewire_to_forward(parse(read_text(path)), target=target) for path in resolving}
-        write(root, {path: after.text.encode() for path, after in forward.items()})
+        forward = {name: ensemble_edits.rewire_to_forward(models.document(name), target=target) for name in resolving}
+        write(root, {models.path(name): after.text.encode() for name, after in forward.items()})
 
 
 def _step(change: FileChange) -> int:

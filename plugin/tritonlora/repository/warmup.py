@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tritonlora.errors import ConfigError, one_message
 from tritonlora.pbtxt.edits import newline_of, quote
 from tritonlora.pbtxt.model_config import ModelConfig, TensorSpec, filled
-from tritonlora.pbtxt.text_format import Message, error_at, parse
+from tritonlora.pbtxt.text_format import Document, Message, error_at, parse
 from tritonlora.serving.adapter_table import AdapterTable
 from tritonlora.targets import TARGETS, SampleInput, Target, string_bytes, target_of
 
@@ -174,21 +174,27 @@ def read_block(text: str) -> tuple[WarmupSample, ...]:
         ) from error
 
 
-def foreign_files(text: str, *inputs: str) -> tuple[str, ...]:
-    """The files that samples outside the block, the user's own, read: those for `inputs`, or all."""
-    return named_files(replace_block(text, ""), *inputs)
+def foreign_inputs(document: Document) -> list[tuple[str, str]]:
+    """(input, file) for each file that the samples outside the block read: the user's own."""
+    start, end = _find_block(document.text) or (0, 0)
+    samples = document.message.messages("model_warmup")
+    return _files_by_input(sample for sample in samples if not start <= sample.start < end)
 
 
-def named_files(text: str, *inputs: str) -> tuple[str, ...]:
-    """The files that a config.pbtxt's samples read, the block's and the user's own: those for `inputs`, or all."""
-    entries = [
-        entry
-        for sample in parse(text).message.messages("model_warmup")
+def named_files(document: Document) -> list[str]:
+    """The files that all samples of a config.pbtxt read, the block's and the user's own."""
+    return [file for _, file in _files_by_input(document.message.messages("model_warmup"))]
+
+
+def _files_by_input(samples: Iterable[Message]) -> list[tuple[str, str]]:
+    return [
+        (key.value, file.value)
+        for sample in samples
         for entry in sample.messages("inputs")
-        if (key := entry.scalar("key")) and (not inputs or key.value in inputs)
+        if (key := entry.scalar("key"))
+        and (value := entry.message("value"))
+        and (file := value.scalar("input_data_file"))
     ]
-    files = [value.scalar("input_data_file") for entry in entries if (value := entry.message("value"))]
-    return tuple(file.value for file in files if file is not None)
 
 
 def _find_block(text: str) -> tuple[int, int] | None:
