@@ -199,6 +199,41 @@ def test_the_repository_may_come_from_the_environment(
     assert {"haiku", "pirate"} == json.loads(out).keys()
 
 
+def test_the_repository_is_the_first_argument_of_every_command(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, repo: Path, adapter: Path
+) -> None:
+    """Wherever it comes from, the other words are the same: an argument, --repo, or TRITONLORA_REPO."""
+    monkeypatch.delenv("TRITONLORA_REPO", raising=False)
+    sequence: tuple[tuple[object, ...], ...] = (
+        ("init",), ("list",), ("plan",), ("check",), ("serve", "--print-command", "--", "--log-verbose=1"),
+        ("add", "new", adapter), ("alias", "prod", "new"), ("remove", "prod", "new"),
+        ("add", "--all", adapter.parent, "--no-warmup"), ("remove", "new"),
+    )  # fmt: skip
+    said = []
+    for way in ("argument", "--repo", "environment", "argument beats environment"):
+        root = Path(shutil.copytree(repo, repo.parent / way.replace(" ", "_") / "repo"))
+        if way.endswith("environment"):
+            monkeypatch.setenv("TRITONLORA_REPO", str(root if way == "environment" else repo.parent / "nowhere"))
+        words = {"--repo": ["--repo", root], "environment": []}.get(way, [root])
+        said.append([run(capsys, command, *words, *rest)[:2] for command, *rest in sequence])
+        said[-1] = [(code, out.replace(str(root), "REPO")) for code, out in said[-1]]
+
+    assert [0] * len(sequence) == [code for code, _ in said[0]]
+    assert said[0] == said[1] == said[2] == said[3]
+
+
+@pytest.mark.parametrize("words", [("list",), ("add", "new", "a"), ("remove", "./nowhere"), ("alias", "a", "b")])
+def test_without_a_repository_a_command_says_how_to_give_one(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, words: Sequence[str]
+) -> None:
+    """Exit code 2."""
+    monkeypatch.delenv("TRITONLORA_REPO", raising=False)
+    code, _, err = run(capsys, *words)
+
+    assert code == 2
+    assert "REPO" in err
+
+
 @pytest.mark.parametrize(
     ("url", "message"),
     [

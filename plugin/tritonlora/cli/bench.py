@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""The command line of the benchmarks, in the manner of `tritonlora.cli.commands`."""
+"""`tritonlora bench`: the benchmarks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ def _drawable(plot: Path | None) -> Path | None:
 
 Plot = Annotated[Path | None, typer.Option("--plot", help="Draw the result into this PNG file.", callback=_drawable)]
 
+app = typer.Typer()
 bench = typer.Typer(help="Benchmarks: ratios taken in one run on one machine.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
 
 
 @bench.command("convert")
@@ -45,9 +47,8 @@ def bench_convert(
     Compared with copying the output file, and with the straightforward way in torch (load, cast, scale, pad, stack,
     write). bfloat16, all linear layers, from and to an in-memory file system.
     """
-    from tritonlora.bench import convert as benchmark
-
     extras.require("bench")
+    from tritonlora.bench import convert as benchmark  # with torch
 
     try:
         numbers = [int(rank) for rank in ranks.split(",")]
@@ -77,9 +78,9 @@ def bench_route(
     as_json: AsJson = False,
 ) -> None:
     """The router against asking the engine's model directly, on a real server with the synthetic engine."""
-    from tritonlora.bench import measured, route
-
     extras.require("bench")
+    from tritonlora.bench import measured, route  # with torch
+
     parts = part or list(route.PARTS)
     if unknown := [name for name in parts if name not in route.PARTS]:
         raise typer.BadParameter(f"no part {unknown[0]!r}; there are {', '.join(route.PARTS)}")

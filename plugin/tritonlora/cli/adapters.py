@@ -1,0 +1,215 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""The commands on the adapters of a repository: add, remove, alias and list."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import Progress
+
+from tritonlora.cli.options import (
+    AllowNonfinite,
+    Base,
+    DryRun,
+    Dtype,
+    Interrupted,
+    Repo,
+    RepoOption,
+    import_torch,
+    repository_and,
+    repository_of,
+)
+from tritonlora.cli.output import AsJson, print_json, print_listing, print_note, print_table, size, stderr
+from tritonlora.errors import RepositoryError
+from tritonlora.launch import client
+from tritonlora.repository import add as adding
+from tritonlora.repository.add import Added, Options
+from tritonlora.repository.paths import Repository, open_repository, read_table
+
+app = typer.Typer()
+
+
+@app.command()
+def add(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[REPO] [NAME ADAPTER_DIR]",
+            help="The model repository, the name that clients will send, and the PEFT adapter's directory.",
+        ),
+    ] = None,
+    repo: RepoOption = None,
+    every: Annotated[
+        Path | None,
+        typer.Option(
+            "--all",
+            metavar="DIR",
+            help="Add every adapter in DIR, named as its directory.",
+            exists=True,
+            file_okay=False,
+        ),
+    ] = None,
+    warmup: Annotated[bool, typer.Option("--warmup/--no-warmup", help="Load it at start, or on first use.")] = True,
+    task_id: Annotated[int | None, typer.Option("--task-id", min=1, help="Its lora_task_id, never used yet.")] = None,
+    dtype: Dtype = None,
+    base: Base = None,
+    allow_nonfinite: AllowNonfinite = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Convert an adapter, write its warmup files and register its name: NAME ADAPTER_DIR, or --all DIR."""
+    options = adding.Options(warm=warmup, dtype=dtype, base=base, allow_nonfinite=allow_nonfinite)
+    if every is not None:
+        if task_id is not None or dry_run:
+            raise typer.BadParameter("--all goes without NAME, --task-id and --dry-run")
+        root, _ = repository_and(words or [], repo, 0)
+        _add_all(open_repository(root), every, options, as_json=as_json)
+        return
+    root, (name, adapter_dir) = repository_and(words or [], repo, 2)
+    with stderr.status(f"converting {name}"):
+        import_torch()
+        added = adding.add(open_repository(root), name, Path(adapter_dir), options, task_id=task_id, dry_run=dry_run)
+    for remark in added.remarks:
+        print_note(remark)
+    if as_json:
+        print_json(added)
+        return
+    sys.stdout.write(_what_was_done(added, dry_run=dry_run))
+
+
+def _add_all(opened: Repository, directory: Path, options: Options, *, as_json: bool) -> None:
+    adapters = {path.parent.name: path.parent for path in sorted(directory.glob("*/adapter_config.json"))}
+    if (directory / "adapter_config.json").exists():
+        raise RepositoryError(f"{str(directory)!r} is an adapter itself: give the directory that it is in, or NAME")
+    if not adapters:
+        raise RepositoryError(f"{str(directory)!r} has no directory with an adapter_config.json in it")
+    import_torch()
+    with Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
+        task = progress.add_task(f"converting {len(adapters)} adapters", total=len(adapters))
+        try:
+            results = adding.add_all(opened, adapters, options, on_done=lambda _: progress.advance(task))
+        except Interrupted:
+            registered = adapters.keys() & read_table(opened).entries.keys()
+            print_note(f"{len(registered)} of {len(adapters)} are registered; the same command adds the others")
+            raise
+    results.sort(key=lambda one: one.name)
+    if as_json:
+        print_json(results)
+    for one in results:
+        if isinstance(one, adding.Refused):
+            stderr.print(f"{one.name} refused: {one.error}", markup=False, highlight=False, soft_wrap=True)
+            continue
+        for remark in one.remarks:
+            print_note(f"{one.name}: {remark}")
+        if not as_json:
+            sys.stdout.write(_what_was_done(one))
+    if any(isinstance(one, adding.Refused) for one in results):
+        raise typer.Exit(1)
+
+
+def _what_was_done(added: Added, *, dry_run: bool = False) -> str:
+    if added.unchanged:
+        did = "is unchanged"
+    elif added.restored:
+        did = "is complete again"
+    elif added.known:
+        did = "is loaded at start" if added.entry.warm else "is loaded on its first request"
+    else:
+        did = "would be added" if dry_run else "added"
+    stays = ", and stays if its content is the same" if dry_run else ""
+    was = "" if added.was is None else f" (was: lora_task_id {added.was}{stays})"
+    task_id, nbytes = added.entry.lora_task_id, added.entry.lora_weights_nbytes
+    return f"{added.name} {did}: lora_task_id {task_id}, {size(nbytes)}{was}\n"
+
+
+@app.command()
+def remove(
+    words: Annotated[
+        list[str],
+        typer.Argument(metavar="[REPO] NAME...", help="The model repository, and names or aliases."),
+    ],
+    repo: RepoOption = None,
+    as_json: AsJson = False,
+) -> None:
+    """Take adapters out of the repository, whose lora_task_ids are never used again; or aliases."""
+    root, names = repository_and(words, repo, None)
+    removed = adding.remove(open_repository(root), *names)
+    if as_json:
+        print_json(removed)
+        return
+    for one in removed:
+        what = (
+            f"adapter {one.alias_of} stays"
+            if one.entry is None
+            else f"lora_task_id {one.entry.lora_task_id} is retired"
+        )
+        sys.stdout.write(f"{one.name} removed: {what}\n")
+
+
+@app.command()
+def alias(
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[REPO] NEW OLD",
+            help="The model repository, the name that clients will send, too, and the adapter's name.",
+        ),
+    ],
+    repo: RepoOption = None,
+    as_json: AsJson = False,
+) -> None:
+    """Give an adapter a second name, or lead one to another adapter; `remove` takes it away."""
+    root, (new, old) = repository_and(words, repo, 2)
+    aliased = adding.alias(open_repository(root), new, old)
+    if as_json:
+        print_json(aliased)
+        return
+    before = f" (was: {aliased.before})" if aliased.before not in (None, aliased.name) else ""
+    sys.stdout.write(f"{new} is adapter {aliased.name}{before}\n")
+
+
+@app.command("list")
+def list_adapters(
+    repo: Repo = None,
+    repo_option: RepoOption = None,
+    url: Annotated[
+        str | None, typer.Option("--url", metavar="HOST:PORT", help="Ask a running server instead: its HTTP endpoint.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the registered adapters; with --url, what a running server says of its own, and in which state each is."""
+    if url is not None:
+        if repo is not None or repo_option is not None:  # the environment's gives way
+            raise typer.BadParameter("give REPO or --url, not both")
+        found = client.adapters(url)
+        if as_json:
+            print_json(found)
+        else:
+            print_listing(found)
+        return
+    table = read_table(open_repository(repository_of(repo, repo_option)))
+    aliases = table.aliases_by_name()
+    if as_json:
+        entries = sorted(table.entries.items())
+        print_json({name: {**dataclasses.asdict(entry), "aliases": aliases.get(name, [])} for name, entry in entries})
+        return
+    columns = ("lora_name", "lora_task_id", "rank", "modules", "size", "pages", "start", "aliases")
+    rows = [
+        (
+            name,
+            str(entry.lora_task_id),
+            ",".join(map(str, entry.adapter_sizes)),
+            ",".join(entry.modules),
+            size(entry.lora_weights_nbytes),
+            str(entry.pages or "?"),
+            "warm" if entry.warm else "on first use",
+            ",".join(aliases.get(name, [])),
+        )
+        for name, entry in sorted(table.entries.items())
+    ]
+    print_table(columns, rows)

@@ -1,0 +1,26 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""`tritonlora demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tritonlora.cli.options import Base
+from tritonlora.cli.output import AsJson
+from tritonlora.demo import flow
+
+app = typer.Typer()
+
+
+@app.command()
+def demo(
+    base: Base = None,
+    keep: Annotated[Path | None, typer.Option("--keep", help="Leave the model repository in this directory.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Do the whole job on this machine: no GPU, no account."""
+    flow.run(base=base, keep=keep, as_json=as_json)

@@ -1,0 +1,126 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""The options and arguments that several commands have."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, TextIO
+
+import typer
+
+from tritonlora import extras, interrupts
+from tritonlora.errors import TritonLoraError
+
+REPO_VARIABLE = "TRITONLORA_REPO"
+
+
+class Interrupted(BaseException):
+    """A signal asked for the end. Everything on the way out cleans up after itself."""
+
+
+def some_path(text: str) -> Path:
+    """An empty one, as of a shell variable that is not set, would be the current directory."""
+    if not text:
+        raise typer.BadParameter("it is empty; give a directory")
+    return Path(text)
+
+
+Repo = Annotated[
+    Path | None,
+    typer.Argument(
+        help=f"The model repository; by default --repo, or {REPO_VARIABLE}.",
+        metavar="REPO",
+        parser=some_path,
+        show_default=False,
+    ),
+]
+RepoOption = Annotated[
+    Path | None,
+    typer.Option("--repo", metavar="REPO", help="The model repository, in place of the argument.", parser=some_path),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")]
+Dtype = Annotated[str | None, typer.Option("--dtype", help="bfloat16, float16 or float32; by default the engine's.")]
+AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Take NaN and infinite weights as they are.")]
+Base = Annotated[
+    Path | None, typer.Option("--base", help="Directory of the base model's checkpoint.", exists=True, file_okay=False)
+]
+HttpPort = Annotated[int, typer.Option("--http-port", min=1, max=65535)]
+GrpcPort = Annotated[int, typer.Option("--grpc-port", min=1, max=65535)]
+MetricsPort = Annotated[int, typer.Option("--metrics-port", min=1, max=65535)]
+
+
+def _nbytes(text: str) -> int:
+    """The bytes that "85899345920", "80GB" or "80GiB" says."""
+    match = re.fullmatch(r"(?P<number>\d+(?:\.\d+)?) ?(?P<unit>[kKMGT]?i?)B?", text.strip(), re.ASCII)
+    unit = match["unit"].upper() if match else ""
+    nbytes = (
+        int(float(match["number"]) * (1024 if "I" in unit else 1000) ** " KMGT".index(unit[:1] or " ")) if match else 0
+    )
+    if not 0 < nbytes < 1 << 50:
+        raise typer.BadParameter(f"{text!r} is not a number of bytes; give for example 85899345920 or 80GiB")
+    return nbytes
+
+
+GpuMemory = Annotated[
+    int | None,
+    typer.Option(
+        "--gpu-memory",
+        metavar="BYTES",
+        help="What is free of each GPU's memory once the engine's weights are loaded; also as 80GiB.",
+        parser=_nbytes,
+        show_default=False,
+    ),
+]
+Url = Annotated[str, typer.Option("--url", metavar="HOST:PORT", help="The server's HTTP endpoint.")]
+
+
+def repository_of(argument: Path | None, option: Path | None) -> Path:
+    """REPO, from the argument, from --repo, or from the environment."""
+    if argument is not None and option is not None:
+        raise typer.BadParameter("give REPO once: as the first argument, or with --repo")
+    found = argument or option or from_environment()
+    if found is None:
+        raise typer.BadParameter(f"give REPO, or set {REPO_VARIABLE}")
+    return found
+
+
+def from_environment() -> Path | None:
+    """REPO as TRITONLORA_REPO says it; None where that is not set."""
+    text = os.environ.get(REPO_VARIABLE)
+    return Path(text) if text else None
+
+
+def repository_and(words: list[str], option: Path | None, count: int | None) -> tuple[Path, list[str]]:
+    """REPO, and the `count` words that follow it; None: any number of them.
+
+    REPO is the first word unless --repo says it. Where TRITONLORA_REPO is set, it may be left out: it is there if there
+    is one word too many. Of any number of adapters' names nobody can say that, so it is there if the first word has a
+    slash, which no name has.
+    """
+    if option is None:
+        option = from_environment()
+        is_there = option is None or ("/" in words[0] if count is None else len(words) > count) if words else False
+        if is_there:
+            option, words = some_path(words[0]), words[1:]
+    if option is None:
+        raise typer.BadParameter(f"give REPO, or set {REPO_VARIABLE}")
+    if len(words) != count and not (count is None and words):
+        raise typer.BadParameter(f"expected {'names' if count is None else count} after REPO, got {' '.join(words)!r}")
+    return option, words
+
+
+def import_torch() -> None:
+    """Import all of it: an interrupt in its midst is lost in some of its modules, and leaves others half there."""
+    extras.require("convert")
+    with interrupts.held():
+        import torch  # noqa: F401  it takes seconds
+
+
+def text_of(file: TextIO) -> str:
+    try:
+        return file.read()
+    except UnicodeDecodeError as error:
+        raise TritonLoraError(f"{file.name!r} is not text: {error}") from None

@@ -1,0 +1,207 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""The commands on a repository as a whole: init, plan and check."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from typing import Annotated
+
+import typer
+
+from tritonlora.check import checks
+from tritonlora.cli.options import (
+    Base,
+    GpuMemory,
+    GrpcPort,
+    HttpPort,
+    MetricsPort,
+    Repo,
+    RepoOption,
+    repository_of,
+    text_of,
+)
+from tritonlora.cli.output import (
+    GPU_NOT_CHECKED,
+    AsJson,
+    print_diff,
+    print_json,
+    print_note,
+    print_plan,
+    print_room,
+)
+from tritonlora.engine import cache_plan
+from tritonlora.engine.profile import load_profile
+from tritonlora.engine.traffic import parse_traffic
+from tritonlora.errors import RepositoryError, TritonLoraError
+from tritonlora.machine import Ports
+from tritonlora.repository import add
+from tritonlora.repository import init as init_module
+from tritonlora.repository import undo as undoing
+from tritonlora.repository.paths import has_gpu_cache, open_repository, plan_entries, read_config
+from tritonlora.repository.state import read_state
+
+app = typer.Typer()
+
+
+@app.command()
+def init(
+    repo: Repo = None,
+    repo_option: RepoOption = None,
+    target: Annotated[
+        str | None, typer.Option("--target", help="The engine's model; by default tensorrt_llm.", show_default=False)
+    ] = None,
+    served_at: Annotated[
+        str | None, typer.Option("--served-at", metavar="PATH", help="Where the server sees REPO, if not here.")
+    ] = None,
+    topology: Annotated[
+        str | None,
+        typer.Option(
+            "--topology",
+            metavar="forward|resolve",
+            help="Whether tokens go through the router, which recovers from evictions, or past it; by default as now.",
+        ),
+    ] = None,
+    undo: Annotated[bool, typer.Option("--undo", help="Take the router out; every file as it was before.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the changes as a diff; write nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Put the router into a model repository and lead its ensembles to it. Never touches an engine."""
+    root = repository_of(repo, repo_option)
+    if undo and (target, served_at, topology) != (None, None, None):
+        raise typer.BadParameter("--undo goes without --target, --served-at and --topology")
+    if topology not in (None, *init_module.TOPOLOGIES):
+        raise typer.BadParameter(f"no topology {topology!r}; there are {', '.join(init_module.TOPOLOGIES)}")
+    changes = (
+        undoing.undo(root, dry_run=dry_run)
+        if undo
+        else init_module.init(root, target, served_at=served_at, topology=topology, dry_run=dry_run)
+    )
+    notes = [] if undo or dry_run else init_module.notes(root)
+    if as_json:
+        print_json([{"path": str(one.path), "change": one.kind} for one in changes])
+    elif dry_run:
+        for change in changes:
+            print_diff(change)
+    else:
+        sys.stdout.write("".join(f"{change.kind} {change.path}\n" for change in changes))
+    if not changes and not as_json:
+        sys.stdout.write("nothing to do: the router is in place\n")
+    for note in notes:
+        print_note(note)
+
+
+MOST_WHAT_IF = 100_000
+
+
+@app.command()
+def plan(
+    repo: Repo = None,
+    repo_option: RepoOption = None,
+    apply: Annotated[bool, typer.Option("--apply", help="Set the recommended parameters.")] = False,
+    what_if: Annotated[
+        str | None, typer.Option("--what-if", metavar="rank=R,count=N", help="Plan for N more adapters of rank R.")
+    ] = None,
+    weights: Annotated[
+        typer.FileText | None,
+        typer.Option(
+            "--weights",
+            metavar="FILE",
+            help="Say which adapters to keep warm: lines `name: weight`, or the "
+            "text of the server's /metrics; '-' reads standard input.",
+        ),
+    ] = None,
+    gpu_memory: GpuMemory = None,
+    base: Base = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say which pages of the engine's LoRA cache each adapter takes, and whether all fit."""
+    opened = open_repository(repository_of(repo, repo_option))
+    state = read_state(opened)
+    config, table, kind = state.config, state.table, state.kind
+    room = kind.kept_adapters(opened.target_directory)
+    if room is not None:
+        if apply or what_if or weights or gpu_memory:
+            raise RepositoryError(
+                f"{opened.target!r} reads adapters from disk itself, and has no cache in pages: give plan no options"
+            )
+        if as_json:
+            print_json(room)
+        else:
+            print_room(room, table)
+        return
+    profile = state.profile
+    if profile is None and base is not None:
+        profile = load_profile(base, dtype=next((one.dtype for one in table.entries.values()), None))
+    if profile is None:
+        location = kind.model_location(config, opened.target_directory)
+        raise RepositoryError(
+            f"no config.json at {location}; run plan where the engine is, "
+            "or give the base model's directory with --base"
+        )
+    entries = plan_entries(opened, table, config)
+    if what_if is None:
+        found = cache_plan.plan_cache(entries, profile, config.parameters, gpu_memory=gpu_memory)
+    else:
+        rank, count = _rank_and_count(what_if)
+        found = cache_plan.what_if(entries, profile, config.parameters, rank=rank, count=count, gpu_memory=gpu_memory)
+    traffic = None if weights is None else parse_traffic(text_of(weights), table.entries)
+    choice = None if traffic is None else cache_plan.choose_warm(found, traffic)
+    applied = None
+    if apply:
+        applied = add.apply_plan(opened, found.recommendations, profile)
+    if as_json:
+        print_json({**dataclasses.asdict(found), "fits": found.fits, "warm_choice": choice, "applied": applied or {}})
+        return
+    for remark in found.remarks:
+        print_note(remark)
+    print_plan(found, table.entries, choice, applied, has_gpu=has_gpu_cache(config))
+
+
+def _rank_and_count(text: str) -> tuple[int, int]:
+    """The numbers of "rank=16,count=200"."""
+    given = dict(part.strip().split("=", 1) for part in text.split(",") if "=" in part)
+    numbers = [int(given.get(key, "")) if given.get(key, "").isdecimal() else 0 for key in ("rank", "count")]
+    if len(given) != 2 or min(numbers) < 1 or max(numbers) > MOST_WHAT_IF:
+        raise typer.BadParameter(f"{text!r} is not rank=R,count=N with whole numbers from 1 to {MOST_WHAT_IF}")
+    return numbers[0], numbers[1]
+
+
+@app.command()
+def check(
+    repo: Repo = None,
+    repo_option: RepoOption = None,
+    deep: Annotated[bool, typer.Option("--deep", help="Compare the files' SHA-256, too.")] = False,
+    fix: Annotated[bool, typer.Option("--fix", help="Put right what is generated, then check.")] = False,
+    http_port: HttpPort = 8000,
+    grpc_port: GrpcPort = 8001,
+    metrics_port: MetricsPort = 8002,
+    gpu_memory: GpuMemory = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find everything that would make the server fail to load, or answer wrongly.
+
+    Exit code 1 on any error, and when --fix could not put everything right.
+    """
+    opened = open_repository(repository_of(repo, repo_option))
+    failed = False
+    if fix:
+        for put_right in (lambda: init_module.init(opened.root), lambda: add.repair(opened)):
+            try:
+                put_right()
+            except TritonLoraError as error:
+                failed = True
+                print_note(f"not everything could be put right: {error}")
+    ports = Ports(http_port, grpc_port, metrics_port)
+    findings = checks.check(opened, deep=deep, ports=ports, gpu_memory=gpu_memory)
+    if gpu_memory is None and has_gpu_cache(read_config(opened.config_path)):
+        print_note(GPU_NOT_CHECKED)
+    if as_json:
+        print_json(findings)
+    else:
+        for one in findings:
+            sys.stdout.write(f"{one.severity}: {one.where}: {one.problem}\n  remedy: {one.remedy}\n")
+        sys.stdout.write("" if findings else "no problem found\n")
+    if failed or any(one.severity == "error" for one in findings):
+        raise typer.Exit(1)

@@ -1,0 +1,144 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""The commands on a server: serve and generate."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import sys
+from typing import Annotated
+
+import typer
+
+from tritonlora import machine
+from tritonlora.check import checks
+from tritonlora.cli.options import (
+    GrpcPort,
+    HttpPort,
+    Interrupted,
+    MetricsPort,
+    RepoOption,
+    Url,
+    repository_of,
+    some_path,
+    text_of,
+)
+from tritonlora.cli.output import AsJson, print_json, print_note, stderr
+from tritonlora.errors import ServerError, one_message
+from tritonlora.launch import client, diagnosis, tritonserver
+from tritonlora.launch.server import Server
+from tritonlora.machine import Ports
+from tritonlora.repository.paths import open_repository, read_table
+from tritonlora.repository.state import Models
+from tritonlora.targets import target_of
+
+app = typer.Typer()
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def serve(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[REPO] [-- OPTION...]", help="The model repository, and options of tritonserver."),
+    ] = None,
+    repo: RepoOption = None,
+    http_port: HttpPort = 8000,
+    grpc_port: GrpcPort = 8001,
+    metrics_port: MetricsPort = 8002,
+    address: Annotated[
+        str, typer.Option("--address", help="Listen here, with all endpoints; 0.0.0.0: on every interface.")
+    ] = "127.0.0.1",
+    timeout: Annotated[float, typer.Option("--ready-timeout", help="Seconds to wait until it is ready.")] = 3600.0,
+    world_size: Annotated[
+        int | None, typer.Option("--world-size", min=1, help="Processes of the engine; by default what it says.")
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="When ready, ask every warm adapter once, and one that nobody registered.")
+    ] = False,
+    print_command: Annotated[
+        bool, typer.Option("--print-command", help="Print what would be run; run nothing.")
+    ] = False,
+) -> None:
+    """Start tritonserver on the repository and say which adapters are ready. What follows -- goes to tritonserver."""
+    first = [word for word in (words or [])[:1] if not word.startswith("-")]
+    root, extra = repository_of(some_path(first[0]) if first else None, repo), (words or [])[len(first) :]
+    tritonserver.check_extra(extra)
+    address = machine.numeric_address(address)
+    opened = open_repository(root)
+    config = Models(root).served_config(opened.target)
+    diagnosis.refuse_cached_responses(opened)
+    kind = target_of(config)
+    table = read_table(opened)
+    ports = Ports(http_port, grpc_port, metrics_port)
+    world = diagnosis.world_of(opened, config, world_size)
+    if print_command:
+        try:
+            found = tritonserver.find_tritonserver()
+        except ServerError as error:  # the command may be for another machine
+            print_note(str(error))
+            found = tritonserver.Tritonserver(Path("tritonserver"))
+        words = [f"{key}={shlex.quote(value)}" for key, value in found.environment.items()]
+        command = tritonserver.server_command(
+            found,
+            root,
+            ports,
+            address=address,
+            complete_configs=kind.COMPLETES_CONFIGS,
+            extra=extra,
+            world=world,
+        )
+        sys.stdout.write(" ".join([*words, *map(shlex.quote, command)]) + "\n")
+        return
+    machine.check_ports(ports, address)
+    warm = sorted(name for name, entry in table.entries.items() if entry.warm)
+    with Server(
+        root,
+        ports=ports,
+        address=address,
+        complete_configs=kind.COMPLETES_CONFIGS,
+        extra=extra,
+        world=world,
+        on_log=lambda line: stderr.print(line, markup=False, highlight=False, soft_wrap=True),
+        # Triton 2.51 may crash before it says which warmup sample failed, and why.
+        explain=lambda log: diagnosis.explain(log, table) or diagnosis.first_error(checks.check(opened)),
+    ) as running:
+        with stderr.status("starting tritonserver") as status:
+            running.wait_until_ready(timeout, on_progress=lambda what, *_: status.update(what))
+        if verify and (problems := diagnosis.verify(running.http_url, opened, config, table)):
+            raise ServerError(one_message("the server is ready, but not right", problems))
+        listening = f"listening at {address}: http {ports.http}, grpc {ports.grpc}, metrics {ports.metrics}"
+        loaded = f"adapters loaded at start: {', '.join(warm) or 'none yet'}"
+        sys.stdout.write(f"ready on http://{running.http_url} ({listening}); {loaded}\n")
+        if verify:
+            sys.stdout.write("verified: each of them answers, and an unregistered lora_task_id is refused\n")
+        sys.stdout.flush()
+        try:
+            exit_status = running.wait()
+        except Interrupted as end:
+            if end.args != (signal.SIGTERM,):
+                raise
+            exit_status = 0  # this is how systemd, Docker and Kubernetes end a service
+    if exit_status:
+        raise ServerError(f"tritonserver ended by itself, with status {exit_status}")
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The text to send; '-' reads standard input.")],
+    lora_name: Annotated[str | None, typer.Option("--lora-name", help="The adapter; none: the base model.")] = None,
+    url: Url = "localhost:8000",
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1)] = 64,
+    model: Annotated[str, typer.Option("--model", help="The model to ask.")] = "ensemble",
+    as_json: AsJson = False,
+) -> None:
+    """Ask a running server, streaming the answer to the terminal."""
+    text = text_of(sys.stdin) if prompt == "-" else prompt
+    pieces = client.generate(text, lora_name=lora_name, max_tokens=max_tokens, url=url, model=model)
+    if as_json:
+        print_json({"lora_name": lora_name, "text_output": "".join(pieces)})
+        return
+    for piece in pieces:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
