@@ -30,10 +30,14 @@ WRITES = {"write_text", "write_bytes", "unlink", "rename", "mkdir", "rmtree", "t
 
 
 def imports(name: str, *, top_level: bool = False) -> Iterator[str]:
-    """The modules that a source of the package imports, by their full names."""
+    """The modules that a source of the package imports, by their full names.
+
+    The package's own __init__ imports nothing itself: it has the public names for a type checker, and looks each up
+    when somebody outside asks for it.
+    """
     tree = SOURCES[name]
     parts = ["tritonlora", *Path(name).with_suffix("").parts]
-    for node in tree.body if top_level else ast.walk(tree):
+    for node in tree.body if top_level or name == "__init__.py" else ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -121,6 +125,24 @@ def test_torch_is_imported_only_where_it_is_needed() -> None:
     found = [name for name in SOURCES if slow & {*imports(name, top_level=True)} and not name.startswith(WITH_TORCH)]
 
     assert ["conversion/convert.py"] == found, "the command `convert`, which does nothing else"
+
+
+def test_the_command_line_imports_at_the_top_of_its_modules() -> None:
+    """But for torch, and what imports it: a module is imported when one of its commands is asked for."""
+    inside = {
+        (name, ast.unparse(node))
+        for name, tree in SOURCES.items()
+        if name.startswith("cli/")
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef)
+        for node in ast.walk(function)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    }
+
+    assert {
+        ("cli/options.py", "import torch"),
+        ("cli/convert.py", "from tritonlora.conversion import convert as conversion"),
+    } == inside
 
 
 def test_check_does_not_start_servers() -> None:

@@ -33,7 +33,10 @@ _FAULTED = 64  # added to the exit code of a command that met its fault and live
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["faults", "torch", "tritonlora.cli.commands", "tritonlora.check.checks", "tritonlora.conversion.convert"]
+    [
+        *("faults", "torch", "tritonlora.cli.commands", "tritonlora.cli.adapters", "tritonlora.cli.repository"),
+        *("tritonlora.check.checks", "tritonlora.conversion.convert"),
+    ]
 )
 
 

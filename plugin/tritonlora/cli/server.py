@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import shlex
 import signal
 import sys
 from typing import Annotated
@@ -12,7 +11,6 @@ from typing import Annotated
 import typer
 
 from tritonlora import machine
-from tritonlora.check import checks
 from tritonlora.cli.options import (
     GrpcPort,
     HttpPort,
@@ -24,14 +22,13 @@ from tritonlora.cli.options import (
     some_path,
     text_of,
 )
-from tritonlora.cli.output import AsJson, print_json, print_note, stderr
+from tritonlora.cli.output import AsJson, print_json, stderr
 from tritonlora.errors import ServerError, one_message
 from tritonlora.launch import client, diagnosis, tritonserver
-from tritonlora.launch.server import Server
+from tritonlora.launch import serve as serving
 from tritonlora.machine import Ports
-from tritonlora.repository.paths import open_repository, read_table
-from tritonlora.repository.state import Models
-from tritonlora.targets import target_of
+from tritonlora.repository.paths import open_repository
+from tritonlora.repository.state import read_state
 
 app = typer.Typer()
 
@@ -65,47 +62,27 @@ def serve(
     root, extra = repository_of(some_path(first[0]) if first else None, repo), (words or [])[len(first) :]
     tritonserver.check_extra(extra)
     address = machine.numeric_address(address)
-    opened = open_repository(root)
-    config = Models(root).served_config(opened.target)
-    diagnosis.refuse_cached_responses(opened)
-    kind = target_of(config)
-    table = read_table(opened)
-    ports = Ports(http_port, grpc_port, metrics_port)
-    world = diagnosis.world_of(opened, config, world_size)
+    opened, ports = open_repository(root), Ports(http_port, grpc_port, metrics_port)
     if print_command:
-        try:
-            found = tritonserver.find_tritonserver()
-        except ServerError as error:  # the command may be for another machine
-            print_note(str(error))
-            found = tritonserver.Tritonserver(Path("tritonserver"))
-        words = [f"{key}={shlex.quote(value)}" for key, value in found.environment.items()]
-        command = tritonserver.server_command(
-            found,
-            root,
-            ports,
-            address=address,
-            complete_configs=kind.COMPLETES_CONFIGS,
-            extra=extra,
-            world=world,
-        )
-        sys.stdout.write(" ".join([*words, *map(shlex.quote, command)]) + "\n")
+        line = serving.command_line(opened, ports, address=address, extra=extra, world_size=world_size)
+        sys.stdout.write(f"{line}\n")
         return
-    machine.check_ports(ports, address)
-    warm = sorted(name for name, entry in table.entries.items() if entry.warm)
-    with Server(
-        root,
+    server = serving.serve(
+        opened,
         ports=ports,
         address=address,
-        complete_configs=kind.COMPLETES_CONFIGS,
         extra=extra,
-        world=world,
+        world_size=world_size,
         on_log=lambda line: stderr.print(line, markup=False, highlight=False, soft_wrap=True),
-        # Triton 2.51 may crash before it says which warmup sample failed, and why.
-        explain=lambda log: diagnosis.explain(log, table) or diagnosis.first_error(checks.check(opened)),
-    ) as running:
+    )
+    machine.check_ports(ports, address)
+    state = read_state(opened)
+    warm = sorted(name for name, entry in state.table.entries.items() if entry.warm)
+    with server as running:
         with stderr.status("starting tritonserver") as status:
             running.wait_until_ready(timeout, on_progress=lambda what, *_: status.update(what))
-        if verify and (problems := diagnosis.verify(running.http_url, opened, config, table)):
+        config = state.models.served_config(opened.target)
+        if verify and (problems := diagnosis.verify(running.http_url, opened, config, state.table)):
             raise ServerError(one_message("the server is ready, but not right", problems))
         listening = f"listening at {address}: http {ports.http}, grpc {ports.grpc}, metrics {ports.metrics}"
         loaded = f"adapters loaded at start: {', '.join(warm) or 'none yet'}"

@@ -149,6 +149,14 @@ def read_state(repository: Repository) -> State:
     return State(repository, paths.read_table(repository), Models(repository.root))
 
 
+def plan(repository: Repository, *, gpu_memory: int | None = None) -> CachePlan | None:
+    """The cache plan of a repository's adapters; None when the engine is not known or its cache is not in pages.
+
+    `gpu_memory` is what is free of each GPU's memory once the engine's weights are loaded, in bytes.
+    """
+    return read_state(repository).plan(gpu_memory=gpu_memory)
+
+
 # What may be deleted: this and what is half-written alone, by whatever command.
 
 

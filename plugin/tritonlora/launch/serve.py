@@ -1,0 +1,66 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""A tritonserver on a repository with a router: as its engine needs it, and with words for why it did not start."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tritonlora.check.checks import check
+from tritonlora.launch import diagnosis
+from tritonlora.launch.server import Server
+from tritonlora.launch.tritonserver import check_extra, find_tritonserver, server_command
+from tritonlora.machine import LOCAL, Ports
+from tritonlora.repository.paths import Repository
+from tritonlora.repository.state import read_state
+from tritonlora.targets import target_of
+
+
+def serve(
+    repository: Repository,
+    *,
+    ports: Ports | None = None,
+    address: str = LOCAL,
+    extra: Sequence[str] = (),
+    world_size: int | None = None,
+    on_log: Callable[[str], None] | None = None,
+) -> Server:
+    """The server of a repository. It runs while its `with` block does; call `wait_until_ready` inside.
+
+    `ports` default to free ones, and `address`, in numbers, to this machine only. `world_size`, the processes of the
+    engine, defaults to what the engine was built for. `extra` are further options of tritonserver. `on_log` gets each
+    line of its log, from a thread of its own. Raises ServerError when it cannot start. `wait_until_ready` raises it
+    when an adapter cannot be loaded, and names the adapter and a remedy.
+    """
+    settings = _settings(repository, extra, world_size)
+    table = read_state(repository).table
+
+    def explain(log: Sequence[str]) -> str | None:
+        # Triton 2.51 may crash before it says which warmup sample failed, and why.
+        return diagnosis.explain(log, table) or diagnosis.first_error(check(repository))
+
+    return Server(repository.root, ports=ports, address=address, on_log=on_log, explain=explain, **settings)
+
+
+def command_line(
+    repository: Repository, ports: Ports, *, address: str = LOCAL, extra: Sequence[str] = (), world_size: int | None
+) -> str:
+    """What `serve` would run, as a line for a shell. Raises as `serve` does."""
+    settings, found = _settings(repository, extra, world_size), find_tritonserver()
+    environment = [f"{key}={shlex.quote(value)}" for key, value in found.environment.items()]
+    command = server_command(found, repository.root, ports, address=address, **settings)
+    return " ".join([*environment, *map(shlex.quote, command)])
+
+
+def _settings(repository: Repository, extra: Sequence[str], world_size: int | None) -> dict[str, Any]:
+    """What the repository and its engine ask of tritonserver."""
+    check_extra(extra)
+    config = read_state(repository).models.served_config(repository.target)
+    diagnosis.refuse_cached_responses(repository)
+    return {
+        "complete_configs": target_of(config).COMPLETES_CONFIGS,
+        "extra": extra,
+        "world": diagnosis.world_of(repository, config, world_size),
+    }
