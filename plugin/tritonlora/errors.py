@@ -20,8 +20,9 @@ remedy.
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 
 from tritonlora.serving.errors import (
     AdapterTableError,
@@ -50,6 +51,7 @@ __all__ = [
     "InvalidRequest",
     "MissingExtra",
     "ModelConfigError",
+    "Problems",
     "RepositoryError",
     "RequestError",
     "ServerError",
@@ -59,6 +61,8 @@ __all__ = [
     "UnknownArchitecture",
     "UnsupportedAdapter",
     "bounded",
+    "collected",
+    "error_of",
     "layers_text",
     "merge_layers",
     "one_message",
@@ -107,6 +111,26 @@ class ServerError(TritonLoraError):
 
 class MissingExtra(TritonLoraError):
     """A command needs packages that only an extra of tritonlora installs."""
+
+
+Problems = Mapping[type[TritonLoraError], list[str]]
+"""What was found to be wrong, by the kind of error that each is; the gravest kind first."""
+
+
+def error_of(heading: str, problems: Problems) -> TritonLoraError:
+    """The gravest kind of error of which there are problems, with the problems of all kinds, a line each."""
+    kind = next(kind for kind, texts in problems.items() if texts)
+    return kind(one_message(heading, [text for texts in problems.values() for text in texts]))
+
+
+@contextlib.contextmanager
+def collected(problems: Problems) -> Iterator[None]:
+    """Keep an error of one of these kinds among the problems instead of letting it end the reading."""
+    try:
+        yield
+    except tuple(problems) as error:
+        texts = next(texts for kind, texts in problems.items() if isinstance(error, kind))
+        texts.append(str(error).replace("\n", "\n  "))
 
 
 def merge_layers(problems: Iterable[str]) -> list[str]:

@@ -11,7 +11,7 @@ interleaved by rank (`interleave_fused_lora_weights_for_tp` in TensorRT-LLM tens
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from tritonlora.architectures.layers import CONV1D, likely_families, why_none, w
 from tritonlora.architectures.lora_modules import BY_NAME, LoraModule
 from tritonlora.conversion.base_weights import base_weights
 from tritonlora.engine.profile import EngineProfile
-from tritonlora.errors import AdapterError, EngineMismatch, UnsupportedAdapter, layers_text, one_message
+from tritonlora.errors import EngineMismatch, Problems, UnsupportedAdapter, error_of, layers_text
 from tritonlora.peft.adapter import Adapter, AdapterModule
 from tritonlora.serving.dtypes import DTYPES, LORA_DTYPES
 
@@ -120,15 +120,16 @@ def plan_layout(
 
     Raises UnsupportedAdapter or EngineMismatch with every reason why the adapter cannot be converted.
     """
-    problems = _Problems()
+    problems: Problems = {UnsupportedAdapter: [], EngineMismatch: []}
+    by_layer: dict[str, list[int]] = {}  # the same text for many layers is one line
     if dtype not in LORA_DTYPES:
-        problems.engine.append(f"dtype is {dtype!r}, expected one of {', '.join(LORA_DTYPES)}")
+        problems[EngineMismatch].append(f"dtype is {dtype!r}, expected one of {', '.join(LORA_DTYPES)}")
     if profile is not None and not engine_reads:
-        problems.engine += [f"{problem}; {remedy}" for problem, remedy in profile.faults()]
+        problems[EngineMismatch] += [f"{problem}; {remedy}" for problem, remedy in profile.faults()]
     if profile is not None and profile.dtype != dtype:
-        problems.engine.append(f"dtype is {dtype!r}, but the engine takes only its own, {profile.dtype!r}")
+        problems[EngineMismatch].append(f"dtype is {dtype!r}, but the engine takes only its own, {profile.dtype!r}")
     if base is None and any(module.magnitude is not None for module in adapter.modules.values()):
-        problems.unsupported.append("DoRA needs the base model's weights; give them with --base CHECKPOINT")
+        problems[UnsupportedAdapter].append("DoRA needs the base model's weights; give them with --base CHECKPOINT")
     planned: list[tuple[Row, RowSource]] = []
     dims: dict[int, dict[str, tuple[int, int]]] = {}  # layer -> module -> (in, out)
     width = 0
@@ -142,55 +143,42 @@ def plan_layout(
     for module in adapter.modules.values():
         leaf = leaf_of[id(module.leaves)]
         if isinstance(leaf, str):
-            problems.by_layer.setdefault(leaf, []).append(module.layer)
+            by_layer.setdefault(leaf, []).append(module.layer)
             continue
-        for row, source, out_features in _rows_of(module, leaf, profile, problems):
+        for row, source, out_features in _rows_of(module, leaf, profile, by_layer):
             if profile is not None:
-                _check_row(row, module, out_features, profile, problems)
+                _check_row(row, module, out_features, profile, by_layer)
             planned.append((row, source))
             dims.setdefault(row.layer, {})[row.module.name] = (module.lora_A.shape[1], out_features)
             magnitude = out_features if row.dora else 0
             width = max(width, row.adapter_size * (module.lora_A.shape[1] + out_features) + magnitude)
     if not engine_reads:
-        problems.unsupported += _other_models(architectures, adapter.config.base_model_name_or_path or "")
+        problems[UnsupportedAdapter] += _other_models(architectures, adapter.config.base_model_name_or_path or "")
         for layer, of_layer in dims.items() if profile is None else ():
             for text in _disagreements(of_layer):
-                problems.by_layer.setdefault(text, []).append(layer)
+                by_layer.setdefault(text, []).append(layer)
     planned.sort(key=lambda item: (item[0].layer, item[0].module.id))
     for (row, first), (other, second) in pairwise(planned):
         if (row.layer, row.module) == (other.layer, other.module):
-            problems.unsupported.append(
+            problems[UnsupportedAdapter].append(
                 f"{first.path!r} and {second.path!r} are both {row.module.name} of layer {row.layer}"
             )
     nbytes = len(planned) * width * (DTYPES[dtype].itemsize if dtype in LORA_DTYPES else 1)
     if nbytes > _MAX_NBYTES:
-        problems.unsupported.append(
+        problems[UnsupportedAdapter].append(
             f"lora_weights takes {nbytes} bytes, {len(planned)} rows as wide as the widest; expected at most "
             f"{_MAX_NBYTES}"
         )
-    problems.raise_any(adapter, profile)
+    problems[EngineMismatch] += [f"{text} ({layers_text(layers)})" for text, layers in by_layer.items()]
+    into = f" for {profile.source!r}" if profile is not None else ""
+    if any(problems.values()):
+        raise error_of(f"cannot convert the adapter in {str(adapter.directory)!r}{into}", problems)
     rows, sources = tuple(row for row, _ in planned), tuple(source for _, source in planned)
     transposed = frozenset(path for path, module in adapter.modules.items() if conv1d[id(module.leaves)])
     layout = Layout(rows, width, dtype, sources, transposed)
     if base is not None and layout.config_shape[1] == 4:
         base_weights(adapter, layout.conv1d, base)
     return layout
-
-
-@dataclass(slots=True)
-class _Problems:
-    unsupported: list[str] = field(default_factory=list)
-    engine: list[str] = field(default_factory=list)
-    by_layer: dict[str, list[int]] = field(default_factory=dict)  # the same text for many layers is one line
-
-    def raise_any(self, adapter: Adapter, profile: EngineProfile | None) -> None:
-        engine = [*self.engine, *(f"{text} ({layers_text(layers)})" for text, layers in self.by_layer.items())]
-        if not self.unsupported and not engine:
-            return
-        kind: type[AdapterError] = UnsupportedAdapter if self.unsupported else EngineMismatch
-        into = f" for {profile.source!r}" if profile is not None else ""
-        heading = f"cannot convert the adapter in {str(adapter.directory)!r}{into}"
-        raise kind(one_message(heading, [*self.unsupported, *engine]))
 
 
 def _leaf_of(module: AdapterModule, families: frozenset[str], profile: EngineProfile | None) -> Leaf | str:
@@ -225,7 +213,7 @@ def _is_conv1d(module: AdapterModule, families: frozenset[str], adapter: Adapter
 
 
 def _rows_of(
-    module: AdapterModule, leaf: Leaf, profile: EngineProfile | None, problems: _Problems
+    module: AdapterModule, leaf: Leaf, profile: EngineProfile | None, by_layer: dict[str, list[int]]
 ) -> Iterator[tuple[Row, RowSource, int]]:
     """(row, source, outputs) for each row that `module` becomes."""
     out_features = module.lora_B.shape[0]
@@ -237,7 +225,7 @@ def _rows_of(
     tail = module.path.rpartition(".")[2]
     parts = _parts(leaf, out_features, profile)
     if isinstance(parts, str):
-        problems.by_layer.setdefault(f"{tail}: {parts}", []).append(module.layer)
+        by_layer.setdefault(f"{tail}: {parts}", []).append(module.layer)
         return
     if profile is not None and leaf.fused in profile.modules:
         shares = [parts[name] for name in leaf.fused_order]
@@ -245,7 +233,7 @@ def _rows_of(
         divisible = out_features // 2 if leaf.fused == "mlp_gate_up" else profile.num_kv_heads
         if divisible % profile.tp_size:
             text = f"{tail}: its parts do not divide by the engine's tp_size, {profile.tp_size}"
-            problems.by_layer.setdefault(text, []).append(module.layer)
+            by_layer.setdefault(text, []).append(module.layer)
             return
         pieces = tuple(piece.share(rank, profile.tp_size) for rank in range(profile.tp_size) for piece in shares)
         yield Row(BY_NAME[leaf.fused], module.layer, module.r, dora), RowSource(module.path, pieces), out_features
@@ -281,7 +269,9 @@ def _parts(leaf: Leaf, out_features: int, profile: EngineProfile | None) -> dict
     return parts
 
 
-def _check_row(row: Row, module: AdapterModule, out_features: int, profile: EngineProfile, problems: _Problems) -> None:
+def _check_row(
+    row: Row, module: AdapterModule, out_features: int, profile: EngineProfile, by_layer: dict[str, list[int]]
+) -> None:
     name, in_features = row.module.name, module.lora_A.shape[1]
     texts = []
     dims = profile.modules.get(name)
@@ -304,7 +294,7 @@ def _check_row(row: Row, module: AdapterModule, out_features: int, profile: Engi
     if row.layer >= profile.num_layers:
         texts.append(f"{name} is in a layer the engine does not have: it has {profile.num_layers}")
     for text in texts:
-        problems.by_layer.setdefault(text, []).append(row.layer)
+        by_layer.setdefault(text, []).append(row.layer)
 
 
 def _likely_cause(name: str, in_features: int, out_features: int, profile: EngineProfile) -> str:

@@ -80,6 +80,8 @@ def _duration(text: str) -> float:
     return number
 
 
+# A table of its own: protobuf's grammar (pbtxt.model_config) takes t and refuses TRUE, and the text models
+# (serving.text) take yes. One table for all would take in one place what is refused there.
 _BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 _CONVERT: dict[str, tuple[Callable[[str], Any], str]] = {
     "gpt_model_path": (Path, "a path"),

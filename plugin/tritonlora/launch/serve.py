@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from tritonlora.check.checks import check
+from tritonlora.errors import ServerError
 from tritonlora.launch import diagnosis
 from tritonlora.launch.server import Server
-from tritonlora.launch.tritonserver import check_extra, find_tritonserver, server_command
+from tritonlora.launch.tritonserver import Tritonserver, check_extra, find_tritonserver, server_command
 from tritonlora.machine import LOCAL, Ports
 from tritonlora.repository.paths import Repository
 from tritonlora.repository.state import read_state
@@ -47,8 +49,12 @@ def serve(
 def command_line(
     repository: Repository, ports: Ports, *, address: str = LOCAL, extra: Sequence[str] = (), world_size: int | None
 ) -> str:
-    """What `serve` would run, as a line for a shell. Raises as `serve` does."""
-    settings, found = _settings(repository, extra, world_size), find_tritonserver()
+    """What `serve` would run, as a line for a shell; where no tritonserver is installed, for a machine that has one."""
+    settings = _settings(repository, extra, world_size)
+    try:
+        found = find_tritonserver()
+    except ServerError:
+        found = Tritonserver(Path("tritonserver"))
     environment = [f"{key}={shlex.quote(value)}" for key, value in found.environment.items()]
     command = server_command(found, repository.root, ports, address=address, **settings)
     return " ".join([*environment, *map(shlex.quote, command)])

@@ -8,16 +8,15 @@ lists all of them. Matrices are never transposed: PEFT stores A as (r, in) and B
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tritonlora.architectures.families import Leaf
 from tritonlora.architectures.layers import locate, why_not
-from tritonlora.errors import AdapterError, InvalidAdapter, UnsupportedAdapter, merge_layers, one_message
+from tritonlora.errors import InvalidAdapter, Problems, UnsupportedAdapter, collected, error_of, merge_layers
 from tritonlora.peft.adapter_config import MERGE, AdapterConfig, Stated, parse_config
 from tritonlora.peft.checkpoint import file_inside, load_checkpoint, read_json_bytes
 from tritonlora.peft.stored_tensor import StoredTensor
@@ -62,76 +61,57 @@ def load_adapter(path: Path) -> Adapter:
     Either lists every problem.
     """
     directory = _adapter_directory(path)
-    problems = _Problems()
+    problems: Problems = {InvalidAdapter: [], UnsupportedAdapter: []}
     config: AdapterConfig | None = None
     tensors: Mapping[str, StoredTensor] = {}
-    with problems.collected():
+    with collected(problems):
         config = parse_config(read_json_bytes(file_inside(directory, "adapter_config.json")))
-    with problems.collected():
+    with collected(problems):
         tensors = load_checkpoint(directory, "adapter_model.safetensors", "adapter_model.bin")
     modules: dict[str, AdapterModule] = {}
     # The config's problems already name another peft_type: do not list each of its tensors, too.
-    if not problems or any(map(_lora_key, tensors)):
+    if not any(problems.values()) or any(map(_lora_key, tensors)):
         modules = _modules(tensors, config, problems)
-    if problems or config is None:
-        kind: type[AdapterError] = InvalidAdapter if problems.invalid else UnsupportedAdapter
-        found = merge_layers([*problems.invalid, *problems.unsupported])
-        raise kind(one_message(f"cannot use the adapter in {str(directory)!r}", found))
+    if config is None or any(problems.values()):
+        merged = {kind: merge_layers(texts) for kind, texts in problems.items()}
+        raise error_of(f"cannot use the adapter in {str(directory)!r}", merged)
     return Adapter(directory, config, modules)
 
 
-@dataclass(slots=True)
-class _Problems:
-    invalid: list[str] = field(default_factory=list)
-    unsupported: list[str] = field(default_factory=list)
-
-    def __bool__(self) -> bool:
-        return bool(self.invalid or self.unsupported)
-
-    @contextlib.contextmanager
-    def collected(self) -> Iterator[None]:
-        """Keep an error's text for later instead of letting it end the reading."""
-        try:
-            yield
-        except AdapterError as error:
-            kept = self.invalid if isinstance(error, InvalidAdapter) else self.unsupported
-            kept.append(str(error).replace("\n", "\n  "))
-
-
 def _modules(
-    tensors: Mapping[str, StoredTensor], config: AdapterConfig | None, problems: _Problems
+    tensors: Mapping[str, StoredTensor], config: AdapterConfig | None, problems: Problems
 ) -> dict[str, AdapterModule]:
     """Sort a PEFT state dict into modules. Without a config (a problem already) only look for more problems."""
     groups: dict[str, _Group] = {}
     for key in sorted(tensors):
         match = _lora_key(key)
         if match is None:
-            problems.unsupported.append(f"{key!r}: {_why_not_key(key)}")
+            problems[UnsupportedAdapter].append(f"{key!r}: {_why_not_key(key)}")
             continue
         path, matrix, name, magnitude_name = match.groups()
         group = groups.setdefault(path, _Group())
         group.names.add(name or magnitude_name or "")
         what = matrix or "magnitude"
         if what in group.tensors:
-            problems.invalid.append(f"{path!r} has more than one {what}, the second is {key!r}")
+            problems[InvalidAdapter].append(f"{path!r} has more than one {what}, the second is {key!r}")
         group.tensors[what] = tensors[key]
     names = {name for group in groups.values() for name in group.names}
     if len(names) > 1:
-        problems.invalid.append(
+        problems[InvalidAdapter].append(
             f"tensors of several adapters: {', '.join(map(repr, sorted(names)))}; save each on its own"
         )
     located = {path: place for path in groups if (place := locate(path))}
     stated: Mapping[str, Stated] = {}
     if config is not None:
-        with problems.collected():
+        with collected(problems):
             stated = config.stated(sorted(located))
     modules = {}
     for path, group in groups.items():
         if path not in located:
-            problems.unsupported.append(f"{path!r}: {why_not(path)}")
+            problems[UnsupportedAdapter].append(f"{path!r}: {why_not(path)}")
             continue
         found = _tensor_problems(path, group.tensors, config, stated.get(path))
-        problems.invalid += found
+        problems[InvalidAdapter] += found
         if config is not None and path in stated and not found:
             rank = group.tensors["A"].shape[0]
             layer, leaves = located[path]
@@ -144,9 +124,9 @@ def _modules(
                 scaling=config.scaling(rank, stated[path].alphas[0]),
                 magnitude=group.tensors.get("magnitude"),
             )
-    problems.invalid += _order_problems(modules, stated)
-    if not groups and not problems:
-        problems.invalid.append("there is no LoRA tensor in it; save the adapter again")
+    problems[InvalidAdapter] += _order_problems(modules, stated)
+    if not groups and not any(problems.values()):
+        problems[InvalidAdapter].append("there is no LoRA tensor in it; save the adapter again")
     return modules
 
 

@@ -8,14 +8,13 @@ Source: PEFT src/peft/tuners/lora/{config,layer}.py.
 
 from __future__ import annotations
 
-import json
 import math
 import sys
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from tritonlora import strict_json
 from tritonlora.errors import InvalidAdapter, UnsupportedAdapter, one_message
 from tritonlora.peft.patterns import matches, parse
 
@@ -66,15 +65,8 @@ def parse_config(text: bytes) -> AdapterConfig:
     Raises InvalidAdapter where it is broken, else UnsupportedAdapter; either names every field that is malformed or
     cannot be carried over.
     """
-    repeated: list[str] = []
-
-    def as_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        repeated.extend(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        return found
-
     try:
-        raw = json.loads(text.decode(), object_pairs_hook=as_dict, parse_int=_integer)
+        raw, repeated = strict_json.parse(text, parse_int=_integer)
     except (ValueError, RecursionError) as error:
         raise InvalidAdapter(f"adapter_config.json is not JSON; save the adapter again: {error}") from error
     if not isinstance(raw, dict):

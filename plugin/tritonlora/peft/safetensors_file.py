@@ -8,15 +8,14 @@ between tensors, or hide bytes. Loaders of trusted files check less.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import struct
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from tritonlora import strict_json
 from tritonlora.errors import InvalidAdapter, one_message
 from tritonlora.peft.stored_tensor import StoredFile, StoredTensor
 from tritonlora.serving.dtypes import BY_SAFETENSORS, Dtype
@@ -41,22 +40,13 @@ def parse_header(header: bytes, data_nbytes: int) -> dict[str, TensorEntry]:
     Raises InvalidAdapter with every problem: duplicate names, unknown dtypes, impossible shapes, tensors that overlap,
     leave a gap or lie outside the data.
     """
-    repeated: Counter[str] = Counter()
-
-    def as_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            repeated.update(name for name, _ in pairs)
-            repeated.subtract(found.keys())
-        return found
-
     try:
-        raw = json.loads(header.decode(), object_pairs_hook=as_dict)
+        raw, repeated = strict_json.parse(header)
     except (ValueError, RecursionError) as error:
         raise InvalidAdapter(f"the header is not JSON: {error}") from error
     if not isinstance(raw, dict):
         raise InvalidAdapter("the header is not a JSON object")
-    problems = [f"{name!r} occurs more than once" for name, more in repeated.items() if more]
+    problems = [f"{name!r} occurs more than once" for name in dict.fromkeys(repeated)]
     entries: dict[str, TensorEntry] = {}
     for name, value in raw.items():
         if name != "__metadata__":

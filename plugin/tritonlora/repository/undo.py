@@ -6,6 +6,9 @@ What was there before is kept in lora_router/1/originals, where tritonserver doe
 tritonlora changed, and written.json with the SHA-256 of what it wrote. Both are there before the file itself changes,
 so that a command may be stopped at any instant. A file that somebody has edited since is never written over.
 
+The record is of our own, since no library keeps one that a stopped command cannot spoil: git would need its program in
+every container, and would take a repository of the user's own for its own.
+
 The record may come from anybody who could write to the repository. So it is read like any input: a name that is not of
 a file inside a model, and a path that leads out of the repository, are refused.
 """
@@ -20,8 +23,8 @@ import shutil
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from tritonlora import strict_json
 from tritonlora.errors import RepositoryError, one_message
 from tritonlora.files import (
     TEMPORARY_SUFFIX,
@@ -163,23 +166,17 @@ def _read_digests(root: Path) -> Digests:
     """written.json; RepositoryError with everything in it that tritonlora never writes."""
     path = root / WRITTEN
     try:
-        document = json.loads(read_file(path, _MOST_NBYTES, follow=False), object_pairs_hook=_no_duplicates)
+        document, repeated = strict_json.parse(read_file(path, _MOST_NBYTES, follow=False))
     except OSError as error:
         raise RepositoryError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         problems = [f"it is not JSON: {error}"]
     else:
-        problems = list(_problems_of(document))
+        problems = ["a file stands in it twice"] if repeated else list(_problems_of(document))
     if problems:
         raise RepositoryError(one_message(f"{path} is not as tritonlora wrote it; put it back from a backup", problems))
     digests: Digests = document
     return digests
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(found := dict(pairs)) < len(pairs):
-        raise ValueError("a file stands in it twice")
-    return found
 
 
 def _problems_of(document: object) -> Iterator[str]:

@@ -30,6 +30,7 @@ _SHARED = {name for kind in TARGETS for name in kind.SHARED_INPUTS}
 TASK_IDS = {kind.WIRE.task_id for kind in TARGETS}
 _ADAPTER_FILE = re.compile(r"(?:lora_(?:id|name|path)_|adapter_(?:(?:model|config)_)?)([1-9][0-9]*)(?:\.bin)?")
 _LINE_END = re.compile(r"\A\r?\n")
+# The integer types that a shared input may have. DTYPES has an adapter's types, none of which but int32 is here.
 _STRUCT_CODES = {"TYPE_INT32": "i", "TYPE_UINT32": "I", "TYPE_INT64": "q", "TYPE_UINT64": "Q"}
 
 
