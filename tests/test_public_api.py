@@ -54,7 +54,7 @@ def test_no_other_name_is_there() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_public_name_is_in_an_example(name: str) -> None:
-    """tests/server/test_python_api.py runs the examples."""
+    """tests/docs runs the examples."""
     assert re.search(rf"\btritonlora\.{name}\b", PAGE.read_text())
 
 

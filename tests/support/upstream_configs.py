@@ -14,8 +14,8 @@ from typing import Any
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-from tritonlora.repository.init import shipped_models
 from tritonlora.pbtxt.text_format import parse
+from tritonlora.repository.init import shipped_models
 from tritonlora.repository.model_configs import set_parameters
 
 ROOT = Path(__file__).parent / "upstream"
