@@ -348,6 +348,12 @@ PLANTED: dict[str, tuple[Callable[[Repository], object], str, str]] = {
         "warning",
         "postprocessing/config.pbtxt: it has dynamic_batching: before 26.02, Triton never lets go of a stream",
     ),
+    "a stream's pieces come out of order": (
+        lambda opened: edit(opened.root / "postprocessing" / "config.pbtxt", "count: 1", "count: 4"),
+        "error",
+        "postprocessing/config.pbtxt: it has 4 instances, which run at the same time: the pieces of a stream of "
+        "ensemble come out of order",
+    ),
     "Triton keeps the responses of the resolver": (
         lambda opened: _resolve(opened, "instance_group", "response_cache { enable: true }\ninstance_group"),
         "error",
@@ -431,6 +437,7 @@ IN_WORDS = {
     "a Python backend of upstream's with bfloat16",
     "another model goes past the router",
     "Triton keeps what clients have left",
+    "a stream's pieces come out of order",
     "a checkout's repository was copied alone",
     "an add was killed before it wrote the table",
 }
@@ -528,6 +535,23 @@ def test_what_is_batched_behind_a_stream_is_found(opened: Repository, topology: 
     found = [one.where for one in checks.check(opened) if "it has dynamic_batching" in one.problem]
 
     assert (["last/config.pbtxt", "postprocessing/config.pbtxt"] if decoupled else []) == sorted(found)
+
+
+@pytest.mark.parametrize(("topology", "decoupled"), [("forward", True), ("resolve", True), ("forward", False)])
+def test_several_instances_behind_a_stream_are_found(opened: Repository, topology: str, decoupled: bool) -> None:
+    """Models before the stream may have several instances, and so may those that no stream comes to."""
+    several = BATCHED + " instance_group [ { count: 2 }, { count: 1 } ]"
+    for name, config in {"outer": OUTER, "between": 'backend: "python"', "last": several, "lonely": several}.items():
+        _model(opened.root, name, config)
+    for model in ("preprocessing", "postprocessing"):
+        edit(opened.root / model / "config.pbtxt", "count: 1", "count: 2")
+    if not decoupled:
+        set_decoupled(opened, False)
+    init.init(opened.root, topology=topology)
+    found = [(one.severity, one.where) for one in checks.check(opened) if "come out of order" in one.problem]
+
+    wrong = [("error", "last/config.pbtxt"), ("error", "postprocessing/config.pbtxt")]
+    assert (wrong if decoupled else []) == sorted(found)
 
 
 def test_an_altered_file_is_found_by_its_digest(opened: Repository) -> None:

@@ -22,6 +22,7 @@ from tritonlora.serving.response_cache import CACHED
 # Parameters that no model of upstream's loads without; where others are still a ${…}, it takes its defaults.
 _OF_THE_ENGINE = ("gpt_model_path",)
 _OF_THE_TEXT_MODELS = ("tokenizer_dir",)
+LETS_GO = "26.02"  # the first release whose ensembles let go of a stream that its client has left
 
 
 def placeholders(subject: Subject) -> Iterator[Finding]:
@@ -67,29 +68,55 @@ def models_past_the_router(subject: Subject) -> Iterator[Finding]:
 
 
 def left_streams(subject: Subject) -> Iterator[Finding]:
-    """A client that leaves a stream takes nothing along.
+    """Triton lets go of a stream whose client has left."""
+    yield from batched_streams(subject.configs, subject.repository.target)
+
+
+def batched_streams(configs: Mapping[str, ModelConfig], target: str) -> Iterator[Finding]:
+    """A warning for each model that has dynamic_batching and gets the responses of a stream.
 
     Triton's batcher refuses the steps of a client that has left; before 26.02 an ensemble with an error stops counting
     the steps that end (triton-inference-server/core, pull request 466): those of the engine, which is not done.
     """
-    if not subject.config.decoupled:
-        return
-    configs, streaming, batched = subject.configs, {subject.repository.target, ROUTER}, dict[str, str]()
+    for name, ensemble in after_streams(configs, target).items():
+        if configs[name].dynamic_batching:
+            yield warning(
+                f"{name}/config.pbtxt",
+                f"it has dynamic_batching: before {LETS_GO}, Triton never lets go of a stream of {ensemble} that its "
+                "client has left, nor of its memory, and takes all its time to stop",
+                f"take dynamic_batching out of it, unless your Triton is {LETS_GO} or later",
+            )
+
+
+def torn_streams(subject: Subject) -> Iterator[Finding]:
+    """The responses of a stream stay in order: one instance of each model takes all of them."""
+    for name, ensemble in after_streams(subject.configs, subject.repository.target).items():
+        count = subject.configs[name].instance_count
+        if isinstance(count, int) and count > 1:  # `placeholders` reports one that is not filled in
+            yield error(
+                f"{name}/config.pbtxt",
+                f"it has {count} instances, which run at the same time: the pieces of a stream of {ensemble} come out "
+                "of order",
+                f"set count to 1 in the instance_group of {name}/config.pbtxt",
+            )
+
+
+def after_streams(configs: Mapping[str, ModelConfig], target: str) -> dict[str, str]:
+    """The models that get a stream's responses one by one -> the ensemble in which they do.
+
+    There are none where the engine's model, `target`, is not decoupled: it does not stream.
+    """
+    if not configs[target].decoupled:
+        return {}
+    streaming, found = {target, ROUTER}, dict[str, str]()
     for _ in configs:  # an ensemble may be a step of another one
         streaming |= {name for name, config in configs.items() if _streamed(config.steps, streaming)}
     for ensemble, config in configs.items():
         tensors = _streamed(config.steps, streaming)
         for step in config.steps:
-            after = configs.get(step.model_name)
-            if after and after.dynamic_batching and not tensors.isdisjoint(step.input_map.values()):
-                batched.setdefault(step.model_name, ensemble)
-    for name, ensemble in batched.items():
-        yield warning(
-            f"{name}/config.pbtxt",
-            f"it has dynamic_batching: before 26.02, Triton never lets go of a stream of {ensemble} that its client "
-            "has left, nor of its memory, and takes all its time to stop",
-            "take dynamic_batching out of it, unless your Triton is 26.02 or later",
-        )
+            if step.model_name in configs and not tensors.isdisjoint(step.input_map.values()):
+                found.setdefault(step.model_name, ensemble)
+    return found
 
 
 def _streamed(steps: Sequence[Step], streaming: Collection[str]) -> set[str]:
