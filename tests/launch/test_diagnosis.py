@@ -264,3 +264,22 @@ def test_what_check_calls_an_error_comes_with_its_remedy() -> None:
 
     assert diagnosis.first_error([warning]) is None
     assert "adapter bard: it has a\n  remedy: convert it for this engine" == diagnosis.first_error([warning, *errors])
+
+
+@pytest.mark.parametrize(
+    ("version", "notes"),
+    [("2.51.0", 1), ("2.65.0", 1), ("2.66.0", 0), ("3.0.0", 0), ("2.100.1dev", 0), ("unheard of", 1), (None, 1)],
+)
+def test_what_a_version_does_wrong_is_said_of_that_version(tmp_path: Path, version: str | None, notes: int) -> None:
+    """And of one that is not known, which may be older."""
+    opened = synthetic_repository(tmp_path / "repo")
+    config = opened.root / "postprocessing" / "config.pbtxt"
+    config.write_text(config.read_text() + "dynamic_batching { }\n")
+    (opened.root / "broken").mkdir()
+    (opened.root / "broken" / "config.pbtxt").write_text('name: "')
+    found = diagnosis.version_notes(opened, read_config(opened.config_path), version)
+
+    assert [True] * notes == [
+        "postprocessing/config.pbtxt: it has dynamic_batching: before 26.02" in one for one in found
+    ]
+    assert all(version is None or version in one for one in found)

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -40,3 +41,13 @@ def launch() -> Iterator[Callable[..., Server]]:
         # Side by side, as stopping is mostly waiting; what is left after an error the stack stops.
         with ThreadPoolExecutor(max(1, len(servers))) as pool:
             list(pool.map(Server.stop, servers))
+
+
+@pytest.fixture
+def processes() -> Iterator[list[subprocess.Popen[str]]]:
+    """Processes to end, whatever the test did."""
+    started: list[subprocess.Popen[str]] = []
+    yield started
+    for process in started:
+        process.kill()
+        process.communicate()

@@ -10,9 +10,7 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,34 +20,16 @@ import tritonclient.grpc
 import tritonclient.utils
 
 from repositories import synthetic_repository
+from serving_process import TRITONLORA, start
 from tritonlora.launch import client
-from tritonlora.machine import SHARED_MEMORY, Ports, free_ports, ports_in_use
+from tritonlora.machine import SHARED_MEMORY, free_ports, ports_in_use
 from tritonlora.repository import add
-
-TRITONLORA = (sys.executable, "-m", "tritonlora")
-
-
-def start(repo: Path, ports: Ports, *extra: str) -> subprocess.Popen[str]:
-    """`tritonlora serve` in the background."""
-    options = ["--http-port", ports.http, "--grpc-port", ports.grpc, "--metrics-port", ports.metrics]
-    command = [*TRITONLORA, "serve", "--repo", str(repo), *map(str, options), *extra]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.fixture(scope="module")
 def repo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository with a warm and a cold adapter."""
     return synthetic_repository(tmp_path_factory.mktemp("serve") / "repo", warm=["pirate"], cold=["haiku"]).root
-
-
-@pytest.fixture
-def processes() -> Iterator[list[subprocess.Popen[str]]]:
-    """Processes to end, whatever the test did."""
-    started: list[subprocess.Popen[str]] = []
-    yield started
-    for process in started:
-        process.kill()
-        process.communicate()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -249,3 +229,28 @@ def test_serve_names_the_port_that_is_taken(repo: Path, processes: list[subproce
 
     assert (1, "") == (processes[0].returncode, out)
     assert f"error: in use already: port {ports.grpc}; choose others with --http-port and so on\n" == err
+
+
+@pytest.mark.parametrize("is_batched", [True, False])
+def test_serve_says_what_its_triton_does_wrong(
+    tmp_path: Path, processes: list[subprocess.Popen[str]], is_batched: bool
+) -> None:
+    """Once, with the server's own version: 2.51 keeps what clients have left, where streams meet dynamic_batching."""
+    root = synthetic_repository(tmp_path / "repo").root
+    config = root / "postprocessing" / "config.pbtxt"
+    if is_batched:
+        config.write_text(config.read_text() + "dynamic_batching { }\n")
+    processes.append(start(root, free_ports()))
+    assert processes[0].stdout is not None
+    assert "ready on" in processes[0].stdout.readline()
+    processes[0].terminate()
+    _, err = processes[0].communicate(timeout=60)
+
+    notes = re.findall("^note: .*$", err, re.MULTILINE)
+    assert [True] * is_batched == [
+        note.startswith(
+            "note: postprocessing/config.pbtxt: it has dynamic_batching: before 26.02, Triton never lets go"
+        )
+        and "this server is Triton 2.51.0; take dynamic_batching out of it" in note
+        for note in notes
+    ]

@@ -23,6 +23,7 @@ from tritonlora.serving.response_cache import CACHED
 _OF_THE_ENGINE = ("gpt_model_path",)
 _OF_THE_TEXT_MODELS = ("tokenizer_dir",)
 LETS_GO = "26.02"  # the first release whose ensembles let go of a stream that its client has left
+LETS_GO_VERSION = (2, 66)  # of the server in that release
 
 
 def placeholders(subject: Subject) -> Iterator[Finding]:

@@ -22,9 +22,9 @@ from tritonlora.cli.options import (
     some_path,
     text_of,
 )
-from tritonlora.cli.output import AsJson, print_json, stderr
+from tritonlora.cli.output import AsJson, print_json, print_note, stderr
 from tritonlora.errors import ServerError, one_message
-from tritonlora.launch import client, diagnosis, tritonserver
+from tritonlora.launch import client, diagnosis, supervision, tritonserver
 from tritonlora.launch import serve as serving
 from tritonlora.machine import Ports
 from tritonlora.repository.paths import open_repository
@@ -52,6 +52,10 @@ def serve(
     ] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="When ready, ask every warm adapter once, and one that nobody registered.")
+    ] = False,
+    keep_going: Annotated[
+        bool,
+        typer.Option("--keep-going", help="When a model's process dies, say so and keep the server; else end it."),
     ] = False,
     print_command: Annotated[
         bool, typer.Option("--print-command", help="Print what would be run; run nothing.")
@@ -82,6 +86,8 @@ def serve(
         with stderr.status("starting tritonserver") as status:
             running.wait_until_ready(timeout, on_progress=lambda what, *_: status.update(what))
         config = state.models.served_config(opened.target)
+        for note in diagnosis.version_notes(opened, config, running.version()):
+            print_note(note)
         if verify and (problems := diagnosis.verify(running.http_url, opened, config, state.table)):
             raise ServerError(one_message("the server is ready, but not right", problems))
         listening = f"listening at {address}: http {ports.http}, grpc {ports.grpc}, metrics {ports.metrics}"
@@ -91,7 +97,7 @@ def serve(
             sys.stdout.write("verified: each of them answers, and an unregistered lora_task_id is refused\n")
         sys.stdout.flush()
         try:
-            exit_status = running.wait()
+            exit_status = supervision.wait(running, keep_going=keep_going, say=print_note)
         except Interrupted as end:
             if end.args != (signal.SIGTERM,):
                 raise

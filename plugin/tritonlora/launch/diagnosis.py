@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 
 from tritonlora import extras
-from tritonlora.check.around import cached_responses
+from tritonlora.check.around import LETS_GO_VERSION, batched_streams, cached_responses
 from tritonlora.check.findings import Finding
 from tritonlora.errors import ServerError, TritonLoraError, one_message
 from tritonlora.launch import client
@@ -66,12 +66,27 @@ def refuse_cached_responses(repository: Repository) -> None:
 
     A config.pbtxt that cannot be read is none of them: Triton says what is wrong with it.
     """
+    configs = _readable_configs(repository)
+    if found := [f"{one.where}: {one.remedy}" for one in cached_responses(configs, repository.target)]:
+        raise ServerError(one_message(f"response_cache is on. {CACHED}", sorted(found)))
+
+
+def version_notes(repository: Repository, config: ModelConfig, version: str | None) -> list[str]:
+    """What a server of that version, such as "2.51.0", does wrong with the repository's models; None: unknown."""
+    numbers = re.match(r"(\d+)\.(\d+)", version or "")
+    if numbers and (int(numbers[1]), int(numbers[2])) >= LETS_GO_VERSION:
+        return []
+    configs = {**_readable_configs(repository), repository.target: config}
+    this = f"this server is Triton {version}; " if version else ""
+    return [f"{one.where}: {one.problem}; {this}{one.remedy}" for one in batched_streams(configs, repository.target)]
+
+
+def _readable_configs(repository: Repository) -> dict[str, ModelConfig]:
     configs = {}
     for path in repository.root.glob("*/config.pbtxt"):
         with contextlib.suppress(TritonLoraError):
             configs[path.parent.name] = read_config(path)
-    if found := [f"{one.where}: {one.remedy}" for one in cached_responses(configs, repository.target)]:
-        raise ServerError(one_message(f"response_cache is on. {CACHED}", sorted(found)))
+    return configs
 
 
 def explain(log: Sequence[str], table: AdapterTable) -> str | None:

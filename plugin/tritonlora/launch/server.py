@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import json
 import os
 import re
 import secrets
@@ -18,20 +19,26 @@ import signal
 import subprocess
 import threading
 import time
+import urllib.parse
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from tritonlora.errors import ServerError
 from tritonlora.interrupts import held
 from tritonlora.launch import tritonserver as installed
+from tritonlora.launch.stubs import READY, Stubs
 from tritonlora.launch.tritonserver import EXIT_TIMEOUT_SECONDS, World, find_tritonserver, server_command
 from tritonlora.machine import LOCAL, SHARED_MEMORY, Ports, free_ports, host_and_port
 
 LOG_LINES_KEPT = 400
 LOG_LINES_SHOWN = 50
 READY_POLL_SECONDS = 0.05
+STUBS_POLL_SECONDS = 1.0  # looking at the processes of a large machine takes some 10 ms
+ASK_TIMEOUT_SECONDS = 5.0
+LOAD_TIMEOUT_SECONDS = 60.0
 GRACE_SECONDS = 10  # beyond its timeout, for a server to unload its models before it is killed
 _ANY = {"0.0.0.0": LOCAL, "::": "::1"}  # noqa: S104  every interface -> where this machine reaches it
 # core, src/model_lifecycle.cc: "loading: lora_router:1", "successfully loaded 'lora_router'"
@@ -135,6 +142,7 @@ class Server:
             if process:
                 self.stop()
             raise
+        self.stubs = Stubs(process.pid, self.model_states)
         return self
 
     def __exit__(
@@ -194,6 +202,7 @@ class Server:
         `timeout` is in seconds. `on_progress` is called again and again meanwhile: (what the server is loading, and for
         how many seconds; models that are ready; models that it has begun to load).
         """
+        next_look = 0.0
         while not self._is_ready():
             models = self.models()
             loading = ", ".join(name for name, is_ready in models.items() if not is_ready) or "…"
@@ -202,19 +211,65 @@ class Server:
             on_progress(f"{time.monotonic() - self._started:.0f} s: {what}", ready, len(models))
             if self._process.poll() is not None:
                 raise self._failure(f"exited with status {self._process.returncode} before it was ready")
-            if time.monotonic() - self._started > timeout:
+            now = time.monotonic()
+            if now - self._started > timeout:
                 raise self._failure(f"was not ready within {timeout:.0f} s")
+            if now >= next_look:
+                self.stubs.note()
+                next_look = now + STUBS_POLL_SECONDS
             time.sleep(READY_POLL_SECONDS)
+        self.stubs.note()
 
     def _is_ready(self) -> bool:
-        connection = http.client.HTTPConnection(self._reached_at, self.ports.http, timeout=5)
+        return self._ask("GET", "/v2/health/ready") is not None
+
+    def version(self) -> str | None:
+        """The server's version, such as "2.51.0"; None where it does not say."""
+        answer = self._ask("GET", "/v2")
+        version = answer.get("version") if isinstance(answer, dict) else None
+        return version if isinstance(version, str) else None
+
+    def model_states(self) -> dict[str, str] | None:
+        """The state of each model, such as "READY" or "UNAVAILABLE"; None where the server does not say.
+
+        A model with several versions is READY when one of them is.
+        """
+        answer = self._ask("POST", "/v2/repository/index")
+        if not isinstance(answer, list):
+            return None
+        states: dict[str, str] = {}
+        for one in answer:
+            name, state = str(one.get("name")), str(one.get("state", "UNAVAILABLE"))
+            states[name] = READY if READY in (state, states.get(name)) else state
+        return states
+
+    def reload(self, model: str) -> bool:
+        """Unload a model and load it; whether the server did. It refuses unless in explicit model-control mode.
+
+        Loading alone keeps the instances of a model whose files are as they were, also those whose process has died.
+        Ensembles that lead to the model go and come with it.
+        """
+        path = f"/v2/repository/models/{urllib.parse.quote(model, safe='')}"
+        return all(
+            self._ask("POST", f"{path}/{verb}", timeout=LOAD_TIMEOUT_SECONDS) is not None for verb in ("unload", "load")
+        )
+
+    def _ask(self, method: str, path: str, *, timeout: float = ASK_TIMEOUT_SECONDS) -> Any:
+        """What the HTTP endpoint answers: JSON, or "" for anything else. None for another status than 200."""
+        connection = http.client.HTTPConnection(self._reached_at, self.ports.http, timeout=timeout)
         try:
-            connection.request("GET", "/v2/health/ready")
-            return connection.getresponse().status == http.client.OK
+            connection.request(method, path)
+            response = connection.getresponse()
+            body = response.read()
         except (OSError, http.client.HTTPException):
-            return False
+            return None
         finally:
             connection.close()
+        if response.status != http.client.OK:
+            return None
+        with contextlib.suppress(ValueError):
+            return json.loads(body)
+        return ""
 
     def _failure(self, what: str) -> ServerError:
         self.stop()
@@ -228,23 +283,28 @@ class Server:
         reason = self._explain(log)
         return ServerError(f"{message}\n{reason}" if reason else message)
 
-    def wait(self) -> int:
-        """Wait for the server to end by itself; its exit status."""
-        return self._process.wait()
+    def wait(self, timeout: float | None = None) -> int | None:
+        """Wait for the server to end by itself; its exit status, or None if it runs after `timeout` seconds."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self._process.wait(timeout)
+        return None
 
     def send_signal(self, number: int) -> None:
         """Pass a signal on to tritonserver."""
         self._process.send_signal(number)
 
-    def stop(self) -> None:
-        """End the server: in order, then by force. Safe to call twice."""
+    def stop(self, patience: float | None = None) -> None:
+        """End the server: in order, then by force. Safe to call twice.
+
+        It is killed after `patience` seconds; by default requests have `exit_timeout`, and models a little more.
+        """
         if self._stopped:  # its process group's id may be somebody else's by now
             return
         try:
             if self._process.poll() is None:
                 self._process.send_signal(signal.SIGTERM)
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    self._process.wait(self._patience)
+                    self._process.wait(self._patience if patience is None else patience)
         finally:
             # Python backend stubs share the server's process group, and outlive it when it was killed.
             with contextlib.suppress(ProcessLookupError):

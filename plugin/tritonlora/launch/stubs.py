@@ -1,0 +1,174 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""The stub processes of a server's Python-backend models, and which of them have died.
+
+The Python backend runs each instance of a model in a process of its own, a child of tritonserver. Triton 2.51 goes on
+saying that a model is ready when such a process is killed, and starts no other one.
+
+How a death differs from an end that Triton asked for:
+
+- Triton collects the exit status of a stub that it has ended itself, at once. A stub that was killed stays a zombie.
+- Newer Python backends also collect the status of a killed stub, when somebody asks whether its model is ready
+  (StubLauncher::StubActive, main branch of July 2026). Then the model is READY in the repository index, and no stub of
+  it is left.
+- Triton starts the new stubs of a model that is loaded again before it ends the old ones.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+_PROC = Path("/proc")
+_EXECUTABLE = "triton_python_backend_stub"
+# python_backend, src/stub_launcher.cc: the words of a stub's command line
+_MODEL_PY, _INSTANCE = 1, 8
+READY = "READY"
+
+
+@dataclass(frozen=True, slots=True)
+class Stub:
+    """One process of a Python-backend model."""
+
+    pid: int
+    version_directory: Path  # REPO/lora_router/1
+    instance: str  # lora_router_0_2
+
+    @property
+    def model(self) -> str:
+        """The name of the model."""
+        return self.version_directory.parent.name
+
+    def is_same_instance(self, other: Stub) -> bool:
+        """Whether both run, or ran, the same instance of the same version of a model."""
+        return (self.version_directory, self.instance) == (other.version_directory, other.instance)
+
+
+@dataclass(frozen=True, slots=True)
+class Death:
+    """A stub that ended though Triton did not end it."""
+
+    stub: Stub
+    how: str  # "was killed by SIGKILL"
+
+    def __str__(self) -> str:
+        """What happened, as a clause."""
+        return f"the process of model {self.stub.model!r} ({self.stub.instance}, pid {self.stub.pid}) {self.how}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Process:
+    """What /proc says of a process."""
+
+    parent: int
+    is_zombie: bool
+    wait_status: int  # of a zombie
+
+
+class Stubs:
+    """The stubs of one server, from look to look."""
+
+    def __init__(self, server_pid: int, states: Callable[[], Mapping[str, str] | None]) -> None:
+        """`states` asks the server for the state of each model; None where it does not say."""
+        self._server_pid = server_pid
+        self._states = states
+        self._seen: dict[int, Stub] = {}
+        self._suspects: set[int] = set()
+
+    def note(self) -> None:
+        """Remember the stubs that run now. A zombie no longer has the command line that names its model."""
+        self._note(_descendants(self._server_pid))
+
+    def runs(self, stub: Stub) -> bool:
+        """Whether some process runs the instance that `stub` ran."""
+        return any(one.is_same_instance(stub) for one in self._note(_descendants(self._server_pid)).values())
+
+    def deaths(self) -> list[Death]:
+        """The stubs that died since the last call. Each is told once.
+
+        A stub counts as dead when two calls in a row find it so: Triton needs a moment to collect one that it ended.
+        """
+        processes = _descendants(self._server_pid)
+        running = self._note(processes)
+        lost = [stub for pid, stub in self._seen.items() if pid not in running]
+        states = self._states() if lost else None
+        found = []
+        for stub in lost:
+            process = processes.get(stub.pid)
+            if _is_well(stub, running, states, is_zombie=process is not None):
+                self._forget(stub)
+            elif stub.pid not in self._suspects:
+                self._suspects.add(stub.pid)
+            elif process is not None or (states or {}).get(stub.model) == READY:
+                self._forget(stub)
+                found.append(Death(stub, _how(process)))
+        return found
+
+    def _note(self, processes: Mapping[int, _Process]) -> dict[int, Stub]:
+        found = (_stub(pid) for pid, one in processes.items() if not one.is_zombie)
+        running = {stub.pid: stub for stub in found if stub is not None}
+        self._seen |= running
+        return running
+
+    def _forget(self, stub: Stub) -> None:
+        del self._seen[stub.pid]
+        self._suspects.discard(stub.pid)
+
+
+def _is_well(stub: Stub, running: Mapping[int, Stub], states: Mapping[str, str] | None, *, is_zombie: bool) -> bool:
+    """Whether nobody waits for the lost `stub`: another one runs its instance, or its model was changed on purpose."""
+    if any(other.is_same_instance(stub) for other in running.values()):
+        return True
+    if states is not None and states.get(stub.model, "UNAVAILABLE") == "UNAVAILABLE":
+        return True
+    return not is_zombie and any(other.model == stub.model for other in running.values())  # it has fewer instances now
+
+
+def _how(process: _Process | None) -> str:
+    if process is None:
+        return "ended"
+    if os.WIFSIGNALED(process.wait_status):
+        number = os.WTERMSIG(process.wait_status)
+        name = signal.Signals(number).name if number in {*signal.Signals} else f"signal {number}"
+        return f"was killed by {name}" + (", perhaps for want of memory" if number == signal.SIGKILL else "")
+    return f"exited with status {os.WEXITSTATUS(process.wait_status)}"
+
+
+def _descendants(pid: int) -> dict[int, _Process]:
+    """The processes below `pid`: the stubs of tritonserver, or of those that mpirun has started."""
+    everybody = {int(path.name): _process(path) for path in _PROC.glob("[0-9]*")}
+    children: dict[int, list[int]] = {}
+    for one, process in everybody.items():
+        if process is not None:
+            children.setdefault(process.parent, []).append(one)
+    found: dict[int, _Process] = {}
+    queue = [pid]
+    while queue:
+        for child in children.get(queue.pop(), ()):
+            if (process := everybody[child]) is not None:
+                found[child] = process
+                queue.append(child)
+    return found
+
+
+def _process(directory: Path) -> _Process | None:
+    """What /proc/PID/stat says (proc_pid_stat(5)); None for a process that has ended meanwhile."""
+    try:
+        _, _, after_name = (directory / "stat").read_text(errors="replace").rpartition(")")
+    except OSError:
+        return None
+    fields = after_name.split()
+    return _Process(parent=int(fields[1]), is_zombie=fields[0] in "ZX", wait_status=int(fields[-1]))
+
+
+def _stub(pid: int) -> Stub | None:
+    try:
+        words = (_PROC / str(pid) / "cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return None
+    if len(words) <= _INSTANCE or Path(os.fsdecode(words[0])).name != _EXECUTABLE:
+        return None
+    return Stub(pid, Path(os.fsdecode(words[_MODEL_PY])).parent, os.fsdecode(words[_INSTANCE]))
