@@ -28,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import InvalidRequest, ModelConfigError, one_message
+from .text_streams import SequenceProgress, TextStreams
 from .tokenizer import REPLACEMENT, Tokenizer, byte_tokenizer, load_tokenizer
 
 Tensors = dict[str, npt.NDArray[Any]]
@@ -140,41 +141,100 @@ def preprocess(tokenizer: Tokenizer, options: TextOptions, inputs: Tensors) -> T
     return {name: tensor for name, tensor in outputs.items() if tensor is not None}
 
 
-def postprocess(tokenizer: Tokenizer, inputs: Tensors) -> Tensors:
+def postprocess(
+    tokenizer: Tokenizer, inputs: Tensors, streams: TextStreams | None = None, request_id: str = ""
+) -> Tensors:
     """OUTPUT [b, beams], UTF-8, from TOKENS_BATCH [b, beams, len], SEQUENCE_LENGTH [b, beams], PREVIOUS_TOKENS [b, n].
 
-    Without PREVIOUS_TOKENS the tokens are a whole answer. With it they are the next tokens of a stream, and no tokens
-    mean its end; negative ids in it are padding. InvalidRequest when the shapes do not agree.
+    With PREVIOUS_TOKENS the tokens are the next ones of a stream, and no tokens are its end; negative ids in it are
+    padding. Without it the tokens continue what `streams` remembers of the request, of the row BATCH_INDEX [1, 1] and
+    the sequence SEQUENCE_INDEX [1, 1]. If nothing is remembered, the tokens are a whole response.
+
+    InvalidRequest when a tensor is missing, or when the shapes do not agree.
     """
-    tokens, lengths, previous = inputs["TOKENS_BATCH"], inputs["SEQUENCE_LENGTH"], inputs.get("PREVIOUS_TOKENS")
-    problems = []
+    rows = _tokens_of(inputs)
+    previous = inputs.get("PREVIOUS_TOKENS")
+    if previous is not None:
+        if inputs["TOKENS_BATCH"].shape[1] != 1:
+            raise InvalidRequest(f"bad request: PREVIOUS_TOKENS goes with one beam, got {len(rows[0])}")
+        texts = [piece(tokenizer, before, ids) for before, (ids,) in zip(previous.tolist(), rows, strict=True)]
+    elif progress := _progress(streams, request_id, inputs, rows):
+        sequence, ends = progress
+        texts = [piece(tokenizer, sequence.context, rows[0][0], ends=ends)]
+        sequence.context = _context(tokenizer, [*sequence.context, *rows[0][0]])
+    else:
+        texts = [tokenizer.text(ids) for row in rows for ids in row]
+    output = np.empty(len(texts), np.object_)
+    output[:] = [text.encode() for text in texts]
+    return {"OUTPUT": output.reshape(inputs["SEQUENCE_LENGTH"].shape)}
+
+
+def begin(streams: TextStreams | None, request_id: str, inputs: Tensors) -> tuple[Tensors, bool]:
+    """Announce a request before the engine gets it: OUT_REQUEST_OUTPUT_LEN [b, 1], which is its REQUEST_OUTPUT_LEN.
+
+    STREAMING, BEAM_WIDTH and NUM_RETURN_SEQUENCES [b, 1] are the engine's inputs, where the client gave them. False
+    when the request's id is also that of another request, whose end was not seen.
+    """
+    lengths = inputs["REQUEST_OUTPUT_LEN"]
+    given = {name: inputs[name].max() for name in ("STREAMING", "BEAM_WIDTH", "NUM_RETURN_SEQUENCES") if name in inputs}
+    is_free = streams is None or streams.begin(
+        request_id,
+        lengths.reshape(-1).tolist(),
+        sequence_count=max(1, int(given.get("NUM_RETURN_SEQUENCES", 1))),
+        is_streamed=bool(given.get("STREAMING", False)),
+        has_beams=given.get("BEAM_WIDTH", 1) > 1,
+    )
+    return {"OUT_REQUEST_OUTPUT_LEN": lengths}, is_free
+
+
+def _tokens_of(inputs: Tensors) -> list[list[list[int]]]:
+    """The tokens of each row and beam, without their padding."""
+    if missing := [name for name in ("TOKENS_BATCH", "SEQUENCE_LENGTH") if name not in inputs]:
+        raise InvalidRequest(
+            f"bad request: no {' and no '.join(missing)}; lead the engine's output_ids and sequence_length to them"
+        )
+    tokens, lengths = inputs["TOKENS_BATCH"], inputs["SEQUENCE_LENGTH"]
+    width = tokens.shape[2]
     if lengths.shape != tokens.shape[:2]:
-        problems.append(f"SEQUENCE_LENGTH must have shape {list(tokens.shape[:2])}, got {_shape(lengths)}")
-    elif lengths.size and not 0 <= lengths.min() <= lengths.max() <= tokens.shape[2]:
-        problems.append(f"SEQUENCE_LENGTH must be from 0 to {tokens.shape[2]}, got {lengths.tolist()}")
-    if previous is not None and tokens.shape[1] != 1:
-        problems.append(f"PREVIOUS_TOKENS goes with one beam, got {tokens.shape[1]}")
-    if problems:
-        raise InvalidRequest(one_message("bad request", problems))
-
-    batch, beams = lengths.shape
-    output = np.empty((batch, beams), np.object_)
-    for row, beam in np.ndindex(batch, beams):
-        ids = tokens[row, beam, : lengths[row, beam]].tolist()
-        text = tokenizer.text(ids) if previous is None else piece(tokenizer, previous[row].tolist(), ids)
-        output[row, beam] = text.encode()
-    return {"OUTPUT": output}
+        raise InvalidRequest(
+            f"bad request: SEQUENCE_LENGTH must have shape {list(tokens.shape[:2])}, got {_shape(lengths)}"
+        )
+    rows = []
+    for row, row_lengths in zip(tokens.tolist(), lengths.tolist(), strict=True):
+        beams = []
+        for ids, length in zip(row, row_lengths, strict=True):
+            if not 0 <= length <= width:
+                raise InvalidRequest(f"bad request: SEQUENCE_LENGTH must be from 0 to {width}, got {lengths.tolist()}")
+            beams.append(ids if length == width else ids[:length])
+        rows.append(beams)
+    return rows
 
 
-def piece(tokenizer: Tokenizer, previous: Sequence[int], new: Sequence[int]) -> str:
-    """The text that `new` adds to a stream; `previous` are its last tokens before. No new tokens: the stream ends.
+def _progress(
+    streams: TextStreams | None, request_id: str, inputs: Tensors, rows: Sequence[Sequence[Sequence[int]]]
+) -> tuple[SequenceProgress, bool] | None:
+    if streams is None or not streams:
+        return None
+    row, index = (inputs[name].item() if name in inputs else None for name in ("BATCH_INDEX", "SEQUENCE_INDEX"))
+    return streams.advance(request_id, [[len(ids) for ids in beams] for beams in rows], row=row, index=index)
+
+
+def _context(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[int]:
+    """The last tokens with text: all that `piece` needs of those before a response."""
+    return [token for token in tokens if token in tokenizer.audible][-CONTEXT_TOKENS:]
+
+
+def piece(tokenizer: Tokenizer, previous: Sequence[int], new: Sequence[int], *, ends: bool = False) -> str:
+    """The text that `new` adds to a stream; `previous` are its last tokens before. Without new tokens the stream ends.
 
     The pieces of a stream, with its end, join to `tokenizer.text` of all its tokens, however they were cut.
     """
-    context = [token for token in previous if token in tokenizer.audible][-CONTEXT_TOKENS:]
-    sent = _without_unfinished(tokenizer.text(context))
+    context = _context(tokenizer, previous)
     text = tokenizer.text([*context, *new])
-    return (_without_unfinished(text) if new else text)[len(sent) :]
+    if context:
+        sent = _without_unfinished(tokenizer.text(context))
+        text = text[len(sent) :]
+    return text if ends or not new else _without_unfinished(text)
 
 
 def _without_unfinished(text: str) -> str:
