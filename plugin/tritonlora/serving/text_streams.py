@@ -104,7 +104,7 @@ class TextStreams:
         if sequence is None:
             sequence = stream.sequences[place] = SequenceProgress(stream.output_lengths[place[0]])
         fits = not stream.is_streamed or (
-            [1] == [len(beams) for beams in token_counts] and token_counts[0][0] <= sequence.tokens_left
+            [len(beams) for beams in token_counts] == [1] and token_counts[0][0] <= sequence.tokens_left
         )
         if sequence.has_ended or not fits:
             self._streams[request_id] = now
