@@ -268,6 +268,25 @@ def test_postprocess_decodes_each_beam_up_to_its_length() -> None:
     assert [[b"abc", b"de"]] == output["OUTPUT"].tolist()
 
 
+@every_tokenizer
+@settings(max_examples=50, deadline=None)
+@given(data=st.data())
+def test_postprocess_of_a_batch_is_that_of_each_row_and_beam(name: str, data: st.DataObject) -> None:
+    """The path of one row, one beam and few tokens is the path of all: each text is the tokenizer's own."""
+    tokenizer = TOKENIZERS[name]()
+    batch, beams, width = (data.draw(st.integers(1, 3)) for _ in range(3))
+    ids = st.integers(-1, tokenizer.vocab_size)
+    shape = (batch, beams)
+    tokens = np.array([data.draw(ids) for _ in range(batch * beams * width)], np.int32).reshape(*shape, width)
+    lengths = np.array([data.draw(st.integers(0, width)) for _ in range(batch * beams)], np.int32).reshape(shape)
+
+    output = postprocess(tokenizer, {"TOKENS_BATCH": tokens, "SEQUENCE_LENGTH": lengths})["OUTPUT"]
+
+    assert shape == output.shape
+    for place in np.ndindex(shape):
+        assert tokenizer.text(tokens[place][: lengths[place]].tolist()).encode() == output[place]
+
+
 def test_postprocess_streams_each_row_of_a_batch() -> None:
     """Previous tokens are padded with negative ids where rows have a different past."""
     inputs = {

@@ -144,8 +144,8 @@ def test_id_of_two_requests_is_ambiguous_until_it_is_quiet() -> None:
 def test_more_tokens_after_the_end_make_an_id_ambiguous() -> None:
     """A row that has ended has no more responses; whose they are is not known."""
     streams = TextStreams()
-    announce(streams, "a", [1, 3])
-    assert "a" == respond(streams, "a", b"a", BATCH_INDEX=0)
+    announce(streams, "a", [3, 3])
+    assert "" == respond(streams, "a", b"", BATCH_INDEX=0)
 
     assert "b" == respond(streams, "a", b"b", BATCH_INDEX=0)
     assert "\ufffd" == respond(streams, "a", EURO[:2], BATCH_INDEX=1)
@@ -158,6 +158,16 @@ def test_response_that_is_not_streamed_is_whole() -> None:
 
     assert "ok\ufffd" == respond(streams, "a", b"ok" + EURO[:2])
     assert announce(streams, "a", [3])
+
+
+def test_each_beam_of_a_response_that_is_not_streamed_is_whole() -> None:
+    """An announced request may have beams."""
+    streams = TextStreams()
+    announce(streams, "a", [1], STREAMING=False, BEAM_WIDTH=2)
+    inputs = {"TOKENS_BATCH": np.array([[[97], [98]]], np.int32), "SEQUENCE_LENGTH": np.ones((1, 2), np.int32)}
+
+    assert [[b"a", b"b"]] == postprocess(byte_tokenizer(), inputs, streams, "a")["OUTPUT"].tolist()
+    assert 0 == len(streams)
 
 
 @pytest.mark.parametrize("request_id", ["", "x" * (MAX_ID_LENGTH + 1)])
@@ -176,7 +186,7 @@ def test_streams_are_bounded_in_number() -> None:
     streams = TextStreams()
     announce(streams, "old", [9])
     announce(streams, "busy", [1 << 20])
-    for number in range(MAX_STREAMS - 1):
+    for number in range(MAX_STREAMS):
         respond(streams, "busy", b"x")
         announce(streams, str(number), [9])
 
@@ -186,14 +196,18 @@ def test_streams_are_bounded_in_number() -> None:
 
 
 def test_streams_are_bounded_in_time() -> None:
-    """One that nobody ended goes when another one begins."""
+    """One that nobody ended goes when another one begins; one that goes on stays."""
     clock = Clock()
     streams = TextStreams(clock)
-    announce(streams, "a", [9])
-    clock.now += QUIET_SECONDS + 1
-    announce(streams, "b", [9])
+    for name in ("quiet", "busy"):
+        announce(streams, name, [9])
+    clock.now += QUIET_SECONDS
+    respond(streams, "busy", EURO[:2])
+    clock.now += 1
+    announce(streams, "another", [9])
 
-    assert 1 == len(streams)
+    assert 2 == len(streams)
+    assert "€" == respond(streams, "busy", EURO[2:])
 
 
 @pytest.mark.parametrize("name", ["TOKENS_BATCH", "SEQUENCE_LENGTH"])

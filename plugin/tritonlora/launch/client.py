@@ -11,6 +11,7 @@ import http.client
 import json
 import re
 import urllib.parse
+import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -50,11 +51,13 @@ def generate(
     """Ask for text; yields the pieces of the response as the server sends them.
 
     `url` is HOST:PORT of the HTTP endpoint; `inputs` are further inputs of `model`, by name. An engine that is not
-    decoupled cannot stream: the whole text comes as one piece. Raises ServerError with the server's message, or if the
-    server cannot be reached. Closing the iterator cancels the request.
+    decoupled cannot stream: the whole text comes as one piece. Each request has an id of its own, unless `inputs` name
+    one as `id`: the server joins the pieces of a streamed character by it. Raises ServerError with the server's
+    message, or if the server cannot be reached. Closing the iterator cancels the request.
     """
     for stream in (True, False):
-        body = request_body(prompt, lora_name, max_tokens, {"stream": stream, **(inputs or {})})
+        own: dict[str, Any] = {"id": uuid.uuid4().hex, "stream": stream}
+        body = request_body(prompt, lora_name, max_tokens, {**own, **(inputs or {})})
         try:
             for event in _answers(url, model, body, timeout):
                 text = event.get("text_output", "")
