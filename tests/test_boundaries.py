@@ -24,7 +24,14 @@ LAYERS = (
 # Modules that import torch when they are imported. The others answer at once.
 WITH_TORCH = ("conversion/tensors.py", "conversion/dora.py", "cpu_engine/", "demo/gguf_checkpoint.py", "demo/train.py")
 # Modules of `serving` that translate between Triton and the rest, which is tested without Triton.
-TRANSLATES = ("router_model.py", "resolver_model.py", "listing_model.py", "text_models.py", "triton.py")
+TRANSLATES = (
+    "router_model.py",
+    "resolver_model.py",
+    "listing_model.py",
+    "own_requests.py",
+    "text_models.py",
+    "triton.py",
+)
 # Packages that compute: values in, values out. They read where a path is the input's meaning, and write nothing.
 CORE = ("pbtxt/", "architectures/", "peft/", "engine/", "conversion/layout.py")
 WRITES = {"write_text", "write_bytes", "unlink", "rename", "mkdir", "rmtree", "touch", "symlink_to"}
@@ -143,6 +150,8 @@ def test_the_command_line_imports_at_the_top_of_its_modules() -> None:
     assert {
         ("cli/options.py", "import torch"),
         ("cli/convert.py", "from tritonlora.conversion import convert as conversion"),
+        ("cli/bench.py", "from tritonlora.bench import convert as benchmark"),
+        ("cli/bench.py", "from tritonlora.bench import measured, route"),
     } == inside
 
 

@@ -201,6 +201,7 @@ def test_rewire_to_resolve_makes_exactly_the_intended_change(version: str) -> No
     resolver = wanted.ensemble_scheduling.step.add(model_name="lora_resolver", model_version=-1)
     required = engine.input_map["request_output_len"]
     resolver.input_map.update({"request_output_len": required, "lora_name": "lora_name"})
+    resolver.input_map.update({"input_lengths": engine.input_map["input_lengths"]})
     resolver.input_map.update({"lora_task_id": given} if given else {})
     for name in ("lora_task_id", "lora_weights", "lora_config"):
         resolver.output_map[name] = engine.input_map[name] = f"_{name.upper()}"

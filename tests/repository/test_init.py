@@ -311,7 +311,9 @@ def test_init_leads_the_ensemble_past_the_router_when_asked_to(tmp_path: Path, v
     assert engine.max_batch_size == resolver.max_batch_size
     assert types["request_output_len"] == resolver.input[0].data_type
     given = ("request_output_len", "lora_task_id", "lora_weights", "lora_config")
-    assert {name: types[name] for name in given} == {one.name: one.data_type for one in resolver.output}
+    outputs = {one.name: one.data_type for one in resolver.output}
+    assert outputs.pop("lora_state")
+    assert {name: types[name] for name in given} == outputs
     assert code_of("lora_resolver").keys() <= after.keys()
     assert [] == init.init(root)
 
@@ -387,13 +389,16 @@ def test_init_keeps_what_somebody_has_tuned_in_the_resolver(tmp_path: Path) -> N
     root = upstream_repository(tmp_path / "repo", "v0.18.0")
     init.init(root, topology="resolve")
     assert any("run tritonlora plan --apply" in note for note in init.notes(root))
-    for model, key, value in (("lora_resolver", "resend_seconds", "7"), ("lora_router", "cache_pages", "12")):
+    for model, key, value in (
+        ("lora_resolver", "cache_full_timeout_seconds", "7"),
+        ("lora_router", "cache_pages", "12"),
+    ):
         config = root / model / "config.pbtxt"
         config.write_text(with_parameter(config, key, value))
     init.init(root)
 
     parameters = parse_config((root / "lora_resolver" / "config.pbtxt").read_text()).parameters
-    assert ("7", "12") == (parameters["resend_seconds"], parameters["cache_pages"])
+    assert ("7", "12") == (parameters["cache_full_timeout_seconds"], parameters["cache_pages"])
     assert [] == [note for note in init.notes(root) if "cache" in note]
 
 

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import tritonclient.grpc as grpc
-from tritonclient.utils import InferenceServerException
 
 from asking import ENSEMBLE, Question, Refusal, ways
 from repositories import resolving, synthetic_adapter
@@ -125,8 +124,8 @@ def test_where_all_adapters_fit_those_of_the_start_go_by_id_alone(roomy: tuple[R
     assert {} == resolve(server)
 
 
-def test_an_adapter_that_the_engine_may_not_have_comes_with_its_weights(roomy: tuple[Repository, Server]) -> None:
-    """Bit for bit those of its files, until the engine must have it."""
+def test_an_adapter_that_the_engine_does_not_have_comes_with_its_weights(roomy: tuple[Repository, Server]) -> None:
+    """Bit for bit those of its files."""
     opened, server = roomy
     entry = read_table(opened).entries["cold5"]
     found = resolve(server, [b"cold5"])
@@ -135,21 +134,19 @@ def test_an_adapter_that_the_engine_may_not_have_comes_with_its_weights(roomy: t
     assert [1, *entry.lora_weights_shape] == shape
     assert (opened.root / entry.lora_weights_file).read_bytes() == weights
     assert (opened.root / entry.lora_config_file).read_bytes() == found["lora_config"][1]
-    with pytest.raises(InferenceServerException, match="takes in a batch of one; send the rows apart"):
-        resolve(server, [b"cold5", b"pirate"])
 
 
-def test_weights_are_those_of_their_adapter_however_they_take_turns(narrow: tuple[Repository, Server]) -> None:
-    """Each is put where the one before was."""
-    opened, server = narrow
-    entries = read_table(opened).entries
-    for name in COLD:  # more than fit: nothing is certain any more
-        resolve(server, [name.encode()])
-    for name in (*COLD, WARM[0], *COLD, *reversed(COLD)):
-        shape, weights = resolve(server, [name.encode()])["lora_weights"]
+def test_a_batch_is_loaded_before_it_goes_on(roomy: tuple[Repository, Server]) -> None:
+    """The engine takes weights in a batch of one, so these go by id; and then it has them."""
+    opened, server = roomy
+    table, names = read_table(opened), ("cold3", "cold4")
+    found = resolve(server, [name.encode() for name in names])
+    ids = [table.entries[name].lora_task_id for name in names]
 
-        assert [1, *entries[name].lora_weights_shape] == shape
-        assert (opened.root / entries[name].lora_weights_file).read_bytes() == weights
+    assert {"lora_task_id": ([2, 1], np.array(ids, np.uint64).tobytes())} == found
+    for name in names:
+        assert {"lora_task_id"} == resolve(server, [name.encode()]).keys()
+        assert expected(table, name) == ask(server, name)
 
 
 @pytest.mark.parametrize("name", ["lora_weights", "sampling_parameters"])

@@ -18,7 +18,7 @@ from tritonlora.machine import SHARED_MEMORY
 from tritonlora.repository import init
 from tritonlora.repository.paths import Repository, read_table
 from tritonlora.repository.undo import OURS
-from tritonlora.serving import residency
+from tritonlora.serving import residency, server_process
 from tritonlora.serving.residency import open_residency
 
 OTHERS = ("tensorrt_llm", "preprocessing", "postprocessing")
@@ -43,7 +43,7 @@ def server(opened: Repository, launch: Callable[..., Server]) -> Server:
 def shared(server: Server) -> Iterator[Path]:
     """Where the models will share what they learn; the name can be guessed from outside once the server runs."""
     namespace = Path("/proc/self/ns/pid").stat().st_ino
-    name = f"{residency.PREFIX}{namespace}-{residency.start_ticks(server.pid)}-{server.pid}-lora_router"
+    name = f"{residency.PREFIX}{namespace}-{server_process.start_ticks(server.pid)}-{server.pid}-lora_router"
     path = SHARED_MEMORY / name
     yield path
     if path.is_symlink():

@@ -137,12 +137,16 @@ def test_text_model_keeps_its_tracebacks_to_the_log(monkeypatch: pytest.MonkeyPa
         "postprocessing": {"TOKENS_BATCH": np.array([[[97]]], np.int32), "SEQUENCE_LENGTH": one},
     }
 
-    broken, answered = model.execute([Client().request(), Client().request(**inputs[name])])
+    wrong: dict[str, dict[str, Any]] = {
+        "preprocessing": {},
+        "postprocessing": {"TOKENS_BATCH": one[None], "SEQUENCE_LENGTH": np.array([["a"]], np.object_)},
+    }
+    broken, answered = model.execute([Client().request(**wrong[name]), Client().request(**inputs[name])])
 
     assert "text failed on this request; the server's log says why" == broken.error().message()
     assert TritonError.INTERNAL == broken.error().code()
     assert not answered.has_error()
-    assert "KeyError" in fake_pb_utils.LOG[-1][1]
+    assert "Traceback" in fake_pb_utils.LOG[-1][1]
 
 
 def test_an_error_of_the_engine_in_mid_stream_ends_it_apart(monkeypatch: pytest.MonkeyPatch) -> None:

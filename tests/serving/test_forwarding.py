@@ -21,7 +21,8 @@ import pytest
 
 from table import TABLE, entry
 from tritonlora.errors import AdapterUnavailable, ClientLeft
-from tritonlora.serving.forwarding import Forwarder, Meaning, is_unavailable, meaning_of, public
+from tritonlora.serving.engine_errors import Meaning, is_unavailable, meaning_of, public
+from tritonlora.serving.forwarding import Forwarder
 from tritonlora.serving.residency import open_residency
 from tritonlora.serving.routing import Route, content_of
 

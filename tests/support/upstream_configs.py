@@ -59,14 +59,12 @@ def step_of(ensemble: Any, name: str) -> Any:
 
 
 def as_rewired_before(text: str) -> str:
-    """What rewire_to_resolve has given, as it was when the resolver got input_lengths, and gave nothing of the kind."""
-    steps = [step_of(protobuf(text), model) for model in ("lora_resolver", "tensorrt_llm")]
-    required, lengths = steps[0].input_map["request_output_len"], steps[1].input_map["input_lengths"]
+    """What rewire_to_resolve has given, as it was when the resolver got input_lengths alone, and gave no length."""
+    required = step_of(protobuf(text), "lora_resolver").input_map["request_output_len"]
     mapped = '{}_map: {{\n        key: "request_output_len"\n        value: "{}"\n      }}\n      '
     given, asked = mapped.format("output", "_RESOLVED_OUTPUT_LEN"), mapped.format("input", required)
     assert [1, 1] == [text.count(given), text.count(asked)]
-    before = asked.replace("request_output_len", "input_lengths").replace(required, lengths)
-    return text.replace(given, "").replace(asked, before).replace("_RESOLVED_OUTPUT_LEN", required)
+    return text.replace(given, "").replace(asked, "").replace("_RESOLVED_OUTPUT_LEN", required)
 
 
 def upstream_repository(

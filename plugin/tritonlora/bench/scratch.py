@@ -86,6 +86,7 @@ input [
   { name: "input_ids" data_type: TYPE_INT32 dims: [ -1 ] },
   { name: "input_lengths" data_type: TYPE_INT32 dims: [ 1 ] },
   { name: "request_output_len" data_type: TYPE_INT32 dims: [ 1 ] },
+  { name: "end_id" data_type: TYPE_INT32 dims: [ 1 ] optional: true },
   { name: "streaming" data_type: TYPE_BOOL dims: [ 1 ] optional: true }
 ]
 output [
@@ -100,6 +101,7 @@ ensemble_scheduling {
       input_map { key: "input_ids" value: "input_ids" }
       input_map { key: "input_lengths" value: "input_lengths" }
       input_map { key: "request_output_len" value: "request_output_len" }
+      input_map { key: "end_id" value: "end_id" }
       input_map { key: "streaming" value: "streaming" }
       output_map { key: "output_ids" value: "output_ids" }
       output_map { key: "sequence_length" value: "sequence_length" }

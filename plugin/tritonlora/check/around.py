@@ -13,7 +13,7 @@ from tritonlora.check.findings import Finding, Subject, error, warning
 from tritonlora.machine import SHARED_MEMORY, ports_in_use
 from tritonlora.pbtxt.model_config import ModelConfig, Step, Unfilled, has_template
 from tritonlora.repository import init
-from tritonlora.repository.model_configs import REQUIRED
+from tritonlora.repository.model_configs import OWN_OUTPUT, REQUIRED
 from tritonlora.repository.paths import COPY_AGAIN, LISTING, RESOLVER, ROUTER, dead_links
 from tritonlora.repository.undo import OURS
 from tritonlora.serving.file_version import has_content
@@ -161,6 +161,8 @@ def resolver(subject: Subject) -> Iterator[Finding]:
                 f"tritonlora init {shlex.quote(str(root))}",
             )
     for spec in subject.configs[RESOLVER].outputs if RESOLVER in subject.configs else ():
+        if spec.name == OWN_OUTPUT:
+            continue
         declared = subject.config.input(spec.name)
         if declared is None or declared.data_type != spec.data_type:
             yield error(

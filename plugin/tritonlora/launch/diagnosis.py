@@ -21,7 +21,7 @@ from tritonlora.pbtxt.model_config import ModelConfig
 from tritonlora.repository.paths import ROUTER, Repository, engine_profile, read_config
 from tritonlora.repository.warmup import task_id_of_sample
 from tritonlora.serving.adapter_table import MAX_TASK_ID, AdapterTable
-from tritonlora.serving.forwarding import Meaning, meaning_of
+from tritonlora.serving.engine_errors import Meaning, meaning_of
 from tritonlora.serving.response_cache import CACHED
 from tritonlora.targets import target_of
 

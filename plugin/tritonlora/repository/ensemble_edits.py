@@ -14,7 +14,7 @@ from tritonlora.errors import ConfigError
 from tritonlora.pbtxt.edits import append_value, quote, remove_value, replace_value
 from tritonlora.pbtxt.model_config import DATA_TYPES
 from tritonlora.pbtxt.text_format import Document, Message, error_at
-from tritonlora.repository.model_configs import FORMERLY_THERE, REQUIRED
+from tritonlora.repository.model_configs import INPUT_LENGTHS, REQUIRED
 from tritonlora.repository.paths import DEFAULT_TARGET, RESOLVER, ROUTER
 from tritonlora.serving.wire import WIRES
 
@@ -72,6 +72,8 @@ def rewire_to_resolve(document: Document, *, target: str = DEFAULT_TARGET) -> Do
     if required is None:
         raise ConfigError(f"the ensemble gives the step for {target!r} no {REQUIRED}; rewire this ensemble by hand")
     inputs = {REQUIRED: required, "lora_name": "lora_name"}
+    if INPUT_LENGTHS in given:
+        inputs[INPUT_LENGTHS] = given[INPUT_LENGTHS]
     task_id = given.get("lora_task_id", RESOLVED["lora_task_id"])
     if task_id != RESOLVED["lora_task_id"]:
         inputs["lora_task_id"] = task_id
@@ -82,7 +84,6 @@ def rewire_to_resolve(document: Document, *, target: str = DEFAULT_TARGET) -> Do
     for key, tensor in inputs.items():
         document = _connect(document, RESOLVER, "input_map", key, tensor)
     document = _disconnect(document, target, "lora_name")
-    document = _disconnect(document, RESOLVER, FORMERLY_THERE)
     for key, tensor in RESOLVED.items():
         document = _connect(document, RESOLVER, "output_map", key, tensor)
         document = _reconnect(document, target, key, tensor)

@@ -170,10 +170,14 @@ def _topology_of(models: Models) -> str:
 def _resolver_config(models: Models, target: str, engine_config: ModelConfig, router: ModelConfig | None) -> str:
     """The resolver's config.pbtxt, with what somebody has tuned in it, and what the router knows of the cache."""
     tuned = models.present(RESOLVER)
-    instances = {"instances": tuned.instance_count} if tuned and isinstance(tuned.instance_count, int) else {}
-    text = model_configs.resolver_config(engine_config, name=RESOLVER, target_name=target, router=ROUTER, **instances)
+    text = model_configs.resolver_config(engine_config, name=RESOLVER, target_name=target, router=ROUTER)
     known = {"cache_pages": router.parameters.get("cache_pages", "0")} if router else {}
-    return _with_parameters(text, _tuned_parameters(tuned) | known)
+    made = parse_config(text).parameters
+    kept = {key: value for key, value in _tuned_parameters(tuned).items() if key in _RESOLVER_TUNABLE & made.keys()}
+    return _with_parameters(text, kept | known)
+
+
+_RESOLVER_TUNABLE = {"cache_full_timeout_seconds", "load_timeout_seconds"}
 
 
 def _with_parameters(text: str, parameters: Mapping[str, str]) -> str:

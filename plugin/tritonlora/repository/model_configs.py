@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
@@ -18,7 +19,8 @@ from tritonlora.targets import Target, target_of
 
 # An input that the engine refuses to be without; Triton counts required inputs, and does not look which ones are there.
 REQUIRED = "request_output_len"
-FORMERLY_THERE = "input_lengths"  # what ensembles gave the resolver in its place
+OWN_OUTPUT = "lora_state"  # of the resolver, which the engine does not take
+INPUT_LENGTHS = "input_lengths"  # which tells how long the engine takes for the prompt
 
 # --- The router and the resolver -------------------------------------------------------------------------------------
 
@@ -53,7 +55,7 @@ _RESOLVER = """\
 name: {name}
 backend: "python"
 max_batch_size: {max_batch_size}
-# An ensemble gives {required}, or as before {formerly_there}: a step of which no input is there fails.
+# Both tell how long the request may use its adapter. A step of which no input is there fails.
 input [
 {inputs}
 ]
@@ -62,10 +64,10 @@ input [
 output [
 {outputs}
 ]
-# One sees all requests. Of several, none knows what the others have sent: more weights travel.
+# One: it alone knows what the engine holds, and answers any number of requests at a time.
 instance_group [
   {{
-    count: {instances}
+    count: 1
     kind: KIND_CPU
   }}
 ]
@@ -133,7 +135,6 @@ def resolver_config(
     name: str = "lora_resolver",
     target_name: str = "tensorrt_llm",
     router: str = "lora_router",
-    instances: int = 1,
 ) -> str:
     """The complete config.pbtxt of the Python-backend resolver for `target`, which reads the table of `router`.
 
@@ -147,30 +148,42 @@ def resolver_config(
         raise ConfigError(
             f"{target_name!r} needs a max_batch_size above 0, and the input {REQUIRED}, which must not be optional"
         )
-    inputs = [declared[name] for name in (REQUIRED, FORMERLY_THERE) if name in declared]
+    inputs = [declared[name] for name in (REQUIRED, INPUT_LENGTHS) if name in declared]
     inputs += [TensorSpec("lora_name", "TYPE_STRING", (1,)), declared[kind.WIRE.task_id]]
+    inputs.append(TensorSpec("lora_control", "TYPE_STRING", (1,)))
     outputs = [
         # Adapters with DoRA have a column more.
         replace(declared[name], dims=(-1, -1) if name == "lora_config" else declared[name].dims)
         for name in (REQUIRED, *kind.WIRE.inputs)
     ]
+    outputs.append(TensorSpec(OWN_OUTPUT, "TYPE_STRING", (1,)))
     parameters = {
         "router": router,
-        "resend_seconds": "10",
-        "longest_request_seconds": "60",
+        "target": target_name,
+        "target_is_decoupled": "true" if target.decoupled else "false",
+        "engine_request": _sample(target, kind),
+        "cache_full_timeout_seconds": "30",
+        "load_timeout_seconds": "120",
         "cache_pages": "0",  # of the engine's LoRA cache, set by `tritonlora plan --apply`; 0: not known
+        "FORCE_CPU_ONLY_INPUT_TENSORS": "yes",
     }
     return _RESOLVER.format(
         target=quote(target_name),
         name=quote(name),
         required=REQUIRED,
-        formerly_there=FORMERLY_THERE,
         max_batch_size=target.max_batch_size,
-        instances=instances,
         inputs=",\n".join(_tensor(replace(spec, optional=True)) for spec in inputs),
         outputs=",\n".join(_tensor(replace(spec, optional=False, allow_ragged_batch=False)) for spec in outputs),
         parameters=_parameters(parameters),
     )
+
+
+def _sample(target: ModelConfig, kind: Target) -> str:
+    """The inputs that all warmup samples share, as JSON: name -> [data type, elements]; streamed where it can be."""
+    values = {name: list(shared.value) for name, shared in kind.SHARED_INPUTS.items()} | {"streaming": [True]}
+    declared = {spec.name: spec.data_type for spec in target.inputs}
+    wanted = values.keys() & declared.keys() - (set() if target.decoupled else {"streaming"})
+    return json.dumps({name: [declared[name], values[name]] for name in values if name in wanted})
 
 
 def _require_complete(target: ModelConfig, name: str) -> None:

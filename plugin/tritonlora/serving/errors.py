@@ -11,6 +11,7 @@
     - UnknownAdapter          NOT_FOUND
     - AdapterUnavailable      UNAVAILABLE
     - EngineSilent            UNAVAILABLE
+    - ServerStopping          UNAVAILABLE
     - ClientLeft              CANCELLED
 """
 
@@ -66,6 +67,15 @@ class EngineSilent(RequestError):
     """The engine's model does not answer, or does not go on."""
 
     code = "UNAVAILABLE"
+
+
+class ServerStopping(RequestError):
+    """The model is being unloaded."""
+
+    code = "UNAVAILABLE"
+
+    def __init__(self) -> None:
+        super().__init__("the server is being stopped")
 
 
 class ClientLeft(RequestError):

@@ -47,6 +47,7 @@ from typing import IO
 from .adapter_table import AdapterTable
 from .errors import SharedMemoryError
 from .routing import warmed, warmed_contents
+from .server_process import start_ticks
 
 PREFIX = "tritonlora-"
 _OURS = re.compile(PREFIX + r"\d+-\d+-.+")  # as `shared_directory` names them: others may begin in the same way
@@ -73,11 +74,6 @@ def shared_directory(router: str) -> Path:
     server = os.getppid()
     namespace = Path("/proc/self/ns/pid").stat().st_ino
     return Path("/dev/shm", f"{PREFIX}{namespace}-{start_ticks(server)}-{server}-{router}")  # noqa: S108
-
-
-def start_ticks(pid: int) -> int:
-    """When a process was started, in clock ticks since the machine was (proc_pid_stat(5), field 22)."""
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
 
 
 def take_part(router: str, table: AdapterTable, cache_pages: int | None = None) -> Residency:
@@ -257,6 +253,7 @@ class Residency:
 
     def accepted(self, task_id: int, pages: int) -> None:
         """The engine answered a request for the adapter, which takes that many pages, and holds it until `ended`."""
+        self._touch(time.monotonic_ns())  # the resolver looks, which then counts on nothing
         with contextlib.suppress(OSError):
             self._used = os.open(str(task_id), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600, dir_fd=self._held)
             fcntl.flock(self._used, fcntl.LOCK_SH | fcntl.LOCK_NB)  # nobody holds another for longer than a moment
@@ -319,6 +316,9 @@ class Residency:
         if used is not None:
             os.utime(used, ns=(self._used_since, now))
             os.close(used)
+        self._touch(now)
+
+    def _touch(self, now: int) -> None:
         with contextlib.suppress(OSError):
             os.utime("ended", ns=(now, now), dir_fd=self.descriptor, follow_symlinks=False)
 
@@ -385,6 +385,11 @@ class Residency:
         if first is None:
             return False
         return not self.holds(task_id) or time.monotonic_ns() - _arrival(first) > OVERTAKING_SECONDS * 1e9
+
+    def was_used_lately(self, seconds: float) -> bool:
+        """Whether a request of the router's was accepted, or ended, in so many seconds."""
+        last = self.last_end()
+        return bool(last) and time.monotonic() - last / 1e9 < seconds
 
     def first_in_line(self) -> str | None:
         """The file of the request that came first."""

@@ -1,32 +1,35 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""The resolver: says which lora_task_id a request means, and gives the adapter's weights where the engine may not have
-them. A step of an ensemble, before the engine's model, so that tokens never pass through Python.
+"""The resolver: says which lora_task_id a request means, once the engine has the adapter. A step of an ensemble, before
+the engine's model, so that tokens never pass through Python.
 
-This module translates between Triton and `routing` and `residency_estimate`, which decide.
+This module translates between Triton and `routing`, `admission` and `dispatcher`, which decide. `execute` waits for
+nothing: each request is answered when it may go on.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import os
+import threading
 import time
 import traceback
 from pathlib import Path
 
-import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from .adapter_tensors import DIGESTS, AdapterFiles
+from .adapter_tensors import DIGESTS, AdapterFiles, check_files
+from .admission import PROMPT_TOKENS_A_STEP, Admission, Ticket
 from .counters import BASE, STATISTICS, Statistics
-from .errors import InvalidRequest, RequestError
+from .dispatcher import Dispatcher
+from .engine_cache import EngineCache
+from .errors import RequestError
+from .own_requests import Guard, OwnRequests, new_kept_weights, task_id_tensor
 from .parameters import check_parameters, parameters_of
 from .residency import open_inside, take_part
-from .residency_estimate import ResidencyEstimate, started_at, warmed_at_start
 from .response_cache import check_config
-from .reused_tensor import KeptWeights
 from .routing import Route, check_id, resolve_rows
+from .server_process import STARTING_SECONDS, is_starting, started_at, warmed_at_start
 from .table_file import TableFile
 from .triton import failure, inputs_of, parameters_in, values_of
 from .wire import ENGINE_MODEL
@@ -34,10 +37,17 @@ from .wire import ENGINE_MODEL
 # An input that the engine refuses to be without, and that it gets from here: an empty response, which Triton's response
 # cache makes of an error, cannot mean the base model.
 REQUIRED = "request_output_len"
+CONTROL = "lora_control"
+INPUT_LENGTHS = "input_lengths"
+LONGEST_OUTPUT = 4096  # tokens, where a request does not say
+# The router loads adapters into the same engine. For so long after its last request nothing is certain here.
+ROUTER_SECONDS = 60.0
+FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+FAILED = "the resolver failed on this request; the server's log says why"
 
 
 class TritonPythonModel:
-    """One instance of the resolver."""
+    """The one instance of the resolver."""
 
     def initialize(self, args: dict[str, str]) -> None:
         """Read the router's adapter table; the model does not load when there is no good one."""
@@ -46,94 +56,161 @@ class TritonPythonModel:
         parameters = parameters_in(config)
         repository = Path(args["model_repository"]).parent
         self._batching = config["max_batch_size"] > 0
+        self._patience = float(parameters["cache_full_timeout_seconds"])
         path = repository / parameters["router"] / "adapters.json"
         table = TableFile(path, lambda _: None).table()  # what is wrong is said below, once
         self._residency = take_part(parameters["router"], table)
         shared = self._residency.descriptor
+        self._counting = threading.Lock()
         self._statistics = Statistics(open_inside(shared, STATISTICS))
         self._files = AdapterFiles(repository, open_inside(shared, DIGESTS))
-        self._kept = KeptWeights(functools.partial(pb_utils.Tensor.from_dlpack, "lora_weights"))
+        self._kept = new_kept_weights()
         self._table = TableFile(path, self._table_failed)
         self._seen_table = self._table.table()
-        self._estimate = ResidencyEstimate(
-            self._seen_table,
-            warmed_at_start(self._seen_table, started_at(os.getppid())),
-            self._residency.retired_before(),
-            int(parameters["cache_pages"]),
-            sees_all=sum(group["count"] for group in config["instance_group"]) == 1,
-            resend_seconds=float(parameters["resend_seconds"]),
-            longest_request_seconds=float(parameters["longest_request_seconds"]),
+        self._routes: dict[int, Route] = {}  # of requests that may have to wait, by lora_task_id
+        self._was_loaded: set[int] = set()
+        self._capacity = int(parameters["cache_pages"])
+        server, now = os.getppid(), time.monotonic()
+        is_fresh = is_starting(server)
+        warm = warmed_at_start(self._seen_table, started_at(server)) if is_fresh else {}
+        cache = EngineCache(self._capacity, warm, now, is_fresh=is_fresh)
+        self._guard = Guard(args["model_name"])
+        self._engine = OwnRequests(
+            parameters["target"],
+            parameters["engine_request"],
+            self._files,
+            self._routes.get,
+            self._gives,
+            self._guard,
+            decoupled=parameters["target_is_decoupled"] == "true",
+        )
+        self._dispatcher = Dispatcher(
+            Admission(cache, now, cautious_for=0.0 if is_fresh else STARTING_SECONDS),
+            self._engine,
+            load_timeout=float(parameters["load_timeout_seconds"]),
+            on_error=pb_utils.Logger.log_error,
+            on_load=self._loaded,
         )
 
-    def execute(self, requests: list[pb_utils.InferenceRequest]) -> list[pb_utils.InferenceResponse]:
-        """Answer each request by itself: a bad one harms no other."""
-        # Triton has copied the outputs of a call before it makes the next one (python_backend src/python_be.cc,
-        # ModelInstanceState::ProcessRequests).
-        self._kept.sent()
-        return [self._answer(request) for request in requests]
+    def execute(self, requests: list[pb_utils.InferenceRequest]) -> None:
+        """Answer each request by itself: a bad one harms no other, and none waits for another."""
+        for request in requests:
+            control = pb_utils.get_input_tensor_by_name(request, CONTROL)
+            if control is not None and control.as_numpy().item() == self._guard.key.encode():
+                self._guard.arrive(request.get_response_sender())
+                continue
+            pending = PendingRequest(self, request)
+            try:
+                self._begin(request, pending)
+            except Exception as error:  # noqa: BLE001  whatever it is, this request must be answered
+                pending.fail(error)
 
     def finalize(self) -> None:
-        """Leave what the instances share."""
+        """Refuse what waits, and leave what the router's instances share."""
+        self._dispatcher.stop()
+        self._engine.finalize()
         self._residency.close()
 
-    def _answer(self, request: pb_utils.InferenceRequest) -> pb_utils.InferenceResponse:
-        names: list[str] = []
-        try:
-            routes = self._routes(request)
-            names = [route.lora_name if route else BASE for route in routes]
-            tensors = self._tensors([route for route in routes if route])
-            response = pb_utils.InferenceResponse([*required(request), *tensors])
-            outcome = "OK"
-        except RequestError as error:
-            outcome = error.code
-            response = failure(str(error), outcome)
-        except Exception:  # noqa: BLE001  whatever it is, the others are answered
-            pb_utils.Logger.log_error(traceback.format_exc())
-            outcome = "INTERNAL"
-            response = failure("the resolver failed on this request; the server's log says why", outcome)
-        for name in names or [BASE]:
-            self._statistics.add(name, outcome)
-        return response
-
-    def _routes(self, request: pb_utils.InferenceRequest) -> list[Route | None]:
-        """The adapter of each row."""
+    def _begin(self, request: pb_utils.InferenceRequest, pending: PendingRequest) -> None:
         table = self._table.table()
         if table is not self._seen_table:
             self._seen_table = table
-            self._estimate.see(table)
-            self._statistics.add(BASE, "table_reloads")
+            self.count([BASE], "table_reloads")
         check_parameters(table, parameters_of(request))
         inputs = inputs_of(request)
         lora_names, lora_task_ids = (values_of(inputs, name) for name in ("lora_name", ENGINE_MODEL.task_id))
-        rows = request.inputs()[0].shape()[0] if self._batching else 1
-        return resolve_rows(table, lora_names, lora_task_ids, rows)
-
-    def _tensors(self, routes: list[Route]) -> list[pb_utils.Tensor]:
-        """What the engine's model is given for these rows; nothing for the base model."""
-        if not routes:
-            return []
-        for route in routes:
+        rows = next(iter(inputs.values())).shape()[0] if self._batching else 1
+        routes = resolve_rows(table, lora_names, lora_task_ids, rows)
+        pending.routes = [route for route in routes if route]
+        if not pending.routes:
+            pending.pass_on(with_weights=False)
+            return
+        for route in pending.routes:
+            check_files(self._files.repository, route)
             check_id(route, self._residency.may_give)
-        task_ids = np.array([[route.entry.lora_task_id] for route in routes], np.uint64)
-        tensors = [pb_utils.Tensor(ENGINE_MODEL.task_id, task_ids)]
-        now = time.monotonic()
-        if any(self._estimate.must_send(route.entry.lora_task_id, now) for route in routes):
-            if len(routes) > 1:
-                raise InvalidRequest(
-                    "the engine may have to be given weights, which it takes in a batch of one; send the rows apart"
-                )
-            weights, config = self._kept.tensor(self._files.weights(routes[0])), self._files.config(routes[0])
-            check_id(routes[0], self._residency.gives)
-            self._estimate.sent(routes[0].entry.lora_task_id, now)
-            tensors += [weights, pb_utils.Tensor("lora_config", config)]
-        return tensors
+            self._routes[route.entry.lora_task_id] = route
+        lengths = values_of(inputs, REQUIRED) or [LONGEST_OUTPUT]
+        prompts = values_of(inputs, INPUT_LENGTHS) or [LONGEST_OUTPUT]
+        ticket = Ticket(
+            {route.entry.lora_task_id: route.entry.pages or self._capacity for route in pending.routes},
+            max(1, *lengths) + max(0, *prompts) / PROMPT_TOKENS_A_STEP,
+            time.monotonic(),
+            self._patience,
+            takes_weights=rows == 1,  # the engine takes them in a batch of one
+            must_take_weights=rows == 1 and self._residency.was_used_lately(ROUTER_SECONDS),
+        )
+        self._dispatcher.ask(ticket, pending)
+
+    def weights_of(self, route: Route) -> list[pb_utils.Tensor]:
+        """lora_weights and lora_config, to be sent once; then call `weights_sent`."""
+        weights, config = self._kept.tensor(self._files.weights(route)), self._files.config(route)
+        self._gives(route)
+        return [weights, pb_utils.Tensor("lora_config", config)]
+
+    def weights_sent(self, route: Route) -> None:
+        """They are on their way."""
+        self._kept.sent()
+        self._loaded(route.entry.lora_task_id, 0.0)
+
+    def count(self, names: list[str], column: str, amount: float = 1.0) -> None:
+        """Count for these adapters."""
+        with self._counting:
+            for name in names:
+                self._statistics.add(name, column, amount)
+
+    def _gives(self, route: Route) -> None:
+        check_id(route, self._residency.gives)
+
+    def _loaded(self, task_id: int, seconds: float) -> None:
+        names = [self._routes[task_id].lora_name]
+        self.count(names, "evicted" if task_id in self._was_loaded else "first_use")
+        self.count(names, "load_seconds", seconds)
+        self._was_loaded.add(task_id)
 
     def _table_failed(self, problem: str) -> None:
         pb_utils.Logger.log_error(problem)
-        self._statistics.add(BASE, "table_failures")
+        self.count([BASE], "table_failures")
 
 
-def required(request: pb_utils.InferenceRequest) -> list[pb_utils.Tensor]:
-    """REQUIRED as it came; nothing for an ensemble from before, which neither gives it nor asks for it."""
-    asked = {REQUIRED} & set(request.requested_output_names())
-    return [pb_utils.Tensor(tensor.name(), tensor.as_numpy()) for tensor in request.inputs() if tensor.name() in asked]
+class PendingRequest:
+    """A request from its arrival to its answer: `dispatcher.Request`."""
+
+    def __init__(self, model: TritonPythonModel, request: pb_utils.InferenceRequest) -> None:
+        self._model = model
+        self._sender = request.get_response_sender()
+        asked = {REQUIRED} & set(request.requested_output_names())
+        # As it came; nothing for an ensemble from before, which neither gives it nor asks for it.
+        self._required = [(one.name(), one.as_numpy()) for one in request.inputs() if one.name() in asked]
+        self.routes: list[Route] = []  # of its rows; none for the base model
+
+    def pass_on(self, *, with_weights: bool) -> None:
+        """Answer with what the engine is given for these rows."""
+        tensors = [pb_utils.Tensor(name, array) for name, array in self._required]
+        if self.routes:
+            tensors.append(task_id_tensor([route.entry.lora_task_id for route in self.routes]))
+        if with_weights:
+            tensors += self._model.weights_of(self.routes[0])
+        self._sender.send(pb_utils.InferenceResponse(tensors), flags=FINAL)
+        if with_weights:
+            self._model.weights_sent(self.routes[0])
+        self._model.count(self._names(), "OK")
+
+    def fail(self, error: Exception) -> None:
+        """Answer with the error: its own words if it is for clients, else a log entry and INTERNAL."""
+        code, message = "INTERNAL", FAILED
+        if isinstance(error, RequestError):
+            code, message = error.code, self._about(error)
+        else:
+            pb_utils.Logger.log_error("".join(traceback.format_exception(error)))
+        self._sender.send(failure(message, code), flags=FINAL)
+        self._model.count(self._names(), code)
+
+    def _names(self) -> list[str]:
+        return [route.lora_name for route in self.routes] or [BASE]
+
+    def _about(self, error: RequestError) -> str:
+        """The error's words, and whose it is where they do not say."""
+        message = str(error).encode(errors="replace").decode()  # Triton takes no lone surrogates
+        if not self.routes or "LoRA adapter" in message:
+            return message
+        return f"LoRA adapter {self.routes[0].lora_name!r}: {message}"

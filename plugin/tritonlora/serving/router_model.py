@@ -37,8 +37,9 @@ import triton_python_backend_utils as pb_utils
 from .abandonable import Silence, Worker
 from .adapter_tensors import DIGESTS, AdapterFiles
 from .counters import BASE, OUTCOMES, STATISTICS, Statistics
+from .engine_errors import is_unavailable, public
 from .errors import ClientLeft, EngineSilent, InvalidRequest, RequestError
-from .forwarding import Forwarder, is_unavailable, public
+from .forwarding import Forwarder
 from .parameters import check_parameters, parameters_of
 from .residency import Residency, open_inside, take_part
 from .response_cache import check_config

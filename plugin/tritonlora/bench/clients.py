@@ -1,0 +1,192 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""Clients in closed loops, for the parts of the route benchmark in which requests do not begin together: each asks,
+takes its answer to the end, looks whose answer it is, thinks for a moment and asks again.
+
+All of them are in a process of its own, over HTTP. The synthetic engine answers "[lora_task_id]prompt" again and again,
+so each answer says which adapter gave it.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import json
+import select
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from random import Random
+
+from tritonlora.bench.load import ANSWER, END, TIMEOUT_SECONDS
+from tritonlora.errors import ServerError
+
+PROMPT = "hello"
+MIXES = ("uniform", "cyclic", "zipf", "sticky")
+ERRORS_KEPT = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Clients:
+    """Who asks, and for what."""
+
+    model: str
+    adapters: Mapping[str, int]  # lora_name -> lora_task_id
+    streams: int
+    tokens: int  # of each answer, at an average: each has half of it to one and a half
+    mix: str = "uniform"  # one of MIXES
+    allowed: int = 0  # max_tokens; 0: what the answer has
+    think: float = 0.002  # seconds between two requests of a client, at an average
+    seconds: float = 10.0
+    discarded: float = 2.0  # of the seconds, at the beginning
+    by_name: bool = True  # otherwise by lora_task_id
+    is_text: bool = False  # the model takes text; otherwise tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What the clients have seen, after what was discarded. Times in seconds."""
+
+    first: list[float] = field(default_factory=list)  # to the first token, of each answer
+    tokens: int = 0
+    requests: int = 0  # that were answered
+    seconds: float = 0.0
+    wrong: int = 0  # answers of another adapter
+    errors: list[str] = field(default_factory=list)  # the first ones, also of what was discarded
+    failed: int = 0  # all of them
+
+
+def ask(url: str, clients: Clients) -> Outcome:
+    """Let the clients ask the server at `url` (HOST:PORT)."""
+    command = [sys.executable, "-m", "tritonlora.bench.clients"]
+    job = json.dumps({"url": url, "clients": asdict(clients)})
+    done = subprocess.run(command, input=job, text=True, stdout=subprocess.PIPE, check=False)
+    if done.returncode:
+        raise ServerError(done.stdout.strip() or f"the clients ended with status {done.returncode}")
+    return Outcome(**json.loads(done.stdout))
+
+
+# The clients themselves
+
+
+class _Client:
+    def __init__(self, host: str, port: int, number: int) -> None:
+        self.socket = socket.create_connection((host, port), timeout=TIMEOUT_SECONDS)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.number = number
+        self.received = bytearray()
+        self.first: float | None = None
+        self.began = 0.0
+        self.answer = b""
+
+    def send(self, url: str, clients: Clients, name: str, tokens: int) -> None:
+        self.answer = f"[{clients.adapters[name]}]{PROMPT}".encode()
+        self.received.clear()
+        self.first = None
+        body = json.dumps(_body(clients, name, tokens)).encode()
+        head = f"POST /v2/models/{clients.model}/generate_stream HTTP/1.1\r\nHost: {url}\r\n"
+        self.began = time.perf_counter()
+        self.socket.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+
+    def is_done(self) -> bool:
+        """Take what has come; whether that was all."""
+        piece = self.socket.recv(1 << 16)
+        if self.first is None and (ANSWER in piece or not piece):
+            self.first = time.perf_counter() - self.began
+        self.received += piece
+        return not piece or self.received.endswith(END)
+
+
+def _body(clients: Clients, name: str, tokens: int) -> dict[str, object]:
+    adapter: dict[str, object] = {"lora_name": name} if clients.by_name else {"lora_task_id": clients.adapters[name]}
+    if clients.is_text:
+        return {"text_input": PROMPT, "max_tokens": tokens, "stream": True, **adapter}
+    prompt, ends = [*PROMPT.encode()], {}
+    if clients.allowed:  # an end id that comes after so many tokens
+        prompt = [*PROMPT.encode(), *b"." * max(0, tokens - len(PROMPT) - len(str(clients.adapters[name])) - 3), 10]
+        ends = {"end_id": 10}
+    length = clients.allowed or tokens
+    sizes = {"input_lengths": len(prompt), "request_output_len": length}
+    return {"input_ids": prompt, **sizes, "streaming": True, **ends, **adapter}
+
+
+def _events(received: bytes) -> tuple[bytes, int, str]:
+    """The answer's bytes, how many events it had, and the error, if there is one."""
+    answer, count = b"", 0
+    _, _, body = received.partition(b"\r\n\r\n")
+    for line in body.split(b"\n"):
+        if line.startswith(ANSWER):
+            event = json.loads(line[len(ANSWER) :])
+            if "error" in event:
+                return answer, count, str(event["error"])
+            found = event.get("text_output", event.get("output_ids"))
+            answer += found.encode() if isinstance(found, str) else bytes([found] if isinstance(found, int) else found)
+            count += 1
+    if not received.startswith(b"HTTP/1.1 200"):
+        return answer, count, received[-500:].decode(errors="replace")
+    return answer, count, ""
+
+
+def _choose(clients: Clients, chance: Random, client: int, turn: int) -> str:
+    names = [*clients.adapters]
+    if clients.mix in ("cyclic", "sticky"):
+        return names[(turn if clients.mix == "cyclic" else client) % len(names)]
+    weights = [1 / rank for rank in range(1, len(names) + 1)] if clients.mix == "zipf" else None
+    return chance.choices(names, weights)[0]
+
+
+def _run(url: str, clients: Clients) -> Outcome:
+    host, port = url.rsplit(":", 1)
+    chance = Random(1)  # noqa: S311
+    poll, turns = select.epoll(), itertools.count()
+    open_clients = {(one := _Client(host, int(port), number)).socket.fileno(): one for number in range(clients.streams)}
+    start = time.perf_counter()
+    stop, counted = start + clients.seconds, start + clients.discarded
+    waiting = [(start + chance.random() * 0.5, number) for number in open_clients]
+    heapq.heapify(waiting)
+    outcome, tokens, requests, wrong, failed, active = Outcome(), 0, 0, 0, 0, 0
+    for number in open_clients:
+        poll.register(number, select.EPOLLIN)
+    while active or (waiting and waiting[0][0] < stop):
+        now = time.perf_counter()
+        while waiting and waiting[0][0] <= now < stop:
+            client = open_clients[heapq.heappop(waiting)[1]]
+            length = chance.randint(max(1, clients.tokens // 2), clients.tokens * 3 // 2)
+            client.send(url, clients, _choose(clients, chance, client.number, next(turns)), length)
+            active += 1
+        pause = min(1.0, max(0.0, waiting[0][0] - now)) if waiting and now < stop else 1.0
+        for number, _ in poll.poll(pause):
+            client = open_clients[number]
+            if not client.is_done():
+                continue
+            active -= 1
+            now = time.perf_counter()
+            heapq.heappush(waiting, (now + clients.think * chance.expovariate(1), number))
+            answer, count, error = _events(bytes(client.received))
+            if error:
+                failed += 1
+                outcome.errors.extend([error] if len(outcome.errors) < ERRORS_KEPT else [])
+            wrong += not error and answer[: len(client.answer)] != client.answer[: len(answer)]
+            if not error and counted <= now <= stop:
+                outcome.first.append(client.first or 0.0)
+                requests += 1
+                tokens += count
+    return Outcome(outcome.first, tokens, requests, stop - counted, wrong, outcome.errors, failed)
+
+
+def _main() -> int:
+    job = json.load(sys.stdin)
+    try:
+        outcome = _run(job["url"], Clients(**job["clients"]))
+    except (OSError, ServerError) as error:
+        sys.stdout.write(str(error))
+        return 1
+    json.dump(asdict(outcome), sys.stdout)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(_main())

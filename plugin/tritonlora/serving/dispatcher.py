@@ -1,0 +1,335 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""Sends requests on to the engine when `Admission` says so, and the requests of our own that it asks for.
+
+| thread | does |
+|---|---|
+| the caller's | sends what may go on by id at once |
+| sender | sends what takes weights along, one after the other |
+| keeper | asks Admission for the next step, and refuses requests whose time is up |
+| worker | has the one request of our own; the keeper leaves it behind when the engine is silent |
+
+Nothing here knows Triton: a `Request` is passed on or refused, an `Engine` is asked.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Protocol
+
+from .abandonable import Silence, Worker
+from .admission import Admission, Load, Pause, Probe, Ticket
+from .engine_errors import Meaning, is_unavailable, meaning_of, public
+from .errors import AdapterUnavailable, EngineSilent, RequestError, ServerStopping
+
+LONGEST_PAUSE_SECONDS = 0.25  # between two looks for requests whose time is up
+POLL_SECONDS = 0.001
+ERROR_SECONDS = 0.25  # after an error of the engine
+STOPPING_SECONDS = 5.0  # after the server has refused a request of our own
+
+Heard = Callable[[], None]
+
+
+class Request(Protocol):
+    """A request that waits for its adapters, or does not have to."""
+
+    def pass_on(self, *, with_weights: bool) -> None:
+        """Send it on. RequestError when it cannot be sent."""
+
+    def fail(self, error: Exception) -> None:
+        """Refuse it."""
+
+
+class Engine(Protocol):
+    """Takes requests of our own, one at a time."""
+
+    def load(self, task_id: int, heard: Heard) -> str | None:
+        """One token for this adapter, whose weights go along; the error, if there is one.
+
+        `heard` is called for each response. RequestError when the weights cannot be read.
+        """
+
+    def left_behind(self) -> None:
+        """The thread that asks is stuck, and another one goes on."""
+
+    def probe(self, task_id: int | None, tokens: int, heard: Heard) -> str | None:
+        """So many tokens for this adapter, by id alone, or for the base model; the error, if there is one."""
+
+
+@dataclass(slots=True)
+class _OwnRequest:
+    """What has become of a request of our own."""
+
+    sent_at: float
+    error: str | None = None
+    failure: Exception | None = None
+    is_left_behind: bool = False
+
+
+class Dispatcher:
+    """Of one engine. `stop` it at the end."""
+
+    def __init__(
+        self,
+        admission: Admission,
+        engine: Engine,
+        *,
+        load_timeout: float,
+        on_error: Callable[[str], None],
+        on_load: Callable[[int, float], None] = lambda *_: None,
+    ) -> None:
+        """An engine that is silent for `load_timeout` seconds is not waited for.
+
+        `on_error` is told what goes wrong here. `on_load` is told the lora_task_id of each adapter that was loaded, and
+        the seconds that it took.
+        """
+        self._admission = admission
+        self._engine = engine
+        self._load_timeout = load_timeout
+        self._on_error = on_error
+        self._on_load = on_load
+        self._lock = threading.Condition()
+        self._requests: dict[Ticket, Request] = {}  # that have not been sent
+        self._with_weights: SimpleQueue[list[Ticket] | None] = SimpleQueue()
+        self._is_stopping = False
+        self._worker = Worker()
+        self._threads = [
+            threading.Thread(target=self._survive, args=(run,), daemon=True) for run in (self._keep, self._send_weights)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    # Requests
+
+    def ask(self, ticket: Ticket, request: Request) -> None:
+        """Send the request on when its adapters are there. AdapterUnavailable when too many wait."""
+        with self._lock:
+            if self._is_stopping:
+                raise ServerStopping()
+            goes = self._admission.ask(ticket, time.monotonic())
+            self._requests[ticket] = request
+            self._lock.notify_all()
+        if goes:
+            self._go([ticket])
+
+    def leave(self, ticket: Ticket) -> bool:
+        """Take a request out of the queue, which is not answered then; False when it is not there any more."""
+        with self._lock:
+            has_left = self._admission.leave(ticket)
+            if has_left:
+                del self._requests[ticket]
+            return has_left
+
+    def end(self, ticket: Ticket, sent_at: float, *, was_held: bool | None) -> None:
+        """A request whose end is told has ended, as `Admission.ended` says."""
+        with self._lock:
+            self._admission.ended(ticket, sent_at, time.monotonic(), was_held=was_held)
+            self._lock.notify_all()
+
+    def waiting(self) -> Counter[int]:
+        """How many requests wait for each adapter."""
+        with self._lock:
+            return self._admission.waiting()
+
+    def holds(self) -> dict[int, bool]:
+        """The adapters that the engine may hold, by lora_task_id, and whether it certainly does."""
+        with self._lock:
+            return self._admission.holds()
+
+    @property
+    def misbeliefs(self) -> int:
+        """Adapters that the engine did not have, though they were believed to be held."""
+        return self._admission.misbeliefs
+
+    def stop(self) -> None:
+        """Refuse what waits, and end the threads, but for one that waits for a silent engine."""
+        with self._lock:
+            self._is_stopping = True
+            refused = [*self._requests.items()]
+            self._requests.clear()
+            self._lock.notify_all()
+        for _, request in refused:
+            request.fail(ServerStopping())
+        self._with_weights.put(None)
+        for thread in self._threads:
+            thread.join()
+        self._worker.end()
+
+    # What is sent on
+
+    def _go(self, tickets: list[Ticket]) -> None:
+        """Send a group that was released."""
+        if tickets[0].with_weights:
+            self._with_weights.put(tickets)
+            return
+        for ticket in tickets:
+            self._send(ticket)
+
+    def _send(self, ticket: Ticket) -> Exception | None:
+        """Send one; why it was not sent."""
+        with self._lock:
+            request = self._requests.pop(ticket, None)
+        if request is None:  # refused, because of `stop`
+            return None
+        try:
+            request.pass_on(with_weights=ticket.with_weights)
+        except Exception as error:  # noqa: BLE001  whatever it is, the request is answered
+            with self._lock:
+                self._admission.dropped(ticket, time.monotonic())
+            request.fail(error)
+            return error
+        with self._lock:
+            self._admission.sent(ticket, time.monotonic())
+            self._lock.notify_all()
+        return None
+
+    def _send_weights(self) -> None:
+        while (tickets := self._with_weights.get()) is not None:
+            self._wait_for(tickets[0].number)
+            failure = self._send(tickets[0])
+            for ticket in tickets[1:]:
+                if failure is None:
+                    self._send(ticket)
+                else:
+                    self._drop(ticket, failure)
+
+    def _drop(self, ticket: Ticket, why: Exception) -> None:
+        with self._lock:
+            request = self._requests.pop(ticket, None)
+            self._admission.dropped(ticket, time.monotonic())
+        if request is not None:
+            request.fail(why)
+
+    def _wait_for(self, number: int) -> None:
+        """Until all that was decided before has reached the engine."""
+        with self._lock:
+            while not self._is_stopping and not self._admission.is_due(number, time.monotonic()):
+                self._lock.wait(POLL_SECONDS)
+
+    # Requests of our own
+
+    def _keep(self) -> None:
+        while True:
+            self._refuse_late()
+            with self._lock:
+                if self._is_stopping:
+                    return
+                step = self._admission.step(time.monotonic())
+                released = self._admission.released()
+                if isinstance(step, Pause) and not released:
+                    self._lock.wait(min(step.seconds, LONGEST_PAUSE_SECONDS))
+            for tickets in released:
+                self._go(tickets)
+            if isinstance(step, Load):
+                self._load(step)
+            elif isinstance(step, Probe):
+                self._probe(step)
+
+    def _refuse_late(self) -> None:
+        with self._lock:
+            late = [
+                (ticket, request)
+                for ticket in self._admission.expired(time.monotonic())
+                if (request := self._requests.pop(ticket, None)) is not None
+            ]
+        for ticket, request in late:
+            why = f"it does not fit beside the adapters in use; waited {ticket.patience:g} s; ask again"
+            request.fail(AdapterUnavailable(why))
+
+    def _load(self, load: Load) -> None:
+        self._wait_for(load.number)
+        own = self._do(
+            lambda heard: self._engine.load(load.task_id, heard), lambda now: self._admission.let_go(load, now)
+        )
+        now = time.monotonic()
+        meaning = meaning_of(own.error)
+        why: Exception | None = None
+        with self._lock:
+            if own.is_left_behind:
+                why = EngineSilent(f"the engine has said nothing for {self._load_timeout:g} s")
+                refused = self._take(self._admission.failed(load, None))
+            elif own.failure is not None or meaning in (Meaning.ERROR, Meaning.MISS):
+                why = own.failure or _engine_error(own.error or "")
+                refused = self._take(self._admission.failed(load, now))
+            elif meaning is Meaning.FULL:
+                self._admission.full(load, now)
+            else:
+                self._admission.loaded(load, own.sent_at, now)
+        if why is not None:
+            for request in refused:
+                request.fail(why)
+        elif meaning is Meaning.ANSWER:
+            self._on_load(load.task_id, now - own.sent_at)
+
+    def _probe(self, probe: Probe) -> None:
+        own = self._do(lambda heard: self._engine.probe(probe.task_id, probe.tokens, heard), lambda _: None)
+        meaning, now = meaning_of(own.error), time.monotonic()
+        with self._lock:
+            if own.is_left_behind or own.failure is not None or meaning in (Meaning.ERROR, Meaning.FULL):
+                pause = STOPPING_SECONDS if isinstance(own.failure, ServerStopping) else ERROR_SECONDS
+                self._admission.not_probed(probe, now, pause)
+            elif meaning is Meaning.MISS:
+                self._admission.missed(probe, now)
+            else:
+                self._admission.probed(probe, own.sent_at, now)
+
+    def _take(self, tickets: list[Ticket]) -> list[Request]:
+        return [request for ticket in tickets if (request := self._requests.pop(ticket, None)) is not None]
+
+    def _do(self, ask: Callable[[Heard], str | None], ended_late: Callable[[float], None]) -> _OwnRequest:
+        """Have a request of our own done by the worker, which is left behind when the engine is silent."""
+        own = _OwnRequest(time.monotonic())
+        silence = Silence(self._load_timeout, self._load_timeout)
+
+        def heard() -> None:
+            silence.heard()
+            with self._lock:
+                if not own.is_left_behind:
+                    self._admission.responded(own.sent_at, time.monotonic())
+
+        def do() -> None:
+            own.sent_at = time.monotonic()
+            silence.asked()
+            try:
+                own.error = ask(heard)
+            except Exception as error:  # noqa: BLE001  those who wait for it are told
+                own.failure = error
+                if not isinstance(error, RequestError):
+                    self._on_error(traceback.format_exc())
+            silence.ended()
+            with self._lock:
+                if own.is_left_behind:
+                    ended_late(time.monotonic())
+
+        def is_stuck() -> bool:
+            self._refuse_late()
+            with self._lock:
+                own.is_left_behind = self._is_stopping or silence.is_too_long()
+            return own.is_left_behind
+
+        self._worker.do(do, is_stuck)
+        if own.is_left_behind and not self._is_stopping:
+            self._engine.left_behind()
+            self._on_error(f"the engine has said nothing to a request of tritonlora's for {self._load_timeout:g} s")
+        return own
+
+    def _survive(self, run: Callable[[], None]) -> None:
+        """Whatever goes wrong is told, and the thread goes on."""
+        while not self._is_stopping:
+            try:
+                run()
+            except Exception:  # noqa: BLE001
+                self._on_error(traceback.format_exc())
+
+
+def _engine_error(text: str) -> RequestError:
+    error = AdapterUnavailable(f"the engine has not loaded it: {public(text)}")
+    if not is_unavailable(text):
+        error.code = "INTERNAL"
+    return error

@@ -1,0 +1,174 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""Requests of our own to the engine's model: the sample of its warmup once more, by BLS.
+
+They are sent by one thread, one at a time: two decoupled BLS requests at a time in one process deadlock Triton's stub
+(see `router_model`).
+
+None may be under way when the model is unloaded: Triton's stub cuts its responses off, so that who reads them waits for
+ever, and the server crashes (seen with 2.51). The server unloads no model that has a request to answer. So a `Guard`
+is such a request, and where it is refused, the model is being unloaded. A load needs none: somebody waits for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import secrets
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from .adapter_tensors import AdapterFiles
+from .errors import AdapterUnavailable, ServerStopping
+from .reused_tensor import KeptWeights
+from .routing import Route
+from .wire import ENGINE_MODEL
+
+DTYPES = {
+    "TYPE_INT32": np.int32,
+    "TYPE_INT64": np.int64,
+    "TYPE_UINT32": np.uint32,
+    "TYPE_UINT64": np.uint64,
+    "TYPE_BOOL": np.bool_,
+}
+TOKENS = "request_output_len"
+
+
+class Guard:
+    """A request of this model to itself, which is answered when the context is left: until then the model stays.
+
+    ServerStopping where the server takes no more requests for this model.
+    """
+
+    def __init__(self, model: str) -> None:
+        self._model = model
+        self.key = secrets.token_hex(16)  # the value of lora_control that only this process knows
+        self._arrivals: SimpleQueue[Any] = SimpleQueue()  # response senders, or None where the server has refused
+
+    def arrive(self, sender: Any) -> None:
+        """The request has come; `sender` is for its response."""
+        self._arrivals.put(sender)
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        thread = threading.Thread(target=self._ask, daemon=True)
+        thread.start()
+        sender = self._arrivals.get()
+        if sender is None:
+            raise ServerStopping
+        try:
+            yield
+        finally:
+            sender.send(pb_utils.InferenceResponse([]), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+            thread.join()
+
+    def _ask(self) -> None:
+        control = pb_utils.Tensor("lora_control", np.array([[self.key.encode()]], np.object_))
+        request = pb_utils.InferenceRequest(
+            model_name=self._model, inputs=[control], requested_output_names=["lora_state"]
+        )
+        if request.exec().has_error():
+            self._arrivals.put(None)
+
+
+class OwnRequests:
+    """To one engine's model."""
+
+    def __init__(
+        self,
+        target: str,
+        sample: str,
+        files: AdapterFiles,
+        route_of: Callable[[int], Route | None],
+        gives: Callable[[Route], None],
+        guard: Callable[[], AbstractContextManager[None]],
+        *,
+        decoupled: bool,
+    ) -> None:
+        """`sample` is JSON: input -> [its data type, its elements], of a batch of one.
+
+        `route_of` gives the adapter of a lora_task_id, and `gives` is told that its weights are about to be sent.
+        """
+        self._target = target
+        self._sample: dict[str, np.ndarray[Any, Any]] = {
+            name: np.array([values], DTYPES[data_type]) for name, (data_type, values) in json.loads(sample).items()
+        }
+        self._files = files
+        self._route_of = route_of
+        self._gives = gives
+        self._guard = guard
+        self._decoupled = decoupled
+        self._kept = new_kept_weights()
+        # The stub forgets a stream in a thread of its own, which must not be the last one that holds it.
+        self._last_streams: deque[Any] = deque(maxlen=4)
+
+    def load(self, task_id: int, heard: Callable[[], None]) -> str | None:
+        """See `dispatcher.Engine`."""
+        route = self._route_of(task_id)
+        if route is None:
+            raise AdapterUnavailable(f"lora_task_id {task_id} is registered no more")
+        kept = self._kept
+        weights, config = kept.tensor(self._files.weights(route)), self._files.config(route)
+        self._gives(route)
+        return self._ask(1, [task_id_tensor([task_id]), weights, pb_utils.Tensor("lora_config", config)], heard, kept)
+
+    def probe(self, task_id: int | None, tokens: int, heard: Callable[[], None]) -> str | None:
+        """See `dispatcher.Engine`."""
+        with self._guard():
+            return self._ask(tokens, [] if task_id is None else [task_id_tensor([task_id])], heard)
+
+    def left_behind(self) -> None:
+        """The thread that has a request of these is stuck in it, and may go on: it has what it sends to itself."""
+        self._kept = new_kept_weights()
+
+    def finalize(self) -> None:
+        """An iterator that outlives the model's `finalize` crashes the stub."""
+        self._last_streams.clear()
+
+    def _ask(
+        self,
+        tokens: int,
+        naming: list[pb_utils.Tensor],
+        heard: Callable[[], None],
+        kept: KeptWeights[pb_utils.Tensor] | None = None,
+    ) -> str | None:
+        sample = self._sample | {TOKENS: np.full_like(self._sample[TOKENS], tokens)}
+        request = pb_utils.InferenceRequest(
+            model_name=self._target,
+            inputs=[*(pb_utils.Tensor(name, array) for name, array in sample.items()), *naming],
+            requested_output_names=list(ENGINE_MODEL.needed_outputs),
+        )
+        found = None
+        for response in self._responses(request):
+            if error := response.error() if response.has_error() else None:
+                found = found or error.message()
+            elif response.output_tensors():  # the last one may be nothing but a flag
+                heard()
+        if kept is not None:
+            kept.sent()
+        return found
+
+    def _responses(self, request: pb_utils.InferenceRequest) -> Iterator[pb_utils.InferenceResponse]:
+        if not self._decoupled:
+            return iter([request.exec()])
+        responses = request.exec(decoupled=True)
+        self._last_streams.append(responses)
+        return iter(responses)
+
+
+def task_id_tensor(task_ids: list[int]) -> pb_utils.Tensor:
+    """lora_task_id of a batch."""
+    return pb_utils.Tensor(ENGINE_MODEL.task_id, np.array([[task_id] for task_id in task_ids], np.uint64))
+
+
+def new_kept_weights() -> KeptWeights[pb_utils.Tensor]:
+    """Those of a thread that has sent none."""
+    return KeptWeights(functools.partial(pb_utils.Tensor.from_dlpack, "lora_weights"))

@@ -1,0 +1,168 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""Admission and engine_cache, with an engine in virtual time whose cache is TensorRT-LLM's: no request is refused."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+
+from virtual_time import Clients, Engine, Outcome, Resolver, World, run
+
+PACE = 0.02  # seconds a token
+
+
+def zipf(rank: int) -> float:
+    """How often the adapter at this rank is asked for."""
+    return 1 / rank
+
+
+def served(
+    clients: Clients, pages: int, *, pace: float = PACE, seconds: float = 30, **options: float
+) -> tuple[Outcome, Resolver]:
+    """What clients see past the resolver."""
+    world = World()
+    engine = Engine(world, pages, lambda _: pace)
+    resolver = Resolver(world, engine, pages, {}, **options)
+    return run(world, resolver.ask, clients, seconds, counted_from=seconds / 3), resolver
+
+
+def direct(clients: Clients, pages: int, *, pace: float = PACE, seconds: float = 30) -> Outcome:
+    """What clients see of the engine itself, when each sends its weights along."""
+    world = World()
+    engine = Engine(world, pages, lambda _: pace)
+    return run(
+        world,
+        lambda task_id, tokens, _, respond: engine.submit(task_id, tokens, True, respond),
+        clients,
+        seconds,
+        counted_from=seconds / 3,
+    )
+
+
+def test_where_all_adapters_fit_the_first_token_comes_as_from_the_engine_itself() -> None:
+    """However loose max_tokens is; each adapter's weights travel a time or two."""
+    clients = Clients(adapters=60, streams=128, tokens=64, looseness=32)
+    outcome, resolver = served(clients, 64, pace=0.04)
+    expected = direct(clients, 64, pace=0.04)
+
+    assert {"ok"} == outcome.responses.keys()
+    assert outcome.responses["ok"] > 0.98 * expected.responses["ok"]
+    assert outcome.quantile(0.99) < expected.quantile(0.99) + 0.04
+    assert resolver.counts["weights"] < 5 * clients.adapters
+    assert resolver.counts["waited"] == 0
+
+
+def test_where_all_in_use_fit_the_first_token_comes_as_from_the_engine_itself() -> None:
+    """100 adapters, 50 pages, 32 streams."""
+    clients = Clients(adapters=100, streams=32, tokens=40)
+    outcome, _ = served(clients, 50)
+    expected = direct(clients, 50)
+
+    assert {"ok"} == outcome.responses.keys()
+    assert outcome.quantile(0.5) == pytest.approx(expected.quantile(0.5), abs=PACE)
+    assert outcome.quantile(0.9) < expected.quantile(0.9) + PACE
+
+
+def test_a_loose_max_tokens_costs_time_and_no_error() -> None:
+    """1,024 of which 32 are used: no more than to load one adapter after the other, two tokens' time for each."""
+    clients = Clients(adapters=100, streams=32, tokens=32, looseness=32)
+    outcome, resolver = served(clients, 50)
+
+    assert {"ok"} == outcome.responses.keys()
+    assert outcome.quantile(0.99) < 32 * 2.5 * PACE
+    assert resolver.counts["load ok"] > 0
+
+
+def test_where_not_all_in_use_fit_the_pages_are_used() -> None:
+    """32 adapters in use over 4 pages: 0.8 of what the pages allow, and no adapter waits much longer than another."""
+    clients = Clients(adapters=32, streams=32, tokens=32, sticky=True)
+    outcome, _ = served(clients, 4, seconds=90)
+    possible = 4 / (32 * PACE)
+    counted = 60 - outcome.quantile(0.5)  # those that wait at the end are not answered any more
+
+    assert {"ok"} == outcome.responses.keys()
+    assert outcome.responses["ok"] / counted > 0.8 * possible
+    assert outcome.quantile(1) < 1.5 * outcome.quantile(0.5)
+
+
+@pytest.mark.parametrize("pace", [0.0005, PACE])
+@pytest.mark.parametrize("is_cyclic", [False, True])
+def test_200_adapters_over_8_pages(pace: float, is_cyclic: bool) -> None:
+    """With an engine that is faster than any, too."""
+    clients = Clients(adapters=200, streams=32, tokens=16, cyclic=is_cyclic)
+    outcome, _ = served(clients, 8, pace=pace)
+
+    assert {"ok"} == outcome.responses.keys()
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_no_request_is_refused_whatever_the_engine_and_the_clients_are(seed: int) -> None:
+    """Random sizes, paces that change, engines with a queue, weights that take their time, clients who come and go."""
+    chance = random.Random(seed)  # noqa: S311
+    world = World()
+    pages, streams = chance.randint(1, 40), chance.randint(1, 80)
+    paces = [chance.choice([0.001, 0.005, 0.02, 0.04]) * chance.uniform(0.8, 1.2) for _ in range(20)]
+    engine = Engine(
+        world, pages, lambda now: paces[int(now) % 20] if chance.random() < 0.9 else 0.05, chance.choice([8, 64, 512])
+    )
+    resolver = Resolver(world, engine, pages, {}, sending=chance.choice([0, 0.001, 0.1]), patience=math.inf)
+    clients = Clients(
+        adapters=chance.randint(1, 120),
+        streams=streams,
+        tokens=chance.choice([2, 16, 64]),
+        looseness=chance.choice([1, 1, 4]),
+        think=chance.choice([0.001, 0.5, 3]),
+        weight=chance.choice([zipf, lambda rank: 1.0]),
+    )
+    outcome = run(world, resolver.ask, clients, 30, seed=seed)
+
+    assert {"ok"} == outcome.responses.keys(), (pages, clients, resolver.counts)
+    assert 0 == resolver.admission.misbeliefs
+
+
+@pytest.mark.parametrize("pages", [8, 64])
+@pytest.mark.parametrize("seed", range(5))
+def test_an_engine_that_is_loaded_again_is_found_out_within_two_seconds(pages: int, seed: int) -> None:
+    """What it had is gone. Requests fail that it was answering, or that were sent in these seconds."""
+    world = World()
+    engine = Engine(world, pages, lambda _: PACE)
+    resolver = Resolver(world, engine, pages, {})
+    world.after(15.3, engine.reload)
+    outcome = run(world, resolver.ask, Clients(adapters=32, streams=16, tokens=16), 30, seed=seed)
+
+    assert outcome.errors_at
+    assert max(outcome.errors_at) < 15.3 + 2
+    assert resolver.admission.misbeliefs <= 1
+
+
+def test_an_engine_that_was_loaded_again_while_nobody_asked_refuses_nobody() -> None:
+    """Nothing is believed that was not seen lately."""
+    world = World()
+    engine = Engine(world, 64, lambda _: PACE)
+    resolver = Resolver(world, engine, 64, {})
+    before = run(world, resolver.ask, Clients(adapters=32, streams=16, tokens=16, until=10), 60)
+    engine.reload()
+    after = run(world, resolver.ask, Clients(adapters=32, streams=16, tokens=16), 10)
+
+    assert [{"ok"}, {"ok"}] == [{*before.responses}, {*after.responses}]
+
+
+def test_another_client_of_the_engine_that_loads_adapters_is_found_out() -> None:
+    """It evicts what was done first. That is noticed, and then nobody is refused."""
+    world = World()
+    engine = Engine(world, 20, lambda _: PACE)
+    resolver = Resolver(world, engine, 20, {})
+
+    def load(task_id: int) -> None:
+        engine.submit(task_id, 1, True, lambda *_: None)
+
+    for number in range(12):
+        world.after(10 + number / 100, load, 1000 + number)
+    outcome = run(world, resolver.ask, Clients(adapters=20, streams=6, tokens=16), 40)
+
+    assert resolver.admission.misbeliefs <= 3
+    assert outcome.errors_at
+    assert max(outcome.errors_at) < 14

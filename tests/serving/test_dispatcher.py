@@ -1,0 +1,238 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""The dispatcher's threads, before an engine that does as it is told."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from queue import SimpleQueue
+
+import pytest
+
+from tritonlora.serving.admission import Admission, Ticket
+from tritonlora.serving.dispatcher import Dispatcher
+from tritonlora.serving.engine_cache import EngineCache
+from tritonlora.serving.errors import AdapterUnavailable, EngineSilent, ServerStopping
+
+FULL = "Assertion failed: There are no done tasks to evict"
+WAIT_SECONDS = 30
+
+
+class Answers:
+    """What becomes of one request: its answer is put here once."""
+
+    def __init__(self, failure: Exception | None = None) -> None:
+        self._failure = failure
+        self._queue = SimpleQueue[str | Exception]()
+
+    def pass_on(self, *, with_weights: bool) -> None:
+        if with_weights and self._failure:
+            raise self._failure
+        self._queue.put("with weights" if with_weights else "by id")
+
+    def fail(self, error: Exception) -> None:
+        self._queue.put(error)
+
+    def get(self) -> str | Exception:
+        return self._queue.get(timeout=WAIT_SECONDS)
+
+    @property
+    def is_empty(self) -> bool:
+        return self._queue.empty()
+
+
+class Engine:
+    """Loads say what `on_load` does: an error, or None. Probes are answered."""
+
+    def __init__(self) -> None:
+        self.loads: list[int] = []
+        self.probes = 0
+        self.was_left_behind = threading.Event()
+        self.on_load: Callable[[int], str | None] = lambda _: None
+        self.on_probe: Callable[[], str | None] = lambda: None
+
+    def load(self, task_id: int, heard: Callable[[], None]) -> str | None:
+        self.loads.append(task_id)
+        error = self.on_load(task_id)
+        if error is None:
+            heard()
+        return error
+
+    def probe(self, task_id: int | None, tokens: int, heard: Callable[[], None]) -> str | None:  # noqa: ARG002
+        self.probes += 1
+        error = self.on_probe()
+        for _ in range(tokens if error is None else 0):
+            heard()
+        time.sleep(0.001)
+        return error
+
+    def left_behind(self) -> None:
+        self.was_left_behind.set()
+
+
+@pytest.fixture
+def engine() -> Engine:
+    return Engine()
+
+
+@pytest.fixture
+def start(engine: Engine) -> Iterator[Callable[..., Dispatcher]]:
+    """Start a dispatcher in front of `engine`, whose cache has so many pages."""
+    started: list[Dispatcher] = []
+
+    def begin(pages: int = 4, *, warm: tuple[int, ...] = (), load_timeout: float = WAIT_SECONDS) -> Dispatcher:
+        now = time.monotonic()
+        admission = Admission(EngineCache(pages, dict.fromkeys(warm, 1), now), now)
+        started.append(Dispatcher(admission, engine, load_timeout=load_timeout, on_error=lambda _: None))
+        return started[-1]
+
+    yield begin
+    for dispatcher in started:
+        dispatcher.stop()
+
+
+def wait_for(event: threading.Event) -> None:
+    """What an engine does that says nothing until then."""
+    event.wait(WAIT_SECONDS)
+
+
+def ticket(task_id: int, *, patience: float = WAIT_SECONDS, takes_weights: bool = True, pages: int = 1) -> Ticket:
+    """Of a request of four tokens."""
+    return Ticket({task_id: pages}, 4, time.monotonic(), patience, takes_weights=takes_weights)
+
+
+def test_a_held_adapter_goes_by_id_and_another_takes_its_weights_along(start: Callable[..., Dispatcher]) -> None:
+    dispatcher, held, new = start(warm=(1,)), Answers(), Answers()
+    dispatcher.ask(ticket(1), held)
+    dispatcher.ask(ticket(2), new)
+
+    assert ["by id", "with weights"] == [held.get(), new.get()]
+
+
+def test_who_takes_no_weights_along_waits_for_the_load(start: Callable[..., Dispatcher], engine: Engine) -> None:
+    dispatcher, answers = start(), [Answers(), Answers()]
+    for one in answers:
+        dispatcher.ask(ticket(2, takes_weights=False), one)
+
+    assert ["by id", "by id"] == [one.get() for one in answers]
+    assert [2] == engine.loads
+
+
+def test_a_full_cache_is_tried_again(start: Callable[..., Dispatcher], engine: Engine) -> None:
+    dispatcher, answers = start(), Answers()
+    engine.on_load = lambda _: FULL if len(engine.loads) < 3 else None
+    dispatcher.ask(ticket(2, takes_weights=False), answers)
+
+    assert "by id" == answers.get()
+    assert [2, 2, 2] == engine.loads
+
+
+def test_an_adapter_that_the_engine_refuses_harms_no_other(start: Callable[..., Dispatcher], engine: Engine) -> None:
+    """Those who wait for it are told the engine's words, without paths."""
+    dispatcher, refused, other = start(), Answers(), Answers()
+    engine.on_load = lambda task_id: "Assertion failed: bad rank (/src/lora.cpp:12)" if task_id == 2 else None
+    dispatcher.ask(ticket(2, takes_weights=False), refused)
+    dispatcher.ask(ticket(3, takes_weights=False), other)
+
+    assert "the engine has not loaded it: Assertion failed: bad rank" == str(refused.get())
+    assert "by id" == other.get()
+
+
+def test_weights_that_cannot_be_read_are_an_error_for_all_who_wait(start: Callable[..., Dispatcher]) -> None:
+    """None of them is sent by an id of which nothing arrived."""
+    unreadable = AdapterUnavailable("it was altered on the server")
+    dispatcher, answers = start(), Answers(unreadable)
+    dispatcher.ask(ticket(2), answers)
+
+    assert unreadable is answers.get()
+    again = Answers()
+    dispatcher.ask(ticket(2), again)
+
+    assert "with weights" == again.get()
+
+
+def test_an_engine_that_is_silent_is_left_behind(start: Callable[..., Dispatcher], engine: Engine) -> None:
+    """The reason is told, and the next adapter is loaded."""
+    dispatcher, refused, other = start(load_timeout=0.2), Answers(), Answers()
+    speaks = threading.Event()
+    engine.on_load = lambda task_id: wait_for(speaks) if task_id == 2 else None
+    dispatcher.ask(ticket(2, takes_weights=False), refused)
+    dispatcher.ask(ticket(3, takes_weights=False), other)
+    found = refused.get()
+
+    assert isinstance(found, EngineSilent)
+    assert "the engine has said nothing for 0.2 s" == str(found)
+    assert "by id" == other.get()
+    assert engine.was_left_behind.is_set()
+    speaks.set()
+
+
+def test_whose_time_is_up_is_refused_also_while_a_load_is_under_way(
+    start: Callable[..., Dispatcher], engine: Engine
+) -> None:
+    dispatcher, late, patient = start(), Answers(), Answers()
+    goes_on = threading.Event()
+    engine.on_load = lambda _: wait_for(goes_on)
+    dispatcher.ask(ticket(2, takes_weights=False), patient)
+    dispatcher.ask(ticket(3, takes_weights=False, patience=0.1), late)
+    found = late.get()
+
+    assert isinstance(found, AdapterUnavailable)
+    assert "it does not fit beside the adapters in use; waited 0.1 s; ask again" == str(found)
+    goes_on.set()
+    assert "by id" == patient.get()
+
+
+def test_who_has_left_is_not_answered(start: Callable[..., Dispatcher], engine: Engine) -> None:
+    dispatcher, gone, other = start(), Answers(), Answers()
+    goes_on = threading.Event()
+    engine.on_load = lambda _: wait_for(goes_on)
+    dispatcher.ask(ticket(2, takes_weights=False), other)
+    leaves = ticket(3, takes_weights=False)
+    dispatcher.ask(leaves, gone)
+
+    assert dispatcher.leave(leaves)
+    assert not dispatcher.leave(leaves)
+    goes_on.set()
+    assert "by id" == other.get()
+    assert gone.is_empty
+    assert [2] == engine.loads
+
+
+def test_what_waits_is_refused_when_the_model_is_unloaded(start: Callable[..., Dispatcher], engine: Engine) -> None:
+    """Although the engine does not answer."""
+    dispatcher, answers = start(), Answers()
+    under_way, goes_on = threading.Event(), threading.Event()
+
+    def load(_: int) -> None:
+        under_way.set()
+        goes_on.wait(WAIT_SECONDS)
+
+    engine.on_load = load
+    dispatcher.ask(ticket(2, takes_weights=False), answers)
+    assert under_way.wait(WAIT_SECONDS)
+    dispatcher.stop()
+
+    assert isinstance(answers.get(), ServerStopping)
+    with pytest.raises(ServerStopping):
+        dispatcher.ask(ticket(2), Answers())
+    goes_on.set()
+
+
+def test_what_the_engine_has_lost_is_loaded_again(start: Callable[..., Dispatcher], engine: Engine) -> None:
+    """It was loaded again: a probe finds out."""
+    dispatcher, first, then = start(pages=1, warm=(1,)), Answers(), Answers()
+    engine.on_probe = lambda: "LoRA task 1 not found in cache. Please send LoRA weights with request"
+    dispatcher.ask(ticket(1), first)
+    assert "by id" == first.get()
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not dispatcher.misbeliefs:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    engine.on_probe = lambda: None
+    dispatcher.ask(ticket(1), then)
+
+    assert "by id" == then.get()
+    assert [1] == engine.loads
