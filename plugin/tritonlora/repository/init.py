@@ -283,8 +283,8 @@ def notes(root: Path) -> list[str]:
     said = [] if found else [f"no ensemble has a step for {target!r}: clients send their tokens to {ROUTER!r}"]
     if _topology_of(models) == RESOLVE and router.parameters.get("cache_pages", "0") == "0":
         said.append(
-            "the size of the engine's cache is not known, so weights travel with every request: run tritonlora plan "
-            "--apply where the engine's config.json is"
+            "the size of the engine's cache is not known, so each request waits for a load of its own: run tritonlora "
+            "plan --apply where the engine's config.json is"
         )
     return said + [
         f"{name!r} calls {target!r} itself and takes no lora_name: clients that want adapters ask "
