@@ -12,12 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from serving_process import CRASH
 from tritonlora.errors import ServerError
 from tritonlora.launch.server import Server
 
 READY_TIMEOUT = 120.0
-# Triton crashes with this now and then (triton-inference-server/server, issue 8882, open), here while models loaded.
-CRASH = "boost::interprocess::lock_exception"
 
 
 @pytest.fixture(scope="module")

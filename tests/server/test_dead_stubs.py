@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from repositories import resolving, synthetic_repository
-from serving_process import start
+from serving_process import CRASH, start
 from tritonlora.errors import ServerError
 from tritonlora.launch import client
 from tritonlora.machine import Ports, free_ports
@@ -30,19 +30,22 @@ EXPLICIT = ("--", "--model-control-mode=explicit", "--load-model=*")
 
 
 class Serving:
-    """A `tritonlora serve` that is ready."""
+    """A `tritonlora serve`, and its stderr."""
 
     def __init__(self, repo: Path, processes: list[subprocess.Popen[str]], *extra: str) -> None:
-        """Start it, and wait until it says that it is ready."""
+        """Start it, and wait until it is ready or has ended."""
         self.ports: Ports = free_ports()
         self.process = start(repo, self.ports, *extra)
         processes.append(self.process)
         self._lines: list[str] = []
         self._more = threading.Condition()
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
+        reader = threading.Thread(target=self._read, daemon=True)
+        reader.start()
         assert self.process.stdout is not None
-        assert "ready on" in self.process.stdout.readline(), "".join(self._lines)
+        self.is_ready = "ready on" in self.process.stdout.readline()
+        if not self.is_ready:
+            reader.join(END_SECONDS)
+            return
         [self.server] = (one for one in psutil.Process(self.process.pid).children() if one.name() == "tritonserver")
 
     def _read(self) -> None:
@@ -82,6 +85,15 @@ class Serving:
         """The text that adapter pirate gives."""
         url = f"127.0.0.1:{self.ports.http}"
         return "".join(client.generate("hello", lora_name="pirate", max_tokens=8, url=url, timeout=END_SECONDS))
+
+
+def serve(repo: Path, processes: list[subprocess.Popen[str]], *extra: str) -> Serving:
+    """A `tritonlora serve` that is ready; started again once, if Triton crashed while models loaded."""
+    serving = Serving(repo, processes, *extra)
+    if serving.lines(CRASH):
+        serving = Serving(repo, processes, *extra)
+    assert serving.is_ready, serving.lines("")
+    return serving
 
 
 @contextlib.contextmanager
@@ -135,7 +147,7 @@ def test_serve_ends_when_a_model_s_process_was_killed(
     number: signal.Signals,
 ) -> None:
     """Under a request that waits in it, also when it is one of several; the message says which, how, and what to do."""
-    serving = Serving({"forward": opened, "resolve": resolved}[topology].root, processes)
+    serving = serve({"forward": opened, "resolve": resolved}[topology].root, processes)
     stub = serving.stubs(model)[0]
     with a_waiting_request(serving, stub):
         stub.send_signal(number)
@@ -151,7 +163,7 @@ def test_serve_ends_when_a_model_s_process_was_killed(
 
 def test_serve_keeps_the_server_if_it_is_told_to(opened: Repository, processes: list[subprocess.Popen[str]]) -> None:
     """It says so once for each process, and what the other processes can do is done."""
-    serving = Serving(opened.root, processes, "--keep-going")
+    serving = serve(opened.root, processes, "--keep-going")
     for model in ("lora_adapters", "lora_router"):
         stub = serving.stubs(model)[-1]
         stub.kill()
@@ -174,7 +186,7 @@ def test_serve_loads_a_model_again_where_the_server_lets_it(
     opened: Repository, processes: list[subprocess.Popen[str]], model: str
 ) -> None:
     """Explicit model-control mode: all its instances are there, and requests are answered, as often as it dies."""
-    serving = Serving(opened.root, processes, *EXPLICIT)
+    serving = serve(opened.root, processes, *EXPLICIT)
     count = len(serving.stubs(model))
     for _ in range(2):
         stub = serving.stubs(model)[0]
@@ -192,7 +204,7 @@ def test_serve_loads_a_model_again_where_the_server_lets_it(
 def test_serve_ends_when_a_model_cannot_be_loaded_again(tmp_path: Path, processes: list[subprocess.Popen[str]]) -> None:
     """Its code was damaged meanwhile."""
     root = synthetic_repository(tmp_path / "repo", warm=["pirate"]).root
-    serving = Serving(root, processes, *EXPLICIT)
+    serving = serve(root, processes, *EXPLICIT)
     (root / "lora_adapters" / "1" / "model.py").write_text("raise RuntimeError('the flux capacitor is empty')\n")
     serving.stubs("lora_adapters")[0].kill()
 
@@ -204,7 +216,7 @@ def test_what_a_client_unloads_on_purpose_is_no_death(
     opened: Repository, processes: list[subprocess.Popen[str]]
 ) -> None:
     """Nor what it loads again: with the same instances, with fewer, which ends two, and after it was unloaded."""
-    serving = Serving(opened.root, processes, *EXPLICIT)
+    serving = serve(opened.root, processes, *EXPLICIT)
     router = "/v2/repository/models/lora_router"
     config = opened.root / "lora_router" / "config.pbtxt"
     text = config.read_text()
