@@ -24,6 +24,7 @@ from tokenizers import Tokenizer
 
 from repositories import put_many_outputs_engine, resolving
 from text_tokenizer import copy_model, save_tokenizer
+from tritonlora.launch import client
 from tritonlora.launch.server import Server
 from tritonlora.repository import add
 from tritonlora.repository.paths import Repository
@@ -147,6 +148,13 @@ def test_pieces_join_to_the_unstreamed_text(server: Server, tokens: int) -> None
     assert [expected(tokens)] == list(pieces(server, tokens, stream=False, exclude_input_in_output=True))
 
 
+def test_our_own_client_sends_an_id(server: Server) -> None:
+    """One of its own with each request."""
+    texts = ["".join(client.generate(PROMPT, lora_name="pirate", max_tokens=18, url=server.http_url)) for _ in range(2)]
+
+    assert [expected(18)] * 2 == texts
+
+
 def test_without_an_id_each_response_is_decoded_by_itself(server: Server) -> None:
     """As upstream: each byte of a character becomes U+FFFD."""
     assert "[1]\ufffd\ufffd" == "".join(pieces(server, 5))
@@ -233,9 +241,9 @@ def responses(server: Server, prompts: list[str], request_id: str, **inputs: int
         tensors.append(grpc.InferInput(name, list(array.shape), datatype))
         tensors[-1].set_data_from_numpy(array)
     received: queue.Queue[Any] = queue.Queue()
-    with grpc.InferenceServerClient(server.grpc_url) as client:
-        client.start_stream(lambda result, error: received.put(error or result))
-        client.async_stream_infer("ensemble", tensors, request_id=request_id, enable_empty_final_response=True)
+    with grpc.InferenceServerClient(server.grpc_url) as connection:
+        connection.start_stream(lambda result, error: received.put(error or result))
+        connection.async_stream_infer("ensemble", tensors, request_id=request_id, enable_empty_final_response=True)
         while True:
             result = received.get(timeout=60)
             assert not isinstance(result, Exception), result

@@ -5,11 +5,10 @@
 Tensor names, types and shapes are those of tensorrtllm_backend v0.18
 (all_models/inflight_batcher_llm/{preprocessing,postprocessing}/config.pbtxt), text only.
 
-Streaming, strategy. The pieces of a streamed answer join to exactly the text of the whole answer. Postprocessing keeps
-no state: with each response comes PREVIOUS_TOKENS, the tokens of the stream before it. What has been sent for those is
-known, because it depends on nothing else: all their text, without the U+FFFD at its end if there is one, since that
-may be the beginning of a character. A piece is what the new tokens add to that. A response with no new tokens ends
-the stream, and sends what was still held back.
+Streaming, strategy. The pieces of a streamed response join to exactly the text of the whole response. A piece needs the
+tokens of the stream before it. The router sends them as PREVIOUS_TOKENS; elsewhere `text_streams` remembers them.
+Their text has been sent, without the U+FFFD at its end if there is one, since that may be the beginning of a character.
+A piece is what the new tokens add to the text sent. The end of the stream sends what was still held back.
 
 A few previous tokens are as good as all of them (decoding is local, see `tokenizer`): a character is at most
 four bytes, and a token with text has at least one of them; the space that some tokenizers drop at the start of a text
