@@ -93,7 +93,9 @@ def test_a_request_holds_a_name_and_no_weights() -> None:
         ask(url, FIRST, None, lambda text: None)
     plain = {"text_input": FIRST, "max_tokens": MAX_TOKENS, "stream": True}
 
-    assert [plain | {"lora_name": "pirate"}, plain] == [json.loads(body) for body in bodies]
+    requests = [json.loads(body) for body in bodies]
+    assert 2 == len({request.pop("id") for request in requests})
+    assert [plain | {"lora_name": "pirate"}, plain] == requests
 
 
 def test_every_committed_adapter_is_put_into_the_repository(tmp_path: Path, base: Path) -> None:

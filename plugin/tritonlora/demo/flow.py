@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -142,10 +143,11 @@ def ask(url: str, question: str, lora_name: str | None, on_text: Callable[[str],
     """Ask one question by adapter name. `on_text` gets the text so far whenever a piece arrives."""
     started = time.monotonic()
     text, pieces = "", 0
-    for piece in client.generate(question, lora_name=lora_name, max_tokens=MAX_TOKENS, url=url):
+    own_id = {"id": uuid.uuid4().hex}
+    for piece in client.generate(question, lora_name=lora_name, max_tokens=MAX_TOKENS, url=url, inputs=own_id):
         text, pieces = text + piece, pieces + 1
         on_text(text)
-    nbytes = len(client.request_body(question, lora_name, MAX_TOKENS, STREAMED))
+    nbytes = len(client.request_body(question, lora_name, MAX_TOKENS, own_id | STREAMED))
     return Answer(question, lora_name, text.strip(), pieces, round(time.monotonic() - started, 2), nbytes)
 
 
