@@ -32,7 +32,7 @@ FOREIGN_OPTIONS = {
         "--model-control-mode",
     ),  # tritonserver
     *("--http-restricted-api", "--grpc-restricted-protocol"),
-    "--no-deps",  # pip
+    "--from",  # uvx
 }
 FOREIGN_NAMES = {
     *("enable_empty_final_response", "triton_final_response", "triton_grpc_error"),  # Triton's gRPC
@@ -42,7 +42,19 @@ FOREIGN_MESSAGES = {
     "unexpected shape for input 'lora_name' for model 'ensemble'. Expected [-1,1], got [1]",  # Triton core
     "malloc_consolidate(): unaligned fastbin chunk detected",  # glibc, in tritonserver
 }
-_COMMAND_WORDS = {"tritonlora", "scripts/demo", "scripts/test", "pip", "docker", "kubectl", "cp", "export", "curl"}
+_COMMAND_WORDS = {
+    "tritonlora",
+    "scripts/demo",
+    "scripts/test",
+    "pip",
+    "uvx",
+    "pipx",
+    "docker",
+    "kubectl",
+    "cp",
+    "export",
+    "curl",
+}
 
 
 def option_names(words: list[str]) -> set[str]:
