@@ -9,6 +9,8 @@ import random
 
 import pytest
 
+from tritonlora.serving.admission import Admission, Ticket
+from tritonlora.serving.engine_cache import EngineCache
 from virtual_time import Clients, Engine, Outcome, Resolver, World, run
 
 PACE = 0.02  # seconds a token
@@ -53,6 +55,18 @@ def test_where_all_adapters_fit_the_first_token_comes_as_from_the_engine_itself(
     assert outcome.quantile(0.99) < expected.quantile(0.99) + 0.04
     assert resolver.counts["weights"] < 5 * clients.adapters
     assert resolver.counts["waited"] == 0
+
+
+def test_requests_by_id_leave_nothing_behind() -> None:
+    """However many they are, and though no weights are ever sent again."""
+    admission = Admission(EngineCache(4, {1: 1}, 0.0), 0.0)
+    for number in range(1000):
+        now = number / 100
+        ticket = Ticket({1: 1}, 4, now, 30)
+        assert admission.ask(ticket, now)
+        admission.sent(ticket, now)
+
+    assert 1 == admission.under_way
 
 
 def test_where_all_in_use_fit_the_first_token_comes_as_from_the_engine_itself() -> None:

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import Counter, OrderedDict, deque
+from collections import OrderedDict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -51,9 +51,8 @@ class Ticket:
     patience: float  # seconds that it may wait
     takes_weights: bool = True  # they may go along
     must_take_weights: bool = False  # others load adapters too, so that nothing is certain
-    is_ended_by_us: bool = False  # its end is told, and need not be reckoned
-    number: int = field(default=-1)
-    with_weights: bool = field(default=False)
+    number: int = -1
+    with_weights: bool = False
 
     @property
     def deadline(self) -> float:
@@ -118,27 +117,17 @@ class Admission:
 
     # Requests
 
-    def passes(self, ticket: Ticket, now: float) -> bool:
-        """Whether the request may go on by id alone, at once. If so, `sent` is to be called, or `dropped`."""
-        self._asked_at = now
-        if self._must_wait(now) or not self._cache.are_held(ticket.adapters, now):
-            return False
-        self._begin(ticket, with_weights=False)
-        return True
-
     def ask(self, ticket: Ticket, now: float) -> bool:
         """Whether the request may go on at once, with its weights where the ticket says so; else it waits.
 
-        AdapterUnavailable when too many wait.
+        Of one that goes on, call `sent` or `dropped`. AdapterUnavailable when too many wait.
         """
-        if ticket.must_take_weights:
-            self._begin(ticket, with_weights=True)
-            return True
-        if self.passes(ticket, now):
-            return True
-        key = frozenset(ticket.adapters)
-        if key not in self._groups and not self._must_wait(now) and self._may_carry([ticket], now):
-            self._begin(ticket, with_weights=True)
+        self._asked_at = now
+        key, must_wait = frozenset(ticket.adapters), self._must_wait(now)
+        is_held = not must_wait and self._cache.are_held(ticket.adapters, now)
+        has_capacity = not must_wait and key not in self._groups and self._may_carry([ticket], now)
+        if ticket.must_take_weights or is_held or has_capacity:
+            self._begin(ticket, with_weights=ticket.must_take_weights or not is_held)
             return True
         if self._waiting >= MOST_WAITING:
             raise AdapterUnavailable(f"{self._waiting} requests wait for LoRA adapters to be loaded; ask again")
@@ -171,38 +160,26 @@ class Admission:
 
     def is_due(self, number: int, now: float) -> bool:
         """Whether all that was decided before has reached the engine."""
-        while self._under_way and self._under_way[0][0] <= now:
-            del self._unsent[self._under_way.popleft()[1]]
+        self._note_arrivals(now)
         return next(iter(self._unsent), number) >= number
 
     def sent(self, ticket: Ticket, now: float) -> None:
         """The request has been sent to the engine."""
+        self._note_arrivals(now)
         self._under_way.append((now + ARRIVAL_SECONDS, ticket.number))
-        if not ticket.is_ended_by_us:
-            for task_id in ticket.adapters:
-                self._cache.send(task_id, ticket.tokens, now, with_weights=ticket.with_weights)
+        for task_id in ticket.adapters:
+            self._cache.send(task_id, ticket.tokens, now, with_weights=ticket.with_weights)
+
+    @property
+    def under_way(self) -> int:
+        """Requests that were sent lately, and may not have reached the engine."""
+        return len(self._under_way)
 
     def dropped(self, ticket: Ticket, now: float) -> None:
         """The request could not be sent."""
         del self._unsent[ticket.number]
-        self._end(ticket, now)
-
-    def ended(self, ticket: Ticket, sent_at: float, now: float, *, was_held: bool | None) -> None:
-        """A request whose end is told has ended. `was_held`: the engine had its adapters, had not, or did not say."""
         for task_id in ticket.adapters:
-            if was_held:
-                self._cache.see(task_id, sent_at)
-            elif was_held is False:
-                self._cache.lose(task_id)
-        self._end(ticket, now)
-
-    def holds(self) -> dict[int, bool]:
-        """The adapters that the engine may hold, by lora_task_id, and whether it certainly does."""
-        return self._cache.holds()
-
-    def waiting(self) -> Counter[int]:
-        """How many requests wait for each adapter."""
-        return Counter(one for group in self._groups.values() for _ in group.tickets for one in group.adapters)
+            self._cache.end(task_id, now)
 
     # The requests of our own
 
@@ -230,9 +207,9 @@ class Admission:
             return self._probe(None)
         return Pause(BELIEF_SECONDS)
 
-    def responded(self, sent_at: float, now: float, iterations: int = 1) -> None:
-        """The engine has responded to a request of our own, which shows that it has gone through so many iterations."""
-        self._cache.heard(sent_at, now, iterations)
+    def responded(self, sent_at: float, now: float) -> None:
+        """The engine has responded to a request of our own, which shows that it has gone through an iteration."""
+        self._cache.heard(sent_at, now)
 
     def loaded(self, load: Load, sent_at: float, now: float) -> None:
         """The engine has the adapter; those who waited for it go on."""
@@ -291,6 +268,10 @@ class Admission:
 
     # Parts
 
+    def _note_arrivals(self, now: float) -> None:
+        while self._under_way and self._under_way[0][0] <= now:
+            del self._unsent[self._under_way.popleft()[1]]
+
     def _must_wait(self, now: float) -> bool:
         first = next(iter(self._groups.values()), None)
         return first is not None and now - first.arrived_at >= OVERTAKING_SECONDS
@@ -307,10 +288,6 @@ class Admission:
         self._unsent[ticket.number] = None
         for task_id, pages in ticket.adapters.items():
             self._cache.begin(task_id, pages, with_weights=with_weights)
-
-    def _end(self, ticket: Ticket, now: float) -> None:
-        for task_id in ticket.adapters:
-            self._cache.end(task_id, now)
 
     def _release(self, group: _Group, *, with_weights: bool = False) -> None:
         tickets = group.tickets

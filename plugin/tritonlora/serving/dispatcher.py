@@ -17,7 +17,6 @@ from __future__ import annotations
 import threading
 import time
 import traceback
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -73,7 +72,7 @@ class _OwnRequest:
 
 
 class Dispatcher:
-    """Of one engine. `stop` it at the end."""
+    """Passes requests on to one engine. Its threads run until `stop`."""
 
     def __init__(
         self,
@@ -111,7 +110,7 @@ class Dispatcher:
         """Send the request on when its adapters are there. AdapterUnavailable when too many wait."""
         with self._lock:
             if self._is_stopping:
-                raise ServerStopping()
+                raise ServerStopping
             goes = self._admission.ask(ticket, time.monotonic())
             self._requests[ticket] = request
             self._lock.notify_all()
@@ -125,22 +124,6 @@ class Dispatcher:
             if has_left:
                 del self._requests[ticket]
             return has_left
-
-    def end(self, ticket: Ticket, sent_at: float, *, was_held: bool | None) -> None:
-        """A request whose end is told has ended, as `Admission.ended` says."""
-        with self._lock:
-            self._admission.ended(ticket, sent_at, time.monotonic(), was_held=was_held)
-            self._lock.notify_all()
-
-    def waiting(self) -> Counter[int]:
-        """How many requests wait for each adapter."""
-        with self._lock:
-            return self._admission.waiting()
-
-    def holds(self) -> dict[int, bool]:
-        """The adapters that the engine may hold, by lora_task_id, and whether it certainly does."""
-        with self._lock:
-            return self._admission.holds()
 
     @property
     def misbeliefs(self) -> int:
@@ -297,6 +280,8 @@ class Dispatcher:
             own.sent_at = time.monotonic()
             silence.asked()
             try:
+                if self._is_stopping:  # the server may unload the model at any time
+                    raise ServerStopping
                 own.error = ask(heard)
             except Exception as error:  # noqa: BLE001  those who wait for it are told
                 own.failure = error
@@ -329,7 +314,5 @@ class Dispatcher:
 
 
 def _engine_error(text: str) -> RequestError:
-    error = AdapterUnavailable(f"the engine has not loaded it: {public(text)}")
-    if not is_unavailable(text):
-        error.code = "INTERNAL"
-    return error
+    kind = AdapterUnavailable if is_unavailable(text) else RequestError
+    return kind(f"the engine has not loaded it: {public(text)}")

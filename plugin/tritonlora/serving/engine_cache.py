@@ -103,16 +103,6 @@ class EngineCache:
         """The last adapter whose weights went along with a request that the engine may have refused."""
         return next(reversed(self._unconfirmed), None)
 
-    @property
-    def in_use(self) -> list[int]:
-        """The adapters that may be in use."""
-        return [task_id for task_id, adapter in self._adapters.items() if adapter.is_in_use]
-
-    def holds(self) -> dict[int, bool]:
-        """The adapters that the engine may hold, by lora_task_id, and whether it certainly does."""
-        found = ((task_id, adapter) for task_id, adapter in self._adapters.items() if adapter.seen_at is not None)
-        return {task_id: self._fit([adapter]) for task_id, adapter in found}
-
     def least_recent(self, *, warm: bool) -> int | None:
         """The held adapter that is the next to be evicted, `warm` ones included or not.
 
@@ -182,8 +172,8 @@ class EngineCache:
             one.seen_at = one.seen_at if keeps_warm and one.is_warm else None
         return True
 
-    def heard(self, sent_at: float, now: float, iterations: int = 1) -> None:
-        """A request of our own, sent at that time, has had so many responses more, each of another iteration."""
+    def heard(self, sent_at: float, now: float) -> None:
+        """A request of our own, sent at that time, has had one response more, of another iteration."""
         while self._unstarted:
             adapter = self._adapters[next(iter(self._unstarted))]
             if adapter.used_at > sent_at - ARRIVAL_SECONDS:
@@ -193,7 +183,7 @@ class EngineCache:
                 heapq.heappush(self._ends, (self._iterations + adapter.unstarted, adapter.task_id))
             adapter.ends = max(adapter.ends, self._iterations + adapter.unstarted)
             adapter.unstarted = -math.inf
-        self._iterations += iterations
+        self._iterations += 1
         while self._ends and self._ends[0][0] <= self._iterations:
             adapter = self._adapters[heapq.heappop(self._ends)[1]]
             if adapter.ends > self._iterations:
