@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tritonclient.grpc as grpc
+from tritonclient.utils import InferenceServerException
 
 from asking import ENSEMBLE, Question, Refusal, ways
 from repositories import resolving, synthetic_adapter
@@ -157,6 +158,18 @@ def test_clients_choose_adapters_and_weights_in_no_other_way(roomy: tuple[Reposi
 
     assert 400 == status
     assert f"{name}: not taken as a parameter" in answer["error"]
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_no_client_gives_what_only_the_resolver_gives_itself(roomy: tuple[Repository, Server], rows: int) -> None:
+    """It is no request for the base model."""
+    control = grpc.InferInput("lora_control", [rows, 1], "BYTES")
+    control.set_data_from_numpy(np.array([[b"x"]] * rows, np.object_))
+    with (
+        grpc.InferenceServerClient(roomy[1].grpc_url) as client,
+        pytest.raises(InferenceServerException, match="lora_control is no input for clients; leave it out"),
+    ):
+        client.infer("lora_resolver", [control])
 
 
 def test_a_cache_that_is_too_small_is_no_client_s_business(narrow: tuple[Repository, Server]) -> None:

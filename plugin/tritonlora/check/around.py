@@ -13,11 +13,11 @@ from tritonlora.check.findings import Finding, Subject, error, warning
 from tritonlora.machine import SHARED_MEMORY, ports_in_use
 from tritonlora.pbtxt.model_config import ModelConfig, Step, Unfilled, has_template
 from tritonlora.repository import init
-from tritonlora.repository.model_configs import OWN_OUTPUT, REQUIRED
 from tritonlora.repository.paths import COPY_AGAIN, LISTING, RESOLVER, ROUTER, dead_links
 from tritonlora.repository.undo import OURS
 from tritonlora.serving.file_version import has_content
 from tritonlora.serving.response_cache import CACHED
+from tritonlora.serving.wire import REQUIRED, STATE
 
 # Parameters that no model of upstream's loads without; where others are still a ${…}, it takes its defaults.
 _OF_THE_ENGINE = ("gpt_model_path",)
@@ -161,7 +161,7 @@ def resolver(subject: Subject) -> Iterator[Finding]:
                 f"tritonlora init {shlex.quote(str(root))}",
             )
     for spec in subject.configs[RESOLVER].outputs if RESOLVER in subject.configs else ():
-        if spec.name == OWN_OUTPUT:
+        if spec.name == STATE:
             continue
         declared = subject.config.input(spec.name)
         if declared is None or declared.data_type != spec.data_type:

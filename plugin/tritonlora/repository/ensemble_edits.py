@@ -14,9 +14,8 @@ from tritonlora.errors import ConfigError
 from tritonlora.pbtxt.edits import append_value, quote, remove_value, replace_value
 from tritonlora.pbtxt.model_config import DATA_TYPES
 from tritonlora.pbtxt.text_format import Document, Message, error_at
-from tritonlora.repository.model_configs import INPUT_LENGTHS, REQUIRED
 from tritonlora.repository.paths import DEFAULT_TARGET, RESOLVER, ROUTER
-from tritonlora.serving.wire import WIRES
+from tritonlora.serving.wire import INPUT_LENGTHS, REQUIRED, WIRES
 
 PREVIOUS_TOKENS = "_PREVIOUS_TOKENS"
 # Outputs of the resolver -> the ensemble's tensors, from which the engine's step gets its inputs of the same names.

@@ -15,12 +15,8 @@ from tritonlora.errors import ConfigError, one_message
 from tritonlora.pbtxt.edits import append_value, insert_field, quote, replace_value
 from tritonlora.pbtxt.model_config import ModelConfig, TensorSpec, Unfilled, filled
 from tritonlora.pbtxt.text_format import Document
+from tritonlora.serving.wire import CONTROL, INPUT_LENGTHS, REQUIRED, STATE
 from tritonlora.targets import Target, target_of
-
-# An input that the engine refuses to be without; Triton counts required inputs, and does not look which ones are there.
-REQUIRED = "request_output_len"
-OWN_OUTPUT = "lora_state"  # of the resolver, which the engine does not take
-INPUT_LENGTHS = "input_lengths"  # which tells how long the engine takes for the prompt
 
 # --- The router and the resolver -------------------------------------------------------------------------------------
 
@@ -150,13 +146,13 @@ def resolver_config(
         )
     inputs = [declared[name] for name in (REQUIRED, INPUT_LENGTHS) if name in declared]
     inputs += [TensorSpec("lora_name", "TYPE_STRING", (1,)), declared[kind.WIRE.task_id]]
-    inputs.append(TensorSpec("lora_control", "TYPE_STRING", (1,)))
+    inputs.append(TensorSpec(CONTROL, "TYPE_STRING", (1,)))
     outputs = [
         # Adapters with DoRA have a column more.
         replace(declared[name], dims=(-1, -1) if name == "lora_config" else declared[name].dims)
         for name in (REQUIRED, *kind.WIRE.inputs)
     ]
-    outputs.append(TensorSpec(OWN_OUTPUT, "TYPE_STRING", (1,)))
+    outputs.append(TensorSpec(STATE, "TYPE_STRING", (1,)))
     parameters = {
         "router": router,
         "target": target_name,

@@ -13,7 +13,6 @@ is such a request, and where it is refused, the model is being unloaded. A load 
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import secrets
 import threading
@@ -30,16 +29,8 @@ from .adapter_tensors import AdapterFiles
 from .errors import AdapterUnavailable, ServerStopping
 from .reused_tensor import KeptWeights
 from .routing import Route
-from .wire import ENGINE_MODEL
-
-DTYPES = {
-    "TYPE_INT32": np.int32,
-    "TYPE_INT64": np.int64,
-    "TYPE_UINT32": np.uint32,
-    "TYPE_UINT64": np.uint64,
-    "TYPE_BOOL": np.bool_,
-}
-TOKENS = "request_output_len"
+from .triton import new_kept_weights
+from .wire import CONTROL, ENGINE_MODEL, REQUIRED, STATE
 
 
 class Guard:
@@ -71,16 +62,18 @@ class Guard:
             thread.join()
 
     def _ask(self) -> None:
-        control = pb_utils.Tensor("lora_control", np.array([[self.key.encode()]], np.object_))
-        request = pb_utils.InferenceRequest(
-            model_name=self._model, inputs=[control], requested_output_names=["lora_state"]
-        )
-        if request.exec().has_error():
-            self._arrivals.put(None)
+        control = pb_utils.Tensor(CONTROL, np.array([[self.key.encode()]], np.object_))
+        request = pb_utils.InferenceRequest(model_name=self._model, inputs=[control], requested_output_names=[STATE])
+        is_answered = False
+        try:
+            is_answered = not request.exec().has_error()
+        finally:
+            if not is_answered:
+                self._arrivals.put(None)
 
 
 class OwnRequests:
-    """To one engine's model."""
+    """Sends requests of our own to one engine's model."""
 
     def __init__(
         self,
@@ -99,7 +92,8 @@ class OwnRequests:
         """
         self._target = target
         self._sample: dict[str, np.ndarray[Any, Any]] = {
-            name: np.array([values], DTYPES[data_type]) for name, (data_type, values) in json.loads(sample).items()
+            name: np.array([values], pb_utils.triton_string_to_numpy(data_type))
+            for name, (data_type, values) in json.loads(sample).items()
         }
         self._files = files
         self._route_of = route_of
@@ -140,7 +134,7 @@ class OwnRequests:
         heard: Callable[[], None],
         kept: KeptWeights[pb_utils.Tensor] | None = None,
     ) -> str | None:
-        sample = self._sample | {TOKENS: np.full_like(self._sample[TOKENS], tokens)}
+        sample = self._sample | {REQUIRED: np.full_like(self._sample[REQUIRED], tokens)}
         request = pb_utils.InferenceRequest(
             model_name=self._target,
             inputs=[*(pb_utils.Tensor(name, array) for name, array in sample.items()), *naming],
@@ -167,8 +161,3 @@ class OwnRequests:
 def task_id_tensor(task_ids: list[int]) -> pb_utils.Tensor:
     """lora_task_id of a batch."""
     return pb_utils.Tensor(ENGINE_MODEL.task_id, np.array([[task_id] for task_id in task_ids], np.uint64))
-
-
-def new_kept_weights() -> KeptWeights[pb_utils.Tensor]:
-    """Those of a thread that has sent none."""
-    return KeptWeights(functools.partial(pb_utils.Tensor.from_dlpack, "lora_weights"))

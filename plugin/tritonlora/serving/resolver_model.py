@@ -18,27 +18,22 @@ from pathlib import Path
 
 import triton_python_backend_utils as pb_utils
 
-from .adapter_tensors import DIGESTS, AdapterFiles, check_files
+from .adapter_tensors import DIGESTS, AdapterFiles
 from .admission import PROMPT_TOKENS_A_STEP, Admission, Ticket
 from .counters import BASE, STATISTICS, Statistics
 from .dispatcher import Dispatcher
 from .engine_cache import EngineCache
-from .errors import RequestError
-from .own_requests import Guard, OwnRequests, new_kept_weights, task_id_tensor
+from .errors import InvalidRequest, RequestError
+from .own_requests import Guard, OwnRequests, task_id_tensor
 from .parameters import check_parameters, parameters_of
 from .residency import open_inside, take_part
 from .response_cache import check_config
 from .routing import Route, check_id, resolve_rows
 from .server_process import STARTING_SECONDS, is_starting, started_at, warmed_at_start
 from .table_file import TableFile
-from .triton import failure, inputs_of, parameters_in, values_of
-from .wire import ENGINE_MODEL
+from .triton import failure, inputs_of, new_kept_weights, parameters_in, values_of
+from .wire import CONTROL, ENGINE_MODEL, INPUT_LENGTHS, REQUIRED
 
-# An input that the engine refuses to be without, and that it gets from here: an empty response, which Triton's response
-# cache makes of an error, cannot mean the base model.
-REQUIRED = "request_output_len"
-CONTROL = "lora_control"
-INPUT_LENGTHS = "input_lengths"
 LONGEST_OUTPUT = 4096  # tokens, where a request does not say
 # The router loads adapters into the same engine. For so long after its last request nothing is certain here.
 ROUTER_SECONDS = 60.0
@@ -95,8 +90,7 @@ class TritonPythonModel:
     def execute(self, requests: list[pb_utils.InferenceRequest]) -> None:
         """Answer each request by itself: a bad one harms no other, and none waits for another."""
         for request in requests:
-            control = pb_utils.get_input_tensor_by_name(request, CONTROL)
-            if control is not None and control.as_numpy().item() == self._guard.key.encode():
+            if values_of(inputs_of(request), CONTROL) == [self._guard.key.encode()]:
                 self._guard.arrive(request.get_response_sender())
                 continue
             pending = PendingRequest(self, request)
@@ -118,6 +112,8 @@ class TritonPythonModel:
             self.count([BASE], "table_reloads")
         check_parameters(table, parameters_of(request))
         inputs = inputs_of(request)
+        if CONTROL in inputs:
+            raise InvalidRequest(f"{CONTROL} is no input for clients; leave it out")
         lora_names, lora_task_ids = (values_of(inputs, name) for name in ("lora_name", ENGINE_MODEL.task_id))
         rows = next(iter(inputs.values())).shape()[0] if self._batching else 1
         routes = resolve_rows(table, lora_names, lora_task_ids, rows)
@@ -126,7 +122,6 @@ class TritonPythonModel:
             pending.pass_on(with_weights=False)
             return
         for route in pending.routes:
-            check_files(self._files.repository, route)
             check_id(route, self._residency.may_give)
             self._routes[route.entry.lora_task_id] = route
         lengths = values_of(inputs, REQUIRED) or [LONGEST_OUTPUT]
@@ -179,7 +174,8 @@ class PendingRequest:
         self._model = model
         self._sender = request.get_response_sender()
         asked = {REQUIRED} & set(request.requested_output_names())
-        # As it came; nothing for an ensemble from before, which neither gives it nor asks for it.
+        # As it came, so that an empty response, which Triton's response cache makes of an error, cannot mean the base
+        # model. Nothing for an ensemble from before, which neither gives it nor asks for it.
         self._required = [(one.name(), one.as_numpy()) for one in request.inputs() if one.name() in asked]
         self.routes: list[Route] = []  # of its rows; none for the base model
 

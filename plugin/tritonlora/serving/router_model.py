@@ -43,11 +43,10 @@ from .forwarding import Forwarder
 from .parameters import check_parameters, parameters_of
 from .residency import Residency, open_inside, take_part
 from .response_cache import check_config
-from .reused_tensor import KeptWeights
 from .routing import Route, check_id, resolve_rows
 from .stream_state import SequenceState, WholeTexts
 from .table_file import TableFile
-from .triton import Inputs, inputs_of, parameters_in, values_of
+from .triton import Inputs, inputs_of, new_kept_weights, parameters_in, values_of
 from .wire import wire_of
 
 TOKENS = ("output_ids", "sequence_length")
@@ -492,11 +491,6 @@ def _takes_floats() -> bool:
     except Exception:  # noqa: BLE001  which one differs between versions
         return False
     return True
-
-
-def new_kept_weights() -> KeptWeights[pb_utils.Tensor]:
-    """Those of a process that has sent none."""
-    return KeptWeights(functools.partial(pb_utils.Tensor.from_dlpack, "lora_weights"))
 
 
 def tensor_of(tensors: list[pb_utils.Tensor], name: str) -> pb_utils.Tensor:

@@ -15,9 +15,14 @@ from .adapter_table import AdapterTable
 STARTING_SECONDS = 60.0
 
 
+def stat_of(pid: int) -> list[str]:
+    """The fields of a process' stat that follow its name: state, parent, and so on (proc_pid_stat(5))."""
+    return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+
+
 def start_ticks(pid: int) -> int:
-    """When a process was started, in clock ticks since the machine was (proc_pid_stat(5), field 22)."""
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    """When a process was started, in clock ticks since the machine was."""
+    return int(stat_of(pid)[19])
 
 
 def started_at(pid: int) -> float:

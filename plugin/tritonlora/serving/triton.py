@@ -4,10 +4,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import triton_python_backend_utils as pb_utils
+
+from .reused_tensor import KeptWeights
 
 Inputs: TypeAlias = "Mapping[str, pb_utils.Tensor]"  # of a request, by name
 
@@ -31,3 +34,8 @@ def parameters_in(config: Mapping[str, Any]) -> dict[str, str]:
 def failure(message: str, code: str = "INTERNAL") -> pb_utils.InferenceResponse:
     """A response that is an error. `code` is a name in `pb_utils.TritonError`."""
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, getattr(pb_utils.TritonError, code)))
+
+
+def new_kept_weights() -> KeptWeights[pb_utils.Tensor]:
+    """The kept weights of a process, or of a thread of it, that has sent none."""
+    return KeptWeights(functools.partial(pb_utils.Tensor.from_dlpack, "lora_weights"))

@@ -20,6 +20,12 @@ import numpy.typing as npt
 
 from .routing import Route
 
+# Beside the adapters' tensors, what the resolver reads and gives.
+INPUT_LENGTHS = "input_lengths"  # which tells how long the engine takes for the prompt
+# The engine refuses to be without it. Triton counts required inputs, and does not look which ones are there.
+REQUIRED = "request_output_len"
+CONTROL, STATE = "lora_control", "lora_state"  # between tritonlora's own models
+
 
 @dataclass(frozen=True, slots=True)
 class Wire:
