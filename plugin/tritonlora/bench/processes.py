@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+
+from tritonlora.serving.server_process import stat_of
 
 PROC = Path("/proc")
 SERVER = "tritonserver"
@@ -18,7 +20,7 @@ def processes_of(server: int) -> dict[str, list[int]]:
     found = {SERVER: [server]}
     for directory in PROC.glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            parent = int(_stat(directory)[1])
+            parent = int(stat_of(int(directory.name))[1])
             words = (directory / "cmdline").read_bytes().decode(errors="replace").split("\0")
             model = next((Path(word).parts[-3] for word in words if word.endswith("/1/model.py")), None)
             if parent == server and model:
@@ -29,18 +31,10 @@ def processes_of(server: int) -> dict[str, list[int]]:
 def processor_seconds(processes: Mapping[str, Iterable[int]]) -> dict[str, float]:
     """Processor time of each group of processes so far, user and system."""
     ticks = os.sysconf("SC_CLK_TCK")
-    return {
-        name: sum(sum(map(int, _stat(PROC / str(pid))[11:13])) for pid in pids) / ticks
-        for name, pids in processes.items()
-    }
+    return {name: sum(sum(map(int, stat_of(pid)[11:13])) for pid in pids) / ticks for name, pids in processes.items()}
 
 
 def pss_nbytes(processes: Iterable[int]) -> int:
     """Their memory together, each shared page divided among those that share it."""
     lines = [line for pid in processes for line in (PROC / str(pid) / "smaps_rollup").read_text().splitlines()]
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
-
-
-def _stat(directory: Path) -> Sequence[str]:
-    """The fields of a process' stat that follow its name: state, parent, and so on (man 5 proc)."""
-    return (directory / "stat").read_text().rpartition(")")[2].split()

@@ -16,7 +16,7 @@ from tritonlora.launch.server import Server
 from tritonlora.launch.tritonserver import Tritonserver, check_extra, find_tritonserver, server_command
 from tritonlora.machine import LOCAL, Ports
 from tritonlora.repository.paths import Repository
-from tritonlora.repository.state import read_state
+from tritonlora.repository.state import State, read_state
 from tritonlora.targets import target_of
 
 
@@ -36,8 +36,8 @@ def serve(
     line of its log, from a thread of its own. Raises ServerError when it cannot start. `wait_until_ready` raises it
     when an adapter cannot be loaded, and names the adapter and a remedy.
     """
-    settings = _settings(repository, extra, world_size)
-    table = read_state(repository).table
+    state = read_state(repository)
+    settings, table = _settings(state, extra, world_size), state.table
 
     def explain(log: Sequence[str]) -> str | None:
         # Triton 2.51 may crash before it says which warmup sample failed, and why.
@@ -50,7 +50,7 @@ def command_line(
     repository: Repository, ports: Ports, *, address: str = LOCAL, extra: Sequence[str] = (), world_size: int | None
 ) -> str:
     """What `serve` would run, as a line for a shell; where no tritonserver is installed, for a machine that has one."""
-    settings = _settings(repository, extra, world_size)
+    settings = _settings(read_state(repository), extra, world_size)
     try:
         found = find_tritonserver()
     except ServerError:
@@ -60,10 +60,11 @@ def command_line(
     return " ".join([*environment, *map(shlex.quote, command)])
 
 
-def _settings(repository: Repository, extra: Sequence[str], world_size: int | None) -> dict[str, Any]:
+def _settings(state: State, extra: Sequence[str], world_size: int | None) -> dict[str, Any]:
     """What the repository and its engine ask of tritonserver."""
     check_extra(extra)
-    config = read_state(repository).models.served_config(repository.target)
+    repository = state.repository
+    config = state.models.served_config(repository.target)
     diagnosis.refuse_cached_responses(repository)
     return {
         "complete_configs": target_of(config).COMPLETES_CONFIGS,

@@ -22,6 +22,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from tritonlora.serving.server_process import stat_of
+
 _PROC = Path("/proc")
 _EXECUTABLE = "triton_python_backend_stub"
 # python_backend, src/stub_launcher.cc: the words of a stub's command line
@@ -139,7 +141,7 @@ def _how(process: _Process | None) -> str:
 
 def _descendants(pid: int) -> dict[int, _Process]:
     """The processes below `pid`: the stubs of tritonserver, or of those that mpirun has started."""
-    everybody = {int(path.name): _process(path) for path in _PROC.glob("[0-9]*")}
+    everybody = {pid: _process(pid) for pid in map(int, (path.name for path in _PROC.glob("[0-9]*")))}
     children: dict[int, list[int]] = {}
     for one, process in everybody.items():
         if process is not None:
@@ -154,13 +156,12 @@ def _descendants(pid: int) -> dict[int, _Process]:
     return found
 
 
-def _process(directory: Path) -> _Process | None:
-    """What /proc/PID/stat says (proc_pid_stat(5)); None for a process that has ended meanwhile."""
+def _process(pid: int) -> _Process | None:
+    """What /proc says of a process; None for a process that has ended meanwhile."""
     try:
-        _, _, after_name = (directory / "stat").read_text(errors="replace").rpartition(")")
+        fields = stat_of(pid)
     except OSError:
         return None
-    fields = after_name.split()
     return _Process(parent=int(fields[1]), is_zombie=fields[0] in "ZX", wait_status=int(fields[-1]))
 
 
