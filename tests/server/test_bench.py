@@ -15,14 +15,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tritonlora.bench import load, scratch
+from tritonlora.bench import clients, load, scratch
+from tritonlora.bench.clients import Clients
 from tritonlora.bench.load import Way
 from tritonlora.bench.route import Options, run
 from tritonlora.errors import ServerError
 from tritonlora.launch.server import Server
 from tritonlora.repository.paths import ROUTER
 
-SMALL = Options(rounds=1, instances=1, streams=2, tokens=4, requests=100)
+SMALL = Options(rounds=1, instances=1, streams=2, tokens=4, requests=100, token_seconds=0.005, seconds=1.0)
 BODY = {"input_ids": [104, 105], "input_lengths": 2, "request_output_len": 5, "streaming": True}
 
 
@@ -62,14 +63,28 @@ def test_a_stream_that_is_not_what_it_should_be_is_not_measured(
         load.ask(server.http_url, {"forward": Way(ROUTER, [body], answers)}, rounds=1)
 
 
-@pytest.mark.parametrize("name", ["ttft", "tokens", "memory"])
+@pytest.mark.parametrize(("lora_name", "message"), [("n1", None), ("nobody", "unknown LoRA adapter 'nobody'")])
+def test_clients_in_closed_loops_end_whatever_they_are_answered(
+    server: Server, lora_name: str, message: str | None
+) -> None:
+    """With the time that they have, or with the answer after it. An error is counted, and is no answer."""
+    asked = Clients(scratch.PAST_ROUTER, {lora_name: 1}, streams=4, tokens=3, think=0.0005, seconds=0.6, discarded=0.0)
+    for _ in range(5):
+        outcome = clients.ask(server.http_url, asked)
+
+        assert (0, message is None) == (outcome.wrong, outcome.failed == 0)
+        assert (message is None) == (outcome.requests > 0) == (outcome.errors == [])
+        assert all(message in error for error in outcome.errors if message)
+
+
+@pytest.mark.parametrize("name", ["ttft", "tokens", "memory", "streams"])
 def test_each_part_gives_values_and_ratios(name: str) -> None:
     """Whatever they are at this size."""
     (part,) = run([name], SMALL)
 
     assert name == part.name
     assert all(one.p50 > 0 for one in part.series if not one.name.startswith("added"))
-    assert {"ttft": 2, "tokens": 2, "memory": 1}[name] == len(part.ratios)
+    assert {"ttft": 2, "tokens": 2, "memory": 1, "streams": 2}[name] == len(part.ratios)
 
 
 def test_an_evicted_adapter_takes_longer_than_a_resident_one() -> None:

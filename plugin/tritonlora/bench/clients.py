@@ -13,15 +13,13 @@ import heapq
 import itertools
 import json
 import select
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from random import Random
+from typing import Any
 
-from tritonlora.bench.load import ANSWER, END, TIMEOUT_SECONDS
+from tritonlora.bench.load import ANSWER, END, TIMEOUT_SECONDS, Stream, in_process, main, request_bytes
 from tritonlora.errors import ServerError
 
 PROMPT = "hello"
@@ -61,23 +59,16 @@ class Outcome:
 
 def ask(url: str, clients: Clients) -> Outcome:
     """Let the clients ask the server at `url` (HOST:PORT)."""
-    command = [sys.executable, "-m", "tritonlora.bench.clients"]
-    job = json.dumps({"url": url, "clients": asdict(clients)})
-    done = subprocess.run(command, input=job, text=True, stdout=subprocess.PIPE, check=False)
-    if done.returncode:
-        raise ServerError(done.stdout.strip() or f"the clients ended with status {done.returncode}")
-    return Outcome(**json.loads(done.stdout))
+    return Outcome(**in_process("tritonlora.bench.clients", {"url": url, "clients": asdict(clients)}))
 
 
 # The clients themselves
 
 
-class _Client:
+class _Client(Stream):
     def __init__(self, host: str, port: int, number: int) -> None:
-        self.socket = socket.create_connection((host, port), timeout=TIMEOUT_SECONDS)
-        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        super().__init__(host, port)
         self.number = number
-        self.received = bytearray()
         self.first: float | None = None
         self.began = 0.0
         self.answer = b""
@@ -86,10 +77,9 @@ class _Client:
         self.answer = f"[{clients.adapters[name]}]{PROMPT}".encode()
         self.received.clear()
         self.first = None
-        body = json.dumps(_body(clients, name, tokens)).encode()
-        head = f"POST /v2/models/{clients.model}/generate_stream HTTP/1.1\r\nHost: {url}\r\n"
+        request = request_bytes(url, clients.model, _body(clients, name, tokens))
         self.began = time.perf_counter()
-        self.socket.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        self.socket.sendall(request)
 
     def is_done(self) -> bool:
         """Take what has come; whether that was all."""
@@ -150,15 +140,17 @@ def _run(url: str, clients: Clients) -> Outcome:
     outcome, tokens, requests, wrong, failed, active = Outcome(), 0, 0, 0, 0, 0
     for number in open_clients:
         poll.register(number, select.EPOLLIN)
-    while active or (waiting and waiting[0][0] < stop):
-        now = time.perf_counter()
+    while (now := time.perf_counter()) < stop or active:
         while waiting and waiting[0][0] <= now < stop:
             client = open_clients[heapq.heappop(waiting)[1]]
             length = chance.randint(max(1, clients.tokens // 2), clients.tokens * 3 // 2)
             client.send(url, clients, _choose(clients, chance, client.number, next(turns)), length)
             active += 1
-        pause = min(1.0, max(0.0, waiting[0][0] - now)) if waiting and now < stop else 1.0
-        for number, _ in poll.poll(pause):
+        next_start = min(waiting[0][0], stop) if waiting else stop
+        ready = poll.poll(max(0.0, next_start - now) if now < stop else TIMEOUT_SECONDS)
+        if not ready and now >= stop:
+            raise ServerError(f"no answer for {TIMEOUT_SECONDS:.0f} s")
+        for number, _ in ready:
             client = open_clients[number]
             if not client.is_done():
                 continue
@@ -177,16 +169,9 @@ def _run(url: str, clients: Clients) -> Outcome:
     return Outcome(outcome.first, tokens, requests, stop - counted, wrong, outcome.errors, failed)
 
 
-def _main() -> int:
-    job = json.load(sys.stdin)
-    try:
-        outcome = _run(job["url"], Clients(**job["clients"]))
-    except (OSError, ServerError) as error:
-        sys.stdout.write(str(error))
-        return 1
-    json.dump(asdict(outcome), sys.stdout)
-    return 0
+def _do(job: dict[str, Any]) -> dict[str, Any]:
+    return asdict(_run(job["url"], Clients(**job["clients"])))
 
 
 if __name__ == "__main__":
-    raise SystemExit(_main())
+    raise SystemExit(main(_do))

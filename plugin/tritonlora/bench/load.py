@@ -15,10 +15,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from random import Random
 from types import MappingProxyType
+from typing import Any
 
 from tritonlora.bench.processes import processor_seconds
 from tritonlora.errors import ServerError
@@ -73,17 +74,33 @@ def ask(
         "pause": pause,
         "processes": dict(processes),
     }
-    command = [sys.executable, "-m", "tritonlora.bench.load"]
+    return {name: Times(**times) for name, times in in_process("tritonlora.bench.load", job).items()}
+
+
+# What the benchmark's clients share
+
+
+def in_process(module: str, job: object) -> Any:
+    """Let a client do its job, which is JSON as its result is, in a process that runs `module`."""
+    command = [sys.executable, "-m", module]
     done = subprocess.run(command, input=json.dumps(job), text=True, stdout=subprocess.PIPE, check=False)
     if done.returncode:
         raise ServerError(done.stdout.strip() or f"the client ended with status {done.returncode}")
-    return {name: Times(**times) for name, times in json.loads(done.stdout).items()}
+    return json.loads(done.stdout)
 
 
-# The client itself
+def main(do: Callable[[Any], object]) -> int:
+    """The other side of `in_process`: the exit status, when the result of `do`, or its error, is written."""
+    try:
+        result = do(json.load(sys.stdin))
+    except (OSError, ServerError) as error:
+        sys.stdout.write(str(error))
+        return 1
+    json.dump(result, sys.stdout)
+    return 0
 
 
-class _Stream:
+class Stream:
     """A connection that is kept for one request after the other."""
 
     def __init__(self, host: str, port: int) -> None:
@@ -91,13 +108,24 @@ class _Stream:
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.received = bytearray()
 
-    def check(self, way: Way) -> None:
-        head, _, body = bytes(self.received).partition(b"\r\n\r\n")
-        if not head.startswith(b"HTTP/1.1 200") or b'"error"' in body or body.count(ANSWER) < way.answers:
-            raise ServerError(f"{way.model} answered: {self.received[-500:].decode(errors='replace')}")
+
+def request_bytes(url: str, model: str, body: Mapping[str, object]) -> bytes:
+    """A request of generate_stream as it goes over the wire."""
+    content = json.dumps(body).encode()
+    head = f"POST /v2/models/{model}/generate_stream HTTP/1.1\r\nHost: {url}\r\nContent-Length: {len(content)}\r\n\r\n"
+    return head.encode() + content
 
 
-def _round(streams: Sequence[_Stream], requests: Sequence[bytes], times: Times, pause: float) -> None:
+# The client itself
+
+
+def _check(stream: Stream, way: Way) -> None:
+    head, _, body = bytes(stream.received).partition(b"\r\n\r\n")
+    if not head.startswith(b"HTTP/1.1 200") or b'"error"' in body or body.count(ANSWER) < way.answers:
+        raise ServerError(f"{way.model} answered: {stream.received[-500:].decode(errors='replace')}")
+
+
+def _round(streams: Sequence[Stream], requests: Sequence[bytes], times: Times, pause: float) -> None:
     """Send a request on each stream, and take everything that comes."""
     poll = select.epoll()
     open_streams = {}
@@ -134,12 +162,6 @@ def _round(streams: Sequence[_Stream], requests: Sequence[bytes], times: Times, 
     poll.close()
 
 
-def _request(url: str, way: Way, number: int) -> bytes:
-    body = json.dumps(way.bodies[number % len(way.bodies)]).encode()
-    head = f"POST /v2/models/{way.model}/generate_stream HTTP/1.1\r\nHost: {url}\r\nContent-Length: {len(body)}\r\n\r\n"
-    return head.encode() + body
-
-
 def _run(
     url: str,
     ways: Mapping[str, Way],
@@ -151,7 +173,7 @@ def _run(
     processes: Mapping[str, Sequence[int]],
 ) -> dict[str, Times]:
     host, port = url.rsplit(":", 1)
-    connections = {name: [_Stream(host, int(port)) for _ in range(streams)] for name in ways}
+    connections = {name: [Stream(host, int(port)) for _ in range(streams)] for name in ways}
     times = {name: Times() for name in ways}
     order = list(ways)
     random = Random(0)  # noqa: S311
@@ -159,27 +181,21 @@ def _run(
         random.shuffle(order)  # what one way leaves for Triton to tidy up meets all the others alike
         for name in order:
             way, kept = ways[name], times[name] if number >= discarded else Times()
-            requests = [_request(url, way, number + stream) for stream in range(streams)]
+            bodies = [way.bodies[(number + stream) % len(way.bodies)] for stream in range(streams)]
+            requests = [request_bytes(url, way.model, body) for body in bodies]
             before = processor_seconds(processes)
             _round(connections[name], requests, kept, pause)
             for group, seconds in processor_seconds(processes).items():
                 kept.processor[group] = kept.processor.get(group, 0.0) + seconds - before[group]
             for stream in connections[name]:
-                stream.check(way)
+                _check(stream, way)
     return times
 
 
-def _main() -> int:
-    job = json.load(sys.stdin)
-    job["ways"] = {name: Way(**way) for name, way in job["ways"].items()}
-    try:
-        times = _run(**job)
-    except (OSError, ServerError) as error:
-        sys.stdout.write(str(error))
-        return 1
-    json.dump({name: asdict(one) for name, one in times.items()}, sys.stdout)
-    return 0
+def _do(job: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    ways = {name: Way(**way) for name, way in job.pop("ways").items()}
+    return {name: asdict(one) for name, one in _run(ways=ways, **job).items()}
 
 
 if __name__ == "__main__":
-    raise SystemExit(_main())
+    raise SystemExit(main(_do))

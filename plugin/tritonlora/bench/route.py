@@ -8,6 +8,8 @@ synthetic engine without a delay.
     recovery  time to the first token of an adapter that the engine has evicted, against one copy of its bytes in memory
     lookup    finding an adapter, and reading the table again, for tables of different sizes (in this process)
     memory    of the router's processes, over many requests
+    streams   tokens per second of an engine with a pace, past the router, against asking the engine's model directly
+    cache     time to the first token past the router, where the engine's cache has room for all adapters or for few
 
 Both sides of a comparison take turns, so that other load on the machine affects them alike. The pass-through model is
 the least that a Python model between client and engine can do. The floors of `tokens` do even less: a model that takes
@@ -20,15 +22,16 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tritonlora.bench import load, scratch
+from tritonlora.bench import clients, load, scratch
+from tritonlora.bench.clients import Clients, Outcome
 from tritonlora.bench.load import Times, Way
 from tritonlora.bench.measured import Part, Series, at_least, at_most, series
 from tritonlora.bench.processes import processes_of, pss_nbytes
@@ -53,11 +56,13 @@ class Options:
 
     rounds: int = 7
     instances: int = 16  # of the router and of the pass-through model, in `ttft`; as shipped
-    streams: int = 64  # at a time, in `tokens`
+    streams: int = 64  # at a time, in `tokens` and `streams`
     tokens: int = 128  # of each of them
     rank: int = scratch.LARGE_RANK  # of the adapter of a Llama 8B, all linear layers, in `recovery`
     layers: int = 32  # of that Llama
     requests: int = 100_000  # in `memory`
+    token_seconds: float = 0.04  # of the engine, in `streams`
+    seconds: float = 20.0  # of each measurement, in `streams` and `cache`
     sizes: tuple[int, ...] = (10, 100, 1000, 10_000)  # of the tables in `lookup`
 
 
@@ -285,6 +290,85 @@ def _memory(options: Options) -> Part:
     )
 
 
+# An engine with a pace, past the router
+
+
+def _streams(options: Options) -> Part:
+    """Of as many clients as there are streams, in closed loops; all adapters fit."""
+    count = min(50, options.streams)
+    with (
+        _scratch() as directory,
+        _serving(scratch.paced(directory / "repo", count, pages=count, token_seconds=options.token_seconds)) as server,
+    ):
+        past = _clients(options, count, streams=options.streams, tokens=options.tokens)
+        asked = {"the first time": past, "direct": replace(past, model="tensorrt_llm", by_name=False), "past": past}
+        outcomes = {name: clients.ask(server.http_url, one) for name, one in asked.items()}
+    rates = {name: one.tokens / one.seconds for name, one in outcomes.items()}
+    return Part(
+        "streams",
+        f"{options.streams} streams of {options.tokens} tokens, {MILLI * options.token_seconds:g} ms a token",
+        tuple(series(f"first token, {name}", "ms", one.first, scale=MILLI) for name, one in outcomes.items()),
+        (
+            at_least("tokens per second of past / direct", rates["past"] / rates["direct"], 0.95),
+            at_most("errors and wrong answers", _wrong(outcomes.values()), 0),
+        ),
+        tuple(f"{name}: {rate:,.0f} tokens/s" for name, rate in rates.items()),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Case:
+    """Adapters that come and go in a cache that is too small for all."""
+
+    adapters: int
+    pages: int
+    mix: str = "uniform"
+    allowed: int = 0  # max_tokens, of 32 that are used
+
+    def __str__(self) -> str:
+        most = f", max_tokens {self.allowed}" if self.allowed else ""
+        return f"{self.adapters} adapters, {self.pages} pages, {self.mix}{most}"
+
+
+_CASES = (
+    _Case(50, 50),
+    _Case(100, 50),
+    _Case(100, 50, allowed=1024),
+    _Case(200, 8),
+    _Case(200, 8, "cyclic"),
+    _Case(32, 4, "sticky"),
+)
+
+
+def _cache(options: Options) -> Part:
+    """Of 32 clients in closed loops. `sticky`: each client keeps to one adapter."""
+    outcomes = {}
+    for case in _CASES:
+        with (
+            _scratch() as directory,
+            _serving(scratch.paced(directory / "repo", case.adapters, pages=case.pages, token_seconds=0.02)) as server,
+        ):
+            asked = _clients(options, case.adapters, streams=32, tokens=32, mix=case.mix, allowed=case.allowed)
+            outcomes[str(case)] = clients.ask(server.http_url, asked)
+    return Part(
+        "cache",
+        "32 streams of 32 tokens past the router, 20 ms a token",
+        tuple(series(f"first token, {name}", "ms", one.first, scale=MILLI) for name, one in outcomes.items()),
+        (at_most("errors and wrong answers", _wrong(outcomes.values()), 0),),
+        tuple(f"{name}: {one.requests / one.seconds:.1f} requests/s" for name, one in outcomes.items()),
+    )
+
+
+def _clients(options: Options, count: int, **what: Any) -> Clients:
+    adapters = {f"n{number}": number for number in range(1, count + 1)}
+    seconds = options.seconds
+    return Clients(scratch.PAST_ROUTER, adapters, seconds=seconds, discarded=seconds / 5, **what)
+
+
+def _wrong(outcomes: Iterable[Outcome]) -> int:
+    return sum(one.failed + one.wrong for one in outcomes)
+
+
 # What they share
 
 
@@ -335,4 +419,6 @@ PARTS: dict[str, Callable[[Options], Part]] = {
     "recovery": _recovery,
     "lookup": _lookup,
     "memory": _memory,
+    "streams": _streams,
+    "cache": _cache,
 }

@@ -126,6 +126,22 @@ def small_adapters(root: Path, count: int, *, streams: int, room: int | None = N
     return opened
 
 
+def paced(root: Path, count: int, *, pages: int, token_seconds: float) -> Repository:
+    """The shipped repository with `count` adapters, n1 and so on, which take a page each, and an engine with a pace.
+
+    None is loaded at start. `PAST_ROUTER` leads past the router.
+    """
+    init.create_repository(root)
+    opened = paths.open_repository(root)
+    _register(opened, count, SMALL, SMALL_LAYERS, rank=8)
+    _set_cache(opened, pages)
+    add.set_parameters(opened, {"synthetic_token_seconds": f"{token_seconds:g}", "max_num_requests": "512"})
+    _put_ensemble(opened, PAST_ROUTER)
+    init.init(opened.root, topology=init.RESOLVE)
+    _tell_the_cache(opened)
+    return opened
+
+
 def large_adapters(root: Path, *, rank: int = LARGE_RANK, layers: int = LAYERS) -> Repository:
     """Adapters of a Llama 8B, n1 and so on, and an engine whose cache has room for one.
 

@@ -67,13 +67,16 @@ def bench_convert(
 @bench.command("route")
 def bench_route(
     part: Annotated[
-        list[str] | None, typer.Option("--part", help="ttft, tokens, recovery, lookup or memory; again for more.")
+        list[str] | None,
+        typer.Option("--part", help="ttft, tokens, recovery, lookup, memory, streams or cache; again for more."),
     ] = None,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="How often everything is timed.")] = 7,
-    streams: Annotated[int, typer.Option("--streams", min=1, help="At a time, in tokens.")] = 64,
-    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Of each stream, in tokens.")] = 128,
+    streams: Annotated[int, typer.Option("--streams", min=1, help="At a time, in tokens and streams.")] = 64,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Of each stream, in tokens and streams.")] = 128,
     rank: Annotated[int, typer.Option("--rank", min=1, help="Of the adapter in recovery; 32 takes 264 MB.")] = 32,
     requests: Annotated[int, typer.Option("--requests", min=1, help="In memory.")] = 100_000,
+    pace: Annotated[float, typer.Option("--pace", min=0.0, help="The engine's seconds a token, in streams.")] = 0.04,
+    seconds: Annotated[float, typer.Option("--seconds", min=1.0, help="Of each measurement, in streams, cache.")] = 20,
     plot: Plot = None,
     as_json: AsJson = False,
 ) -> None:
@@ -84,7 +87,15 @@ def bench_route(
     parts = part or list(route.PARTS)
     if unknown := [name for name in parts if name not in route.PARTS]:
         raise typer.BadParameter(f"no part {unknown[0]!r}; there are {', '.join(route.PARTS)}")
-    options = route.Options(rounds=rounds, streams=streams, tokens=tokens, rank=rank, requests=requests)
+    options = route.Options(
+        rounds=rounds,
+        streams=streams,
+        tokens=tokens,
+        rank=rank,
+        requests=requests,
+        token_seconds=pace,
+        seconds=seconds,
+    )
     with stderr.status("measuring") as status:
         results = list(route.run(parts, options, lambda name: status.update(f"measuring {name}")))
     if plot:
