@@ -20,9 +20,24 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The folders that take longest come first, so that no worker is left alone with one of them at the end."""
-    items.sort(key=lambda item: _FOLDERS_BY_TIME.get(item.path.relative_to(_TESTS).parts[0], len(_FOLDERS_BY_TIME)))
+    """What takes longest comes first, so that no worker is left alone with it at the end."""
+    items.sort(key=_place)
+
+
+def _place(item: pytest.Item) -> int:
+    path = item.path.relative_to(_TESTS).as_posix()
+    return next((place for place, start in enumerate(_LONGEST) if path.startswith(start)), len(_LONGEST))
 
 
 _TESTS = Path(__file__).parent
-_FOLDERS_BY_TIME = {"server": 0, "packaging": 1, "repository": 2, "cpu_engine": 3}
+_LONGEST = (
+    "repository/test_undo.py",
+    "repository/test_stopped_commands.py",
+    "test_regular_files.py",
+    "packaging/",
+    "docs/test_blocks.py",
+    "server/test_demo_answers.py",
+    "server/",
+    "repository/",
+    "cpu_engine/",
+)

@@ -32,9 +32,11 @@ TIMEOUT = 120.0  # seconds
 _FAULTED = 64  # added to the exit code of a command that met its fault and lived on
 
 _context = multiprocessing.get_context("forkserver")
+# The commands' own modules, too, so that no child imports them.
 _context.set_forkserver_preload(
     [
-        *("faults", "torch", "tritonlora.cli.commands", "tritonlora.cli.adapters", "tritonlora.cli.repository"),
+        *("faults", "torch", "tritonlora.cli.commands"),
+        *(f"tritonlora.cli.{module}" for module in ("adapters", "convert", "repository", "server")),
         *("tritonlora.check.checks", "tritonlora.conversion.convert"),
     ]
 )
