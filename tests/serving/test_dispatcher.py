@@ -23,13 +23,15 @@ WAIT_SECONDS = 30
 class Answers:
     """What becomes of one request: its answer is put here once."""
 
-    def __init__(self, failure: Exception | None = None) -> None:
+    def __init__(self, failure: Exception | None = None, meanwhile: Callable[[], None] = lambda: None) -> None:
         self._failure = failure
+        self._meanwhile = meanwhile  # happens while it is passed on
         self._queue = SimpleQueue[str | Exception]()
 
     def pass_on(self, *, with_weights: bool) -> None:
         if with_weights and self._failure:
             raise self._failure
+        self._meanwhile()
         self._queue.put("with weights" if with_weights else "by id")
 
     def fail(self, error: Exception) -> None:
@@ -48,6 +50,7 @@ class Engine:
 
     def __init__(self) -> None:
         self.loads: list[int] = []
+        self.tokens_of_a_load = 1
         self.probes = 0
         self.was_left_behind = threading.Event()
         self.on_load: Callable[[int], str | None] = lambda _: None
@@ -56,7 +59,7 @@ class Engine:
     def load(self, task_id: int, heard: Callable[[], None]) -> str | None:
         self.loads.append(task_id)
         error = self.on_load(task_id)
-        if error is None:
+        for _ in range(self.tokens_of_a_load if error is None else 0):
             heard()
         return error
 
@@ -127,6 +130,28 @@ def test_a_full_cache_is_tried_again(start: Callable[..., Dispatcher], engine: E
 
     assert "by id" == answers.get()
     assert [2, 2, 2] == engine.loads
+
+
+def test_weights_wait_for_none_that_were_released_later(start: Callable[..., Dispatcher], engine: Engine) -> None:
+    """Two requests are released at once, and a third one comes while the first of them is passed on."""
+    dispatcher, busy, second, third = start(pages=3), Answers(), Answers(), Answers()
+    first = Answers(meanwhile=lambda: dispatcher.ask(ticket(4), third))
+    both_wait = threading.Event()
+
+    def load(_: int) -> str | None:
+        wait_for(both_wait)
+        return FULL if len(engine.loads) < 3 else None
+
+    engine.on_load = load
+    engine.tokens_of_a_load = 20  # so that what is busy has ended then
+    dispatcher.ask(ticket(1, pages=3), busy)
+    assert "with weights" == busy.get()
+    dispatcher.ask(ticket(2, takes_weights=False), first)
+    dispatcher.ask(ticket(3), second)
+    both_wait.set()
+
+    assert "by id" == first.get()
+    assert ["with weights", "with weights"] == [second.get(), third.get()]
 
 
 def test_an_adapter_that_the_engine_refuses_harms_no_other(start: Callable[..., Dispatcher], engine: Engine) -> None:

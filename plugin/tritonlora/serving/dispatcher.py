@@ -113,9 +113,10 @@ class Dispatcher:
                 raise ServerStopping
             goes = self._admission.ask(ticket, time.monotonic())
             self._requests[ticket] = request
+            by_id = self._by_id([[ticket]] if goes else [])
             self._lock.notify_all()
-        if goes:
-            self._go([ticket])
+        for one in by_id:
+            self._send(one)
 
     def leave(self, ticket: Ticket) -> bool:
         """Take a request out of the queue, which is not answered then; False when it is not there any more."""
@@ -146,13 +147,19 @@ class Dispatcher:
 
     # What is sent on
 
-    def _go(self, tickets: list[Ticket]) -> None:
-        """Send a group that was released."""
-        if tickets[0].with_weights:
-            self._with_weights.put(tickets)
-            return
-        for ticket in tickets:
-            self._send(ticket)
+    def _by_id(self, groups: list[list[Ticket]]) -> list[Ticket]:
+        """The tickets of those groups that go on by id; the sender gets the others.
+
+        Call it under the lock that was held when the groups got their numbers. The sender waits with each group until
+        all numbers before it have arrived, so its queue must have their order.
+        """
+        by_id = []
+        for tickets in groups:
+            if tickets[0].with_weights:
+                self._with_weights.put(tickets)
+            else:
+                by_id += tickets
+        return by_id
 
     def _send(self, ticket: Ticket) -> Exception | None:
         """Send one; why it was not sent."""
@@ -204,11 +211,11 @@ class Dispatcher:
                 if self._is_stopping:
                     return
                 step = self._admission.step(time.monotonic())
-                released = self._admission.released()
-                if isinstance(step, Pause) and not released:
+                by_id = self._by_id(self._admission.released())
+                if isinstance(step, Pause) and not by_id:
                     self._lock.wait(min(step.seconds, LONGEST_PAUSE_SECONDS))
-            for tickets in released:
-                self._go(tickets)
+            for ticket in by_id:
+                self._send(ticket)
             if isinstance(step, Load):
                 self._load(step)
             elif isinstance(step, Probe):
