@@ -26,6 +26,8 @@ WITH_TORCH = ("conversion/tensors.py", "conversion/dora.py", "cpu_engine/", "dem
 # Modules of `serving` that translate between Triton and the rest, which is tested without Triton.
 TRANSLATES = (
     "router_model.py",
+    "outgoing.py",
+    "reply.py",
     "resolver_model.py",
     "listing_model.py",
     "own_requests.py",

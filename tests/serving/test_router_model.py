@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Repository:
 def router(opened: Repository, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """An instance that looks after its client before every answer."""
     module = load_model(monkeypatch, "tritonlora.serving.router_model")
-    monkeypatch.setattr(module, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(sys.modules["tritonlora.serving.reply"], "LOOK_SECONDS", 0.0)
     config = {
         "max_batch_size": 8,
         "model_transaction_policy": {"decoupled": True},

@@ -3,7 +3,7 @@
 """Requests of our own to the engine's model: the sample of its warmup once more, by BLS.
 
 They are sent by one thread, one at a time: two decoupled BLS requests at a time in one process deadlock Triton's stub
-(see `router_model`).
+(see `outgoing`).
 
 None may be under way when the model is unloaded: Triton's stub cuts its responses off, so that who reads them waits for
 ever, and the server crashes (seen with 2.51). The server unloads no model that has a request to answer. So a `Guard`
