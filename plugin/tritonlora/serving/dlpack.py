@@ -5,6 +5,10 @@
 numpy has no bfloat16, and torch in each process of the router would cost ten times what the rest of it does. DLPack
 describes a tensor in six fields, which are filled in here.
 
+numpy can make a capsule of integers, in which the type could be changed. That was tried, and takes half of this module.
+With it the Python backend's process dies of a stack overflow at the first weights that the resolver sends (Triton 2.51,
+numpy 1.26).
+
 Source: dmlc/dlpack include/dlpack/dlpack.h.
 """
 
