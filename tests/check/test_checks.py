@@ -280,12 +280,12 @@ PLANTED: dict[str, tuple[Callable[[Repository], object], str, str]] = {
         "tensorrt_llm/config.pbtxt: the warm adapters take 2 pages, the cache has 1",
     ),
     "the router believes in another cache": (
-        lambda opened: edit(opened.root / "lora_router" / "config.pbtxt", CACHE_PAGES.format(0), CACHE_PAGES.format(7)),
+        lambda opened: edit(opened.root / "lora_router" / "config.pbtxt", *map(CACHE_PAGES.format, (100, 7))),
         "warning",
         "lora_router/config.pbtxt: cache_pages is 7, and the engine's cache has 100",
     ),
     "the resolver believes in another cache": (
-        lambda opened: _resolve(opened, CACHE_PAGES.format(0), CACHE_PAGES.format(7)),
+        lambda opened: _resolve(opened, *map(CACHE_PAGES.format, (100, 7))),
         "warning",
         "lora_resolver/config.pbtxt: cache_pages is 7, and the engine's cache has 100",
     ),

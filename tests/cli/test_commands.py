@@ -437,7 +437,7 @@ def test_init_shows_a_diff_and_then_says_what_it_wrote(capsys: pytest.CaptureFix
     assert {"-    data_type: TYPE_INT64", "+    data_type: TYPE_INT32"} <= set(out.splitlines())
     assert (0, f"changed {config}\n", "") == run(capsys, "init", repo)
     assert text == config.read_text()
-    assert (0, "nothing to do: the router is in place\n", "") == run(capsys, "init", repo)
+    assert (0, "nothing to do: names lead to the engine already\n", "") == run(capsys, "init", repo)
 
 
 def test_init_can_be_undone(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -447,12 +447,18 @@ def test_init_can_be_undone(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
     before = ensemble.read_bytes()
     code, out, _ = run(capsys, "init", root, "--dry-run")
     assert re.search(r"^\+\+\+ .*/r\[/bold\]:x:/lora_router/1/model\.py: new, \d+ lines$", out, re.MULTILINE)
-    assert (0, True, False) == (code, '+      model_name: "lora_router"' in out, "+import" in out)
+    assert (0, True, False) == (code, '+      model_name: "lora_resolver"' in out, "+import" in out)
     code, out, err = run(capsys, "init", root)
-    assert (0, True) == (code, f"wrote {root / 'lora_router' / 'config.pbtxt'}\nwrote" in out)
+    assert re.search(rf"^wrote {re.escape(str(root / 'lora_router'))} \(\d+ files\)$", out, re.MULTILINE)
+    assert (0, True) == (
+        code,
+        out.endswith(
+            "ensembles resolve: tokens go from the engine straight on (--topology forward: through lora_router)\n"
+        ),
+    )
     assert "note: 'tensorrt_llm_bls' calls 'tensorrt_llm' itself" in err
     code, out, _ = run(capsys, "init", root, "--undo", "--dry-run")
-    assert (0, True, False) == (code, '-      model_name: "lora_router"' in out.splitlines(), "\n-import" in out)
+    assert (0, True, False) == (code, '-      model_name: "lora_resolver"' in out.splitlines(), "\n-import" in out)
     code, out, _ = run(capsys, "init", root, "--undo", "--json")
 
     assert (0, before) == (code, ensemble.read_bytes())

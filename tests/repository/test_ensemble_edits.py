@@ -31,9 +31,9 @@ def rewire_to_forward(text: str, *, postprocessing: str | None = None) -> str:
     return ensemble_edits.rewire_to_forward(parse(text), postprocessing=postprocessing).text
 
 
-def rewire_to_resolve(text: str) -> str:
+def rewire_to_resolve(text: str, *, postprocessing: str | None = None) -> str:
     """The text of the document that `ensemble_edits` makes of the document of `text`."""
-    return ensemble_edits.rewire_to_resolve(parse(text)).text
+    return ensemble_edits.rewire_to_resolve(parse(text), postprocessing=postprocessing).text
 
 
 # --- rewire_to_forward ------------------------------------------------------------------------------------------------
@@ -233,6 +233,30 @@ def test_either_topology_can_be_changed_into_the_other(version: str, postprocess
     assert resolve == rewire_to_resolve(resolve)
     assert protobuf(resolve) == protobuf(rewire_to_resolve(forward))
     assert protobuf(forward) == protobuf(rewire_to_forward(resolve, postprocessing=postprocessing))
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_an_announced_request_goes_through_a_second_step_of_postprocessing(version: str) -> None:
+    """protobuf sees one more step, through which request_output_len goes, and whose tokens a response has."""
+    text = fill(upstream(version, "ensemble"))
+    wanted = protobuf(rewire_to_resolve(text))
+    resolver, engine = step_of(wanted, "lora_resolver"), step_of(wanted, "tensorrt_llm")
+    tokens = step_of(wanted, "postprocessing")
+    for name in ("batch_index", "sequence_index"):
+        if name in engine.output_map:
+            tokens.input_map[name.upper()] = engine.output_map[name]
+    announcing = wanted.ensemble_scheduling.step.add(model_name="postprocessing", model_version=-1)
+    announcing.input_map["REQUEST_OUTPUT_LEN"] = resolver.input_map["request_output_len"]
+    for name in ("streaming", "beam_width", "num_return_sequences"):
+        if name in engine.input_map:
+            announcing.input_map[name.upper()] = engine.input_map[name]
+    announcing.output_map["OUT_REQUEST_OUTPUT_LEN"] = "_ANNOUNCED_OUTPUT_LEN"
+    resolver.input_map["request_output_len"] = "_ANNOUNCED_OUTPUT_LEN"
+    announced = rewire_to_resolve(text, postprocessing="postprocessing")
+
+    assert wanted == protobuf(announced)
+    assert announced == rewire_to_resolve(announced, postprocessing="postprocessing")
+    assert protobuf(rewire_to_forward(text)) == protobuf(rewire_to_forward(announced))
 
 
 @pytest.mark.parametrize("version", VERSIONS)

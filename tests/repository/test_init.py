@@ -43,28 +43,35 @@ def contents(root: Path) -> dict[str, str]:
     }
 
 
+OURS = {"forward": ("lora_router", "lora_adapters"), "resolve": ("lora_router", "lora_adapters", "lora_resolver")}
+STEPS = {
+    "forward": ["preprocessing", "lora_router", "postprocessing"],
+    "resolve": ["preprocessing", "tensorrt_llm", "postprocessing", "lora_resolver"],
+}
+
+
 @pytest.mark.parametrize("version", VERSIONS)
-def test_init_puts_the_router_between_the_ensemble_and_the_engine(tmp_path: Path, version: str) -> None:
-    """On upstream's templates, as protobuf reads the result."""
+@pytest.mark.parametrize(("asked", "topology"), [(None, "resolve"), ("resolve", "resolve"), ("forward", "forward")])
+def test_init_puts_its_models_between_the_ensemble_and_the_engine(
+    tmp_path: Path, version: str, asked: str | None, topology: str
+) -> None:
+    """On upstream's templates, as protobuf reads the result. Ensembles resolve unless somebody asks."""
     root = upstream_repository(tmp_path / "repo", version)
     before = contents(root)
-    init.init(root)
+    init.init(root, topology=asked)
     after = contents(root)
     ensemble, router, engine = (
         protobuf(after[f"{model}/config.pbtxt"]) for model in ("ensemble", "lora_router", "tensorrt_llm")
     )
 
-    assert ["preprocessing", "lora_router", "postprocessing"] == [
-        step.model_name for step in ensemble.ensemble_scheduling.step
-    ]
+    assert STEPS[topology] == [step.model_name for step in ensemble.ensemble_scheduling.step]
     assert "lora_name" in [one.name for one in ensemble.input]
     assert "tensorrt_llm" == router.parameters["target"].string_value
     assert engine.max_batch_size == router.max_batch_size
     assert engine.model_transaction_policy.decoupled == router.model_transaction_policy.decoupled
     changed = {name for name in after if before.get(name) != after[name]}
-    ours = ("lora_router", "lora_adapters")
-    assert {"ensemble/config.pbtxt"} == {name for name in changed if not name.startswith(ours)}
-    for model in ours:
+    assert {"ensemble/config.pbtxt"} == {name for name in changed if not name.startswith(OURS[topology])}
+    for model in OURS[topology]:
         assert code_of(model).keys() <= changed
 
 
@@ -163,7 +170,7 @@ def steps(root: Path, ensemble: str) -> list[str]:
     return [step.model_name for step in parse_config(read_text(root / ensemble / "config.pbtxt")).steps]
 
 
-def test_every_ensemble_of_the_engine_is_led_to_the_router(tmp_path: Path) -> None:
+def test_every_ensemble_of_the_engine_is_led_by_names(tmp_path: Path) -> None:
     """With another name than tensorrt_llm, and an ensemble beside them that has nothing to do with it."""
     root = upstream_repository(tmp_path / "repo", "v0.18.0")
     rename_target(root, "llama")
@@ -174,7 +181,7 @@ def test_every_ensemble_of_the_engine_is_led_to_the_router(tmp_path: Path) -> No
     vision = read_text(config)
     init.init(root, "llama")
 
-    assert [["preprocessing", "lora_router", "postprocessing"]] * 2 == [
+    assert [["preprocessing", "llama", "postprocessing", "lora_resolver"]] * 2 == [
         steps(root, "ensemble"), steps(root, "ensemble_chat"),
     ]  # fmt: skip
     assert vision == read_text(config)
@@ -200,7 +207,7 @@ def test_without_an_ensemble_clients_are_told_to_ask_the_router(tmp_path: Path) 
 def test_the_bls_model_is_not_led_through_the_router_and_init_says_so(tmp_path: Path) -> None:
     """It calls the engine by itself. One that calls another model is left out of it."""
     root = upstream_repository(tmp_path / "repo", "v0.18.0")
-    init.init(root)
+    init.init(root, topology="forward")
     note = "'tensorrt_llm_bls' calls 'tensorrt_llm' itself and takes no lora_name: clients that want adapters ask "
     bls = root / "tensorrt_llm_bls" / "config.pbtxt"
     texts = [read_text(bls), with_parameter(bls, "tensorrt_llm_model_name", "other")]
@@ -322,8 +329,9 @@ def test_init_leads_the_ensemble_past_the_router_when_asked_to(tmp_path: Path, v
 def test_the_topology_can_be_changed_there_and_back(tmp_path: Path, version: str) -> None:
     """The resolver comes and goes with it."""
     root = upstream_repository(tmp_path / "repo", version)
-    init.init(root)
+    init.init(root, topology="forward")
     forward = contents(root)
+    assert [] == init.init(root), "what forwards stays so until somebody asks"
     init.init(root, topology="resolve")
     planned = init.init(root, topology="forward", dry_run=True)
     assert "resolve" == init.topology_of(root)
@@ -450,11 +458,11 @@ def test_the_ensemble_loads_while_the_type_of_the_weights_changes(
 
 
 def test_the_shipped_router_is_the_one_that_init_would_write() -> None:
-    """In step with the shipped engine's declarations, and its ensemble leads to it. So is the resolver."""
+    """In step with the shipped engine's declarations. So are the resolver, and the ensemble that leads to it."""
     root = shipped_models()
     changes = [*init.plan_init(root), *init.plan_init(root, topology="resolve")]
 
-    assert {root / "ensemble" / "config.pbtxt"} == {one.path for one in changes if one.path.name == "config.pbtxt"}
+    assert [] == [one.path for one in changes if one.path.name == "config.pbtxt"]
 
 
 def test_a_created_repository_stands_alone(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""The shipped repository, as it is, on a real tritonserver: text in, text out, whole or streamed.
+"""The shipped repository, led through the router, on a real tritonserver: text in, text out, whole or streamed.
 
 The engine is the CPU engine in synthetic mode, whose answer to "hello" is the bytes of "[base]hello[base]hello…".
 """
@@ -37,6 +37,7 @@ def server(launch: Callable[..., Server], tmp_path_factory: pytest.TempPathFacto
     """A copy of the shipped repository, so that nothing is written into the checkout."""
     repository = tmp_path_factory.mktemp("shipped") / "model_repository"
     shutil.copytree(MODEL_REPOSITORY, repository, ignore=shutil.ignore_patterns("__pycache__"))
+    init.init(repository, topology="forward")
     return launch(repository)
 
 

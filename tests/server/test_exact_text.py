@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""Streamed text past the router: an ensemble whose postprocessing is announced each request before the engine gets it.
+"""Streamed text past the router, where an ensemble announces each request to postprocessing before the engine gets it.
 
 Beside the shipped byte tokenizer there is an ensemble with a Hugging Face tokenizer, and the oracle is the tokenizers
 library's own decoding of all tokens at once. The synthetic engine repeats the prompt after a tag.
@@ -11,7 +11,6 @@ from __future__ import annotations
 import http.client
 import json
 import queue
-import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,40 +29,6 @@ from tritonlora.repository import add
 from tritonlora.repository.paths import Repository
 
 PROMPT = "é日🎉ü"
-ANNOUNCED = "_ANNOUNCED_OUTPUT_LEN"
-
-
-def step(model: str, inputs: dict[str, str], outputs: dict[str, str]) -> str:
-    """A step of an ensemble."""
-    maps = [
-        f'{kind} {{ key: "{key}" value: "{tensor}" }}'
-        for kind, wires in (("input_map", inputs), ("output_map", outputs))
-        for key, tensor in wires.items()
-    ]
-    return "{ " + f'model_name: "{model}" model_version: -1 ' + " ".join(maps) + " },"
-
-
-def with_begin(text: str, postprocessing: str = "postprocessing") -> str:
-    """A resolving ensemble's config.pbtxt, with the step that announces a request to `postprocessing`."""
-    text, count = re.subn(r'(key: "request_output_len"\s+value: )"_REQUEST_OUTPUT_LEN"', rf'\1"{ANNOUNCED}"', text)
-    assert 1 == count
-    announce = step(
-        postprocessing,
-        {
-            "REQUEST_OUTPUT_LEN": "_REQUEST_OUTPUT_LEN",
-            "STREAMING": "stream",
-            "BEAM_WIDTH": "beam_width",
-            "NUM_RETURN_SEQUENCES": "num_return_sequences",
-        },
-        {"OUT_REQUEST_OUTPUT_LEN": ANNOUNCED},
-    )
-    indices = ("batch_index", "sequence_index")
-    wires = "".join(f'\n      input_map {{ key: "{index.upper()}" value: "{index}" }}' for index in indices)
-    text, count = re.subn(r'(input_map \{\s+key: "SEQUENCE_LENGTH"[^}]+\})', rf"\1{wires}", text)
-    assert 1 == count
-    return text.replace("step [", f"step [\n    {announce}", 1)
-
-
 LOG: list[str] = []
 
 
@@ -80,7 +45,6 @@ def server(launch: Callable[..., Server], tmp_path_factory: pytest.TempPathFacto
     """`ensemble` with bytes, `chat_ensemble` with a Hugging Face tokenizer, `two_ensemble` with two instances."""
     opened = resolving(tmp_path_factory.mktemp("exact") / "repo", ("pirate",), (), pages=100)
     add.set_parameters(opened, {"synthetic_token_seconds": "0.005"})
-    announce(opened)
     for name in ("preprocessing", "postprocessing"):
         copy_model(name, opened.root, f"chat_{name}", tokenizer_dir=str(tokenizer_dir))
         copy_model(name, opened.root, f"two_{name}")
@@ -96,14 +60,7 @@ def many_outputs(launch: Callable[..., Server], tmp_path_factory: pytest.TempPat
     """An engine that gives several sequences and beams."""
     opened = resolving(tmp_path_factory.mktemp("many") / "repo", ("pirate",), (), pages=100)
     put_many_outputs_engine(opened)
-    announce(opened)
     return launch(opened.root)
-
-
-def announce(opened: Repository) -> None:
-    """Put the step that announces requests into the ensemble."""
-    config = opened.root / "ensemble" / "config.pbtxt"
-    config.write_text(with_begin(config.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def copy_ensemble(opened: Repository, prefix: str) -> None:

@@ -15,14 +15,13 @@ import pytest
 from tritonclient.utils import InferenceServerException
 
 from asking import ENGINE, Question, Refusal, ways
-from repositories import synthetic_repository
+from repositories import forget_cache_pages, synthetic_repository
 from synthetic import await_sample, listing, samples
 from tritonlora.cli import commands
 from tritonlora.errors import ServerError
 from tritonlora.files import write_text
 from tritonlora.launch import client
 from tritonlora.launch.server import Server
-from tritonlora.repository import add, paths
 from tritonlora.repository.paths import Repository, read_table
 from tritonlora.serving.adapter_table_json import render
 
@@ -89,10 +88,8 @@ def test_what_is_listed_as_held_is_held(tmp_path: Path, launch: Launch, is_told:
     """
     names = [f"n{number}" for number in range(8)]
     opened = synthetic_repository(tmp_path / "repo", warm=names[:4], cold=names[4:], pages=3)
-    if is_told:
-        profile = paths.engine_profile(opened, paths.read_config(opened.config_path))
-        assert profile is not None
-        add.apply_plan(opened, (), profile)
+    if not is_told:
+        forget_cache_pages(opened)
     table = read_table(opened)
     for asked in ([], [*names, *names[2:5], names[6]]):
         server = launch(opened.root)

@@ -17,8 +17,10 @@ import yaml
 
 from adapters import lora_pair, write_adapter
 from tritonlora.files import write_text
+from tritonlora.pbtxt.text_format import parse
 from tritonlora.repository import add, init, paths, undo
 from tritonlora.repository.init import shipped_models
+from tritonlora.repository.model_configs import set_parameters
 from tritonlora.repository.paths import Repository
 from tritonlora.serving.adapter_table import with_adapter
 from tritonlora.serving.adapter_table_json import render
@@ -50,10 +52,12 @@ def synthetic_repository(
     pages: int = 100,
     decoupled: bool = True,
     streams: int = 4,
+    topology: str = "forward",
     parameters: Mapping[str, str] | None = None,
 ) -> Repository:
     """The shipped repository with adapters in it, and an engine cache of `pages` pages; each adapter takes one."""
     init.create_repository(root, {"tensorrt_llm": dict(parameters or {})})
+    init.init(root, topology=topology)
     opened = paths.open_repository(root)
     set_streams(opened, streams)
     if not decoupled:
@@ -119,6 +123,14 @@ def set_cache_pages(opened: Repository, pages: int) -> None:
     add.set_parameters(opened, {"lora_cache_host_memory_bytes": str(pages * plan.tightest.page_bytes)})
 
 
+def forget_cache_pages(opened: Repository) -> None:
+    """Do not tell the models before the engine what its cache is, as on a machine without the engine's config.json."""
+    for model in ("lora_router", "lora_resolver"):
+        path = opened.root / model / "config.pbtxt"
+        if path.exists():
+            write_text(path, set_parameters(parse(paths.read_text(path)), {"cache_pages": "0"}).text)
+
+
 def set_decoupled(opened: Repository, decoupled: bool) -> None:
     """Set the engine's transaction policy, and bring the router in step with it."""
     text = paths.read_text(opened.config_path)
@@ -161,11 +173,9 @@ def resolving(
     root: Path, warm: Iterable[str], cold: Iterable[str], *, pages: int, decoupled: bool = True
 ) -> Repository:
     """A synthetic repository whose ensembles lead past the router."""
-    opened = synthetic_repository(root, warm=warm, cold=cold, pages=pages, decoupled=decoupled, streams=1)
-    init.init(root, topology="resolve")
-    profile = paths.engine_profile(opened, paths.read_config(opened.config_path))
-    assert profile is not None
-    add.apply_plan(opened, (), profile)
+    opened = synthetic_repository(
+        root, warm=warm, cold=cold, pages=pages, decoupled=decoupled, streams=1, topology="resolve"
+    )
     let_all_be_warmed(opened)
     return opened
 

@@ -61,10 +61,13 @@ def step_of(ensemble: Any, name: str) -> Any:
 def as_rewired_before(text: str) -> str:
     """What rewire_to_resolve has given, as it was when the resolver got input_lengths alone, and gave no length."""
     required = step_of(protobuf(text), "lora_resolver").input_map["request_output_len"]
-    mapped = '{}_map: {{\n        key: "request_output_len"\n        value: "{}"\n      }}\n      '
-    given, asked = mapped.format("output", "_RESOLVED_OUTPUT_LEN"), mapped.format("input", required)
-    assert [1, 1] == [text.count(given), text.count(asked)]
-    return text.replace(given, "").replace(asked, "").replace("_RESOLVED_OUTPUT_LEN", required)
+    before, name, rest = text.partition('model_name: "lora_resolver"')
+    step, after_name, after = rest.partition("model_name: ")
+    mapped = '{}_map {{\n        key: "request_output_len"\n        value: "{}"\n      }}\n      '
+    for entry in (mapped.format("output", "_RESOLVED_OUTPUT_LEN"), mapped.format("input", required)):
+        assert 1 == step.count(entry)
+        step = step.replace(entry, "")
+    return "".join([before, name, step, after_name, after]).replace("_RESOLVED_OUTPUT_LEN", required)
 
 
 def upstream_repository(

@@ -138,12 +138,11 @@ def paced(root: Path, count: int, *, pages: int, token_seconds: float) -> Reposi
     add.set_parameters(opened, {"synthetic_token_seconds": f"{token_seconds:g}", "max_num_requests": "512"})
     _put_ensemble(opened, PAST_ROUTER)
     init.init(opened.root, topology=init.RESOLVE)
-    _tell_the_cache(opened)
     return opened
 
 
 def large_adapters(root: Path, *, rank: int = LARGE_RANK, layers: int = LAYERS) -> Repository:
-    """Adapters of a Llama 8B, n1 and so on, and an engine whose cache has room for one.
+    """Adapters of a Llama 8B, n1 and so on, and an engine whose cache has room for one. The ensemble forwards.
 
     They differ, and are so many that an instance of the router does not send the one again that it has sent last, when
     they are asked for by turns.
@@ -156,7 +155,7 @@ def large_adapters(root: Path, *, rank: int = LARGE_RANK, layers: int = LAYERS) 
         _add(opened, f"n{number}", LLAMA_8B, layers, rank=rank, seed=number)
     _set_cache(opened, 1)
     _put_bare_models(opened, FEW_STREAMS)
-    _tell_the_cache(opened)
+    init.init(opened.root, topology=init.FORWARD)
     return opened
 
 
@@ -202,15 +201,6 @@ def _put_resolver(opened: Repository) -> None:
     _put_ensemble(opened, PAST_ROUTER)
     init.init(opened.root, topology=init.RESOLVE)
     _put_ensemble(opened, BARE_ENSEMBLE)  # to which nobody puts the resolver any more
-    _tell_the_cache(opened)
-
-
-def _tell_the_cache(opened: Repository) -> None:
-    """What `tritonlora plan --apply` does, once the engine's parameters are right."""
-    profile = paths.engine_profile(opened, paths.read_config(opened.config_path))
-    if profile is None:
-        raise RepositoryError("the engine is not known")
-    add.apply_plan(opened, (), profile)
 
 
 def _put_ensemble(opened: Repository, name: str) -> None:

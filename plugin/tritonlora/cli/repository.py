@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -41,6 +43,7 @@ from tritonlora.repository import init as init_module
 from tritonlora.repository import undo as undoing
 from tritonlora.repository.paths import has_gpu_cache, open_repository, plan_entries, read_config
 from tritonlora.repository.state import read_state
+from tritonlora.repository.undo import OURS, FileChange
 
 app = typer.Typer()
 
@@ -60,14 +63,15 @@ def init(
         typer.Option(
             "--topology",
             metavar="forward|resolve",
-            help="Whether tokens go through the router, which recovers from evictions, or past it; by default as now.",
+            help="Whether tokens go through the router (forward) or past it; by default as now, else past it.",
         ),
     ] = None,
-    undo: Annotated[bool, typer.Option("--undo", help="Take the router out; every file as it was before.")] = False,
+    undo: Annotated[bool, typer.Option("--undo", help="Take it all out; every file as it was before.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the changes as a diff; write nothing.")] = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Name every file.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Put the router into a model repository and lead its ensembles to it. Never touches an engine."""
+    """Lead the ensembles of a model repository to the engine by adapter name. Never touches an engine."""
     root = repository_of(repo, repo_option)
     if undo and (target, served_at, topology) != (None, None, None):
         raise typer.BadParameter("--undo goes without --target, --served-at and --topology")
@@ -85,11 +89,36 @@ def init(
         for change in changes:
             print_diff(change)
     else:
-        sys.stdout.write("".join(f"{change.kind} {change.path}\n" for change in changes))
+        sys.stdout.write("".join(f"{line}\n" for line in _summary(root, changes, verbose=verbose)))
+        led = None if undo or all(_model_of(root, one) in OURS for one in changes) else init_module.topology_of(root)
+        if led:
+            sys.stdout.write(f"ensembles {_TOPOLOGIES[led]}\n")
     if not changes and not as_json:
-        sys.stdout.write("nothing to do: the router is in place\n")
+        sys.stdout.write("nothing to do: names lead to the engine already\n")
     for note in notes:
         print_note(note)
+
+
+_TOPOLOGIES = {
+    init_module.RESOLVE: "resolve: tokens go from the engine straight on (--topology forward: through lora_router)",
+    init_module.FORWARD: "forward: tokens go through lora_router (--topology resolve: from the engine straight on)",
+}
+
+
+def _summary(root: Path, changes: Sequence[FileChange], *, verbose: bool) -> Iterator[str]:
+    """A line for each file; without `verbose`, one for each model of ours."""
+    groups: dict[tuple[str, str], list[FileChange]] = {}
+    for change in changes:
+        groups.setdefault((change.kind, _model_of(root, change)), []).append(change)
+    for (kind, model), of_model in groups.items():
+        if verbose or model not in OURS or len(of_model) == 1:
+            yield from (f"{kind} {change.path}" for change in of_model)
+        else:
+            yield f"{kind} {root / model} ({len(of_model)} files)"
+
+
+def _model_of(root: Path, change: FileChange) -> str:
+    return change.path.relative_to(root).parts[0]
 
 
 MOST_WHAT_IF = 100_000

@@ -232,6 +232,16 @@ def plan_cache(
     return replace(plan, device=device, recommendations=recommendations)
 
 
+def host_pages(profile: EngineProfile, parameters: Mapping[str, str]) -> int | None:
+    """The pages of the engine's cache, whatever adapters it is given; None where they depend on those.
+
+    EngineMismatch as for `plan_cache`.
+    """
+    if profile.max_lora_rank is None or not profile.modules:
+        return None
+    return plan_cache((), profile, parameters).tightest.host_pages
+
+
 def what_if(
     entries: Sequence[Entry],
     profile: EngineProfile,

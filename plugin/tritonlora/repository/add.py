@@ -30,7 +30,7 @@ from tritonlora.engine.profile import EngineProfile, load_profile
 from tritonlora.errors import EngineMismatch, RepositoryError, TritonLoraError, UnknownArchitecture, one_message
 from tritonlora.files import locked, make_directory, publish, sha256_of, temporary_name
 from tritonlora.interrupts import held
-from tritonlora.pbtxt.model_config import ModelConfig
+from tritonlora.pbtxt.model_config import ModelConfig, config_of
 from tritonlora.peft.adapter import Adapter, load_adapter
 from tritonlora.repository import generated, model_configs, undo
 from tritonlora.repository.paths import (
@@ -417,10 +417,15 @@ def repair(repository: Repository) -> None:
 
 
 def set_parameters(repository: Repository, parameters: Mapping[str, str]) -> None:
-    """Set parameters of the engine's model, leaving every other byte of its config.pbtxt as it is."""
+    """Set parameters of the engine's model, leaving every other byte of its config.pbtxt as it is.
+
+    The models before it are told what its cache is then.
+    """
     with locked(repository.table_path.parent):
-        document = model_configs.set_parameters(read_state(repository).document, parameters)
-        undo.write(repository.root, {repository.config_path: document.text.encode()})
+        state = read_state(repository)
+        document = model_configs.set_parameters(state.document, parameters)
+        _, in_step = generated.models_in_step(state, config_of(document))
+        undo.write(repository.root, {repository.config_path: document.text.encode(), **in_step})
 
 
 def apply_plan(

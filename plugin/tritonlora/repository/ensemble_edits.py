@@ -5,10 +5,13 @@
     forward    preprocessing -> lora_router -> postprocessing; the router asks the engine's model by itself
     resolve    preprocessing -> lora_resolver -> tensorrt_llm -> postprocessing
 
-Either way can be changed into the other.
+Either way can be changed into the other. In the resolve topology, a step of tritonlora's postprocessing announces each
+request before the engine gets it (see `serving.text_streams`).
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from tritonlora.errors import ConfigError
 from tritonlora.pbtxt.edits import append_value, quote, remove_value, replace_value
@@ -18,6 +21,18 @@ from tritonlora.repository.paths import DEFAULT_TARGET, RESOLVER, ROUTER
 from tritonlora.serving.wire import INPUT_LENGTHS, REQUIRED, WIRES
 
 PREVIOUS_TOKENS = "_PREVIOUS_TOKENS"
+ANNOUNCED_LENGTH = "_ANNOUNCED_OUTPUT_LEN"
+# A model with this output can announce requests. Its other step in the ensemble decodes tokens.
+ANNOUNCEMENT = "OUT_REQUEST_OUTPUT_LEN"
+# Inputs of the engine -> those of the step that announces a request.
+ANNOUNCED = {
+    REQUIRED: "REQUEST_OUTPUT_LEN",
+    "streaming": "STREAMING",
+    "beam_width": "BEAM_WIDTH",
+    "num_return_sequences": "NUM_RETURN_SEQUENCES",
+}
+# Outputs of the engine -> inputs of the step that decodes tokens.
+INDICES = {"batch_index": "BATCH_INDEX", "sequence_index": "SEQUENCE_INDEX"}
 # Outputs of the resolver -> the ensemble's tensors, from which the engine's step gets its inputs of the same names.
 RESOLVED = {
     REQUIRED: "_RESOLVED_OUTPUT_LEN",
@@ -42,6 +57,7 @@ def rewire_to_forward(
     Raises ConfigError when it is not plain which step to change.
     """
     _require_one_step(document, target)
+    document = _remove_announcement(document)
     document = _remove_resolver(document, target)
     document = _rename_step(document, target, ROUTER)
     for name in (name for wire in WIRES for name in wire.router_only):
@@ -54,12 +70,15 @@ def rewire_to_forward(
     return document
 
 
-def rewire_to_resolve(document: Document, *, target: str = DEFAULT_TARGET) -> Document:
+def rewire_to_resolve(
+    document: Document, *, target: str = DEFAULT_TARGET, postprocessing: str | None = None
+) -> Document:
     """An ensemble's config.pbtxt with a step for the resolver, which gives the step for `target` its LoRA inputs.
 
     The resolver gets the optional inputs lora_name, and lora_task_id where the ensemble gave one to the target. The
     target's request_output_len goes through the resolver. The target refuses to run without it, so that an empty
     response of the resolver is no request to the base model. The router's previous_ids go: only the router knows them.
+    With `postprocessing`, a model that has the output OUT_REQUEST_OUTPUT_LEN, a step of it announces each request.
 
     Raises ConfigError when it is not plain which step to change.
     """
@@ -76,20 +95,51 @@ def rewire_to_resolve(document: Document, *, target: str = DEFAULT_TARGET) -> Do
     task_id = given.get("lora_task_id", RESOLVED["lora_task_id"])
     if task_id != RESOLVED["lora_task_id"]:
         inputs["lora_task_id"] = task_id
-    if not _find_step(document, RESOLVER):
-        scheduling = document.message.messages("ensemble_scheduling")[-1]
-        literal = f"{{\n  model_name: {quote(RESOLVER)}\n  model_version: -1\n}}"
-        document = append_value(document, scheduling, "step", literal)
-    for key, tensor in inputs.items():
-        document = _connect(document, RESOLVER, "input_map", key, tensor)
+    if _find_step(document, RESOLVER):
+        for kind, tensors in (("input_map", inputs), ("output_map", RESOLVED)):
+            for key, tensor in tensors.items():
+                document = _connect(document, RESOLVER, kind, key, tensor)
+    else:
+        document = _add_step(document, RESOLVER, inputs, RESOLVED)
     document = _disconnect(document, target, "lora_name")
     for key, tensor in RESOLVED.items():
-        document = _connect(document, RESOLVER, "output_map", key, tensor)
         document = _reconnect(document, target, key, tensor)
     for model in _step_names(document):
         for key, tensor in _maps(document, "input_map", model).items():
             if tensor == PREVIOUS_TOKENS:
                 document = _disconnect(document, model, key)
+    return document if postprocessing is None else _announce(document, target, postprocessing)
+
+
+def _announce(document: Document, target: str, postprocessing: str) -> Document:
+    """The ensemble with a step of `postprocessing` through which request_output_len goes to the resolver."""
+    if _announcement(document) is not None:
+        return document
+    length = _maps(document, "input_map", RESOLVER)[REQUIRED]
+    given = _maps(document, "input_map", target) | {REQUIRED: length}
+    inputs = {name: given[key] for key, name in ANNOUNCED.items() if key in given}
+    document = _add_step(document, postprocessing, inputs, {ANNOUNCEMENT: ANNOUNCED_LENGTH})
+    document = _reconnect(document, RESOLVER, REQUIRED, ANNOUNCED_LENGTH)
+    outputs = _maps(document, "output_map", target)
+    for key, name in INDICES.items():
+        if key in outputs:
+            document = _connect(document, postprocessing, "input_map", name, outputs[key])
+    return document
+
+
+def _remove_announcement(document: Document) -> Document:
+    """The ensemble without the step that announces requests, and without the inputs that only it makes use of."""
+    step = _announcement(document)
+    if step is None:
+        return document
+    name, length = step.scalars("model_name")[0].value, _map_of(step, "input_map")[ANNOUNCED[REQUIRED]]
+    document = remove_value(document, document.message.messages("ensemble_scheduling")[-1], step)
+    for model in _step_names(document):
+        for key, tensor in _maps(document, "input_map", model).items():
+            if tensor == ANNOUNCED_LENGTH:
+                document = _reconnect(document, model, key, length)
+    for key in INDICES.values():
+        document = _disconnect(document, name, key)
     return document
 
 
@@ -146,6 +196,18 @@ def _declare_lora_name(document: Document) -> Document:
         got = data_type.value if data_type else "none"
         raise ConfigError(f"expected the ensemble's input 'lora_name' to be TYPE_STRING, got {got}")
     return document
+
+
+def _add_step(document: Document, model: str, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> Document:
+    maps = (("input_map", inputs), ("output_map", outputs))
+    entries = "".join(
+        f"\n  {kind} {{\n    key: {quote(key)}\n    value: {quote(tensor)}\n  }}"
+        for kind, tensors in maps
+        for key, tensor in tensors.items()
+    )
+    scheduling = document.message.messages("ensemble_scheduling")[-1]
+    literal = f"{{\n  model_name: {quote(model)}\n  model_version: -1{entries}\n}}"
+    return append_value(document, scheduling, "step", literal)
 
 
 _STRING = ("TYPE_STRING", str(DATA_TYPES.index("TYPE_STRING")))  # protobuf takes an enum's number as well
@@ -224,9 +286,23 @@ def _step_names(document: Document) -> list[str]:
 def _maps(document: Document, kind: str, model: str) -> dict[str, str]:
     """The input_map or output_map of the ensemble's step for `model`; empty where there is no such step."""
     step = _find_step(document, model)
-    found = ((entry.scalar("key"), entry.scalar("value")) for entry in (step.messages(kind) if step else ()))
+    return _map_of(step, kind) if step else {}
+
+
+def _map_of(step: Message, kind: str) -> dict[str, str]:
+    found = ((entry.scalar("key"), entry.scalar("value")) for entry in step.messages(kind))
     return {key.value: value.value for key, value in found if key and value}
 
 
 def _find_step(document: Document, model: str) -> Message | None:
-    return next((step for step in _steps(document) if step.has("model_name", model)), None)
+    """The step for a model; not the one that announces requests."""
+    found = (step for step in _steps(document) if step.has("model_name", model) and not _announces(step))
+    return next(found, None)
+
+
+def _announcement(document: Document) -> Message | None:
+    return next(filter(_announces, _steps(document)), None)
+
+
+def _announces(step: Message) -> bool:
+    return step.find("output_map", "key", ANNOUNCEMENT) is not None

@@ -14,12 +14,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tritonlora.errors import ConfigError, RepositoryError
+from tritonlora.engine.cache_plan import host_pages
+from tritonlora.errors import ConfigError, RepositoryError, TritonLoraError
 from tritonlora.files import delete
 from tritonlora.pbtxt.model_config import ModelConfig, config_of
-from tritonlora.repository import ensemble_edits, undo, warmup
-from tritonlora.repository.paths import RESOLVER, half_written
-from tritonlora.repository.state import State, outlived
+from tritonlora.pbtxt.text_format import Document
+from tritonlora.repository import ensemble_edits, model_configs, undo, warmup
+from tritonlora.repository.paths import RESOLVER, ROUTER, half_written
+from tritonlora.repository.state import Models, State, outlived
 from tritonlora.serving.adapter_table import AdapterEntry, AdapterTable
 from tritonlora.serving.adapter_table_json import render
 from tritonlora.serving.file_version import has_content
@@ -37,7 +39,7 @@ class Rendered:
     warmup_files: Contents
     config_text: str  # of the engine's model
     detour: Contents  # ensembles that lead past the resolver while the type of its lora_weights changes
-    after_detour: Contents  # the resolver's config.pbtxt, and the ensembles as they were
+    after_detour: Contents  # config.pbtxt of the router and of the resolver, and the ensembles as they were
 
 
 def rendered(state: State, table: AdapterTable, known: Rendered | None = None) -> Rendered:
@@ -56,7 +58,7 @@ def rendered(state: State, table: AdapterTable, known: Rendered | None = None) -
         _keep_foreign_files(state, files)
     except ConfigError as error:
         raise RepositoryError(f"{repository.config_path}: {error}") from None
-    detour, after_detour = _resolver_in_step(state, config)
+    detour, after_detour = models_in_step(state, config)
     paths = {repository.warmup_directory / name: content for name, content in files.items()}
     return Rendered(table.entries, paths, text, detour, after_detour)
 
@@ -76,28 +78,42 @@ def _keep_foreign_files(state: State, files: Mapping[str, bytes]) -> None:
         )
 
 
-def _resolver_in_step(state: State, engine: ModelConfig) -> tuple[Contents, Contents]:
-    """What gives the resolver's lora_weights the type of the engine's: what comes before, and after, that changes.
+def models_in_step(state: State, engine: ModelConfig) -> tuple[Contents, Contents]:
+    """What brings the models before the engine's in step with it: what comes before, and after, the engine's config.
 
-    Triton loads no ensemble that leads from one type to another. So the ensembles lead to the router meanwhile. The
-    repository loads whenever this is stopped, and `tritonlora init --topology resolve` completes it.
+    They are told the size of the engine's cache, and the resolver's lora_weights get the type of the engine's. Triton
+    loads no ensemble that leads from one type to another, so the ensembles lead to the router meanwhile. The repository
+    loads whenever this is stopped, and `tritonlora init --topology resolve` completes it.
     """
     weights, models = engine.input("lora_weights"), state.models
+    detour: dict[str, Document] = {}
+    changed: dict[str, Document] = {}
     resolver = models.present(RESOLVER) if weights else None
     now = resolver.output("lora_weights") if resolver else None
-    if weights is None or now is None or now.data_type == weights.data_type:
-        return {}, {}
-    resolving = [name for name, config in models.configs().items() if config.leads_to(RESOLVER)]
-    detour = {
-        models.path(name): ensemble_edits.rewire_to_forward(models.document(name), target=state.repository.target)
-        for name in resolving
-    }
-    declared = declare_output(models.document(RESOLVER), "lora_weights", str(weights.data_type))
-    after = {models.path(RESOLVER): declared} | {models.path(name): models.document(name) for name in resolving}
-    return (
-        {path: document.text.encode() for path, document in detour.items()},
-        {path: document.text.encode() for path, document in after.items()},
-    )
+    if weights and now and now.data_type != weights.data_type:
+        changed[RESOLVER] = declare_output(models.document(RESOLVER), "lora_weights", str(weights.data_type))
+        resolving = [name for name, config in models.configs().items() if config.leads_to(RESOLVER)]
+        target = state.repository.target
+        detour = {name: ensemble_edits.rewire_to_forward(models.document(name), target=target) for name in resolving}
+        changed |= {name: models.document(name) for name in resolving}
+    if weights and (pages := _cache_pages(state, engine)):
+        for model in (model for model in (ROUTER, RESOLVER) if models.path(model).is_file()):
+            before = changed.get(model, models.document(model))
+            after = model_configs.set_parameters(before, {"cache_pages": str(pages)})
+            changed |= {model: after} if after is not before else {}
+    return _contents(models, detour), _contents(models, changed)
+
+
+def _cache_pages(state: State, engine: ModelConfig) -> int | None:
+    """Of the engine's cache; None where they are not known. `check` says what is wrong with an engine."""
+    try:
+        return host_pages(state.profile, engine.parameters) if state.profile else None
+    except TritonLoraError:
+        return None
+
+
+def _contents(models: Models, documents: Mapping[str, Document]) -> Contents:
+    return {models.path(name): document.text.encode() for name, document in documents.items()}
 
 
 def write(state: State, table: AdapterTable, files: Rendered | None) -> State:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import tritonlora
-from tritonlora.errors import ConfigError, RepositoryError, one_message
+from tritonlora.engine.cache_plan import host_pages
+from tritonlora.errors import ConfigError, RepositoryError, TritonLoraError, one_message
 from tritonlora.files import (
     delete,
     locked,
@@ -71,14 +72,14 @@ def shipped_models() -> Path:
 def create_repository(root: Path, parameters: Mapping[str, Mapping[str, str]] | None = None) -> None:
     """Copy the shipped repository, with the CPU engine, to `root`; RepositoryError when something is there already.
 
-    The resolver is left out: it comes with its topology. `parameters` are set in the models' configs: model -> key ->
+    `parameters` are set in the models' configs: model -> key ->
     value. Each model of ours gets a copy of the code that it runs, so that the repository stands alone. The CPU engine
     needs tritonlora to be installed.
     """
     if root.exists() and any(root.iterdir()):
         raise RepositoryError(f"{str(root)!r} is not empty; name a new directory")
     source = shipped_models()
-    for model in sorted(path.name for path in source.iterdir() if path.is_dir() and path.name != RESOLVER):
+    for model in sorted(path.name for path in source.iterdir() if path.is_dir()):
         shutil.copytree(source / model, root / model, ignore=shutil.ignore_patterns("__pycache__", ".lock", SERVING))
         if (root / model / "1" / "model.py").is_file() and model != DEFAULT_TARGET:
             shutil.copytree(PACKAGE / SERVING, root / model / "1" / SERVING, ignore=_NO_CACHES)
@@ -96,7 +97,8 @@ def plan_init(
     """What `init` writes: the router in front of `target`, and the ensembles that now lead to it. Idempotent.
 
     `target` is by default the one that the router stands before already, else "tensorrt_llm"; `topology` the one that
-    is there, else "forward". Where no ensemble leads to a target that takes text, it gets one of the router alone.
+    is there. Where there is none yet, ensembles resolve if they can. Where no ensemble leads to a target that takes
+    text, it gets one of the router alone.
     """
     if links := dead_links(root):
         raise RepositoryError(one_message(f"links to models' code lead nowhere; {COPY_AGAIN}", map(str, links)))
@@ -105,21 +107,20 @@ def plan_init(
     engine_config = models.served_config(target)
     found = _ensembles_of(models, target)
     present = _topology_of(models)
-    resolves = (topology or present) == RESOLVE
-    if resolves and not found:
-        raise RepositoryError(f"the resolve topology needs an ensemble with a step for {target!r}, and there is none")
-    if resolves and not target_of(engine_config).WIRE.sends_weights:
-        raise RepositoryError(f"{target!r} reads adapters by itself, which only the forward topology serves")
+    obstacle = _why_not_resolve(target, engine_config, found)
+    if topology == RESOLVE and obstacle:
+        raise RepositoryError(obstacle)
+    resolves = (topology or present or (FORWARD if obstacle else RESOLVE)) == RESOLVE
     changes = []
     takes_previous_ids = False
     for name, config in found.items():
         path, before = models.path(name), models.document(name)
-        steps = (step.model_name for step in config.steps)
-        postprocessing = next((model for model in steps if _takes_previous_tokens(models, model)), None)
+        postprocessing = _first_step(models, config, lambda one: one.input("PREVIOUS_TOKENS") is not None)
+        announcing = _first_step(models, config, lambda one: one.output(ensemble_edits.ANNOUNCEMENT) is not None)
         takes_previous_ids |= postprocessing is not None
         try:
             after = (
-                ensemble_edits.rewire_to_resolve(before, target=target)
+                ensemble_edits.rewire_to_resolve(before, target=target, postprocessing=announcing)
                 if resolves
                 else ensemble_edits.rewire_to_forward(before, target=target, postprocessing=postprocessing)
             )
@@ -133,11 +134,13 @@ def plan_init(
         router_config = model_configs.router_config(
             engine_config, name=ROUTER, target_name=target, previous_ids=takes_previous_ids, **streams
         )
-        given = {REPOSITORY_PATH: served_at} if served_at else {}
+        given = _known_of_the_engine(models, target, engine_config)
+        given |= {REPOSITORY_PATH: served_at} if served_at else {}
         files[f"{ROUTER}/config.pbtxt"] = _with_parameters(router_config, _tuned_parameters(tuned) | given)
         ensemble = model_configs.one_step_ensemble(engine_config, parse_config(router_config), name=ENSEMBLE)
         if resolves:
-            files[f"{RESOLVER}/config.pbtxt"] = _resolver_config(models, target, engine_config, tuned)
+            router = parse_config(files[f"{ROUTER}/config.pbtxt"])
+            files[f"{RESOLVER}/config.pbtxt"] = _resolver_config(models, target, engine_config, router)
     except ConfigError as error:
         raise RepositoryError(f"{models.path(target)}: {error}") from None
     ours = [model for model in OURS if resolves or model != RESOLVER]
@@ -158,20 +161,33 @@ def plan_init(
     return [change for change in changes if change.before != change.after]
 
 
-def topology_of(root: Path) -> str:
-    """Which way the ensembles of a repository lead."""
+def topology_of(root: Path) -> str | None:
+    """Which way the ensembles of a repository lead; None where they lead neither way."""
     return _topology_of(Models(root))
 
 
-def _topology_of(models: Models) -> str:
-    return RESOLVE if any(config.leads_to(RESOLVER) for config in models.configs().values()) else FORWARD
+def _topology_of(models: Models) -> str | None:
+    led = ((topology, model) for topology, model in ((RESOLVE, RESOLVER), (FORWARD, ROUTER)))
+    configs = models.configs().values()
+    return next((topology for topology, model in led if any(config.leads_to(model) for config in configs)), None)
 
 
-def _resolver_config(models: Models, target: str, engine_config: ModelConfig, router: ModelConfig | None) -> str:
+def _known_of_the_engine(models: Models, target: str, engine_config: ModelConfig) -> dict[str, str]:
+    """The parameters of the models before the engine that tell what its cache is, where this is known."""
+    kind = target_of(engine_config)
+    try:
+        profile = kind.profile(engine_config, models.path(target).parent) if kind.WIRE.sends_weights else None
+        pages = host_pages(profile, engine_config.parameters) if profile else None
+    except TritonLoraError:  # `check` says what is wrong with the engine
+        return {}
+    return {"cache_pages": str(pages)} if pages else {}
+
+
+def _resolver_config(models: Models, target: str, engine_config: ModelConfig, router: ModelConfig) -> str:
     """The resolver's config.pbtxt, with what somebody has tuned in it, and what the router knows of the cache."""
     tuned = models.present(RESOLVER)
     text = model_configs.resolver_config(engine_config, name=RESOLVER, target_name=target, router=ROUTER)
-    known = {"cache_pages": router.parameters.get("cache_pages", "0")} if router else {}
+    known = {"cache_pages": router.parameters["cache_pages"]}
     made = parse_config(text).parameters
     kept = {key: value for key, value in _tuned_parameters(tuned).items() if key in _RESOLVER_TUNABLE & made.keys()}
     return _with_parameters(text, kept | known)
@@ -275,7 +291,7 @@ def _put(model: str, root: Path, changes: Sequence[FileChange]) -> None:
 
 
 def notes(root: Path) -> list[str]:
-    """What somebody who has just put the router into `root` should know."""
+    """What somebody who has just run `init` on `root` should know."""
     models = Models(root)
     router = models.config(ROUTER)
     target = router.parameters.get("target", DEFAULT_TARGET)
@@ -361,6 +377,16 @@ def _tuned_parameters(config: ModelConfig | None) -> dict[str, str]:
     return {key: value for key, value in config.parameters.items() if key not in ("target", "router")} if config else {}
 
 
-def _takes_previous_tokens(models: Models, model: str) -> bool:
-    config = models.present(model)
-    return config is not None and config.input("PREVIOUS_TOKENS") is not None
+def _first_step(models: Models, ensemble: ModelConfig, has: Callable[[ModelConfig], bool]) -> str | None:
+    """The first model of an ensemble whose config is so."""
+    configs = {step.model_name: models.present(step.model_name) for step in ensemble.steps}
+    return next((name for name, config in configs.items() if config is not None and has(config)), None)
+
+
+def _why_not_resolve(target: str, engine: ModelConfig, ensembles: Mapping[str, ModelConfig]) -> str:
+    """Why no ensemble can lead past the router; empty where one can."""
+    if not ensembles:
+        return f"the resolve topology needs an ensemble with a step for {target!r}, and there is none"
+    if not target_of(engine).WIRE.sends_weights:
+        return f"{target!r} reads adapters by itself, which only the forward topology serves"
+    return ""

@@ -110,7 +110,7 @@ def router_config(
         "load_timeout_seconds": "120",
         "first_answer_timeout_seconds": "3600",
         "stall_timeout_seconds": "300",
-        "cache_pages": "0",  # of the engine's LoRA cache, set by `tritonlora plan --apply`; 0: not known
+        "cache_pages": "0",  # of the engine's LoRA cache, set by `init`, `add` and `plan --apply`; 0: not known
         "FORCE_CPU_ONLY_INPUT_TENSORS": "yes",
     }
     return _ROUTER.format(
@@ -160,7 +160,7 @@ def resolver_config(
         "engine_request": _sample(target, kind),
         "cache_full_timeout_seconds": "30",
         "load_timeout_seconds": "120",
-        "cache_pages": "0",  # of the engine's LoRA cache, set by `tritonlora plan --apply`; 0: not known
+        "cache_pages": "0",  # of the engine's LoRA cache, set by `init`, `add` and `plan --apply`; 0: not known
         "FORCE_CPU_ONLY_INPUT_TENSORS": "yes",
     }
     return _RESOLVER.format(

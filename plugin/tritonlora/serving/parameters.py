@@ -34,13 +34,27 @@ class ParametersOfRequest(Protocol):
     def parameters(self) -> str: ...
 
 
+class HasId(Protocol):
+    """The part of it that has an id."""
+
+    def request_id(self) -> str: ...
+
+
+def id_of(request: HasId) -> str:
+    """A request's id, which its client has chosen. InvalidRequest when it is not UTF-8."""
+    try:
+        return request.request_id()
+    except UnicodeDecodeError:
+        raise InvalidRequest("the request's id is not UTF-8") from None
+
+
 def parameters_of(request: ParametersOfRequest) -> dict[str, Any]:
     """A request's parameters. InvalidRequest when these, or its ids, are not UTF-8: nothing can be passed on then."""
-    for what, read in (("id", request.request_id), ("correlation id", request.correlation_id)):
-        try:
-            read()
-        except UnicodeDecodeError:
-            raise InvalidRequest(f"the request's {what} is not UTF-8") from None
+    id_of(request)
+    try:
+        request.correlation_id()
+    except UnicodeDecodeError:
+        raise InvalidRequest("the request's correlation id is not UTF-8") from None
     try:
         text = request.parameters()
         parameters: dict[str, Any] = {} if text in {"", "{}"} else json.loads(text)

@@ -15,6 +15,7 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 
 from .errors import ModelConfigError, RequestError
+from .parameters import id_of
 from .text import Tensors, begin, open_tokenizer, parse_options, postprocess, preprocess
 from .text_streams import TextStreams
 from .triton import failure, parameters_in
@@ -84,8 +85,8 @@ class Postprocessing(_TextModel):
 
     def _outputs(self, request: pb_utils.InferenceRequest, inputs: Tensors) -> Tensors:
         if "REQUEST_OUTPUT_LEN" not in inputs:
-            return postprocess(self._tokenizer, inputs, self._streams, request.request_id() if self._streams else "")
-        outputs, is_free = begin(self._streams, request.request_id(), inputs)
+            return postprocess(self._tokenizer, inputs, self._streams, id_of(request) if self._streams else "")
+        outputs, is_free = begin(self._streams, id_of(request), inputs)
         if not is_free:
             pb_utils.Logger.log_warn(
                 f"{self._name}: request id {request.request_id()!r} came again before its stream was seen to end, so "
