@@ -8,6 +8,7 @@ whatever function of the standard library asks for it.
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import shutil
@@ -15,6 +16,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +34,23 @@ TIMEOUT = 120.0  # seconds
 _FAULTED = 64  # added to the exit code of a command that met its fault and lived on
 
 _context = multiprocessing.get_context("forkserver")
-# The commands' own modules, too, so that no child imports them.
+# All that a command imports, so that no child does. typer imports its adapters, and with them pydantic, when it parses
+# its first command.
 _context.set_forkserver_preload(
     [
-        *("faults", "torch", "tritonlora.cli.commands"),
+        *("faults", "torch", "typer._adapters", "rich.status", "tritonlora.cli.commands"),
         *(f"tritonlora.cli.{module}" for module in ("adapters", "convert", "repository", "server")),
         *("tritonlora.check.checks", "tritonlora.conversion.convert"),
     ]
 )
+
+
+@functools.cache
+def _start_forkserver() -> None:
+    """Let the process that forks find `faults`: before Python 3.13 it preloads without the sys.path of this one."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        forkserver.ensure_running()
 
 
 @dataclass(frozen=True)
@@ -64,6 +75,7 @@ def run(
 
     The command is killed there, or gets the `error`, an errno. What it prints goes to `log`.
     """
+    _start_forkserver()
     process = _context.Process(target=_run, args=([*arguments], str(watched), at, error, operations, umask, str(log)))
     process.start()
     process.join(TIMEOUT)
