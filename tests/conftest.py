@@ -31,7 +31,7 @@ def _place(item: pytest.Item) -> int:
 
 _TESTS = Path(__file__).parent
 _LONGEST = (
-    "repository/test_undo.py",
+    "repository/test_stopped_undo.py",
     "repository/test_stopped_commands.py",
     "test_regular_files.py",
     "packaging/",

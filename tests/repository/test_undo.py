@@ -4,44 +4,27 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 import shutil
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import faults
-from repositories import synthetic_adapter, synthetic_repository
+from repositories import added, files, synthetic_adapter, synthetic_repository
 from tritonlora import files as written
 from tritonlora.cli import commands
 from tritonlora.errors import RepositoryError
 from tritonlora.pbtxt.model_config import parse_config
 from tritonlora.repository import add, init, paths, undo
-from tritonlora.repository.paths import Repository, read_text
+from tritonlora.repository.paths import read_text
 from tritonlora.serving.adapter_table import AdapterTable
 from tritonlora.serving.adapter_table_json import render
 from upstream_configs import upstream_repository
-
-
-def files(root: Path) -> dict[str, bytes | None]:
-    """Every file and directory in a repository."""
-    return {
-        path.relative_to(root).as_posix(): path.read_bytes() if path.is_file() else None for path in root.rglob("*")
-    }
-
-
-def added(root: Path, name: str, seed: int = 0) -> Repository:
-    """The repository with one more adapter."""
-    opened = paths.open_repository(root)
-    adapter = synthetic_adapter(root.parent / "adapters" / name, seed)
-    add.add(opened, name, adapter, add.Options(dtype="bfloat16"))
-    return opened
 
 
 @pytest.fixture
@@ -324,73 +307,6 @@ def test_a_router_that_init_did_not_put_there_is_not_taken_out(tmp_path: Path) -
         undo.undo(opened.root)
     with pytest.raises(RepositoryError, match="there is nothing to undo"):
         undo.undo(tmp_path)
-
-
-# Stopped, and refused by the file system
-
-
-@pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dict[str, bytes | None]]]:
-    """Topology -> a repository with all that tritonlora has ever done, and what was there before."""
-    made = {}
-    for topology in ("forward", "resolve"):
-        root = upstream_repository(tmp_path_factory.mktemp(topology) / "repo", "v0.18.0")
-        before = files(root)
-        init.init(root, topology=topology)
-        add.remove(added(root, "pirate"), "pirate")
-        (root / "tensorrt_llm" / f".killed.0{written.TEMPORARY_SUFFIX}").mkdir()
-        made[topology] = root, before
-    return made
-
-
-def faults_of_undo(base: Path, root: Path, **options: Any) -> Iterator[faults.Outcome]:
-    """`init --undo` with its first, second, … operation failing, on fresh copies of `base`; until none fails."""
-    for at in range(1000):
-        shutil.rmtree(root, ignore_errors=True)
-        shutil.copytree(base, root, symlinks=True)
-        outcome = faults.run(["init", "--undo", str(root)], root, at, **options)
-        yield outcome
-        if not outcome.faulted:
-            assert at > 10, "it was seen to do next to nothing"
-            return
-    pytest.fail("it never came to its end")
-
-
-@pytest.mark.parametrize("topology", ["forward", "resolve"])
-def test_an_undo_that_was_killed_is_finished_by_the_next_one(
-    done: dict[str, tuple[Path, dict[str, bytes | None]]], tmp_path: Path, topology: str
-) -> None:
-    """At any of its operations; and the repository loads in between."""
-    base, before = done[topology]
-    root = tmp_path / "repo"
-    for outcome in faults_of_undo(base, root):
-        configs = {path.parent.name: parse_config(read_text(path)) for path in root.glob("*/config.pbtxt")}
-        steps = {step.model_name for config in configs.values() for step in config.steps}
-        assert steps <= configs.keys()
-        if outcome.faulted:
-            assert 0 == commands.main(["init", "--undo", str(root)])
-        assert before == files(root)
-
-
-@pytest.mark.parametrize(
-    ("operations", "error"),
-    [(faults.DELETIONS, errno.EBUSY), (faults.OPERATIONS, errno.EACCES)],
-    ids=["deletions", "all"],
-)
-def test_an_undo_that_is_refused_by_the_file_system_says_so_and_is_finished_by_the_next_one(
-    done: dict[str, tuple[Path, dict[str, bytes | None]]], tmp_path: Path, operations: frozenset[str], error: int
-) -> None:
-    """It never ends with 0 and something left."""
-    base, before = done["resolve"]
-    root = tmp_path / "repo"
-    refused = 0
-    for outcome in faults_of_undo(base, root, error=error, operations=operations):
-        assert outcome.exit_code in (0, 1)
-        if outcome.exit_code == 1:
-            refused += 1
-            assert 0 == commands.main(["init", "--undo", str(root)])
-        assert before == files(root)
-    assert refused
 
 
 def test_an_init_that_was_killed_before_the_router_was_there_is_undone(root: Path) -> None:

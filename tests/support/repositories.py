@@ -69,6 +69,21 @@ def synthetic_repository(
     return opened
 
 
+def files(root: Path) -> dict[str, bytes | None]:
+    """Every file and directory in a repository."""
+    return {
+        path.relative_to(root).as_posix(): path.read_bytes() if path.is_file() else None for path in root.rglob("*")
+    }
+
+
+def added(root: Path, name: str, seed: int = 0) -> Repository:
+    """The repository with one more adapter."""
+    opened = paths.open_repository(root)
+    adapter = synthetic_adapter(root.parent / "adapters" / name, seed)
+    add.add(opened, name, adapter, add.Options(dtype="bfloat16"))
+    return opened
+
+
 def put_many_outputs_engine(opened: Repository) -> None:
     """Put the engine of many_outputs_engine.py in the place of the CPU engine."""
     shutil.copyfile(MANY_OUTPUTS, opened.target_directory / "1" / "model.py")
