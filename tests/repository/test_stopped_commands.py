@@ -347,6 +347,7 @@ def test_check_beside_a_writer_finds_nothing_that_is_not_there(base: Path, tmp_p
     while writer.is_alive():
         assert [] == checks.check(opened, deep=True)
         looks += 1
+        writer.join(0.02)  # or the readers' lock keeps it waiting
     writer.join()
 
     assert [0] * len(commands) == codes
