@@ -4,12 +4,17 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 
 import pytest
 
 from tritonlora.interrupts import ENDING
+
+# In servers and commands as well, and before anything imports torch. Several modules of tests run at a time: with more
+# threads than cores, the threads of each torch wait for one another at full load.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_configure() -> None:
