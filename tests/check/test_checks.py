@@ -35,7 +35,9 @@ from upstream_configs import fill, upstream, upstream_repository
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository with a warm and a cold adapter, in which nothing is wrong."""
-    return synthetic_repository(tmp_path_factory.mktemp("check") / "repo", warm=["warm"], cold=["cold"]).root
+    return synthetic_repository(
+        tmp_path_factory.mktemp("check") / "repo", warm=["warm"], cold=["cold"], streams=64
+    ).root
 
 
 @pytest.fixture
@@ -278,6 +280,12 @@ PLANTED: dict[str, tuple[Callable[[Repository], object], str, str]] = {
         _warm_both_in_a_cache_of_one,
         "warning",
         "tensorrt_llm/config.pbtxt: the warm adapters take 2 pages, the cache has 1",
+    ),
+    "the router has fewer instances than the engine takes requests": (
+        lambda opened: edit(opened.root / "lora_router" / "config.pbtxt", "count: 64", "count: 63"),
+        "warning",
+        "lora_router/config.pbtxt: it has 63 instances, which forward one request each at a time, and the engine takes "
+        "64: further requests of ensemble wait",
     ),
     "the router believes in another cache": (
         lambda opened: edit(opened.root / "lora_router" / "config.pbtxt", *map(CACHE_PAGES.format, (100, 7))),
@@ -632,13 +640,13 @@ def test_a_dev_shm_that_is_too_small_for_all_instances_is_found(
     cold: bool, opened: Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each keeps what it has been given; only who never has to send an adapter needs none of it."""
-    usage = shutil.disk_usage("/")._replace(total=4 * 2105392 - 1)
+    usage = shutil.disk_usage("/")._replace(total=64 * 2105392 - 1)
     monkeypatch.setattr("tritonlora.check.around.shutil.disk_usage", lambda _: usage)
     if not cold:
         add.remove(opened, "cold")
 
-    problem = f"{SHARED_MEMORY}: each of the router's 4 instances keeps shared memory for the largest adapter that "
-    expected = [("warning", f"{problem}it has sent: 8421568 bytes in all, more than there is")] if cold else []
+    problem = f"{SHARED_MEMORY}: each of the router's 64 instances keeps shared memory for the largest adapter that "
+    expected = [("warning", f"{problem}it has sent: 134745088 bytes in all, more than there is")] if cold else []
 
     assert expected == [one for one in found(opened) if str(SHARED_MEMORY) in one[1]]
 

@@ -50,7 +50,9 @@ def _signals() -> Any:
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository with two adapters."""
-    return synthetic_repository(tmp_path_factory.mktemp("cli") / "repo", warm=["pirate"], cold=["haiku"]).root
+    return synthetic_repository(
+        tmp_path_factory.mktemp("cli") / "repo", warm=["pirate"], cold=["haiku"], topology="resolve"
+    ).root
 
 
 @pytest.fixture

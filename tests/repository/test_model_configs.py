@@ -61,7 +61,7 @@ def test_router_config_declares_what_the_target_declares(version: str, decoupled
     assert [as_on_the_wire(tensor) for tensor in target.output] == list(router.output)
     assert (7, decoupled == "True") == (router.max_batch_size, router.model_transaction_policy.decoupled)
     assert ("lora_router", "python") == (router.name, router.backend)
-    assert [(16, router.instance_group[0].KIND_CPU)] == [(group.count, group.kind) for group in router.instance_group]
+    assert [(4, router.instance_group[0].KIND_CPU)] == [(group.count, group.kind) for group in router.instance_group]
 
 
 def test_router_config_carries_its_parameters() -> None:

@@ -85,10 +85,18 @@ def start(engine: Engine) -> Iterator[Callable[..., Dispatcher]]:
     """Start a dispatcher in front of `engine`, whose cache has so many pages."""
     started: list[Dispatcher] = []
 
-    def begin(pages: int = 4, *, warm: tuple[int, ...] = (), load_timeout: float = WAIT_SECONDS) -> Dispatcher:
+    def begin(
+        pages: int = 4,
+        *,
+        warm: tuple[int, ...] = (),
+        load_timeout: float = WAIT_SECONDS,
+        on_miss: Callable[[int], None] = lambda _: None,
+    ) -> Dispatcher:
         now = time.monotonic()
         admission = Admission(EngineCache(pages, dict.fromkeys(warm, 1), now), now)
-        started.append(Dispatcher(admission, engine, load_timeout=load_timeout, on_error=lambda _: None))
+        started.append(
+            Dispatcher(admission, engine, load_timeout=load_timeout, on_error=lambda _: None, on_miss=on_miss)
+        )
         return started[-1]
 
     yield begin
@@ -248,14 +256,12 @@ def test_what_waits_is_refused_when_the_model_is_unloaded(start: Callable[..., D
 
 def test_what_the_engine_has_lost_is_loaded_again(start: Callable[..., Dispatcher], engine: Engine) -> None:
     """It was loaded again: a probe finds out."""
-    dispatcher, first, then = start(pages=1, warm=(1,)), Answers(), Answers()
+    missed = SimpleQueue[int]()
+    dispatcher, first, then = start(pages=1, warm=(1,), on_miss=missed.put), Answers(), Answers()
     engine.on_probe = lambda: "LoRA task 1 not found in cache. Please send LoRA weights with request"
     dispatcher.ask(ticket(1), first)
     assert "by id" == first.get()
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not dispatcher.misbeliefs:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    assert 1 == missed.get(timeout=WAIT_SECONDS)
     engine.on_probe = lambda: None
     dispatcher.ask(ticket(1), then)
 

@@ -17,7 +17,7 @@ def test_each_count_becomes_a_sample_with_its_labels() -> None:
     """Those that are 0 say so, and table events belong to no adapter."""
     counts = {
         BASE: row(OK=2, table_reloads=1, table_failures=4),
-        "pirate": row(OK=1, UNAVAILABLE=3, first_use=1, evicted=2, load_seconds=0.5, running=1),
+        "pirate": row(OK=1, UNAVAILABLE=3, first_use=1, evicted=2, load_seconds=0.5, running=1, unexpected_misses=5),
     }
 
     assert {
@@ -28,6 +28,7 @@ def test_each_count_becomes_a_sample_with_its_labels() -> None:
         ("lora_loads_total", (("lora_name", "pirate"), ("reason", "evicted")), 2),
         ("lora_load_seconds_total", (("lora_name", "pirate"),), 0.5),
         ("lora_requests_running", (("lora_name", "pirate"),), 1),
+        ("lora_unexpected_misses_total", (("lora_name", "pirate"),), 5),
         ("lora_table_reloads_total", (), 1),
         ("lora_table_failures_total", (), 4),
     } == {(sample.family.name, sample.labels, sample.value) for sample in metrics.samples(counts) if sample.value}

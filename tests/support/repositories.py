@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tarfile
 from collections.abc import Iterable, Mapping
@@ -115,8 +116,9 @@ def set_streams(opened: Repository, streams: int) -> None:
     """Give the router that many instances, which each take a moment to start."""
     path = opened.root / "lora_router" / "config.pbtxt"
     text = paths.read_text(path)
-    assert text.count("count: 16") == 1
-    write_text(path, text.replace("count: 16", f"count: {streams}"))
+    text, found = re.subn(r"\bcount: \d+", f"count: {streams}", text)
+    assert found == 1
+    write_text(path, text)
 
 
 def set_cache_full_timeout(opened: Repository, seconds: float) -> None:

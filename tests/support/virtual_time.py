@@ -245,7 +245,7 @@ class Resolver:
             if what == "ok":
                 self.admission.probed(probe, sent_at, self._world.now)
             elif what == "miss":
-                self.admission.missed(probe, self._world.now)
+                self.counts["unexpected miss"] += self.admission.missed(probe, self._world.now)
             else:
                 self.admission.not_probed(probe, self._world.now, 0.25)
             self._is_busy = False

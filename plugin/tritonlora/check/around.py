@@ -102,6 +102,23 @@ def torn_streams(subject: Subject) -> Iterator[Finding]:
             )
 
 
+def forwarded_streams(subject: Subject) -> Iterator[Finding]:
+    """As many streams can be forwarded as the engine takes: each needs an instance of the router."""
+    most = subject.config.max_batch_size
+    count = subject.configs[ROUTER].instance_count if ROUTER in subject.configs else 0
+    forwarding = [name for name, config in subject.configs.items() if config.leads_to(ROUTER)]
+    if forwarding and isinstance(count, int) and isinstance(most, int) and 0 < count < most:
+        instead = (
+            ", or lead past the router: tritonlora init --topology resolve" if subject.kind.WIRE.sends_weights else ""
+        )
+        yield warning(
+            f"{ROUTER}/config.pbtxt",
+            f"it has {count} instances, which forward one request each at a time, and the engine takes {most}: further "
+            f"requests of {', '.join(forwarding)} wait",
+            f"set a larger count in its instance_group{instead}",
+        )
+
+
 def after_streams(configs: Mapping[str, ModelConfig], target: str) -> dict[str, str]:
     """The models that get a stream's responses one by one -> the ensemble in which they do.
 

@@ -389,6 +389,7 @@ CHECKS: tuple[Callable[[Subject], Iterator[Finding]], ...] = (
     around.models_past_the_router,
     around.left_streams,
     around.torn_streams,
+    around.forwarded_streams,
     around.serving_code,
     around.shared_memory,
     around.ports,

@@ -77,7 +77,7 @@ def router_config(
     name: str = "lora_router",
     target_name: str = "tensorrt_llm",
     previous_ids: bool = False,
-    max_streams: int = 16,
+    max_streams: int = 4,
 ) -> str:
     """The complete config.pbtxt of the Python-backend router in front of `target`.
 

@@ -113,7 +113,6 @@ class Admission:
         self._probes_warm = False  # the next belief that is probed may be about a warm adapter
         self._retry_at = self._probe_at = -math.inf
         self._cautious_until = now + cautious_for
-        self.misbeliefs = 0  # adapters that the engine did not have, though they were believed to be held
 
     # Requests
 
@@ -251,13 +250,15 @@ class Admission:
             self._cache.see(probe.task_id, sent_at)
             self._cache.end(probe.task_id, now)
 
-    def missed(self, probe: Probe, now: float) -> None:
-        """The engine does not have the adapter of a probe."""
-        if probe.task_id is not None:
-            if self._cache.miss(probe.task_id):
-                self.misbeliefs += 1
-                self._cautious_until = now + CAUTION_SECONDS
-            self._cache.end(probe.task_id, now)
+    def missed(self, probe: Probe, now: float) -> bool:
+        """The engine does not have the adapter of a probe. Whether it was believed to be held."""
+        if probe.task_id is None:
+            return False
+        is_unexpected = self._cache.miss(probe.task_id)
+        if is_unexpected:
+            self._cautious_until = now + CAUTION_SECONDS
+        self._cache.end(probe.task_id, now)
+        return is_unexpected
 
     def not_probed(self, probe: Probe, now: float, pause: float) -> None:
         """The engine had another error, or said nothing. The next probe comes after so many seconds."""

@@ -34,7 +34,7 @@ OUTCOMES = (
     "CANCELLED",
 )
 LOADS = ("first_use", "evicted")
-COLUMNS = (*OUTCOMES, *LOADS, "load_seconds", "running", "table_reloads", "table_failures")
+COLUMNS = (*OUTCOMES, *LOADS, "load_seconds", "running", "unexpected_misses", "table_reloads", "table_failures")
 
 BASE = ""  # the base model, and requests that name no adapter that is known
 OTHERS = "*"  # no legal name: those for whom there is no room, so that the file has an end

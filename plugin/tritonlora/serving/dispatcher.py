@@ -82,17 +82,19 @@ class Dispatcher:
         load_timeout: float,
         on_error: Callable[[str], None],
         on_load: Callable[[int, float], None] = lambda *_: None,
+        on_miss: Callable[[int], None] = lambda _: None,
     ) -> None:
         """An engine that is silent for `load_timeout` seconds is not waited for.
 
         `on_error` is told what goes wrong here. `on_load` is told the lora_task_id of each adapter that was loaded, and
-        the seconds that it took.
+        the seconds that it took. `on_miss` is told that of an adapter that the engine lacks against expectation.
         """
         self._admission = admission
         self._engine = engine
         self._load_timeout = load_timeout
         self._on_error = on_error
         self._on_load = on_load
+        self._on_miss = on_miss
         self._lock = threading.Condition()
         self._requests: dict[Ticket, Request] = {}  # that have not been sent
         self._with_weights: SimpleQueue[list[Ticket] | None] = SimpleQueue()
@@ -125,11 +127,6 @@ class Dispatcher:
             if has_left:
                 del self._requests[ticket]
             return has_left
-
-    @property
-    def misbeliefs(self) -> int:
-        """Adapters that the engine did not have, though they were believed to be held."""
-        return self._admission.misbeliefs
 
     def stop(self) -> None:
         """Refuse what waits, and end the threads, but for one that waits for a silent engine."""
@@ -260,14 +257,17 @@ class Dispatcher:
     def _probe(self, probe: Probe) -> None:
         own = self._do(lambda heard: self._engine.probe(probe.task_id, probe.tokens, heard), lambda _: None)
         meaning, now = meaning_of(own.error), time.monotonic()
+        is_unexpected = False
         with self._lock:
             if own.is_left_behind or own.failure is not None or meaning in (Meaning.ERROR, Meaning.FULL):
                 pause = STOPPING_SECONDS if isinstance(own.failure, ServerStopping) else ERROR_SECONDS
                 self._admission.not_probed(probe, now, pause)
             elif meaning is Meaning.MISS:
-                self._admission.missed(probe, now)
+                is_unexpected = self._admission.missed(probe, now)
             else:
                 self._admission.probed(probe, own.sent_at, now)
+        if is_unexpected and probe.task_id is not None:
+            self._on_miss(probe.task_id)
 
     def _take(self, tickets: list[Ticket]) -> list[Request]:
         return [request for ticket in tickets if (request := self._requests.pop(ticket, None)) is not None]

@@ -44,12 +44,17 @@ REQUESTS = Family("lora_requests_total", "Requests by lora_name (none: the base 
 LOADED = Family("lora_loads_total", "Adapters that the router gave to the engine, by reason", is_counter=True)
 SECONDS = Family("lora_load_seconds_total", "Seconds from sending weights to the first token", is_counter=True)
 RUNNING = Family("lora_requests_running", "Requests under way, those that wait for room included", is_counter=False)
+MISSES = Family(
+    "lora_unexpected_misses_total",
+    "Times that the engine lacked an adapter that it should have had; requests for it may have failed",
+    is_counter=True,
+)
 RELOADS = Family("lora_table_reloads_total", "Times that a changed adapters.json was read", is_counter=True)
 FAILURES = Family("lora_table_failures_total", "Times that adapters.json could not be read", is_counter=True)
 INFO = Family(
     "lora_requests_info", "Adapters that run and that wait; the value is when that last changed", is_counter=False
 )
-FAMILIES = (REQUESTS, LOADED, SECONDS, RUNNING, RELOADS, FAILURES, INFO)
+FAMILIES = (REQUESTS, LOADED, SECONDS, RUNNING, MISSES, RELOADS, FAILURES, INFO)
 
 
 def samples(counts: Counts) -> Iterator[Sample]:
@@ -62,6 +67,7 @@ def samples(counts: Counts) -> Iterator[Sample]:
             yield Sample(LOADED, (adapter, ("reason", reason)), of_adapter[reason])
         yield Sample(SECONDS, (adapter,), of_adapter["load_seconds"])
         yield Sample(RUNNING, (adapter,), of_adapter["running"])
+        yield Sample(MISSES, (adapter,), of_adapter["unexpected_misses"])
     yield Sample(RELOADS, (), sum(of_adapter["table_reloads"] for of_adapter in counts.values()))
     yield Sample(FAILURES, (), sum(of_adapter["table_failures"] for of_adapter in counts.values()))
 

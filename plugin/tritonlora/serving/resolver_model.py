@@ -85,6 +85,7 @@ class TritonPythonModel:
             load_timeout=float(parameters["load_timeout_seconds"]),
             on_error=pb_utils.Logger.log_error,
             on_load=self._loaded,
+            on_miss=lambda task_id: self.count([self._routes[task_id].lora_name], "unexpected_misses"),
         )
 
     def execute(self, requests: list[pb_utils.InferenceRequest]) -> None:
