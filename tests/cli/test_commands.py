@@ -176,6 +176,17 @@ def test_a_refusal_is_one_message_on_stderr(capsys: pytest.CaptureFixture[str], 
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("command", ["list", "init", "serve"])
+@pytest.mark.parametrize("scheme", ["s3", "gs"])
+def test_a_repository_in_an_object_store_is_refused(
+    capsys: pytest.CaptureFixture[str], command: str, scheme: str
+) -> None:
+    """Triton could load its models, and adapters that are not warm would fail."""
+    code, _, err = run(capsys, command, f"{scheme}://bucket/models")
+
+    assert (1, True) == (code, f"must be a directory, and {scheme}: is an object store; copy the repository" in err)
+
+
 def test_list_prints_a_line_for_each_adapter(capsys: pytest.CaptureFixture[str], repo: Path) -> None:
     """Tab-separated in a pipe, without colours."""
     for alias in ("prod", "play"):
@@ -564,7 +575,44 @@ def test_serve_prints_the_command_that_it_would_run(capsys: pytest.CaptureFixtur
     assert code == 0
     assert f"--model-repository={repo}" in out
     assert "--http-port=9000" in out
+    assert re.search(r" --backend-config=python,shm-region-prefix-name=tritonlora_ ", out)
     assert out.endswith(" --log-verbose=1\n")
+
+
+def test_the_command_that_serve_prints_has_no_relative_path(
+    capsys: pytest.CaptureFixture[str], repo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A unit of systemd runs it elsewhere."""
+    monkeypatch.chdir(repo.parent)
+
+    assert f"--model-repository={repo}" in run(capsys, "serve", repo.name, "--print-command")[1]
+
+
+EXPLICIT, BOTH = ["--model-control-mode=explicit"], ["lora_router", "tensorrt_llm"]
+
+
+@pytest.mark.parametrize(
+    ("topology", "words", "loaded"),
+    [
+        ("forward", [*EXPLICIT, "--load-model=ensemble"], ["ensemble", "tensorrt_llm"]),
+        ("forward", ["--model-control-mode", "explicit", "--load-model", "lora_router"], ["tensorrt_llm"]),
+        ("forward", [*EXPLICIT, *(f"--load-model={one}" for one in BOTH)], BOTH),
+        ("forward", [*EXPLICIT, "--load-model=*"], ["*"]),
+        ("forward", [*EXPLICIT, "--load-model=preprocessing"], ["preprocessing"]),
+        ("forward", EXPLICIT, []),
+        ("forward", ["--load-model=ensemble"], ["ensemble"]),
+        ("resolve", [*EXPLICIT, "--load-model=ensemble"], ["ensemble"]),
+        ("resolve", [*EXPLICIT, "--load-model=lora_resolver"], ["lora_resolver", "tensorrt_llm"]),
+    ],
+)  # fmt: skip
+def test_in_explicit_mode_the_engine_is_loaded_with_the_models_that_ask_it(
+    capsys: pytest.CaptureFixture[str], repo: Path, topology: str, words: list[str], loaded: list[str]
+) -> None:
+    """Triton knows the models that an ensemble names, and none that a model asks by BLS."""
+    init.init(repo, topology=topology)
+    _, out, _ = run(capsys, "serve", repo, "--print-command", "--", *words)
+
+    assert loaded == re.findall(r"--load-model=(\S+)", out.replace("'", ""))
 
 
 @pytest.mark.parametrize(
@@ -573,6 +621,9 @@ def test_serve_prints_the_command_that_it_would_run(capsys: pytest.CaptureFixtur
         (["--http-port=9000"], ["'--http-port': give --http-port before the --"]),
         (["--grpc-port", "9"], ["'--grpc-port': give --grpc-port before the --"]),
         (["--metrics-address=::"], ["'--metrics-address': give --address before the --"]),
+        (["--model-repository=s3://bucket"], ["'--model-repository': adapters lie in the repository that has lora_r"]),
+        (["--model-control-mode=poll"], ["'--model-control-mode' poll: Triton would load a second engine beside"]),
+        (["--model-control-mode", "poll"], ["leave it out, as new adapters are served without it"]),
         (
             ["--allow-http=false", "--http-address=::"],
             ["'--allow-http': leave it out", "'--http-address': give --addr"],

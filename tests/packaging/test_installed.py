@@ -26,7 +26,7 @@ MOST_BYTES = 150 << 20  # of an environment without extras, Python itself not co
 @pytest.fixture
 def opened(tmp_path: Path) -> Repository:
     """A repository with one adapter."""
-    return synthetic_repository(tmp_path / "models", warm=["joker"])
+    return synthetic_repository(tmp_path / "models", warm=["joker"], topology="resolve")
 
 
 def without_extras(directory: Path, version: str, archives: Archives) -> Environment:

@@ -63,7 +63,8 @@ def everything(root: Path) -> dict[str, bytes | None]:
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository with two warm adapters that nobody asks for any more."""
-    opened = synthetic_repository(tmp_path_factory.mktemp("stopped") / "repo", warm=["pirate", "haiku"])
+    root = tmp_path_factory.mktemp("stopped") / "repo"
+    opened = synthetic_repository(root, warm=["pirate", "haiku"], topology="resolve")
     let_time_pass(opened)
     return opened.root
 

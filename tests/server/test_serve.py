@@ -101,6 +101,32 @@ def test_serve_listens_where_it_says_and_nowhere_else(
     } == open_at
 
 
+@pytest.mark.parametrize(
+    ("loads", "said"),
+    [
+        (["--load-model=ensemble"], "adapters loaded at start: pirate"),
+        ([], "no adapter is loaded, as model 'tensorrt_llm' is not"),
+    ],
+)
+def test_what_serve_says_in_explicit_mode_is_true(
+    repo: Path, processes: list[subprocess.Popen[str]], loads: list[str], said: str
+) -> None:
+    """The ensemble forwards, so that it does not name the engine's model."""
+    processes.append(start(repo, free_ports(), "--", "--model-control-mode=explicit", *loads))
+    assert processes[0].stdout is not None
+
+    assert processes[0].stdout.readline().endswith(f"; {said}\n")
+
+
+def test_verify_says_what_to_load(repo: Path, processes: list[subprocess.Popen[str]]) -> None:
+    """In explicit mode, where nothing is."""
+    processes.append(start(repo, free_ports(), "--verify", "--", "--model-control-mode=explicit"))
+    _, log = processes[0].communicate(timeout=120)
+
+    assert 1 == processes[0].returncode
+    assert "model 'tensorrt_llm' is not loaded, so no adapter answers; load it with: tritonlora serve --" in log
+
+
 RESTRICTED = ("systemsharedmemory/status", "repository/index", "trace/setting", "logging", "models/lora_router/config")
 
 

@@ -88,10 +88,18 @@ def serve(
         config = state.models.served_config(opened.target)
         for note in diagnosis.version_notes(opened, config, running.version()):
             print_note(note)
+        is_loaded = running.is_loaded(opened.target)
+        if verify and not is_loaded:
+            raise ServerError(
+                f"model {opened.target!r} is not loaded, so no adapter answers; load it with: tritonlora serve -- "
+                f"--model-control-mode=explicit --load-model={opened.target}"
+            )
         if verify and (problems := diagnosis.verify(running.http_url, opened, config, state.table)):
-            raise ServerError(one_message("the server is ready, but not right", problems))
+            raise ServerError(one_message("the server is ready, and adapters do not answer as they should", problems))
         listening = f"listening at {address}: http {ports.http}, grpc {ports.grpc}, metrics {ports.metrics}"
         loaded = f"adapters loaded at start: {', '.join(warm) or 'none yet'}"
+        if not is_loaded:
+            loaded = f"no adapter is loaded, as model {opened.target!r} is not"
         sys.stdout.write(f"ready on http://{running.http_url} ({listening}); {loaded}\n")
         if verify:
             sys.stdout.write("verified: each of them answers, and an unregistered lora_task_id is refused\n")

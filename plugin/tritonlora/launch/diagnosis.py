@@ -142,7 +142,10 @@ def verify(url: str, repository: Repository, config: ModelConfig, table: Adapter
         client.ask(model, {**shared, kind.WIRE.task_id: unregistered}, url=url, timeout=VERIFY_TIMEOUT_SECONDS)
     except ServerError as error:
         if kind.WIRE.sends_weights and meaning_of(str(error)) is not Meaning.MISS:
-            problems.append(f"{kind.WIRE.task_id} {unregistered}, which nobody registered, was refused oddly: {error}")
+            problems.append(
+                f"{kind.WIRE.task_id} {unregistered}, which nobody registered, was refused with another error than a "
+                f"cache miss: {error}"
+            )
     else:
         problems.append(
             f"{model!r} answered {kind.WIRE.task_id} {unregistered}, which nobody registered: it ignores adapters, and "

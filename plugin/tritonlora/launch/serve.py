@@ -13,9 +13,17 @@ from tritonlora.check.checks import check
 from tritonlora.errors import ServerError
 from tritonlora.launch import diagnosis
 from tritonlora.launch.server import Server
-from tritonlora.launch.tritonserver import Tritonserver, check_extra, find_tritonserver, server_command
+from tritonlora.launch.tritonserver import (
+    REGIONS,
+    Tritonserver,
+    check_extra,
+    control_mode,
+    find_tritonserver,
+    server_command,
+    values_of,
+)
 from tritonlora.machine import LOCAL, Ports
-from tritonlora.repository.paths import Repository
+from tritonlora.repository.paths import RESOLVER, ROUTER, Repository
 from tritonlora.repository.state import State, read_state
 from tritonlora.targets import target_of
 
@@ -49,14 +57,17 @@ def serve(
 def command_line(
     repository: Repository, ports: Ports, *, address: str = LOCAL, extra: Sequence[str] = (), world_size: int | None
 ) -> str:
-    """What `serve` would run, as a line for a shell; where no tritonserver is installed, for a machine that has one."""
+    """What `serve` would run, as a line for a shell; where no tritonserver is installed, for a machine that has one.
+
+    `serve` adds some digits to the prefix of the server's regions in /dev/shm, to find them again.
+    """
     settings = _settings(read_state(repository), extra, world_size)
     try:
         found = find_tritonserver()
     except ServerError:
         found = Tritonserver(Path("tritonserver"))
     environment = [f"{key}={shlex.quote(value)}" for key, value in found.environment.items()]
-    command = server_command(found, repository.root, ports, address=address, **settings)
+    command = server_command(found, repository.root, ports, address=address, shm_prefix=REGIONS, **settings)
     return " ".join([*environment, *map(shlex.quote, command)])
 
 
@@ -68,6 +79,21 @@ def _settings(state: State, extra: Sequence[str], world_size: int | None) -> dic
     diagnosis.refuse_cached_responses(repository)
     return {
         "complete_configs": target_of(config).COMPLETES_CONFIGS,
-        "extra": extra,
+        "extra": [*extra, *needed_models(state, extra)],
         "world": diagnosis.world_of(repository, config, world_size),
     }
+
+
+def needed_models(state: State, extra: Sequence[str]) -> list[str]:
+    """Options that load the engine's model in explicit model-control mode, where models that ask it by BLS are loaded.
+
+    Triton loads the models that an ensemble names, and knows nothing of BLS.
+    """
+    named = {*values_of(extra, "--load-model")}
+    if control_mode(extra) != "explicit" or "*" in named:
+        return []
+    for _ in named and state.models.names():  # an ensemble may be a step of another one
+        configs = [config for name in named if (config := state.models.present(name))]
+        named |= {step.model_name for config in configs for step in config.steps}
+    target = state.repository.target
+    return [f"--load-model={target}"] if named & {ROUTER, RESOLVER} and target not in named else []

@@ -92,7 +92,7 @@ class Server:
         self.ports = ports or free_ports()
         self._reached_at = _ANY.get(address, address)
         # Containers that share /dev/shm have the same pids.
-        self._regions = SHARED_MEMORY / f"tritonlora_{secrets.token_hex(4)}_"
+        self._regions = SHARED_MEMORY / f"{installed.REGIONS}{secrets.token_hex(4)}_"
         self._patience = exit_timeout + GRACE_SECONDS
         self.command = server_command(
             tritonserver,
@@ -219,6 +219,10 @@ class Server:
                 next_look = now + STUBS_POLL_SECONDS
             time.sleep(READY_POLL_SECONDS)
         self.stubs.note()
+
+    def is_loaded(self, model: str) -> bool:
+        """Whether a model is ready for requests."""
+        return self._ask("GET", f"/v2/models/{urllib.parse.quote(model, safe='')}/ready") is not None
 
     def _is_ready(self) -> bool:
         return self._ask("GET", "/v2/health/ready") is not None

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import importlib.util
+import itertools
 import os
 import shutil
 import sys
@@ -27,14 +28,24 @@ from tritonlora.errors import ServerError, one_message
 from tritonlora.machine import ENDPOINTS, LOCAL, Ports, is_ipv6
 
 MPIRUN = "mpirun"
+CONTROL_MODE = "--model-control-mode"
+REGIONS = "tritonlora_"  # with which the names of a server's regions in /dev/shm begin
 EXIT_TIMEOUT_SECONDS = 30  # tritonserver's own default: what is being answered may be answered to its end
 _IPV6_SPELT = {"http": "ipv6:{}", "grpc": "[{}]", "metrics": "ipv6:{}"}  # by libevhtp and by gRPC
 _OUR_OPTIONS = {
     **{f"--{kind}-port": f"give --{kind}-port before the --" for kind in ENDPOINTS},
     **{f"--{kind}-address": "give --address before the --" for kind in ENDPOINTS},
     "--allow-http": "leave it out, as tritonlora asks over HTTP whether the server is ready",
+    **dict.fromkeys(
+        ("--model-repository", "--model-store"),
+        "adapters lie in the repository that has lora_router; put the other models into it",
+    ),
 }
 """What tritonlora tells tritonserver itself, as it must know it -> what to do instead of telling it, too."""
+_POLL = (
+    "poll: Triton would load a second engine beside the first one at each change of config.pbtxt, as `add` makes it; "
+    "leave it out, as new adapters are served without it"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,11 +117,24 @@ def _link(link: Path, target: Path) -> None:
 
 
 def check_extra(extra: Sequence[str]) -> None:
-    """ServerError when the user's own arguments for tritonserver would move it to where nobody looks for it."""
+    """ServerError when the user's own arguments for tritonserver are at odds with what tritonlora does."""
     names = [word.partition("=")[0] for word in extra]
     problems = [f"{name!r}: {_OUR_OPTIONS[name]}" for name in names if name in _OUR_OPTIONS]
+    if control_mode(extra) == "poll":
+        problems.append(f"{CONTROL_MODE!r} {_POLL}")
     if problems:
         raise ServerError(one_message("not for tritonserver alone", problems))
+
+
+def values_of(extra: Sequence[str], option: str) -> list[str]:
+    """The values that arguments give an option, as --option=value or as two words."""
+    found = ((word.partition("="), after) for word, after in itertools.pairwise([*extra, ""]))
+    return [value if equals else after for (name, equals, value), after in found if name == option]
+
+
+def control_mode(extra: Sequence[str]) -> str:
+    """The model-control mode that the arguments ask for; none by default."""
+    return next(reversed(values_of(extra, CONTROL_MODE)), "none")
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +171,7 @@ def server_command(
         return [
             str(tritonserver.executable),
             *tritonserver.arguments,
-            f"--model-repository={repository}",
+            f"--model-repository={repository.absolute()}",
             *(["--model-control-mode=explicit", f"--load-model={world.target}"] if rank else []),
             f"--grpc-port={ports.grpc}",
             f"--http-port={ports.http}",

@@ -41,6 +41,7 @@ from tritonlora.repository.paths import (
     dead_links,
     half_written,
     read_text,
+    require_directory,
 )
 from tritonlora.repository.state import Models
 from tritonlora.repository.undo import OURS, FileChange
@@ -236,8 +237,7 @@ def init(
     Each model comes in one step, and before the ensembles that lead to it, so that the repository loads whenever this
     stops; and goes the other way round.
     """
-    if not root.is_dir():
-        raise RepositoryError(f"there is no model repository at {str(root)!r}")
+    require_directory(root)
     changes = plan_init(root, target, served_at=served_at, topology=topology)
     if dry_run or not changes:
         return changes

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,8 +70,7 @@ class Repository:
 
 def open_repository(root: Path) -> Repository:
     """The repository at `root`; RepositoryError when it has no router or no engine model."""
-    if not root.is_dir():
-        raise RepositoryError(f"there is no model repository at {str(root)!r}")
+    require_directory(root)
     router_config = root / ROUTER / "config.pbtxt"
     if not router_config.is_file():
         raise RepositoryError(
@@ -83,6 +83,20 @@ def open_repository(root: Path) -> Repository:
     if not repository.config_path.is_file():
         raise RepositoryError(f"model repository {str(root)!r} has no model {target!r} (no {repository.config_path})")
     return repository
+
+
+def require_directory(root: Path) -> None:
+    """RepositoryError when there is no directory at `root`."""
+    if scheme := _REMOTE.match(str(root)):
+        raise RepositoryError(
+            f"a model repository must be a directory, and {scheme[1]}: is an object store; copy the repository to a "
+            "disk, or mount it"
+        )
+    if not root.is_dir():
+        raise RepositoryError(f"there is no model repository at {str(root)!r}")
+
+
+_REMOTE = re.compile(r"(s3|gs|as|https?):/")  # as tritonserver takes them; a path has one slash of two
 
 
 def read_bytes(path: Path) -> bytes:
