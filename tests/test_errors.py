@@ -13,6 +13,7 @@ from tritonlora.errors import (
     RepositoryError,
     ServerError,
     TritonLoraError,
+    layer_names,
     merge_layers,
     one_message,
 )
@@ -40,6 +41,19 @@ def test_name_of_megabytes_does_not_fill_the_message() -> None:
     assert message.startswith("no: 'aaa")
     assert message.endswith("aaa': not a LoRA tensor\n  and more")
     assert len(message) < 11_000
+
+
+def test_one_cause_is_one_line_for_all_modules_and_layers() -> None:
+    """The same reason for two modules in three layers; another reason is a line of its own."""
+    problems = [f"'layers.{layer}.{name}': no" for layer in range(3) for name in ("k_proj", "q_proj")]
+
+    assert [
+        "'layers.0.k_proj', 'layers.0.q_proj': no (the same in layers 1, 2)",
+        "'layers.0.v_proj': why",
+    ] == merge_layers([*problems, "'layers.0.v_proj': why"])
+    assert "k, q in layers 0 to 2; v in layer 1" == layer_names(
+        [("v", 1), *((name, layer) for name in "qk" for layer in range(3))]
+    )
 
 
 def test_a_hundred_problems_are_told_and_the_others_counted() -> None:

@@ -63,6 +63,7 @@ __all__ = [
     "bounded",
     "collected",
     "error_of",
+    "layer_names",
     "layers_text",
     "merge_layers",
     "one_message",
@@ -134,9 +135,10 @@ def collected(problems: Problems) -> Iterator[None]:
 
 
 def merge_layers(problems: Iterable[str]) -> list[str]:
-    """`problems`, with one line for those that differ only in the numbers of a layer's path.
+    """`problems`, with one line for those that differ only in the path of a layer.
 
     "'layers.0.fc1': no", "'layers.1.fc1': no", "'layers.2.fc1': no" are "'layers.0.fc1': no (the same in layers 1, 2)".
+    "'layers.0.fc1': no", "'layers.0.fc2': no" are "'layers.0.fc1', 'layers.0.fc2': no".
     """
     groups: dict[str, dict[str, int]] = {}
     for problem in problems:
@@ -148,7 +150,17 @@ def merge_layers(problems: Iterable[str]) -> list[str]:
         others = set(texts.values()) - {texts[first]}
         same = f"in {layers_text(others)}" if others else f"{len(texts) - 1} times more" if len(texts) > 1 else ""
         lines.append(f"{first} (the same {same})" if same else first)
-    return lines
+    by_reason: dict[str, list[str]] = {}
+    for line in lines:
+        path, colon, reason = line.partition(": ")
+        quoted = colon and path[:1] == path[-1:] == "'"
+        by_reason.setdefault(reason if quoted else line, []).append(path if quoted else line)
+    return [reason if paths == [reason] else f"{_listed(paths)}: {reason}" for reason, paths in by_reason.items()]
+
+
+def _listed(paths: list[str]) -> str:
+    more = f" and {len(paths) - _MAX_PATHS} more" if len(paths) > _MAX_PATHS else ""
+    return ", ".join(paths[:_MAX_PATHS]) + more
 
 
 def layers_text(layers: Iterable[int]) -> str:
@@ -159,4 +171,16 @@ def layers_text(layers: Iterable[int]) -> str:
     return f"layer{'s' if len(ordered) > 1 else ''} {', '.join(map(str, ordered))}"
 
 
+def layer_names(found: Iterable[tuple[str, int]]) -> str:
+    """ "k_proj, v_proj in layers 0 to 3; q_proj in layer 1", for pairs of a name and a layer."""
+    layers: dict[str, set[int]] = {}
+    for name, layer in found:
+        layers.setdefault(name, set()).add(layer)
+    names: dict[str, list[str]] = {}
+    for name in sorted(layers):
+        names.setdefault(layers_text(layers[name]), []).append(name)
+    return "; ".join(f"{', '.join(same)} in {text}" for text, same in names.items())
+
+
+_MAX_PATHS = 20  # in one line
 _NUMBER = re.compile(r"(?<=\.)[0-9]{1,9}(?=\.)")

@@ -15,7 +15,12 @@ from collections.abc import Callable
 from typing import Any
 
 
-def parse(text: str | bytes, *, parse_int: Callable[[str], Any] | None = None) -> tuple[Any, list[str]]:
+def parse(
+    text: str | bytes,
+    *,
+    parse_int: Callable[[str], Any] | None = None,
+    parse_float: Callable[[str], Any] | None = None,
+) -> tuple[Any, list[str]]:
     """The value of a JSON text, and the keys that occur more than once in one object.
 
     ValueError when the text is no JSON, and RecursionError when it nests too deep.
@@ -29,4 +34,4 @@ def parse(text: str | bytes, *, parse_int: Callable[[str], Any] | None = None) -
         return found
 
     text = text if isinstance(text, str) else text.decode()
-    return json.loads(text, object_pairs_hook=as_dict, parse_int=parse_int), repeated
+    return json.loads(text, object_pairs_hook=as_dict, parse_int=parse_int, parse_float=parse_float), repeated

@@ -573,6 +573,36 @@ def test_an_altered_file_is_found_by_its_digest(opened: Repository) -> None:
 
 
 @pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda name, one: one * 0 if "lora_B" in name else one, "zero in all layers (attn_q, attn_v in layers 0, 1):"),
+        (lambda name, one: -one * 0 if ".0.self_attn" in name else one, "is zero in attn_q, attn_v in layer 0: in"),
+        (lambda name, one: None if ".1.self_attn.q" in name else one, "it has no rows of attn_q in layer 1: in"),
+    ],
+    ids=["all", "layer", "missing"],
+)
+def test_layers_in_which_an_adapter_changes_nothing_are_found(
+    change: Callable[[str, torch.Tensor], torch.Tensor | None], expected: str, opened: Repository, tmp_path: Path
+) -> None:
+    """Only when asked, from the files of the repository alone; and `add` says so, too."""
+    pairs: dict[str, torch.Tensor] = {}
+    for layer in (0, 1):
+        for leaf, outputs in (("q_proj", 64), ("v_proj", 32)):
+            path = f"model.layers.{layer}.self_attn.{leaf}"
+            pairs |= lora_pair(path, in_features=64, out_features=outputs)
+    changed = {name: new for name, tensor in pairs.items() if (new := change(name, tensor)) is not None}
+    adapter = write_adapter(tmp_path / "adapter", changed, target_modules=["q_proj", "v_proj"])
+    (remark,) = add.add(opened, "new", adapter).remarks
+
+    assert "there are no tensors of q_proj in layer 1" in remark or "is zero in" in remark
+    assert [] == found(opened)
+    ((severity, problem),) = found(opened, deep=True)
+    assert "warning" == severity
+    assert problem.startswith("adapter new: ")
+    assert expected in problem
+
+
+@pytest.mark.parametrize(
     "name",
     [
         "lora_weights is declared in another type",

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from adapters import lora_pair, write_adapter
 from tritonlora.architectures.lora_modules import BY_NAME, ModuleDims
@@ -47,7 +48,10 @@ def test_layers_without_experts_are_those_of_an_engine_that_has_lora_for_them(tm
     rows = plan_layout(adapter, dtype="bfloat16", profile=profile).rows
 
     assert ["attn_q", "mlp_gate"] == [row.module.name for row in rows]
-    with pytest.raises(EngineMismatch, match=r": mlp_gate is not among the LoRA .*: attn_q, attn_k, .* without that l"):
+    with pytest.raises(
+        EngineMismatch,
+        match=r": mlp_gate: not among the LoRA .*: attn_q, .*modules attn_q attn_k attn_v mlp_gate, or train with",
+    ):
         plan_layout(
             adapter,
             dtype="bfloat16",
@@ -203,3 +207,43 @@ def test_c_attn_of_an_engine_for_several_architectures_is_told_apart_or_refused(
     else:
         with pytest.raises(EngineMismatch, match="c_attn: .* its outputs in one order or another, by the architecture"):
             plan_layout(adapter, dtype="bfloat16", profile=profile)
+
+
+def test_an_engine_without_lora_is_one_line(tmp_path: Path) -> None:
+    """Not one for each module and layer. The remedy is what makes an engine with LoRA, or a model.yaml."""
+    pairs = lora_pair("model.layers.0.self_attn.q_proj") | lora_pair("model.layers.1.mlp.up_proj")
+    adapter = load_adapter(write_adapter(tmp_path, pairs))
+    for engine_reads, remedy in (
+        (False, r"trtllm-build --lora_plugin auto --lora_target_modules"),
+        (True, "model.yaml"),
+    ):
+        with pytest.raises(EngineMismatch, match=f"^'engine': the engine has no LoRA: it would .*{remedy}") as caught:
+            plan_layout(adapter, dtype="float32", profile=replace(PROFILE, modules={}), engine_reads=engine_reads)
+
+        assert 1 == len(str(caught.value).splitlines())
+
+
+def test_one_reason_is_one_line_for_all_modules(tmp_path: Path) -> None:
+    """A rank that is too large for all of them, and a base model that has none of them."""
+    pairs: dict[str, torch.Tensor] = {}
+    for layer in (0, 1):
+        for leaf in ("q_proj", "k_proj", "v_proj"):
+            pairs |= lora_pair(f"model.layers.{layer}.self_attn.{leaf}", r=16)
+    adapter = load_adapter(write_adapter(tmp_path, pairs, r=16))
+    with pytest.raises(
+        EngineMismatch, match=r"': attn_\w, .*: rank 16 is .* --max_lora_rank 16 \(layers 0, 1\)$"
+    ) as caught:
+        plan_layout(adapter, dtype="bfloat16", profile=PROFILE)
+
+    assert 1 == len(str(caught.value).splitlines())
+
+
+def test_a_base_model_is_not_called_an_engine(tmp_path: Path) -> None:
+    """`convert --base` knows no engine that could be built in another way."""
+    adapter = load_adapter(write_adapter(tmp_path, lora_pair("model.layers.7.self_attn.q_proj", out_features=8)))
+    with pytest.raises(EngineMismatch) as caught:
+        plan_layout(adapter, dtype="bfloat16", profile=replace(PROFILE, source="base", max_lora_rank=None))
+
+    assert "32 -> 32 in the base model" in str(caught.value)
+    assert "attn_q: the base model has 2 layers, and not this one (layer 7)" in str(caught.value)
+    assert "engine" not in str(caught.value)

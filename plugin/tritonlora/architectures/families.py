@@ -452,6 +452,13 @@ NOT_THESE_BY_NAME: Mapping[str, str] = {
 }
 ARCHITECTURES: Mapping[str, Architecture] = {architecture.name: architecture for architecture in _TABLE}
 BY_MODEL_TYPE: Mapping[str, Architecture] = {architecture.model_type: architecture for architecture in _TABLE}
+# Families and architectures whose layers are of several kinds, so that a module is in some of them only.
+LAYERS_DIFFER = frozenset(
+    {
+        *(family.name for family in (BAMBA, LFM2, LFM2_MOE)),
+        *("OlmoHybridForCausalLM", "GraniteMoeHybridForCausalLM", "MllamaForCausalLM"),
+    }
+)
 # What else stands in engines' config.json (`MODEL_MAP` in TensorRT-LLM tensorrt_llm/models/__init__.py).
 ENGINE_NAMES: Mapping[str, tuple[Family, ...]] = {
     "GPTForCausalLM": (GPT2, GPT_BIGCODE, STARCODER2, NEMOTRON),

@@ -69,16 +69,12 @@ def likely_families(
     return families & CONV1D or families if conv1d else families
 
 
-# What torch.compile, DDP, FSDP and activation checkpointing put before the names of what they wrap.
-_WRAPPER = re.compile(r"(^|\.)(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # The first number in a path is the layer's. No model has ten thousand layers.
 _LAYER_PATH = re.compile(r"(?P<stem>.+?)\.(?P<layer>0|[1-9][0-9]{0,3})\.(?P<tail>.+)")
 
 
 def why_not(path: str) -> str:
     """Why `locate(path)` finds nothing, with the remedy."""
-    if wrapper := _WRAPPER.search(path):
-        return f"saved through a wrapper ({wrapper[0].strip('.')}); unwrap the model before save_pretrained"
     if path.startswith("base_model.model."):  # what stands there once is not a part of `path`
         return "saved through PEFT twice (base_model.model.); call get_peft_model once, on the model itself"
     reason = next(reason for pattern, reason in _WHY_NOT if re.search(pattern, path))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 from tritonlora.architectures.lora_modules import BY_ID
 from tritonlora.check import around
@@ -44,7 +44,8 @@ REPAIR = "tritonlora check --fix"
 def check(
     repository: Repository, *, deep: bool = False, ports: Ports | None = None, gpu_memory: int | None = None
 ) -> list[Finding]:
-    """All findings, errors first; `deep` also compares the files' SHA-256 with the table, `ports` are to be free.
+    """All findings, errors first; `deep` also compares the files' SHA-256 with the table, and looks for layers in which
+    an adapter changes nothing. `ports` are to be free.
 
     `gpu_memory` is what is free of each GPU's memory when the engine makes its caches, in bytes; None: not checked.
     Nobody writes while the files are looked at, so that no finding is what a command was just writing. The files are
@@ -57,7 +58,8 @@ def check(
         with reading(repository.table_path.parent):
             findings = _findings(repository, ports, gpu_memory)
     if deep:
-        findings += _altered(repository)
+        altered = [*_altered(repository)]
+        findings += [*altered, *_remarks(repository, {finding.where for finding in altered})]
     return sorted(dict.fromkeys(findings), key=lambda finding: finding.severity)
 
 
@@ -181,6 +183,26 @@ def _alterations(repository: Repository, entry: AdapterEntry) -> Iterator[str]:
             continue  # it was removed meanwhile
         except OSError as error:
             yield f"{file} cannot be read: {error.strerror}"
+
+
+def _remarks(repository: Repository, altered: Collection[str]) -> Iterator[Finding]:
+    """Layers in which an unaltered adapter changes nothing; other checks say what is wrong with files or the engine."""
+    state = read_state(repository)
+    profile = None
+    with contextlib.suppress(TritonLoraError):
+        profile = state.profile
+    for name, entry in state.table.entries.items():
+        remarks: tuple[str, ...] = ()
+        if f"adapter {name}" in altered:
+            continue
+        with contextlib.suppress(TritonLoraError, OSError, KeyError):
+            remarks = state.kind.stored_remarks(repository.root, entry, profile)
+        for remark in remarks:
+            yield _warning(
+                f"adapter {name}",
+                remark,
+                f"if that is not meant, fetch the adapter again or take another checkpoint of it: {_add_again(name)}",
+            )
 
 
 def _add_again(name: str) -> str:

@@ -37,6 +37,8 @@ def convert(
         converted = conversion.convert(
             adapter_dir, out_dir, dtype=dtype, base=base, file_format=file_format, allow_nonfinite=allow_nonfinite
         )
+    for remark in converted.remarks:
+        print_note(remark)
     if base is None:
         print_note("layers were taken for what their names say; --base checks them against the base model")
     if as_json:

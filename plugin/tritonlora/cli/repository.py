@@ -201,7 +201,9 @@ def _rank_and_count(text: str) -> tuple[int, int]:
 def check(
     repo: Repo = None,
     repo_option: RepoOption = None,
-    deep: Annotated[bool, typer.Option("--deep", help="Compare the files' SHA-256, too.")] = False,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Compare the files' SHA-256, and look for layers that change nothing, too.")
+    ] = False,
     fix: Annotated[bool, typer.Option("--fix", help="Put right what is generated, then check.")] = False,
     http_port: HttpPort = 8000,
     grpc_port: GrpcPort = 8001,

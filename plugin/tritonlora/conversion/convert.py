@@ -37,6 +37,7 @@ class Converted:
     dtype: str
     weights_shape: tuple[int, ...]  # (n, W) raw; (1, n, W) in .npy
     config_shape: tuple[int, ...]
+    remarks: tuple[str, ...] = ()  # what the user should know
 
 
 def convert(
@@ -90,7 +91,7 @@ def convert(
                 with contextlib.suppress(OSError):
                     delete(left)
             with temporary_name(weights_path) as weights, temporary_name(config_path) as rows:
-                tensors.convert_file(
+                remarks = tensors.convert_file(
                     adapter, layout, weights, header=weights_header, base=base, allow_nonfinite=allow_nonfinite
                 )
                 rows.write_bytes(config_header + lora_config.tobytes())
@@ -100,7 +101,7 @@ def convert(
                     publish(rows, config_path, for_all=False)
     except OSError as error:
         raise RepositoryError(f"cannot write to {str(out_directory)!r}: {error.strerror or error}") from error
-    return Converted(weights_path, config_path, dtype, weights_shape, config_shape)
+    return Converted(weights_path, config_path, dtype, weights_shape, config_shape, (*layout.remarks, *remarks))
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ interleaved by rank (`interleave_fused_lora_weights_for_tp` in TensorRT-LLM tens
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from tritonlora.architectures.families import Leaf
 from tritonlora.architectures.layers import CONV1D, likely_families, why_none, why_probably_none
 from tritonlora.architectures.lora_modules import BY_NAME, LoraModule
 from tritonlora.conversion.base_weights import base_weights
+from tritonlora.conversion.coverage import coverage_remarks
 from tritonlora.engine.profile import EngineProfile
 from tritonlora.errors import EngineMismatch, Problems, UnsupportedAdapter, error_of, layers_text
 from tritonlora.peft.adapter import Adapter, AdapterModule
@@ -88,6 +89,7 @@ class Layout:
     dtype: str  # "bfloat16", "float16", "float32"
     sources: tuple[RowSource, ...] = ()  # one for each row
     conv1d: frozenset[str] = frozenset()  # paths of modules whose weight the base model has as (in, out)
+    remarks: tuple[str, ...] = ()  # what the user should know of the adapter, beside what its values tell
 
     @property
     def weights_shape(self) -> tuple[int, int]:
@@ -121,11 +123,14 @@ def plan_layout(
     Raises UnsupportedAdapter or EngineMismatch with every reason why the adapter cannot be converted.
     """
     problems: Problems = {UnsupportedAdapter: [], EngineMismatch: []}
-    by_layer: dict[str, list[int]] = {}  # the same text for many layers is one line
+    misfits = Misfits()
     if dtype not in LORA_DTYPES:
         problems[EngineMismatch].append(f"dtype is {dtype!r}, expected one of {', '.join(LORA_DTYPES)}")
     if profile is not None and not engine_reads:
         problems[EngineMismatch] += [f"{problem}; {remedy}" for problem, remedy in profile.faults()]
+    if profile is not None and not profile.modules:
+        problem = "the engine has no LoRA: it would ignore the adapter, and its responses would be the base model's"
+        raise EngineMismatch(f"{profile.source!r}: {problem}; {_enable((), engine_reads=engine_reads)}")
     if profile is not None and profile.dtype != dtype:
         problems[EngineMismatch].append(f"dtype is {dtype!r}, but the engine takes only its own, {profile.dtype!r}")
     if base is None and any(module.magnitude is not None for module in adapter.modules.values()):
@@ -143,11 +148,11 @@ def plan_layout(
     for module in adapter.modules.values():
         leaf = leaf_of[id(module.leaves)]
         if isinstance(leaf, str):
-            by_layer.setdefault(leaf, []).append(module.layer)
+            misfits.add(_tail(module), leaf, module.layer)
             continue
-        for row, source, out_features in _rows_of(module, leaf, profile, by_layer):
+        for row, source, out_features in _rows_of(module, leaf, profile, misfits):
             if profile is not None:
-                _check_row(row, module, out_features, profile, by_layer)
+                _check_row(row, module, out_features, profile, misfits)
             planned.append((row, source))
             dims.setdefault(row.layer, {})[row.module.name] = (module.lora_A.shape[1], out_features)
             magnitude = out_features if row.dora else 0
@@ -156,7 +161,7 @@ def plan_layout(
         problems[UnsupportedAdapter] += _other_models(architectures, adapter.config.base_model_name_or_path or "")
         for layer, of_layer in dims.items() if profile is None else ():
             for text in _disagreements(of_layer):
-                by_layer.setdefault(text, []).append(layer)
+                misfits.add("", text, layer)
     planned.sort(key=lambda item: (item[0].layer, item[0].module.id))
     for (row, first), (other, second) in pairwise(planned):
         if (row.layer, row.module) == (other.layer, other.module):
@@ -169,13 +174,14 @@ def plan_layout(
             f"lora_weights takes {nbytes} bytes, {len(planned)} rows as wide as the widest; expected at most "
             f"{_MAX_NBYTES}"
         )
-    problems[EngineMismatch] += [f"{text} ({layers_text(layers)})" for text, layers in by_layer.items()]
+    problems[EngineMismatch] += misfits.lines(profile, engine_reads=engine_reads)
     into = f" for {profile.source!r}" if profile is not None else ""
     if any(problems.values()):
         raise error_of(f"cannot convert the adapter in {str(adapter.directory)!r}{into}", problems)
     rows, sources = tuple(row for row, _ in planned), tuple(source for _, source in planned)
     transposed = frozenset(path for path, module in adapter.modules.items() if conv1d[id(module.leaves)])
-    layout = Layout(rows, width, dtype, sources, transposed)
+    remarks = (*adapter.remarks, *coverage_remarks(adapter, families, profile))
+    layout = Layout(rows, width, dtype, sources, transposed, remarks)
     if base is not None and layout.config_shape[1] == 4:
         base_weights(adapter, layout.conv1d, base)
     return layout
@@ -183,13 +189,12 @@ def plan_layout(
 
 def _leaf_of(module: AdapterModule, families: frozenset[str], profile: EngineProfile | None) -> Leaf | str:
     """What `module` is in `families`, or why that cannot be said."""
-    tail = module.path.rpartition(".")[2]
     leaves = list(dict.fromkeys(leaf for family, leaf in module.leaves.items() if family in families))
     if not leaves:
         model = profile.architecture if profile is not None else "the base model"
         return (
-            f"{tail}: {model} has no such layer that a LoRA can be sent for; the adapter was most likely trained on "
-            "another base model"
+            f"{model} has no such layer that a LoRA can be sent for; the adapter was most likely trained on another "
+            "base model"
         )
     # All ways to fuse q, k and v are one where there is one key-value head, and none is of use without the number.
     if len({leaf.modules for leaf in leaves}) == 1 and (profile is None or profile.num_kv_heads <= 1):
@@ -198,8 +203,8 @@ def _leaf_of(module: AdapterModule, families: frozenset[str], profile: EnginePro
         meanings = sorted({", ".join(leaf.modules) for leaf in leaves})
         differ = f"is {' or '.join(meanings)}" if len(meanings) > 1 else "has its outputs in one order or another"
         return (
-            f"{tail}: a layer of this name {differ}, by the architecture, which is not known; give the config.json of "
-            "the base model (--base)"
+            f"a layer of this name {differ}, by the architecture, which is not known; give the config.json of the base "
+            "model (--base)"
         )
     return leaves[0]
 
@@ -213,7 +218,7 @@ def _is_conv1d(module: AdapterModule, families: frozenset[str], adapter: Adapter
 
 
 def _rows_of(
-    module: AdapterModule, leaf: Leaf, profile: EngineProfile | None, by_layer: dict[str, list[int]]
+    module: AdapterModule, leaf: Leaf, profile: EngineProfile | None, misfits: Misfits
 ) -> Iterator[tuple[Row, RowSource, int]]:
     """(row, source, outputs) for each row that `module` becomes."""
     out_features = module.lora_B.shape[0]
@@ -222,18 +227,17 @@ def _rows_of(
         row = Row(BY_NAME[leaf.modules[0]], module.layer, module.r, dora)
         yield row, RowSource(module.path), out_features
         return
-    tail = module.path.rpartition(".")[2]
     parts = _parts(leaf, out_features, profile)
     if isinstance(parts, str):
-        by_layer.setdefault(f"{tail}: {parts}", []).append(module.layer)
+        misfits.add(_tail(module), parts, module.layer)
         return
     if profile is not None and leaf.fused in profile.modules:
         shares = [parts[name] for name in leaf.fused_order]
         # Heads are not cut in two; an engine with fewer key-value heads than ranks repeats them, which slices cannot.
         divisible = out_features // 2 if leaf.fused == "mlp_gate_up" else profile.num_kv_heads
         if divisible % profile.tp_size:
-            text = f"{tail}: its parts do not divide by the engine's tp_size, {profile.tp_size}"
-            by_layer.setdefault(text, []).append(module.layer)
+            reason = f"its parts do not divide by the engine's tp_size, {profile.tp_size}"
+            misfits.add(_tail(module), reason, module.layer)
             return
         pieces = tuple(piece.share(rank, profile.tp_size) for rank in range(profile.tp_size) for piece in shares)
         yield Row(BY_NAME[leaf.fused], module.layer, module.r, dora), RowSource(module.path, pieces), out_features
@@ -269,39 +273,80 @@ def _parts(leaf: Leaf, out_features: int, profile: EngineProfile | None) -> dict
     return parts
 
 
-def _check_row(
-    row: Row, module: AdapterModule, out_features: int, profile: EngineProfile, by_layer: dict[str, list[int]]
-) -> None:
+def _check_row(row: Row, module: AdapterModule, out_features: int, profile: EngineProfile, misfits: Misfits) -> None:
     name, in_features = row.module.name, module.lora_A.shape[1]
-    texts = []
     dims = profile.modules.get(name)
     if dims is None:
-        enabled = ", ".join(profile.modules) or "none"
-        texts.append(
-            f"{name} is not among the LoRA target modules, which are: {enabled}; give the config.json of an engine "
-            "that is built with it, or train without that layer"
-        )
+        misfits.disabled.setdefault(name, set()).add(row.layer)
     elif (in_features, out_features) != (dims.in_features, dims.out_features):
-        texts.append(
-            f"{name} is {in_features} -> {out_features} in the adapter, but {dims.in_features} -> {dims.out_features} "
-            f"in the engine; {_likely_cause(name, in_features, out_features, profile)}"
+        reason = (
+            f"it is {in_features} -> {out_features} in the adapter, but {dims.in_features} -> {dims.out_features} in "
+            f"{profile.what}; {_likely_cause(name, in_features, out_features, profile)}"
         )
+        misfits.add(name, reason, row.layer)
     if row.adapter_size > profile.rank_limit:
-        texts.append(
-            f"{name} has rank {row.adapter_size}, the engine's max_lora_rank is {profile.max_lora_rank}; build the "
-            "engine with a larger one"
+        reason = (
+            f"rank {row.adapter_size} is larger than the engine's max_lora_rank, {profile.max_lora_rank}; build the "
+            f"engine with --max_lora_rank {row.adapter_size}"
         )
+        misfits.add(name, reason, row.layer)
     if row.layer >= profile.num_layers:
-        texts.append(f"{name} is in a layer the engine does not have: it has {profile.num_layers}")
-    for text in texts:
-        by_layer.setdefault(text, []).append(row.layer)
+        misfits.add(name, f"{profile.what} has {profile.num_layers} layers, and not this one", row.layer)
+
+
+def _tail(module: AdapterModule) -> str:
+    return module.path.rpartition(".")[2]
+
+
+@dataclass(frozen=True, slots=True)
+class Misfits:
+    """What does not fit the engine. One reason is one line, for however many modules and layers."""
+
+    reasons: dict[str, dict[str, set[int]]] = field(default_factory=dict)  # reason -> module or layer's name -> layers
+    disabled: dict[str, set[int]] = field(default_factory=dict)  # modules that the engine has no LoRA for -> layers
+
+    def add(self, name: str, reason: str, layer: int) -> None:
+        """Note `reason` for the layer `name` ("" for a reason that names its modules itself) of a layer."""
+        self.reasons.setdefault(reason, {}).setdefault(name, set()).add(layer)
+
+    def lines(self, profile: EngineProfile | None, *, engine_reads: bool) -> list[str]:
+        """A line for each reason: "attn_q, attn_k: reason (layers 0 to 31)"."""
+        reasons = dict(self.reasons)
+        if self.disabled and profile is not None:
+            enabled = ", ".join(profile.modules)
+            reason = (
+                f"not among the LoRA target modules, which are: {enabled}; "
+                f"{_enable([*profile.modules, *self.disabled], engine_reads=engine_reads)}, or train without them"
+                if profile.max_lora_rank is not None
+                else "the base model has no such layer; the adapter was most likely trained on another base model"
+            )
+            reasons[reason] = self.disabled
+        return [line for reason, names in reasons.items() for line in _lines(reason, names)]
+
+
+def _lines(reason: str, names: Mapping[str, set[int]]) -> Iterator[str]:
+    by_layers: dict[str, list[str]] = {}
+    for name, layers in names.items():
+        by_layers.setdefault(layers_text(layers), []).append(name)
+    for layers_in_words, same in by_layers.items():
+        subject = f"{', '.join(same)}: " if any(same) else ""
+        yield f"{subject}{reason} ({layers_in_words})"
+
+
+def _enable(modules: Iterable[str], *, engine_reads: bool) -> str:
+    """How an engine gets LoRA for `modules`; for none in particular where there are none."""
+    names = sorted(modules, key=lambda name: BY_NAME[name].id)
+    if engine_reads:
+        return f"name them in lora_target_modules of model.yaml: {', '.join(names) or 'attn_q, attn_k, attn_v, …'}"
+    targets = " ".join(names) or "attn_q attn_k attn_v …"
+    return f"build the engine with trtllm-build --lora_plugin auto --lora_target_modules {targets}"
 
 
 def _likely_cause(name: str, in_features: int, out_features: int, profile: EngineProfile) -> str:
     if name in ("attn_dense", "cross_attn_dense") and in_features == profile.num_heads * profile.head_size:
         return (
-            "TensorRT-LLM takes this module to be hidden x hidden, which this model's is not; train without that layer "
-            "(o_proj)"
+            "TensorRT-LLM takes this module to be hidden x hidden, which this model's is not; merge the adapter into "
+            "the base model, or train without that layer (o_proj)"
         )
     if name in _KEYS_AND_VALUES and out_features == profile.num_kv_heads * profile.head_size:
         return (

@@ -30,6 +30,7 @@ import torch
 
 from tritonlora.architectures.lora_modules import ModuleDims
 from tritonlora.conversion.base_weights import base_weights
+from tritonlora.conversion.coverage import zero_remarks
 from tritonlora.conversion.dora import normalised_magnitude
 from tritonlora.conversion.layout import Layout
 from tritonlora.errors import AdapterError, InvalidAdapter, UnsupportedAdapter, merge_layers, one_message
@@ -53,10 +54,11 @@ def convert_file(
     header: bytes = b"",
     base: Path | None = None,
     allow_nonfinite: bool = False,
-) -> None:
+) -> tuple[str, ...]:
     """Write `header` and then lora_weights, raw and little-endian, to the file `path`, which is created or emptied.
 
-    The file is written in place: give a temporary name, and rename it when this returns. `base` is the base model's
+    Gives remarks on the values. The file is written in place: give a temporary name, and rename it when this returns.
+    `base` is the base model's
     checkpoint, for DoRA. Raises InvalidAdapter naming each tensor with NaN or infinite values (unless
     `allow_nonfinite`), UnsupportedAdapter naming each that is too large for `layout.dtype`, or vanishes in it, and
     OSError with the file's name (a full disk).
@@ -70,15 +72,17 @@ def convert_file(
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
     rows.raise_unfit(allow_nonfinite=allow_nonfinite)
+    return rows.remarks()
 
 
-def check_values(adapter: Adapter, layout: Layout, *, allow_nonfinite: bool = False) -> None:
-    """Refuse the values that `convert_file` refuses, without writing any."""
+def check_values(adapter: Adapter, layout: Layout, *, allow_nonfinite: bool = False) -> tuple[str, ...]:
+    """Refuse the values that `convert_file` refuses, without writing any, and give the same remarks."""
     rows, place = _Rows(adapter, layout, None), _Place(torch.empty(layout.width, dtype=getattr(torch, layout.dtype)))
     with _threads(layout):
         for index in range(len(layout.rows)):
             rows.fill(index, place)
     rows.raise_unfit(allow_nonfinite=allow_nonfinite)
+    return rows.remarks()
 
 
 def npy_header(shape: Sequence[int], dtype: str) -> bytes:
@@ -180,6 +184,8 @@ class _Rows:
         self._nonfinite: set[str] = set()
         self._too_large: set[str] = set()
         self._vanished: set[str] = set()
+        self._zero: set[str] = set()  # paths of modules whose LoRA adds nothing
+        self._nonzero: set[str] = set()
 
     def fill(self, index: int, place: _Place) -> memoryview:
         """Put the row's values at the start of `place`, and give their bytes."""
@@ -194,6 +200,7 @@ class _Rows:
         if uncast is not row_a.values:
             row_a.values.copy_(uncast)
         _multiply(self._read(lora_b, ranges, row_b), module.scaling, row_b.values)
+        (self._zero if _is_zero(row_a.values) or _is_zero(row_b.values) else self._nonzero).add(module.path)
         if module.magnitude is not None:
             magnitude = self._magnitude_of(module.path)
             end += outputs
@@ -222,6 +229,16 @@ class _Rows:
             kind: type[AdapterError] = InvalidAdapter if nonfinite else UnsupportedAdapter
             heading = f"cannot convert the weights in {str(self._adapter.directory)!r}"
             raise kind(one_message(heading, merge_layers(sorted(problems))))
+
+    def remarks(self) -> tuple[str, ...]:
+        """What the user should know of the values so far: layers to which the LoRA adds nothing."""
+        modules = self._adapter.modules
+        zero = [modules[path] for path in self._zero - self._nonzero]
+        return zero_remarks(
+            {(module.path.rpartition(".")[2], module.layer) for module in zero},
+            others=bool(self._nonzero),
+            dora=any(module.magnitude is not None for module in zero),
+        )
 
     def _read(self, stored: StoredTensor, ranges: Sequence[tuple[int, int]], part: _Part) -> torch.Tensor:
         """The rows `ranges` of a matrix, flat: in `part` if that is of the matrix' dtype.
@@ -326,6 +343,10 @@ def _write_rows(rows: _Rows, layout: Layout, descriptor: int, start: int) -> Non
         writer.join()
     if errors:
         raise errors[0]
+
+
+def _is_zero(tensor: torch.Tensor) -> bool:
+    return not tensor[0] and not tensor.any()  # the first element tells nearly always
 
 
 def _all_finite(tensor: torch.Tensor) -> bool:

@@ -43,6 +43,11 @@ class EngineProfile:
     lora_plugin_dtype: str | None = None  # of an engine whose lora_plugin has another one than its model
 
     @property
+    def what(self) -> str:
+        """What messages call it: only an engine has a max_lora_rank."""
+        return "the engine" if self.max_lora_rank is not None else "the base model"
+
+    @property
     def rank_limit(self) -> int:
         """`max_lora_rank`; where it is not known, the most that lora_config can say."""
         return (1 << 31) - 1 if self.max_lora_rank is None else self.max_lora_rank

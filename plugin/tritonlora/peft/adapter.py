@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from tritonlora.architectures.layers import locate, why_not
 from tritonlora.errors import InvalidAdapter, Problems, UnsupportedAdapter, collected, error_of, merge_layers
 from tritonlora.peft.adapter_config import MERGE, AdapterConfig, Stated, parse_config
 from tritonlora.peft.checkpoint import file_inside, load_checkpoint, read_json_bytes
+from tritonlora.peft.formats import Format, format_of_directory, format_of_tensors
 from tritonlora.peft.stored_tensor import StoredTensor
 from tritonlora.serving.dtypes import LORA_DTYPES
 
@@ -52,6 +53,7 @@ class Adapter:
     directory: Path
     config: AdapterConfig
     modules: Mapping[str, AdapterModule]  # by path
+    remarks: tuple[str, ...] = ()  # what the user should know, and no reason to refuse the adapter
 
 
 def load_adapter(path: Path) -> Adapter:
@@ -61,6 +63,8 @@ def load_adapter(path: Path) -> Adapter:
     Either lists every problem.
     """
     directory = _adapter_directory(path)
+    if not any(os.path.lexists(directory / name) for name in _FILES - {"adapter_config.json"}):
+        _refuse_format(directory, format_of_directory(directory))
     problems: Problems = {InvalidAdapter: [], UnsupportedAdapter: []}
     config: AdapterConfig | None = None
     tensors: Mapping[str, StoredTensor] = {}
@@ -68,23 +72,32 @@ def load_adapter(path: Path) -> Adapter:
         config = parse_config(read_json_bytes(file_inside(directory, "adapter_config.json")))
     with collected(problems):
         tensors = load_checkpoint(directory, "adapter_model.safetensors", "adapter_model.bin")
+    _refuse_format(directory, format_of_tensors(tensors))
     modules: dict[str, AdapterModule] = {}
+    remarks: list[str] = []
     # The config's problems already name another peft_type: do not list each of its tensors, too.
     if not any(problems.values()) or any(map(_lora_key, tensors)):
-        modules = _modules(tensors, config, problems)
+        modules = _modules(tensors, config, problems, remarks)
     if config is None or any(problems.values()):
         merged = {kind: merge_layers(texts) for kind, texts in problems.items()}
         raise error_of(f"cannot use the adapter in {str(directory)!r}", merged)
-    return Adapter(directory, config, modules)
+    return Adapter(directory, config, modules, (*remarks, *_config_remarks(config, modules)))
+
+
+def _refuse_format(directory: Path, found: Format | None) -> None:
+    if found is not None:
+        raise UnsupportedAdapter(f"{str(directory)!r} is {found}")
 
 
 def _modules(
-    tensors: Mapping[str, StoredTensor], config: AdapterConfig | None, problems: Problems
+    tensors: Mapping[str, StoredTensor], config: AdapterConfig | None, problems: Problems, remarks: list[str]
 ) -> dict[str, AdapterModule]:
     """Sort a PEFT state dict into modules. Without a config (a problem already) only look for more problems."""
     groups: dict[str, _Group] = {}
+    wrappers: set[str] = set()
     for key in sorted(tensors):
         match = _lora_key(key)
+        wrappers |= _WRAPPERS.keys() & set(key.split("."))
         if match is None:
             problems[UnsupportedAdapter].append(f"{key!r}: {_why_not_key(key)}")
             continue
@@ -93,8 +106,9 @@ def _modules(
         group.names.add(name or magnitude_name or "")
         what = matrix or "magnitude"
         if what in group.tensors:
-            problems[InvalidAdapter].append(f"{path!r} has more than one {what}, the second is {key!r}")
+            problems[InvalidAdapter].append(f"{path!r} has more than one {what}: {group.keys[what]!r} and {key!r}")
         group.tensors[what] = tensors[key]
+        group.keys[what] = key
     names = {name for group in groups.values() for name in group.names}
     if len(names) > 1:
         problems[InvalidAdapter].append(
@@ -105,6 +119,12 @@ def _modules(
     if config is not None:
         with collected(problems):
             stated = config.stated(sorted(located))
+    if wrappers:
+        named = ", ".join(f"{name} ({_WRAPPERS[name]})" for name in sorted(wrappers))
+        remarks.append(
+            f"the names of its tensors contain what wraps a model in training, {named}; it was taken out of them, and "
+            "PEFT itself would load none of these tensors"
+        )
     modules = {}
     for path, group in groups.items():
         if path not in located:
@@ -125,6 +145,7 @@ def _modules(
                 magnitude=group.tensors.get("magnitude"),
             )
     problems[InvalidAdapter] += _order_problems(modules, stated)
+    remarks += _alpha_remarks(stated)
     if not groups and not any(problems.values()):
         problems[InvalidAdapter].append("there is no LoRA tensor in it; save the adapter again")
     return modules
@@ -139,6 +160,11 @@ _LORA_KEY = re.compile(
 # First match wins; the last line always matches.
 _WHY_NOT_KEY = (
     (r"\.lora_embedding_[AB]", f"LoRA on an embedding; {MERGE}, or train again without it"),
+    (
+        r"(^|\.)(score|classifier|qa_outputs|v_head|value_head)\.",
+        "a head that gives classes or scores, which no engine that generates text has: the adapter cannot be served by "
+        "one; serve it with its base model in transformers, for example",
+    ),
     (r"\.base_layer\.bias$", f"a trained bias; {MERGE}, or train again with bias='none'"),
     (r"\.base_layer\.", "the base model's own weight; save with save_embedding_layers=False"),
     (r"\.lora_B\.(\w+\.)?bias$", f"a bias of lora_B; {MERGE}, or train again with lora_bias=False"),
@@ -158,14 +184,29 @@ _WHY_NOT_KEY = (
 )
 
 
+# What wraps a model, or a part of it, while it is trained. Where the weights were not gathered by the trainer's own
+# function, its name is a part of every tensor's name.
+_WRAPPERS = {
+    "_orig_mod": "torch.compile",
+    "module": "DDP or DeepSpeed",
+    "_fsdp_wrapped_module": "FSDP",
+    "_fpw_module": "FSDP",
+    "_checkpoint_wrapped_module": "activation checkpointing",
+}
+
+
 @dataclass(slots=True)
 class _Group:
     names: set[str] = field(default_factory=set)
     tensors: dict[str, StoredTensor] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict)
 
 
 def _lora_key(key: str) -> re.Match[str] | None:
-    return _LORA_KEY.fullmatch(key) if len(key) <= _MAX_KEY else None
+    """The parts of the name of a LoRA tensor, with wrappers taken out of it."""
+    if len(key) > _MAX_KEY:
+        return None
+    return _LORA_KEY.fullmatch(".".join(part for part in key.split(".") if part not in _WRAPPERS))
 
 
 def _why_not_key(key: str) -> str:
@@ -201,8 +242,8 @@ def _tensor_problems(
     elif stated is not None and shape_a[0] not in stated.ranks:
         ranks = " or ".join(str(one) for one in dict.fromkeys(stated.ranks))
         problems.append(
-            f"{path!r}: lora_A is {shape_a}, but adapter_config.json says r = {ranks}; give two files that were saved "
-            "together"
+            f"{path!r}: lora_A has rank {shape_a[0]}, but adapter_config.json says r = {ranks}; give two files that "
+            "were saved together"
         )
     if config is not None and (magnitude is None) == config.use_dora:
         problems.append(
@@ -230,19 +271,112 @@ def _order_problems(modules: Mapping[str, AdapterModule], stated: Mapping[str, S
     ]
 
 
+def _alpha_remarks(stated: Mapping[str, Stated]) -> list[str]:
+    """A remark where several patterns give a module different alphas: the file does not say which one trained it."""
+    doubtful = {path: one.alphas for path, one in stated.items() if len(set(one.alphas)) > 1}
+    texts = [
+        f"{path!r}: several patterns of alpha_pattern match: lora_alpha is {alphas[0]:g}, as PEFT loads it, and may "
+        f"have been {' or '.join(f'{one:g}' for one in dict.fromkeys(alphas[1:]))} in training, since "
+        "save_pretrained sorts the patterns"
+        for path, alphas in doubtful.items()
+    ]
+    return merge_layers(texts)
+
+
+# What an adapter was trained for, by its task_type, where an engine that generates text is of no use for it.
+_OTHER_TASKS = {
+    "SEQ_CLS": "the classes of a text",
+    "TOKEN_CLS": "the classes of tokens",
+    "QUESTION_ANS": "the place of an answer in a text",
+    "FEATURE_EXTRACTION": "embeddings",
+}
+
+
+def _config_remarks(config: AdapterConfig, modules: Mapping[str, AdapterModule]) -> Iterator[str]:
+    if config.task_type in _OTHER_TASKS:
+        yield (
+            f"task_type is {config.task_type!r}: it was trained for {_OTHER_TASKS[config.task_type]}, and the engine "
+            "generates text"
+        )
+    if isinstance(config.target_modules, str):
+        return
+    unused = [
+        name for name in config.target_modules if not matches_name(modules, name) and name not in config.exclude_modules
+    ]
+    if unused:
+        yield (
+            f"target_modules lists {', '.join(sorted(unused))}, of which there are no tensors: in these layers its "
+            "responses are the base model's"
+        )
+
+
+def matches_name(paths: Iterable[str], name: str) -> bool:
+    """Whether `name`, one of target_modules, is that of a layer at one of the `paths`, by PEFT's rule."""
+    return any(path == name or path.endswith(f".{name}") for path in paths)
+
+
+# The files of which one says which directory is meant.
+_FILES = frozenset(
+    {
+        *("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"),
+        *("adapter_model.safetensors.index.json", "adapter_model.bin.index.json"),
+    }
+)
+
+
 def _adapter_directory(path: Path) -> Path:
+    """The directory of the adapter that `path` stands for: the directory itself, a file of the adapter, a directory
+    that holds one adapter, or a model's directory in the cache of Hugging Face.
+    """
+    if path.name in _FILES and path.is_file():
+        path = path.parent
     if not path.is_dir():
         what = "is not a directory" if path.exists() else "does not exist"
         raise InvalidAdapter(f"{str(path)!r} {what}; give the directory that holds adapter_config.json")
+    path = _snapshot(path)
     if os.path.lexists(path / "adapter_config.json"):
         return path
     # save_pretrained puts an adapter that is not called "default" into a directory of its name.
-    inner = sorted(p for p in path.iterdir() if not p.is_symlink() and (p / "adapter_config.json").is_file())
+    inner = inner_adapters(path)
     if len(inner) == 1:
         return inner[0]
+    if not inner:
+        _refuse_format(path, format_of_directory(path))
+        if not any(path.iterdir()):
+            raise InvalidAdapter(f"{str(path)!r} is empty; fetch the adapter again, or remove the directory")
     hint = (
         f"; it holds several adapters, give one: {', '.join(map(str, inner))}"
         if inner
         else "; give the directory that PEFT's save_pretrained wrote"
     )
     raise InvalidAdapter(f"there is no adapter_config.json in {str(path)!r}{hint}")
+
+
+def inner_adapters(path: Path) -> list[Path]:
+    """The directories in `path` that hold an adapter; of links, those that lead to a directory inside `path`."""
+    home = path.resolve()
+    return sorted(
+        one
+        for one in path.iterdir()
+        if not one.name.startswith(".")  # a Kubernetes volume has all its files once more below `..data`
+        and (one / "adapter_config.json").is_file()
+        and one.resolve().is_relative_to(home)
+    )
+
+
+def _snapshot(path: Path) -> Path:
+    """The revision that was fetched, for `models--OWNER--NAME` of a Hugging Face cache; any other path as it is."""
+    snapshots = path / "snapshots"
+    if not path.name.startswith("models--") or not snapshots.is_dir():
+        return path
+    main = path / "refs" / "main"
+    revisions = sorted(one for one in snapshots.iterdir() if one.is_dir())
+    if main.is_file():
+        named = snapshots / main.read_text(errors="replace").strip()
+        revisions = [named] if named in revisions else revisions
+    if len(revisions) == 1:
+        return revisions[0]
+    raise InvalidAdapter(
+        f"{str(path)!r} is a download cache with {len(revisions)} revisions"
+        + (f", give one: {', '.join(map(str, revisions))}" if revisions else "; download the adapter again")
+    )

@@ -32,6 +32,10 @@ class AdapterConfig:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     base_model_class: str = ""  # "LlamaForCausalLM", which PEFT notes where it was given no task_type
+    task_type: str = ""  # "CAUSAL_LM"
+    target_modules: str | tuple[str, ...] = ()  # a regular expression, or names
+    exclude_modules: str | tuple[str, ...] = ()
+    layers_to_transform: tuple[int, ...] = ()  # empty: all
 
     def stated(self, paths: Sequence[str]) -> dict[str, Stated]:
         """The ranks and alphas of the modules at `paths` ("model.layers.0.self_attn.q_proj").
@@ -66,13 +70,18 @@ def parse_config(text: bytes) -> AdapterConfig:
     cannot be carried over.
     """
     try:
-        raw, repeated = strict_json.parse(text, parse_int=_integer)
+        raw, repeated = strict_json.parse(text, parse_int=_integer, parse_float=_number)
     except (ValueError, RecursionError) as error:
         raise InvalidAdapter(f"adapter_config.json is not JSON; save the adapter again: {error}") from error
     if not isinstance(raw, dict):
         raise InvalidAdapter("adapter_config.json is not a JSON object; save the adapter again")
     peft_type = raw.get("peft_type", "LORA")
     if peft_type != "LORA":
+        if str(peft_type).upper() == "LORA":
+            raise InvalidAdapter(
+                f"peft_type is {_short(peft_type)}, which PEFT writes in capitals; set it to 'LORA' in "
+                "adapter_config.json"
+            )
         raise UnsupportedAdapter(
             f"peft_type is {_short(peft_type)}; TensorRT-LLM takes only 'LORA': {_remedy_for_type(peft_type)}"
         )
@@ -94,6 +103,10 @@ def parse_config(text: bytes) -> AdapterConfig:
         rank_pattern=raw.get("rank_pattern") or {},
         alpha_pattern=raw.get("alpha_pattern") or {},
         base_model_class=_base_model_class(raw.get("auto_mapping")),
+        task_type=str(raw.get("task_type") or ""),
+        target_modules=_names(raw.get("target_modules")),
+        exclude_modules=_names(raw.get("exclude_modules")),
+        layers_to_transform=_layers(raw.get("layers_to_transform")),
     )
 
 
@@ -182,7 +195,7 @@ def _is_empty(value: object) -> bool:
 
 def _remedy_for_type(peft_type: object) -> str:
     return next(
-        (remedy for types, remedy in _TYPES if isinstance(peft_type, str) and peft_type in types),
+        (remedy for types, remedy in _TYPES if str(peft_type).upper() in types),
         "merge the adapter into the base model, or train a LoRA adapter",
     )
 
@@ -237,6 +250,12 @@ def _integer(digits: str) -> int | float:
     return int(digits) if len(digits) <= sys.int_info.str_digits_check_threshold else float(digits)
 
 
+def _number(digits: str) -> int | float:
+    """The number; 8 for "8.0", which some trainers write for an integer."""
+    number = float(digits)
+    return int(number) if number.is_integer() and abs(number) < 1 << 53 else number
+
+
 def _base_model_class(auto_mapping: object) -> str:
     name = auto_mapping.get("base_model_class") if isinstance(auto_mapping, dict) else None
     return name if isinstance(name, str) else ""
@@ -282,6 +301,14 @@ def _is_name(value: object) -> bool:
 
 def _is_layers(value: object) -> bool:
     return value is None or all(type(layer) is int for layer in (value if isinstance(value, list) else [value]))
+
+
+def _names(value: str | list[str] | None) -> str | tuple[str, ...]:
+    return value if isinstance(value, str) else tuple(value or ())
+
+
+def _layers(value: int | list[int] | None) -> tuple[int, ...]:
+    return () if value is None else tuple(value) if isinstance(value, list) else (value,)
 
 
 # What the fields are that decide the weights or the layers.

@@ -3,7 +3,8 @@
 """Open checkpoints, whole or in shards: safetensors, or pickles of plain tensors.
 
 Tensors are read when they are used, where the format allows it. A link out of the directory is refused, except into the
-`blobs` of a Hugging Face download cache. No code of a pickle runs.
+`blobs` of a Hugging Face download cache. Links inside it are followed: a Kubernetes volume has its files in `..data`.
+No code of a pickle runs.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def file_inside(directory: Path, name: str) -> Path:
     target, home = path.resolve(), directory.resolve()
     # The download cache of Hugging Face keeps files in `blobs`, and links in `snapshots/<revision>`.
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
-    if target.parent not in (home, blobs):
+    if not target.is_relative_to(home) and target.parent != blobs:
         raise InvalidAdapter(f"{str(path)!r} is a link out of its directory, to {str(target)!r}; copy the file")
     if _is_lfs_pointer(path):
         raise InvalidAdapter(f"{str(path)!r} is a pointer to a file in Git LFS; fetch the file with `git lfs pull`")

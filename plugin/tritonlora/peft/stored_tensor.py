@@ -42,6 +42,12 @@ class StoredTensor(NamedTuple):
         """The bytes of all elements."""
         return self.numel * self.dtype.itemsize
 
+    def load_bytes(self) -> bytes:
+        """The bytes of all elements, read. Raises InvalidAdapter."""
+        content = bytearray(self.nbytes)
+        self.read_at(0, memoryview(content))
+        return bytes(content)
+
     def load(self) -> torch.Tensor:
         """The tensor, in memory of its own. Raises InvalidAdapter."""
         import torch

@@ -123,6 +123,8 @@ def add_all(
     adapters: Mapping[str, Path],
     options: Options = DEFAULTS,
     on_done: Callable[[Added | Refused], None] = lambda _: None,
+    *,
+    dry_run: bool = False,
 ) -> list[Added | Refused]:
     """`add` for many adapters by name, two at a time; one that is refused does not stop the others.
 
@@ -140,7 +142,7 @@ def add_all(
             read[name] = _read(name, directory)
         except TritonLoraError as error:
             refuse(name, error)
-    with locked(repository.table_path.parent):
+    with contextlib.nullcontext() if dry_run else locked(repository.table_path.parent):
         state = read_state(repository)
         planned, after = [], (before := state.table)
         for name in list(read):
@@ -152,6 +154,11 @@ def add_all(
             else:
                 planned.append(one)
         files = generated.rendered(state, after)  # or nothing is converted
+        if dry_run:
+            for one in planned:
+                results.append(_after(before, Added(one.name, one.entry, one.remarks)))
+                on_done(results[-1])
+            return results
         generated.sweep(state)
         pool = ThreadPoolExecutor(CONVERSIONS_AT_A_TIME)
         futures = {
@@ -223,7 +230,7 @@ def _plan(
         base_model_name_or_path=_noted_base(adapter.config.base_model_name_or_path or ""),
         pages=_pages(name, layout, profile, state.config) if kind.WIRE.sends_weights else None,
     )
-    remarks = (*remarks, *_other_base(table, name, entry.base_model_name_or_path))
+    remarks = (*remarks, *layout.remarks, *_other_base(table, name, entry.base_model_name_or_path))
     return _Planned(name, adapter, layout, entry, kind, options, remarks)
 
 
@@ -306,18 +313,21 @@ def _write_tensors(repository: Repository, planned: _Planned, known: AdapterEntr
     # In the warmup directory, not beside the files, whose own directory may come to nothing.
     temporary = repository.warmup_directory / f"adapter_{entry.lora_task_id}"
     with temporary_name(temporary) as weights, temporary_name(temporary) as rows:
-        planned.kind.store(planned.adapter, planned.layout, weights, rows, options.base, options.allow_nonfinite)
+        of_values = planned.kind.store(
+            planned.adapter, planned.layout, weights, rows, options.base, options.allow_nonfinite
+        )
+        remarks = (*planned.remarks, *of_values)
         entry = replace(entry, lora_weights_sha256=sha256_of(weights), lora_config_sha256=sha256_of(rows))
         if known is not None and _content(known) == _content(entry) and _owns_its_files(repository, planned, known):
             entry = replace(known, warm=options.warm)
             restored = _restore(repository, known, weights, rows)
-            remarks = (*planned.remarks, *(f"{file} was missing or altered, and is there again" for file in restored))
+            remarks = (*remarks, *(f"{file} was missing or altered, and is there again" for file in restored))
             unchanged = known.warm == options.warm and not restored
             return Added(planned.name, entry, remarks, known=True, restored=restored, unchanged=unchanged)
         make_directory(weights_path.parent)
         publish(weights, weights_path)
         publish(rows, config_path)
-    return Added(planned.name, entry, planned.remarks)
+    return Added(planned.name, entry, remarks)
 
 
 def _owns_its_files(repository: Repository, planned: _Planned, entry: AdapterEntry) -> bool:

@@ -11,6 +11,8 @@ import struct
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
+from tritonlora.architectures.lora_modules import BY_ID
+from tritonlora.conversion.coverage import is_zero, row_remarks, zero_remarks
 from tritonlora.conversion.layout import Layout
 from tritonlora.engine.cpu_engine_settings import is_cpu_engine, parse_settings, read_profile
 from tritonlora.engine.profile import EngineProfile, load_profile
@@ -20,7 +22,7 @@ from tritonlora.pbtxt.text_format import Document
 from tritonlora.peft.adapter import Adapter
 from tritonlora.serving.adapter_table import AdapterEntry
 from tritonlora.serving.dtypes import DTYPES
-from tritonlora.serving.file_version import read_file
+from tritonlora.serving.file_version import open_file, read_file
 from tritonlora.serving.wire import ENGINE_MODEL
 from tritonlora.targets.declarations import declare_lora_weights
 from tritonlora.targets.protocol import (
@@ -75,12 +77,13 @@ def check_adapter(adapter: Adapter) -> None:
 
 def store(
     adapter: Adapter, layout: Layout, weights: Path, config: Path, base: Path | None, allow_nonfinite: bool
-) -> None:
-    """Convert it."""
+) -> tuple[str, ...]:
+    """Convert it, and give remarks on its values."""
     from tritonlora.conversion import tensors  # with torch, which takes seconds to import
 
-    tensors.convert_file(adapter, layout, weights, base=base, allow_nonfinite=allow_nonfinite)
+    remarks = tensors.convert_file(adapter, layout, weights, base=base, allow_nonfinite=allow_nonfinite)
     config.write_bytes(tensors.lora_config(layout).numpy().astype("<i4").tobytes())
+    return remarks
 
 
 def stored_problems(root: Path, entry: AdapterEntry) -> list[str]:
@@ -103,6 +106,30 @@ def rows(root: Path, entry: AdapterEntry, profile: EngineProfile | None) -> Rows
     if len(content) != entry.lora_config_nbytes:
         raise RepositoryError(f"{path} has {len(content)} bytes, expected {entry.lora_config_nbytes}")
     return tuple(struct.iter_unpack(f"<{entry.lora_config_shape[1]}i", content))
+
+
+def stored_remarks(root: Path, entry: AdapterEntry, profile: EngineProfile | None) -> tuple[str, ...]:
+    """Layers without rows, and rows of zeros. Nothing without the profile, which says where in a row lora_B begins."""
+    if profile is None:
+        return ()
+    found = rows(root, entry, profile)
+    pairs = [(BY_ID[module].name, layer) for module, layer, *_ in found]
+    zero, others, dora = set[tuple[str, int]](), False, False
+    with open(open_file(root / entry.lora_weights_file), "rb", buffering=0) as file:  # noqa: PTH123  a descriptor
+        for (name, layer), (_, _, size, *columns) in zip(pairs, found, strict=True):
+            values = file.read(entry.lora_weights_nbytes // len(found))
+            dims, itemsize = profile.modules[name], DTYPES[entry.dtype].itemsize
+            a_end = size * dims.in_features * itemsize
+            b_end = a_end + size * dims.out_features * itemsize
+            if is_zero(values[:a_end], itemsize) or is_zero(values[a_end:b_end], itemsize):
+                zero.add((name, layer))
+                dora = dora or any(columns)
+            else:
+                others = True
+    return (
+        *row_remarks(pairs, profile),
+        *zero_remarks(zero, others=others, dora=dora),
+    )
 
 
 def declare(document: Document, entries: Collection[AdapterEntry]) -> Document:

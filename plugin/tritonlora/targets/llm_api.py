@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from tritonlora.conversion import peft_directory
+from tritonlora.conversion.coverage import is_zero, zero_remarks
 from tritonlora.conversion.layout import Layout, plan_layout
 from tritonlora.engine.model_yaml import complete, load_model_yaml, profile_of
 from tritonlora.engine.profile import EngineProfile
@@ -88,12 +89,13 @@ def store(
     config: Path,
     base: Path | None,  # noqa: ARG001
     allow_nonfinite: bool,
-) -> None:
-    """Check its values, and copy it bit for bit."""
+) -> tuple[str, ...]:
+    """Check its values, copy it bit for bit, and give remarks on its values."""
     from tritonlora.conversion import tensors  # with torch, which takes seconds to import
 
-    tensors.check_values(adapter, layout, allow_nonfinite=allow_nonfinite)
+    remarks = tensors.check_values(adapter, layout, allow_nonfinite=allow_nonfinite)
     peft_directory.copy_adapter(adapter, weights, config)
+    return remarks
 
 
 def stored_problems(root: Path, entry: AdapterEntry) -> list[str]:
@@ -115,6 +117,19 @@ def rows(root: Path, entry: AdapterEntry, profile: EngineProfile | None) -> Rows
             raise
         layout = plan_layout(adapter, dtype=profile.dtype, profile=profile)
     return tuple((row.module.id, row.layer, row.adapter_size) for row in layout.rows)
+
+
+def stored_remarks(root: Path, entry: AdapterEntry, profile: EngineProfile | None) -> tuple[str, ...]:
+    """What `add` says of the same directory."""
+    adapter = load_adapter(root / (entry.lora_path or ""))
+    planned = plan_layout(adapter, dtype=entry.dtype, profile=profile, engine_reads=True)
+    zero, others = set[tuple[str, int]](), False
+    for module in adapter.modules.values():
+        if any(is_zero(tensor.load_bytes(), tensor.dtype.itemsize) for tensor in (module.lora_A, module.lora_B)):
+            zero.add((module.path.rpartition(".")[2], module.layer))
+        else:
+            others = True
+    return (*planned.remarks, *zero_remarks(zero, others=others, dora=False))
 
 
 def declare(document: Document, entries: Collection[AdapterEntry]) -> Document:  # noqa: ARG001

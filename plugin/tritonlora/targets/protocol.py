@@ -86,11 +86,17 @@ class Target(Protocol):
 
     def store(
         self, adapter: Adapter, layout: Layout, weights: Path, config: Path, base: Path | None, allow_nonfinite: bool
-    ) -> None:
-        """Write the adapter's two files; any AdapterError. `base`: the base model's checkpoint, for DoRA."""
+    ) -> tuple[str, ...]:
+        """Write the adapter's two files, and give remarks on its values; any AdapterError.
+
+        `base`: the base model's checkpoint, for DoRA.
+        """
 
     def stored_problems(self, root: Path, entry: AdapterEntry) -> list[str]:
         """What is wrong with the adapter's files, which are there."""
+
+    def stored_remarks(self, root: Path, entry: AdapterEntry, profile: EngineProfile | None) -> tuple[str, ...]:
+        """Remarks on a stored adapter, all of which is read for it; TritonLoraError."""
 
     def rows(self, root: Path, entry: AdapterEntry, profile: EngineProfile | None) -> Rows:
         """The rows of a stored adapter, for an engine or for none that is known; TritonLoraError."""
