@@ -338,6 +338,35 @@ def test_add_all(capsys: pytest.CaptureFixture[str], repo: Path, tmp_path: Path)
     assert err.startswith("n1 refused: ")
 
 
+def test_add_all_takes_what_add_takes_and_names_the_rest(
+    capsys: pytest.CaptureFixture[str], repo: Path, tmp_path: Path
+) -> None:
+    """A run with one checkpoint is an adapter. Why the others are none is said, and makes the exit code 1."""
+    runs = tmp_path / "runs"
+    synthetic_adapter(runs / "finished", 1)
+    synthetic_adapter(runs / "one" / "checkpoint-5", 2)
+    for number in (3, 4):
+        synthetic_adapter(runs / "two" / f"checkpoint-{number}", number)
+    for name in ("empty", "merged", "..data"):
+        (runs / name).mkdir()
+    (runs / "merged" / "model.safetensors").write_bytes(b"x")
+    (runs / "README.md").write_text("runs")
+    before = read_table(paths.open_repository(repo))
+    dry = run(capsys, "add", "--all", runs, "--repo", repo, "--dry-run")
+
+    assert before == read_table(paths.open_repository(repo))
+    code, out, err = run(capsys, "add", "--all", runs, "--repo", repo)
+    assert 1 == code == dry[0]
+    assert ["finished added", "one added"] == [line.split(":")[0] for line in out.splitlines()]
+    assert out.replace(" added", " would be added") == dry[1]
+    assert err == dry[2]
+    reasons = dict(line.split(" refused: ") for line in err.splitlines())
+    assert reasons.keys() == {"empty", "merged", "two"}
+    assert "is empty" in reasons["empty"]
+    assert "is a whole model, and no adapter" in reasons["merged"]
+    assert "it holds several adapters, give one: " in reasons["two"]
+
+
 def test_add_all_that_is_interrupted_says_how_far_it_came(
     capsys: pytest.CaptureFixture[str], repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

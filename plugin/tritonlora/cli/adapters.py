@@ -49,7 +49,7 @@ def add(
         typer.Option(
             "--all",
             metavar="DIR",
-            help="Add every adapter in DIR, named as its directory.",
+            help="Add the adapter in each directory of DIR, named as that directory.",
             exists=True,
             file_okay=False,
         ),
@@ -65,10 +65,10 @@ def add(
     """Convert an adapter, write its warmup files and register its name: NAME ADAPTER_DIR, or --all DIR."""
     options = adding.Options(warm=warmup, dtype=dtype, base=base, allow_nonfinite=allow_nonfinite)
     if every is not None:
-        if task_id is not None or dry_run:
-            raise typer.BadParameter("--all goes without NAME, --task-id and --dry-run")
+        if task_id is not None:
+            raise typer.BadParameter("--all goes without NAME and --task-id")
         root, _ = repository_and(words or [], repo, 0)
-        _add_all(open_repository(root), every, options, as_json=as_json)
+        _add_all(open_repository(root), every, options, dry_run=dry_run, as_json=as_json)
         return
     root, (name, adapter_dir) = repository_and(words or [], repo, 2)
     with stderr.status(f"converting {name}"):
@@ -82,17 +82,22 @@ def add(
     sys.stdout.write(_what_was_done(added, dry_run=dry_run))
 
 
-def _add_all(opened: Repository, directory: Path, options: Options, *, as_json: bool) -> None:
-    adapters = {path.parent.name: path.parent for path in sorted(directory.glob("*/adapter_config.json"))}
+def _add_all(opened: Repository, directory: Path, options: Options, *, dry_run: bool, as_json: bool) -> None:
+    """Add what each directory in `directory` holds; those that `add` refuses are named, with exit code 1."""
+    adapters = {
+        path.name: path for path in sorted(directory.iterdir()) if path.is_dir() and not path.name.startswith(".")
+    }
     if (directory / "adapter_config.json").exists():
         raise RepositoryError(f"{str(directory)!r} is an adapter itself: give the directory that it is in, or NAME")
     if not adapters:
-        raise RepositoryError(f"{str(directory)!r} has no directory with an adapter_config.json in it")
+        raise RepositoryError(f"{str(directory)!r} has no directory in it; give one that has a directory per adapter")
     import_torch()
     with Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
         task = progress.add_task(f"converting {len(adapters)} adapters", total=len(adapters))
         try:
-            results = adding.add_all(opened, adapters, options, on_done=lambda _: progress.advance(task))
+            results = adding.add_all(
+                opened, adapters, options, on_done=lambda _: progress.advance(task), dry_run=dry_run
+            )
         except Interrupted:
             registered = adapters.keys() & read_table(opened).entries.keys()
             print_note(f"{len(registered)} of {len(adapters)} are registered; the same command adds the others")
@@ -107,7 +112,7 @@ def _add_all(opened: Repository, directory: Path, options: Options, *, as_json: 
         for remark in one.remarks:
             print_note(f"{one.name}: {remark}")
         if not as_json:
-            sys.stdout.write(_what_was_done(one))
+            sys.stdout.write(_what_was_done(one, dry_run=dry_run))
     if any(isinstance(one, adding.Refused) for one in results):
         raise typer.Exit(1)
 
