@@ -476,11 +476,14 @@ def test_threads_of_torch_are_as_before(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"dtype": "float16"}, "dtype is 'bfloat16', but the engine takes only its own, 'float16'"),
-        ({"max_lora_rank": 1}, r"attn_q has rank 2, the engine's max_lora_rank is 1; build the engine .* \(layer 0\)"),
-        ({"num_layers": 0}, "attn_q is in a layer the engine does not have: it has 0"),
+        (
+            {"max_lora_rank": 1},
+            r"attn_q: rank 2 is larger than the engine's max_lora_rank, 1; raise that to 2 .* \(layer 0\)",
+        ),
+        ({"num_layers": 0}, "attn_q: the engine has 0 layers, and not this one"),
         (
             {"modules": {}},
-            "attn_q is not among the LoRA target modules, which are: none; give the config.json of an engine that",
+            "the engine has no LoRA: it would ignore the adapter, .*; build the engine with trtllm-build --lora_plugin",
         ),
         (
             {"modules": {"attn_q": ModuleDims(BY_NAME["attn_q"], 64, 32)}},
@@ -505,7 +508,7 @@ def test_same_reason_in_many_layers_is_one_line(tmp_path: Path) -> None:
         tensors.update(lora_pair(f"model.layers.{layer}.self_attn.q_proj", in_features=8))
     adapter = load_adapter(write_adapter(tmp_path, tensors))
 
-    with pytest.raises(EngineMismatch, match=r": attn_q is 8 -> 32 .* another base model \(layers 0 to 3\)$"):
+    with pytest.raises(EngineMismatch, match=r": attn_q: it is 8 -> 32 .* another base model \(layers 0 to 3\)$"):
         plan_layout(adapter, dtype="bfloat16", profile=replace(PROFILE, num_layers=4))
 
 

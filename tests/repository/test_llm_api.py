@@ -282,7 +282,7 @@ REFUSED: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any], type[TritonLor
         _pair(out_features=32),
         _two(),
         EngineMismatch,
-        "attn_q is 64 -> 32 in the adapter",
+        "attn_q: it is 64 -> 32 in the adapter",
     ),
     "NaN": ({name: tensor * torch.nan for name, tensor in _pair().items()}, _two(), InvalidAdapter, "NaN or infinite"),
 }
@@ -434,7 +434,7 @@ def test_adapter_whose_layers_only_the_engine_can_tell_is_checked_against_it(
     _edit_yaml(opened, lora_config={"max_lora_rank": 4})
     (finding,) = checks.check(opened)
     assert "adapter pirate" == finding.where
-    assert "mlp_gate has rank 8, the engine's max_lora_rank is 4" in finding.problem
+    assert "mlp_gate: rank 8 is larger than the engine's max_lora_rank, 4" in finding.problem
 
 
 def test_an_altered_file_is_found_by_its_digest(sound: Repository) -> None:

@@ -186,6 +186,13 @@ JAIS = Family(
     conv1d=True,
 )
 GPT_BIGCODE = Family("GPTBigCode", _TRANSFORMER_H, {"attn.c_attn": _QKV_BY_HEAD_GROUP} | _C_PROJ | _C_MLP)
+# The first Qwen. w2 goes through the activation (`models/qwen/model.py` in TensorRT-LLM tensorrt_llm).
+QWEN = Family(
+    "Qwen 1",
+    _TRANSFORMER_H,
+    {"attn.c_attn": _QKV_IN_TURN} | _C_PROJ | _leaves("mlp", mlp_h_to_4h="w2", mlp_gate="w1", mlp_4h_to_h="c_proj"),
+    {"head_size": ("kv_channels",)},
+)
 GPT_NEO = Family(
     "GPT-Neo",
     _TRANSFORMER_H,
@@ -333,6 +340,7 @@ _TABLE = (
     Architecture("bamba", "BambaForCausalLM", BAMBA, {"num_key_value_heads": 8}),
     Architecture("lfm2", "Lfm2ForCausalLM", LFM2, _LFM2),
     Architecture("baichuan", "BaichuanForCausalLM", BAICHUAN),
+    Architecture("qwen", "QWenLMHeadModel", QWEN),
     Architecture("internlm2", "InternLM2ForCausalLM", INTERNLM2),
     Architecture("exaone", "ExaoneForCausalLM", EXAONE),
     Architecture("chatglm", "ChatGLMModel", CHATGLM),
@@ -462,7 +470,7 @@ LAYERS_DIFFER = frozenset(
 # What else stands in engines' config.json (`MODEL_MAP` in TensorRT-LLM tensorrt_llm/models/__init__.py).
 ENGINE_NAMES: Mapping[str, tuple[Family, ...]] = {
     "GPTForCausalLM": (GPT2, GPT_BIGCODE, STARCODER2, NEMOTRON),
-    "QWenForCausalLM": (LLAMA, MIXTURE),
+    "QWenForCausalLM": (LLAMA, MIXTURE, QWEN),
     "RWForCausalLM": (FALCON,),
     "MPTForCausalLM": (MPT,),
     "InternLMForCausalLM": (LLAMA,),
@@ -472,6 +480,17 @@ ENGINE_NAMES: Mapping[str, tuple[Family, ...]] = {
     "BaiChuanForCausalLM": (BAICHUAN,),
     "ChatGLMForCausalLM": (CHATGLM,),
     "ChatGLMForConditionalGeneration": (CHATGLM,),
+}
+# Families in which checkpoints of one model are stored: with fused layers, and "llamafied" with these taken apart. The
+# engine knows one of the two, and the sizes say whether an adapter of the other is for it.
+STORED_AS: tuple[frozenset[str], ...] = tuple(
+    frozenset({LLAMA.name, family.name}) for family in (PHI3, BAICHUAN, INTERNLM2)
+)
+# The parts of the engine's fused modules, in the order of their outputs.
+FUSED: Mapping[str, tuple[str, ...]] = {
+    "attn_qkv": _QKV,
+    "cross_attn_qkv": ("cross_attn_q", "cross_attn_k", "cross_attn_v"),
+    _GATE_UP.fused: _GATE_UP.fused_order,
 }
 FAMILIES: tuple[Family, ...] = tuple(
     {architecture.family.name: architecture.family for architecture in _TABLE}.values()

@@ -7,7 +7,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-from tritonlora.architectures.families import ARCHITECTURES, ENGINE_NAMES, FAMILIES, NOT_THESE, NOT_THESE_BY_NAME, Leaf
+from tritonlora.architectures.families import (
+    ARCHITECTURES,
+    ENGINE_NAMES,
+    FAMILIES,
+    NOT_THESE,
+    NOT_THESE_BY_NAME,
+    STORED_AS,
+    Leaf,
+)
 
 # First match wins; the last line always matches.
 _WHY_NOT = (
@@ -43,6 +51,11 @@ def families_of(architecture: str) -> frozenset[str]:
     return frozenset(family.name for family in families)
 
 
+def also_stored_as(families: frozenset[str]) -> frozenset[str]:
+    """`families`, and those as which checkpoints of the same models are stored, with fused layers or without."""
+    return families.union(*(names for names in STORED_AS if names & families))
+
+
 def why_none(architecture: str) -> str | None:
     """Why `architecture` belongs to no family although its layers have the names of one; None if it may belong."""
     return next((why for beginning, why in NOT_THESE.items() if architecture.startswith(beginning)), None)
@@ -57,7 +70,8 @@ def why_probably_none(base_model_name: str) -> str | None:
 def likely_families(
     layers: Iterable[Mapping[str, Leaf]], architectures: Iterable[str], *, conv1d: bool
 ) -> frozenset[str]:
-    """The names of the families that have all `layers` (as `locate` gives them) and fit `architectures`.
+    """The names of the families that have all `layers` (as `locate` gives them) and fit `architectures`, or as which
+    checkpoints of these are stored, too.
 
     The most reliable of `architectures` comes first; "" is an architecture that is not known. One that fits none of
     the families left is ignored. With `conv1d`, only families whose layers are Conv1D are left.
@@ -65,7 +79,8 @@ def likely_families(
     families = families_of("")
     for known in map(families_of, architectures):
         families = families & known or families
-    families = families.intersection(*layers) or families
+    layers = list(layers)
+    families = families.intersection(*layers) or also_stored_as(families).intersection(*layers) or families
     return families & CONV1D or families if conv1d else families
 
 

@@ -4,8 +4,10 @@
 
 One row for each (layer, module), sorted by (layer, module id). A fused layer of the base model becomes the engine's
 fused row where its target modules have one, else one row for each part: these share A and divide the rows of B, which
-is exact. With tensor parallelism the engine gives each rank one contiguous piece of a fused row, so its parts are
-interleaved by rank (`interleave_fused_lora_weights_for_tp` in TensorRT-LLM tensorrt_llm/lora_manager.py).
+is exact. Layers that the base model has apart become the engine's fused row where it has only that: their A are put one
+below the other, and their B on the diagonal, which is exact, too. With tensor parallelism the engine gives each rank
+one contiguous piece of a fused row, so its parts are interleaved by rank (`interleave_fused_lora_weights_for_tp` in
+TensorRT-LLM tensorrt_llm/lora_manager.py).
 """
 
 from __future__ import annotations
@@ -15,8 +17,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
-from tritonlora.architectures.families import Leaf
-from tritonlora.architectures.layers import CONV1D, likely_families, why_none, why_probably_none
+from tritonlora.architectures.families import FUSED, Leaf
+from tritonlora.architectures.layers import CONV1D, families_of, likely_families, why_none, why_probably_none
 from tritonlora.architectures.lora_modules import BY_NAME, LoraModule
 from tritonlora.conversion.base_weights import base_weights
 from tritonlora.conversion.coverage import coverage_remarks
@@ -74,10 +76,24 @@ class RowSource:
 
     path: str  # of the AdapterModule
     pieces: tuple[Piece, ...] = ()  # the outputs taken, in order; empty: all of them as they are
+    in_features: int = 0  # what the engine takes the inputs to be, where they are fewer: zeros follow A; 0: as they are
 
     def ranges(self, outputs: int) -> list[tuple[int, int]]:
         """(start, stop) of the outputs taken, in order, of all `outputs`."""
         return [taken for piece in self.pieces for taken in piece.ranges(outputs)] or [(0, outputs)]
+
+
+@dataclass(frozen=True, slots=True)
+class JoinedSource:
+    """Where the values of a row for several layers come from: A one below the other, and B on the diagonal."""
+
+    parts: tuple[tuple[str, tuple[tuple[int, int], ...]], ...]  # (path, (start, stop) of its outputs in the row's B)
+    out_features: int  # of the row's B
+
+    @property
+    def path(self) -> str:
+        """All paths, for messages."""
+        return ", ".join(path for path, _ in self.parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +103,7 @@ class Layout:
     rows: tuple[Row, ...]
     width: int  # W: elements in a row
     dtype: str  # "bfloat16", "float16", "float32"
-    sources: tuple[RowSource, ...] = ()  # one for each row
+    sources: tuple[RowSource | JoinedSource, ...] = ()  # one for each row
     conv1d: frozenset[str] = frozenset()  # paths of modules whose weight the base model has as (in, out)
     remarks: tuple[str, ...] = ()  # what the user should know of the adapter, beside what its values tell
 
@@ -135,7 +151,8 @@ def plan_layout(
         problems[EngineMismatch].append(f"dtype is {dtype!r}, but the engine takes only its own, {profile.dtype!r}")
     if base is None and any(module.magnitude is not None for module in adapter.modules.values()):
         problems[UnsupportedAdapter].append("DoRA needs the base model's weights; give them with --base CHECKPOINT")
-    planned: list[tuple[Row, RowSource]] = []
+    planned: list[tuple[Row, RowSource | JoinedSource]] = []
+    apart: dict[tuple[int, str], dict[str, AdapterModule]] = {}  # (layer, the engine's fused module) -> its parts
     dims: dict[int, dict[str, tuple[int, int]]] = {}  # layer -> module -> (in, out)
     width = 0
     kinds = {id(module.leaves): module for module in adapter.modules.values()}  # layers repeat
@@ -151,12 +168,24 @@ def plan_layout(
             misfits.add(_tail(module), leaf, module.layer)
             continue
         for row, source, out_features in _rows_of(module, leaf, profile, misfits):
+            if profile is not None and not engine_reads and (fused := _only_fused(row.module.name, profile)):
+                apart.setdefault((row.layer, fused), {})[row.module.name] = module
+                continue
+            in_features = source.in_features or module.lora_A.shape[1]
             if profile is not None:
                 _check_row(row, module, out_features, profile, misfits)
             planned.append((row, source))
             dims.setdefault(row.layer, {})[row.module.name] = (module.lora_A.shape[1], out_features)
             magnitude = out_features if row.dora else 0
-            width = max(width, row.adapter_size * (module.lora_A.shape[1] + out_features) + magnitude)
+            width = max(width, row.adapter_size * (in_features + out_features) + magnitude)
+            if profile is not None and profile.mlp_width and row.module.name in profile.modules:
+                width = max(width, row.adapter_size * (in_features + profile.modules[row.module.name].out_features))
+    if profile is not None:
+        for (layer, fused), parts in apart.items():
+            row, joined = _joined(layer, fused, parts, profile, misfits)
+            planned.append((row, joined))
+            fused_dims = profile.modules[fused]
+            width = max(width, row.adapter_size * (fused_dims.in_features + fused_dims.out_features))
     if not engine_reads:
         problems[UnsupportedAdapter] += _other_models(architectures, adapter.config.base_model_name_or_path or "")
         for layer, of_layer in dims.items() if profile is None else ():
@@ -180,8 +209,19 @@ def plan_layout(
         raise error_of(f"cannot convert the adapter in {str(adapter.directory)!r}{into}", problems)
     rows, sources = tuple(row for row, _ in planned), tuple(source for _, source in planned)
     transposed = frozenset(path for path, module in adapter.modules.items() if conv1d[id(module.leaves)])
-    remarks = (*adapter.remarks, *coverage_remarks(adapter, families, profile))
-    layout = Layout(rows, width, dtype, sources, transposed, remarks)
+    remarks = [*adapter.remarks, *coverage_remarks(adapter, families, profile)]
+    if profile is not None and not engine_reads and families_of(profile.architecture).isdisjoint(families):
+        remarks.append(
+            f"its layers have the names of {' or '.join(sorted(families))}, and the model is a {profile.architecture}, "
+            "which is stored so, too: by their sizes they are of the same model"
+        )
+    if apart and profile is not None:
+        fused_modules = " and ".join(sorted({fused for _, fused in apart}))
+        remarks.append(
+            f"the engine has LoRA only for {fused_modules}: several layers' LoRAs became one, whose rank is the sum of "
+            "theirs, and which takes as much more memory"
+        )
+    layout = Layout(rows, width, dtype, sources, transposed, tuple(remarks))
     if base is not None and layout.config_shape[1] == 4:
         base_weights(adapter, layout.conv1d, base)
     return layout
@@ -225,7 +265,7 @@ def _rows_of(
     dora = module.magnitude is not None
     if len(leaf.modules) == 1:
         row = Row(BY_NAME[leaf.modules[0]], module.layer, module.r, dora)
-        yield row, RowSource(module.path), out_features
+        yield row, RowSource(module.path, in_features=_wider_in(row.module.name, profile)), out_features
         return
     parts = _parts(leaf, out_features, profile)
     if isinstance(parts, str):
@@ -244,6 +284,67 @@ def _rows_of(
         return
     for name, piece in parts.items():
         yield Row(BY_NAME[name], module.layer, module.r, dora), RowSource(module.path, (piece,)), piece.size
+
+
+def _wider_in(name: str, profile: EngineProfile | None) -> int:
+    """The inputs that the engine's LoRA takes the layer to have, where the layer has fewer; else 0."""
+    if profile is None or name not in profile.modules:
+        return 0
+    inputs = profile.modules[name].in_features
+    return inputs if inputs != profile.layer_dims(name)[0] else 0
+
+
+def _only_fused(name: str, profile: EngineProfile) -> str:
+    """The engine's fused module of which `name` is a part, where the engine has LoRA for that alone; else ""."""
+    if name in profile.modules:
+        return ""
+    return next((fused for fused, parts in FUSED.items() if name in parts and fused in profile.modules), "")
+
+
+def _joined(
+    layer: int, fused: str, modules: Mapping[str, AdapterModule], profile: EngineProfile, misfits: Misfits
+) -> tuple[Row, JoinedSource]:
+    """The one row for the parts `modules` of the engine's module `fused`."""
+    dims, ranks, names = profile.modules[fused], profile.tp_size, ", ".join(modules)
+    sizes = dict.fromkeys(FUSED[fused], profile.head_size * profile.num_kv_heads)
+    if fused == "mlp_gate_up":
+        sizes = dict.fromkeys(FUSED[fused], dims.out_features // 2)
+    else:
+        sizes[FUSED[fused][0]] = profile.head_size * profile.num_heads
+    for name, module in modules.items():
+        found, expected = (module.lora_A.shape[1], module.lora_B.shape[0]), (dims.in_features, sizes[name])
+        if found != expected:
+            reason = (
+                f"it is {found[0]} -> {found[1]} in the adapter, but {expected[0]} -> {expected[1]} in {profile.what}, "
+                f"in its {fused}; the adapter was most likely trained on another base model"
+            )
+            misfits.add(name, reason, layer)
+    if (sizes["mlp_gate"] if fused == "mlp_gate_up" else profile.num_kv_heads) % ranks:
+        misfits.add(names, f"its parts do not divide by the engine's tp_size, {ranks}", layer)
+    if any(module.magnitude is not None for module in modules.values()):
+        reason = f"the engine has LoRA only for {fused}, and DoRA of its parts cannot be joined; {_apart(fused)}"
+        misfits.add(names, reason, layer)
+    rank = sum(module.r for module in modules.values())
+    if rank > profile.rank_limit:
+        reason = (
+            f"the engine has LoRA only for {fused}, in which they take the sum of their ranks, {rank}, and its "
+            f"max_lora_rank is {profile.max_lora_rank}; build it with --max_lora_rank {rank}, or {_apart(fused)}"
+        )
+        misfits.add(names, reason, layer)
+    if layer >= profile.num_layers:
+        misfits.add(names, f"{profile.what} has {profile.num_layers} layers, and not this one", layer)
+    places: dict[str, list[tuple[int, int]]] = {name: [] for name in FUSED[fused]}
+    start = 0
+    for _ in range(ranks):
+        for name, shares in places.items():
+            shares.append((start, start + sizes[name] // ranks))
+            start += sizes[name] // ranks
+    parts = tuple((modules[name].path, tuple(places[name])) for name in FUSED[fused] if name in modules)
+    return Row(BY_NAME[fused], layer, rank), JoinedSource(parts, dims.out_features)
+
+
+def _apart(fused: str) -> str:
+    return f"build it with {' '.join(FUSED[fused])} among its --lora_target_modules"
 
 
 def _parts(leaf: Leaf, out_features: int, profile: EngineProfile | None) -> dict[str, Piece] | str:
@@ -278,16 +379,22 @@ def _check_row(row: Row, module: AdapterModule, out_features: int, profile: Engi
     dims = profile.modules.get(name)
     if dims is None:
         misfits.disabled.setdefault(name, set()).add(row.layer)
-    elif (in_features, out_features) != (dims.in_features, dims.out_features):
+    elif (in_features, out_features) != (expected := profile.layer_dims(name)):
         reason = (
-            f"it is {in_features} -> {out_features} in the adapter, but {dims.in_features} -> {dims.out_features} in "
+            f"it is {in_features} -> {out_features} in the adapter, but {expected[0]} -> {expected[1]} in "
             f"{profile.what}; {_likely_cause(name, in_features, out_features, profile)}"
+        )
+        misfits.add(name, reason, row.layer)
+    elif expected != (dims.in_features, dims.out_features) and (profile.tp_size > 1 or row.dora):
+        reason = (
+            "TensorRT-LLM's LoRA takes this layer of the first Qwen to be twice as wide as it is, so that it would cut "
+            "its weights, or find its magnitudes, in the wrong places; use an engine with tp_size 1, without DoRA"
         )
         misfits.add(name, reason, row.layer)
     if row.adapter_size > profile.rank_limit:
         reason = (
-            f"rank {row.adapter_size} is larger than the engine's max_lora_rank, {profile.max_lora_rank}; build the "
-            f"engine with --max_lora_rank {row.adapter_size}"
+            f"rank {row.adapter_size} is larger than the engine's max_lora_rank, {profile.max_lora_rank}; raise that "
+            f"to {row.adapter_size} (trtllm-build --max_lora_rank, or lora_config in model.yaml)"
         )
         misfits.add(name, reason, row.layer)
     if row.layer >= profile.num_layers:

@@ -32,7 +32,7 @@ from tritonlora.architectures.lora_modules import ModuleDims
 from tritonlora.conversion.base_weights import base_weights
 from tritonlora.conversion.coverage import zero_remarks
 from tritonlora.conversion.dora import normalised_magnitude
-from tritonlora.conversion.layout import Layout
+from tritonlora.conversion.layout import JoinedSource, Layout
 from tritonlora.errors import AdapterError, InvalidAdapter, UnsupportedAdapter, merge_layers, one_message
 from tritonlora.peft.adapter import Adapter
 from tritonlora.peft.stored_tensor import StoredTensor, bytes_of
@@ -190,12 +190,16 @@ class _Rows:
     def fill(self, index: int, place: _Place) -> memoryview:
         """Put the row's values at the start of `place`, and give their bytes."""
         source = self._layout.sources[index]
+        if isinstance(source, JoinedSource):
+            return self._fill_joined(source, place)
         module = self._adapter.modules[source.path]
         lora_a, lora_b, ranges = module.lora_A, module.lora_B, source.ranges(module.lora_B.shape[0])
         outputs = sum(stop - start for start, stop in ranges)
-        a_end = lora_a.numel
-        end = b_end = a_end + outputs * module.r
-        row_a, row_b = place.part(0, a_end), place.part(a_end, b_end)
+        b_start = module.r * source.in_features or lora_a.numel
+        end = b_end = b_start + outputs * module.r
+        row_a, row_b = place.part(0, lora_a.numel), place.part(b_start, b_end)
+        if b_start > lora_a.numel:
+            place.part(lora_a.numel, b_start).values.zero_()
         uncast = self._read(lora_a, [(0, module.r)], row_a)
         if uncast is not row_a.values:
             row_a.values.copy_(uncast)
@@ -215,6 +219,34 @@ class _Rows:
             self._remember("lora_B", module.path, _taken(lora_b, ranges), row_b.values)
             if module.magnitude is not None:
                 self._remember("normalised lora_magnitude_vector", module.path, taken, row_magnitude.values)
+        return row.memory
+
+    def _fill_joined(self, source: JoinedSource, place: _Place) -> memoryview:
+        """Put the row of several layers at the start of `place`: A one below the other, B block-diagonal."""
+        modules = [(self._adapter.modules[path], outputs) for path, outputs in source.parts]
+        rank = sum(module.r for module, _ in modules)
+        start, column = 0, 0
+        b_start = sum(module.lora_A.numel for module, _ in modules)
+        row = place.part(0, b_start + source.out_features * rank)
+        row_b = row.values[b_start:].view(source.out_features, rank).zero_()
+        for module, outputs in modules:
+            row_a = row.values[start : start + module.lora_A.numel]
+            a, b = module.lora_A.load().view(-1), module.lora_B.load()
+            row_a.copy_(a)
+            scaled = torch.empty(b.shape, dtype=row_a.dtype)
+            _multiply(b.clone(), module.scaling, scaled)
+            (self._zero if _is_zero(a) or _is_zero(b.view(-1)) else self._nonzero).add(module.path)
+            taken = 0
+            for first, last in outputs:
+                row_b[first:last, column : column + module.r] = scaled[taken : taken + last - first]
+                taken += last - first
+            for what, original, converted, factor in (("lora_A", a, row_a, 1.0), ("lora_B", b, scaled, module.scaling)):
+                if self._layout.dtype == "float16":
+                    self._look_for(what, module.path, converted, functools.partial(torch.mul, original.float(), factor))
+                if not _all_finite(converted):
+                    self._remember(what, module.path, original, converted)
+            start += module.lora_A.numel
+            column += module.r
         return row.memory
 
     def raise_unfit(self, *, allow_nonfinite: bool) -> None:

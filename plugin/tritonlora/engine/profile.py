@@ -40,6 +40,7 @@ class EngineProfile:
     num_heads: int = 0  # 0 where it is not known; fused attention layers cannot be taken apart then
     num_kv_heads: int = 0
     head_size: int = 0
+    mlp_width: int = 0  # of the model's MLP layers, where the engine's LoRA takes them to be wider
     lora_plugin_dtype: str | None = None  # of an engine whose lora_plugin has another one than its model
 
     @property
@@ -51,6 +52,20 @@ class EngineProfile:
     def rank_limit(self) -> int:
         """`max_lora_rank`; where it is not known, the most that lora_config can say."""
         return (1 << 31) - 1 if self.max_lora_rank is None else self.max_lora_rank
+
+    def layer_dims(self, name: str) -> tuple[int, int]:
+        """(in, out) of the model's layer for the LoRA module `name`, which is one of `modules`.
+
+        The first Qwen's MLP layers are half as wide as its intermediate_size (TensorRT-LLM
+        tensorrt_llm/models/qwen/model.py), which is what the LoRA of an engine goes by
+        (cpp/tensorrt_llm/runtime/gptJsonConfig.cpp).
+        """
+        dims = self.modules[name]
+        inward, outward = _MODULE_DIMS[name]
+        return (
+            self.mlp_width if self.mlp_width and inward == "mlp" else dims.in_features,
+            self.mlp_width if self.mlp_width and outward == "mlp" else dims.out_features,
+        )
 
     def faults(self) -> list[tuple[str, str]]:
         """(problem, remedy) for all that is wrong with the engine itself: no adapter is right for such an engine."""
@@ -205,6 +220,7 @@ def profile_from_hf(
         num_heads=sizes.heads,
         num_kv_heads=sizes.kv_heads,
         head_size=sizes.head_size,
+        mlp_width=_narrow_mlp(architecture.name, sizes),
     )
 
 
@@ -260,6 +276,7 @@ def profile_from_engine(config: Mapping[str, Any], source: str) -> EngineProfile
         num_heads=sizes.heads,
         num_kv_heads=sizes.kv_heads,
         head_size=sizes.head_size,
+        mlp_width=_narrow_mlp(_engine_architecture(pretrained), sizes),
         lora_plugin_dtype=plugin if isinstance(plugin, str) and plugin not in ("", "auto", dtype) else None,
     )
     if problems:
@@ -272,7 +289,14 @@ def profile_from_engine(config: Mapping[str, Any], source: str) -> EngineProfile
 def _engine_architecture(pretrained: Mapping[str, Any]) -> str:
     name = str(pretrained.get("architecture", ""))
     # Releases that call every GPT by this name call JAIS by it, too, which is the one with a gate.
-    return "JAISLMHeadModel" if name == "GPTForCausalLM" and pretrained.get("hidden_act") == "swiglu" else name
+    if name == "GPTForCausalLM" and pretrained.get("hidden_act") == "swiglu":
+        return "JAISLMHeadModel"
+    # All Qwens have one class in TensorRT-LLM, and qwen_type tells them apart; "qwen" is the first.
+    return "QWenLMHeadModel" if name.startswith("QWen") and pretrained.get("qwen_type") == "qwen" else name
+
+
+def _narrow_mlp(architecture: str, sizes: _Sizes) -> int:
+    return sizes.mlp // 2 if architecture == "QWenLMHeadModel" else 0
 
 
 def _config_file(path: Path) -> Path:

@@ -21,7 +21,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tritonlora.architectures.layers import families_of
+from tritonlora.architectures.layers import also_stored_as, families_of
 from tritonlora.architectures.lora_modules import MODULES
 from tritonlora.conversion.layout import Layout, plan_layout
 from tritonlora.engine import cache_plan
@@ -249,7 +249,7 @@ def _told_by(base: Path, profile: EngineProfile | None, dtype: str | None) -> En
         if len(candidates) == 1:  # the engine's own name says enough
             return profile
         raise
-    families, engine, checkpoint = families_of(told.architecture), _told(profile), _told(told)
+    families, engine, checkpoint = also_stored_as(families_of(told.architecture)), _told(profile), _told(told)
     differ = [
         f"{what}: {engine[what]} and {checkpoint[what]}"
         for what in engine.keys() & checkpoint.keys()
@@ -260,7 +260,7 @@ def _told_by(base: Path, profile: EngineProfile | None, dtype: str | None) -> En
     if differ:
         heading = f"--base {base} is not what {profile.source} was built from; in the engine, and there"
         raise EngineMismatch(one_message(heading, sorted(differ)))
-    if len(candidates) == 1 or not families <= candidates:
+    if len(candidates) == 1 or not families_of(told.architecture) <= candidates:
         return profile
     return replace(profile, architecture=told.architecture)
 
