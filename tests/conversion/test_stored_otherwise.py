@@ -156,7 +156,7 @@ def test_the_fused_model_with_the_joined_rows_is_peft_s_model(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("options", "profile", "reason"),
     [
-        ({}, {"max_lora_rank": 8}, r"attn_\w, .*: the engine has LoRA only for attn_qkv, .* ranks, 12, .* rank 12, or"),
+        ({}, {"max_lora_rank": 8}, r"attn_\w, .*: the engine has LoRA only for attn_qkv, .* ranks, 12, .*rank 12, or"),
         ({"use_dora": True}, {}, "DoRA of its parts cannot be joined; build it with attn_q attn_k attn_v among"),
         ({}, {"tp_size": 4}, "its parts do not divide by the engine's tp_size, 4"),
         ({}, {"num_hidden_layers": 1}, r"the engine has 1 layers, and not this one \(layer 1\)"),

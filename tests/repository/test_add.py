@@ -207,10 +207,10 @@ def test_nobody_waits_while_an_adapter_is_read(
     """Whoever made it decides how long that takes."""
     load_adapter, read = peft.load_adapter, []
 
-    def load(path: Path) -> peft.Adapter:
+    def load(path: Path, base: Path | None) -> peft.Adapter:
         with filelock.FileLock(opened.table_path.parent / ".lock").acquire(timeout=0):
             read.append(path)
-        return load_adapter(path)
+        return load_adapter(path, base)
 
     monkeypatch.setattr(add, "load_adapter", load)
     add.add(opened, "pirate", adapters(0))
@@ -410,8 +410,8 @@ def test_the_base_model_says_which_architecture_an_engine_is(tmp_path: Path) -> 
         ({"head_dim": 8}, "head size: 16 and 8"),
         ({"hidden_size": 32, "head_dim": 16}, "hidden size: 64 and 32"),
         (
-            {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3"},
-            "architecture: LlamaForCausalLM and Phi3ForCaus",
+            {"architectures": ["NemotronForCausalLM"], "model_type": "nemotron"},
+            "architecture: LlamaForCausalLM and NemotronFor",
         ),
     ],
 )

@@ -35,7 +35,7 @@ LLAMA_CONFIG: Mapping[str, Any] = {
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def _without_warnings(function: Callable[P, R]) -> Callable[P, R]:
+def without_warnings(function: Callable[P, R]) -> Callable[P, R]:
     """transformers and PEFT warn about each other, and warnings are errors in the tests."""
 
     @functools.wraps(function)
@@ -72,7 +72,7 @@ def save_llama_adapter(directory: Path, **options: Any) -> Saved:
     return save_adapter(directory, transformers.LlamaForCausalLM, config, **options)
 
 
-@_without_warnings
+@without_warnings
 def save_adapter(
     directory: Path,
     model_class: type,

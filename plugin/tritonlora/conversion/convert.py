@@ -60,7 +60,7 @@ def convert(
         raise UnsupportedAdapter(f"format {file_format!r} is not one of {', '.join(NAMES)}")
     weights_path, config_path = (out_directory / name for name in NAMES[file_format])
     profile = load_profile(base, dtype=dtype) if base else None
-    adapter = peft.load_adapter(adapter_directory)
+    adapter = peft.load_adapter(adapter_directory, base)
     for path in (weights_path, config_path):
         if path.is_dir():
             raise RepositoryError(f"{str(path)!r} is a directory; choose another output directory")

@@ -19,6 +19,7 @@ from tritonlora.architectures.layers import locate, why_not
 from tritonlora.errors import InvalidAdapter, Problems, UnsupportedAdapter, collected, error_of, merge_layers
 from tritonlora.peft.adapter_config import MERGE, AdapterConfig, Stated, parse_config
 from tritonlora.peft.checkpoint import file_inside, load_checkpoint, read_json_bytes
+from tritonlora.peft.embeddings import EMBEDDING, WITHOUT_BASE, load_embeddings, new_rows
 from tritonlora.peft.formats import Format, format_of_directory, format_of_tensors
 from tritonlora.peft.stored_tensor import StoredTensor
 from tritonlora.serving.dtypes import LORA_DTYPES
@@ -56,9 +57,10 @@ class Adapter:
     remarks: tuple[str, ...] = ()  # what the user should know, and no reason to refuse the adapter
 
 
-def load_adapter(path: Path) -> Adapter:
+def load_adapter(path: Path, base: Path | None = None) -> Adapter:
     """Read the adapter in the directory `path`; the tensors stay in their files.
 
+    `base` is the base model's checkpoint, which only embeddings that were saved whole are compared with.
     Raises InvalidAdapter if the adapter is broken, and UnsupportedAdapter if it is sound but cannot be carried over.
     Either lists every problem.
     """
@@ -75,6 +77,9 @@ def load_adapter(path: Path) -> Adapter:
     _refuse_format(directory, format_of_tensors(tensors))
     modules: dict[str, AdapterModule] = {}
     remarks: list[str] = []
+    embeddings = {key: one for key, one in tensors.items() if EMBEDDING.fullmatch(key)}
+    tensors = {key: one for key, one in tensors.items() if key not in embeddings}
+    _compare_embeddings(embeddings, base, problems, remarks)
     # The config's problems already name another peft_type: do not list each of its tensors, too.
     if not any(problems.values()) or any(map(_lora_key, tensors)):
         modules = _modules(tensors, config, problems, remarks)
@@ -82,6 +87,35 @@ def load_adapter(path: Path) -> Adapter:
         merged = {kind: merge_layers(texts) for kind, texts in problems.items()}
         raise error_of(f"cannot use the adapter in {str(directory)!r}", merged)
     return Adapter(directory, config, modules, (*remarks, *_config_remarks(config, modules)))
+
+
+def _compare_embeddings(
+    saved: Mapping[str, StoredTensor], base: Path | None, problems: Problems, remarks: list[str]
+) -> None:
+    """A remark where no row of the base model was changed in the embeddings `saved`; else problems."""
+    if not saved:
+        return
+    if base is None:
+        problems[UnsupportedAdapter] += [f"{key!r}: {WITHOUT_BASE}" for key in saved]
+        return
+    try:
+        of_base = load_embeddings(base)
+    except InvalidAdapter as error:
+        problems[UnsupportedAdapter] += [f"{key!r}: {WITHOUT_BASE}; {error}" for key in saved]
+        return
+    new = {}
+    for key, tensor in saved.items():
+        try:
+            new[key] = new_rows(key, tensor, of_base)
+        except InvalidAdapter as error:
+            problems[UnsupportedAdapter].append(f"{key!r}: {error}")
+    added = max(new.values(), default=0)
+    unknown = (
+        f"; the engine has no embeddings for its new tokens ({added}): requests must not hold them" if added else ""
+    )
+    names = ", ".join(map(repr, new))
+    if len(new) == len(saved):
+        remarks.append(f"{names}: saved whole, and left out, since no row of the base model is changed{unknown}")
 
 
 def _refuse_format(directory: Path, found: Format | None) -> None:

@@ -103,7 +103,7 @@ def add(
     Other content under a known name replaces it under a new lora_task_id. When it is refused, the repository is as it
     was; when it cannot be written to the end, the same again completes it.
     """
-    adapter = _read(name, adapter_directory)  # which may take a while, and needs nobody to wait
+    adapter = _read(name, adapter_directory, options)  # which may take a while, and needs nobody to wait
     with contextlib.nullcontext() if dry_run else locked(repository.table_path.parent):
         state = read_state(repository)
         planned = _plan(state, state.table, name, adapter, options, task_id=task_id)
@@ -139,7 +139,7 @@ def add_all(
     read = {}
     for name, directory in adapters.items():
         try:
-            read[name] = _read(name, directory)
+            read[name] = _read(name, directory, options)
         except TritonLoraError as error:
             refuse(name, error)
     with contextlib.nullcontext() if dry_run else locked(repository.table_path.parent):
@@ -201,10 +201,10 @@ class _Planned:
     remarks: tuple[str, ...]
 
 
-def _read(name: str, directory: Path) -> Adapter:
+def _read(name: str, directory: Path, options: Options) -> Adapter:
     """The adapter that is to have this name; any AdapterError."""
     check_name(name)
-    return load_adapter(directory)
+    return load_adapter(directory, options.base)
 
 
 def _plan(

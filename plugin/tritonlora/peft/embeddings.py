@@ -1,0 +1,87 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""Embeddings that PEFT saved whole beside the LoRA, compared with those of the base model.
+
+PEFT does so by itself when the vocabulary was resized (`save_embedding_layers="auto"` in src/peft/utils/
+save_and_load.py), for a pad token, say. Where no row that the base model has was changed, the engine needs none of it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from tritonlora.errors import InvalidAdapter
+from tritonlora.peft.checkpoint import load_checkpoint
+from tritonlora.peft.stored_tensor import StoredTensor
+from tritonlora.serving.dtypes import LORA_DTYPES
+
+EMBEDDING = re.compile(r"(?:.*\.)?(?P<leaf>embed_tokens|wte|word_embeddings|embed_in|lm_head|embed_out)\.weight")
+_OUTPUT = frozenset({"lm_head", "embed_out"})  # may be the input embedding, too, and is then not stored
+_NBYTES_AT_A_TIME = 64 << 20
+WITHOUT_BASE = (
+    "an embedding, saved whole; --base with the base model's checkpoint shows whether its rows are the base model's, "
+    "and then it is not needed; otherwise load the adapter with PEFT, which takes the base model's memory, and save it "
+    "with save_embedding_layers=False"
+)
+
+
+def load_embeddings(base: Path) -> dict[str, StoredTensor]:
+    """The embeddings in the checkpoint `base`, by the last part of their names; the text model's, where it has several.
+
+    Raises InvalidAdapter where `base` holds no checkpoint.
+    """
+    found: dict[str, StoredTensor] = {}
+    for key, tensor in load_checkpoint(base, "model.safetensors", "pytorch_model.bin").items():
+        match = EMBEDDING.fullmatch(key)
+        if match and not re.search("vision|visual|audio|encoder", key):
+            found[match["leaf"]] = tensor
+    return found
+
+
+def new_rows(key: str, saved: StoredTensor, base: Mapping[str, StoredTensor]) -> int:
+    """How many rows the embedding `saved` has beyond those of the base model, all of which are unchanged in it.
+
+    `base` is what `load_embeddings` gives. Raises InvalidAdapter with the reason where a row differs, or nothing is
+    there to compare with.
+    """
+    match = EMBEDDING.fullmatch(key)
+    leaf = match["leaf"] if match else ""
+    before = base.get(leaf)
+    if before is None and leaf in _OUTPUT:
+        inputs = [tensor for name, tensor in base.items() if name not in _OUTPUT]
+        before = inputs[0] if len(inputs) == 1 else None
+    if before is None or {saved.dtype.name, before.dtype.name} - {*LORA_DTYPES}:
+        raise InvalidAdapter("an embedding, saved whole, and the checkpoint given with --base has none to compare with")
+    if len(saved.shape) != 2 or len(before.shape) != 2 or saved.shape[1] != before.shape[1]:
+        raise InvalidAdapter(
+            f"an embedding of {saved.shape}, and the base model's is {before.shape}; give the base model that the "
+            "adapter was trained on"
+        )
+    common = min(saved.shape[0], before.shape[0])
+    changed = _changed_rows(saved, before, common)
+    if changed:
+        raise InvalidAdapter(
+            f"an embedding in which {changed} of the base model's {before.shape[0]} rows are changed: it was trained, "
+            "and cannot be sent to an engine; merge the adapter into the base model"
+        )
+    return saved.shape[0] - common
+
+
+def _changed_rows(saved: StoredTensor, before: StoredTensor, rows: int) -> int:
+    """How many of the first `rows` rows differ, once the base model's values are rounded as the saved ones were."""
+    import torch
+
+    width = saved.shape[1]
+    step = max(1, _NBYTES_AT_A_TIME // (4 * width))
+    changed = 0
+    for first in range(0, rows, step):
+        count = min(step, rows - first)
+        parts = []
+        for tensor in (saved, before):
+            content = bytearray(count * width * tensor.dtype.itemsize)
+            tensor.read_at(first * width * tensor.dtype.itemsize, memoryview(content))
+            parts.append(torch.frombuffer(content, dtype=getattr(torch, tensor.dtype.name)).view(count, width))
+        changed += int((parts[0] != parts[1].to(parts[0].dtype)).any(dim=1).sum())
+    return changed
