@@ -854,3 +854,34 @@ def test_a_real_engine_s_config_is_checked(tmp_path: Path) -> None:
             "ensemble that its client has left, nor of its memory, and takes all its time to stop",
         ),
     ] == found(opened)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"build_config__kv_cache_type": "DISABLED"}, "without a KV cache"),
+        ({"pretrained_config__architecture": "DecoderModel"}, "an encoder-decoder's"),
+    ],
+)
+def test_engines_in_which_lora_was_reported_broken_are_a_warning(
+    tmp_path: Path, change: dict[str, Any], problem: str
+) -> None:
+    """Once an adapter is there; it is added all the same."""
+    opened = engine_repository(tmp_path, **change)
+
+    assert [] == [one for one in checks.check(opened) if one.where == "engine"]
+    add.add(opened, "x", dense_adapter(tmp_path, 8))
+    (found_one,) = (one for one in checks.check(opened) if one.where == "engine")
+    assert "warning" == found_one.severity
+    assert problem in found_one.problem
+    assert re.search(r"TensorRT-LLM issues? [0-9]+", found_one.problem)
+
+
+def test_the_encoder_of_a_decoder_is_a_warning(tmp_path: Path) -> None:
+    """Also where the engine's own files do not say so; a placeholder is none."""
+    opened = engine_repository(tmp_path, {"encoder_model_path": "/engines/encoder"})
+    add.add(opened, "x", dense_adapter(tmp_path, 8))
+    assert ["encoder-decoder" in one.problem for one in checks.check(opened) if one.where == "engine"] == [True]
+    add.set_parameters(opened, {"encoder_model_path": "${encoder_model_path}"})
+
+    assert [] == [one for one in checks.check(opened) if one.where == "engine"]

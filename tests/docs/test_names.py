@@ -24,7 +24,13 @@ SOURCES = ("plugin/tritonlora", "model_repository", "scripts", "tests/support/up
 PATHS = ("plugin/", "scripts/", "tests/", "model_repository/")
 # The names of other programs: theirs are not in our source.
 FOREIGN_OPTIONS = {
-    *("--lora_plugin", "--lora_target_modules", "--max_lora_rank", "--max_beam_width"),  # trtllm-build
+    *(
+        "--lora_plugin",
+        "--lora_target_modules",
+        "--max_lora_rank",
+        "--max_beam_width",
+        "--kv_cache_type",
+    ),  # trtllm-build
     *(
         "--allow-client-shm",
         "--disable-auto-complete-config",

@@ -85,3 +85,17 @@ def test_a_file_that_is_not_yaml_or_not_there_is_named(tmp_path: Path, monkeypat
 
     with pytest.raises(ConfigError, match=r"cannot read .*/1/other\.yaml"):
         load_model_yaml(tmp_path)
+
+
+def test_speculative_decoding_is_reported(tmp_path: Path) -> None:
+    """LoRA failed with it before a release that model.yaml does not name."""
+    shipped = Path(__file__).parents[2] / "model_repository" / "tensorrt_llm" / "1" / "config.json"
+    (tmp_path / "config.json").write_bytes(shipped.read_bytes())
+    document = {**LEAST, "model": str(tmp_path), "enable_lora": True}
+    plain = profile_of(parse_model_yaml(document, PATH))
+    speculative = profile_of(parse_model_yaml({**document, "speculative_config": {"decoding_type": "NGram"}}, PATH))
+
+    assert plain is not None
+    assert () == plain.reports
+    assert speculative is not None
+    assert ["12661" in problem for problem, _ in speculative.reports] == [True]

@@ -19,6 +19,7 @@ from tritonlora.check.findings import error as _error
 from tritonlora.check.findings import warning as _warning
 from tritonlora.engine.cache_plan import CachePlan, loadable_remedy, pipeline_problems
 from tritonlora.engine.cpu_engine_settings import is_cpu_engine
+from tritonlora.engine.profile import ENCODER_DECODER
 from tritonlora.errors import ConfigError, EngineMismatch, TritonLoraError
 from tritonlora.files import reading, sha256_of
 from tritonlora.machine import Ports
@@ -117,6 +118,18 @@ def _engine(subject: Subject) -> Iterator[Finding]:
             "backend 'python' reads lora_weights through numpy, which has no bfloat16",
             'use the C++ backend: backend: "tensorrtllm"',
         )
+
+
+def _reported(subject: Subject) -> Iterator[Finding]:
+    """Engines in which LoRA was reported not to work."""
+    if not subject.table.entries:
+        return
+    reports = [] if subject.profile is None else [*subject.profile.reports]
+    encoder = subject.config.parameters.get("encoder_model_path", "")
+    if encoder and not has_template(encoder):
+        reports.append(ENCODER_DECODER)
+    for problem, remedy in dict.fromkeys(reports):
+        yield _warning("engine", problem, remedy)
 
 
 def _beam_width(subject: Subject) -> Iterator[Finding]:
@@ -398,6 +411,7 @@ CHECKS: tuple[Callable[[Subject], Iterator[Finding]], ...] = (
     around.placeholders,
     around.steps,
     _engine,
+    _reported,
     _beam_width,
     _router,
     _files,

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tritonlora.engine.profile import EngineProfile, profile_from_hf, read_config_json
+from tritonlora.engine.profile import SPECULATIVE, EngineProfile, profile_from_hf, read_config_json
 from tritonlora.errors import ConfigError, UnknownArchitecture, one_message
 from tritonlora.pbtxt.model_config import ModelConfig
 from tritonlora.serving.file_version import read_file
@@ -44,6 +44,7 @@ class ModelYaml:
     tensor_parallel_size: int
     pipeline_parallel_size: int
     lora: LoraSettings | None  # None: it refuses adapters
+    is_speculative: bool = False
 
 
 def load_model_yaml(directory: Path) -> ModelYaml:
@@ -83,7 +84,12 @@ def parse_model_yaml(document: object, path: Path) -> ModelYaml:
     if problems:
         raise ConfigError(one_message(f"{path} cannot be used", problems))
     has_lora = bool(top.values.get("lora_config") or top.values.get("enable_lora"))
-    return replace(found, dtype=None if found.dtype == "auto" else found.dtype, lora=found.lora if has_lora else None)
+    return replace(
+        found,
+        dtype=None if found.dtype == "auto" else found.dtype,
+        lora=found.lora if has_lora else None,
+        is_speculative=bool(top.values.get("speculative_config")),
+    )
 
 
 def complete(config: ModelConfig, directory: Path) -> ModelConfig:
@@ -111,7 +117,12 @@ def profile_of(found: ModelYaml) -> EngineProfile | None:
         )
     except UnknownArchitecture:
         return None
-    return replace(profile, tp_size=found.tensor_parallel_size, pp_size=found.pipeline_parallel_size)
+    return replace(
+        profile,
+        tp_size=found.tensor_parallel_size,
+        pp_size=found.pipeline_parallel_size,
+        reports=(SPECULATIVE,) if found.is_speculative else (),
+    )
 
 
 class _Section:

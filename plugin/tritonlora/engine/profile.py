@@ -9,7 +9,7 @@ Face model. This file does not import torch.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ class EngineProfile:
     num_kv_heads: int = 0
     head_size: int = 0
     mlp_width: int = 0  # of the model's MLP layers, where the engine's LoRA takes them to be wider
+    reports: tuple[tuple[str, str], ...] = ()  # (problem, remedy): what was reported broken with LoRA in such an engine
     lora_plugin_dtype: str | None = None  # of an engine whose lora_plugin has another one than its model
 
     @property
@@ -277,6 +278,7 @@ def profile_from_engine(config: Mapping[str, Any], source: str) -> EngineProfile
         num_kv_heads=sizes.kv_heads,
         head_size=sizes.head_size,
         mlp_width=_narrow_mlp(_engine_architecture(pretrained), sizes),
+        reports=tuple(_reports(pretrained, build, targets)),
         lora_plugin_dtype=plugin if isinstance(plugin, str) and plugin not in ("", "auto", dtype) else None,
     )
     if problems:
@@ -293,6 +295,33 @@ def _engine_architecture(pretrained: Mapping[str, Any]) -> str:
         return "JAISLMHeadModel"
     # All Qwens have one class in TensorRT-LLM, and qwen_type tells them apart; "qwen" is the first.
     return "QWenLMHeadModel" if name.startswith("QWen") and pretrained.get("qwen_type") == "qwen" else name
+
+
+# The docs' page Compatibility says what is known of these, and of others that `check` cannot see.
+ENCODER_DECODER = (
+    "it is an encoder-decoder's, in which TensorRT-LLM's C++ runtime was reported not to apply LoRA: responses may be "
+    "the base model's (TensorRT-LLM issues 2282 and 10258)",
+    "compare responses with PEFT's before you serve adapters, or build an engine of a merged model",
+)
+_NO_KV_CACHE = (
+    "it was built without a KV cache, with which LoRA was reported to crash the server (TensorRT-LLM issue 2543)",
+    "build it with --kv_cache_type paged",
+)
+SPECULATIVE = (
+    "model.yaml has a speculative_config, with which LoRA failed before TensorRT-LLM's pull request 12661 of April "
+    "2026 (issue 12617)",
+    "take it out, unless your TensorRT-LLM has that pull request",
+)
+_ENCODER_DECODERS = frozenset({"DecoderModel", "EncoderModel", "WhisperEncoder"})  # engines' names for them
+
+
+def _reports(
+    pretrained: Mapping[str, Any], build: Mapping[str, Any], targets: Iterable[str]
+) -> Iterator[tuple[str, str]]:
+    if pretrained.get("architecture") in _ENCODER_DECODERS or any(name.startswith("cross_attn") for name in targets):
+        yield ENCODER_DECODER
+    if str(build.get("kv_cache_type")).lower() == "disabled":
+        yield _NO_KV_CACHE
 
 
 def _narrow_mlp(architecture: str, sizes: _Sizes) -> int:
