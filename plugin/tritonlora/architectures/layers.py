@@ -91,7 +91,10 @@ _LAYER_PATH = re.compile(r"(?P<stem>.+?)\.(?P<layer>0|[1-9][0-9]{0,3})\.(?P<tail
 def why_not(path: str) -> str:
     """Why `locate(path)` finds nothing, with the remedy."""
     if path.startswith("base_model.model."):  # what stands there once is not a part of `path`
-        return "saved through PEFT twice (base_model.model.); call get_peft_model once, on the model itself"
+        return (
+            "saved through PEFT twice (base_model.model.), so that another adapter may lie beneath this one; merge "
+            "both into the base model, or train again with get_peft_model called once"
+        )
     reason = next(reason for pattern, reason in _WHY_NOT if re.search(pattern, path))
     return (
         f"{reason}; merge the adapter into the base model, or train again without it "
