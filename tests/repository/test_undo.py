@@ -150,7 +150,7 @@ def _refusal(root: Path) -> RepositoryError:
 def test_an_adapter_that_is_added_while_init_is_at_work_is_undone(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In each moment: `add` waits, or comes first. Neither takes what the other has put on record."""
     before = files(root)
-    init.init(root)
+    init.init(root, topology="forward")
     adapter = synthetic_adapter(root.parent / "adapter")
     opened = paths.open_repository(root)
     adding = threading.Thread(target=add.add, args=(opened, "pirate", adapter, add.Options(dtype="bfloat16")))
@@ -198,9 +198,10 @@ def test_the_ensemble_loads_all_the_while(root: Path, monkeypatch: pytest.Monkey
     assert all(len(types) == 1 for types in seen)
 
 
-def test_a_dry_run_shows_what_undo_does(root: Path) -> None:
+@pytest.mark.parametrize("topology", ["forward", "resolve"])
+def test_a_dry_run_shows_what_undo_does(root: Path, topology: str) -> None:
     """The same list, and nothing is changed."""
-    init.init(root)
+    init.init(root, topology=topology)
     before = files(root)
     planned = undo.undo(root, dry_run=True)
 

@@ -266,6 +266,7 @@ def undo(root: Path, *, dry_run: bool = False) -> list[FileChange]:
     if dry_run:
         return changes
     with locked(root / ROUTER):
+        planned = plan_undo(root)
         _lead_past_resolver(root)
         for path in half_written(root):
             delete(path)
@@ -284,7 +285,7 @@ def undo(root: Path, *, dry_run: bool = False) -> list[FileChange]:
         for name in _read_digests(root):
             _remove_if_empty(root, (root / name).parent, models)
         take_out(root, models)
-    return changes
+    return planned
 
 
 def _of_removed_adapters(root: Path) -> list[Path]:
