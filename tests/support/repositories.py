@@ -20,6 +20,7 @@ from adapters import lora_pair, write_adapter
 from tritonlora.files import write_text
 from tritonlora.pbtxt.text_format import parse
 from tritonlora.repository import add, init, paths, undo
+from tritonlora.repository.ensemble_edits import rewire_to_forward, rewire_to_resolve
 from tritonlora.repository.init import shipped_models
 from tritonlora.repository.model_configs import set_parameters
 from tritonlora.repository.paths import Repository
@@ -158,7 +159,10 @@ def set_decoupled(opened: Repository, decoupled: bool) -> None:
 
 
 def lead_as_before(opened: Repository) -> None:
-    """Lead the ensemble to the resolver, and declare the resolver's tensors, as `init` did in earlier versions."""
+    """Lead the ensemble to the resolver, and declare the resolver's tensors, as `init` did in earlier versions.
+
+    Those announced no requests. With that step beside the resolver's, Triton 2.51 crashes where the latter fails first.
+    """
     ensemble, resolver = (opened.root / model / "config.pbtxt" for model in ("ensemble", "lora_resolver"))
     text = paths.read_text(resolver)
     for declared in (
@@ -168,7 +172,8 @@ def lead_as_before(opened: Repository) -> None:
         assert 1 == text.count(declared)
         text = text.replace(declared, "")
     text = text.replace("optional: true\n  ", "", 1)  # of input_lengths
-    contents = {ensemble: as_rewired_before(paths.read_text(ensemble)), resolver: text}
+    linear = rewire_to_resolve(rewire_to_forward(parse(paths.read_text(ensemble)))).text
+    contents = {ensemble: as_rewired_before(linear), resolver: text}
     undo.write(opened.root, {path: content.encode() for path, content in contents.items()})
 
 
