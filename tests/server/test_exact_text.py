@@ -164,7 +164,7 @@ def test_streams_with_one_id_at_a_time_fall_back_to_each_response_by_itself(serv
     assert alone(whole) == second
     exact = [whole[:count].decode(errors="replace").removesuffix("\ufffd") for count in range(tokens)]
     assert text in {exact[count] + alone(whole[count:]) for count in range(tokens)}
-    assert 1 == sum("request id 'twice' came again before its stream was seen to end" in line for line in LOG)
+    assert 1 == sum("request id 'twice' came again before the end of its stream was seen" in line for line in LOG)
 
 
 def test_several_instances_decode_each_response_by_itself(server: Server) -> None:

@@ -167,7 +167,7 @@ def test_a_trace_goes_on_in_the_engine(tmp_path: Path, launch: Launch) -> None:
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        (SILENCE, "the engine's model sent no answer"),
+        (SILENCE, "the engine's model sent no response"),
         (RAISE, "LoRA adapter 'pirate': .*the engine is out of its mind"),
     ],
 )
@@ -185,7 +185,7 @@ def test_a_row_without_an_answer_is_an_error(puppet: Server) -> None:
     answers = tell(puppet, TELL, SILENCE)
 
     assert 0 == next(answers)["batch_index"].item()
-    with pytest.raises(InferenceServerException, match="the engine's model sent no answer"):
+    with pytest.raises(InferenceServerException, match="the engine's model sent no response"):
         next(answers)
 
 

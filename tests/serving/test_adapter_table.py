@@ -137,7 +137,7 @@ def test_an_alias_that_cannot_be_is_refused(alias: str, name: str, message: str)
 def test_an_adapter_cannot_take_the_name_of_an_alias() -> None:
     """Requests by it would change their meaning."""
     with pytest.raises(
-        AdapterTableError, match="'prod' is an alias of adapter 'pirate'; take .* tritonlora remove prod"
+        AdapterTableError, match="'prod' is an alias of adapter 'pirate'; use .* tritonlora remove prod"
     ):
         with_adapter(PROD, "prod", entry(3))
 

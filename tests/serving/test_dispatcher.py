@@ -196,7 +196,7 @@ def test_an_engine_that_is_silent_is_left_behind(start: Callable[..., Dispatcher
     found = refused.get()
 
     assert isinstance(found, EngineSilent)
-    assert "the engine has said nothing for 0.2 s" == str(found)
+    assert "the engine has not responded for 0.2 s" == str(found)
     assert "by id" == other.get()
     assert engine.was_left_behind.is_set()
     speaks.set()

@@ -1,7 +1,9 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""A thread that works for another one, which leaves it behind when it is stuck in something that cannot be ended; and
-when it is held to be: after a `Silence` that is too long.
+"""Run a task on a thread that is abandoned if the engine stalls.
+
+A thread that waits inside Triton cannot be ended. `Worker` abandons the thread and starts another one. `Silence`
+measures for how long the engine has sent nothing.
 """
 
 from __future__ import annotations
@@ -13,19 +15,22 @@ import traceback
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
 
-LOOK_SECONDS = 0.5
+LOOK_SECONDS = 0.5  # between two checks whether the task is stuck
 
 Task = Callable[[], None]
 
 
 class Worker:
-    """One thread at a time."""
+    """One thread that does tasks, one after the other. An abandoned thread is replaced by a new one."""
 
     def __init__(self) -> None:
         self._begin()
 
     def do(self, task: Task, is_stuck: Callable[[], bool]) -> bool:
-        """Have `task` done, which says itself what goes wrong; False when it was left behind, since it `is_stuck`."""
+        """Do `task` on the thread and wait for its end. False: `is_stuck` became true, and the thread was abandoned.
+
+        `task` reports its own errors.
+        """
         self._tasks.put(task)
         while True:
             try:
@@ -38,12 +43,12 @@ class Worker:
                 return True
 
     def end(self) -> None:
-        """No more tasks."""
+        """End the thread, once its task is done."""
         self._tasks.put(None)
         self._thread.join()
 
     def _begin(self) -> None:
-        # Queues of its own, so that a thread that was left behind, should it go on, is heard by nobody.
+        # Each thread has its own queues. An abandoned thread that goes on later cannot end the task of its successor.
         self._tasks: SimpleQueue[Task | None] = SimpleQueue()
         self._done: SimpleQueue[None] = SimpleQueue()
         self._thread = threading.Thread(target=_work, args=(self._tasks, self._done), daemon=True)
@@ -51,36 +56,37 @@ class Worker:
 
 
 class Silence:
-    """For how long somebody who was asked has said nothing. One thread notes it, others may look."""
+    """How long the engine has sent nothing. One thread writes to it; any thread may read it."""
 
     def __init__(self, before: float, between: float) -> None:
-        """The seconds that are too long: before the first answer, and between two."""
+        """Set the limits in seconds: `before` the first response, and `between` two responses."""
         self._before = before
         self._between = between
         self.ended()
 
     def asked(self) -> None:
-        """Somebody is asked now."""
+        """Note that a request is being sent to the engine now."""
         self._has_begun = False
         self._heard_at = time.monotonic()
 
     def heard(self) -> None:
-        """An answer has come."""
-        # In this order: who looks in between must not take the wait for the first answer for one after it.
+        """Note that a response has come."""
+        # In this order: a thread that reads in between must not apply the limit `between` to the wait for the first
+        # response.
         self._heard_at = time.monotonic()
         self._has_begun = True
 
     def ended(self) -> None:
-        """The last answer has come: nobody is waited for."""
+        """Note that the last response has come."""
         self._has_begun = False
         self._heard_at = math.inf
 
     def seconds(self) -> float:
-        """Of the silence now; below 0 when nobody is waited for."""
+        """The seconds since the last sign of the engine; negative while no response is awaited."""
         return time.monotonic() - self._heard_at
 
     def is_too_long(self) -> bool:
-        """Whether no more answers can be hoped for."""
+        """Whether the engine has been silent for longer than the limit."""
         return self.seconds() > (self._between if self._has_begun else self._before)
 
 
@@ -90,5 +96,5 @@ def _work(tasks: SimpleQueue[Task | None], done: SimpleQueue[None]) -> None:
             task()
         except Exception:  # noqa: BLE001  the next task is another request
             traceback.print_exc()
-        del task  # with all that it holds, before the next one comes
+        del task  # frees what the task refers to before the next one comes
         done.put(None)

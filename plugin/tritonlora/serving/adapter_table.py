@@ -1,13 +1,14 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""adapters.json: which lora_name has which lora_task_id, and where its tensors lie.
+"""The adapter table: which lora_name has which lora_task_id, and where the adapter's tensors lie.
 
-The table is the only thing that preparing and serving share. Values in, values out: `with_adapter` and its like return
-a new table. Its text is the business of `adapters_json.py`.
+The table is the only thing that preparing and serving share. Its functions take values and return values:
+`with_adapter` and the functions like it return a new table. `adapter_table_json` parses and renders it as
+adapters.json.
 
-Rule: a lora_task_id is given once and never again, also not after its adapter is gone. The engine ignores new weights
-under an id that it has cached (TensorRT-LLM cpp/tensorrt_llm/runtime/loraCache.cpp, `put`), so a second use of an id
-could be answered by the adapter that had it first.
+Rule: a lora_task_id is used once, and never again, even after its adapter was removed. The engine ignores new weights
+under an id that it has cached (TensorRT-LLM cpp/tensorrt_llm/runtime/loraCache.cpp, `put`). With an id that was used
+before, the engine could respond with the adapter that had the id first.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from .dtypes import DTYPES
 from .errors import AdapterTableError
 
-# Fits a signed 32-bit integer too: folder names of lora_prefetch_dir are read into a C int.
+# An id must fit a signed 32-bit integer: the engine reads the folder names of lora_prefetch_dir into a C int.
 MAX_TASK_ID = 2**31 - 1
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 NAME_RULE = "letters, digits, '.', '_' and '-', at most 128, the first a letter or a digit"
@@ -42,8 +43,8 @@ class AdapterEntry:
     base_model_name_or_path: str
     warm: bool  # loaded by the engine's model_warmup
     added_at: str  # ISO 8601, UTC
-    pages: int | None = None  # of the engine's LoRA cache; None: the engine was not known
-    lora_path: str | None = None  # the directory of both files, where the engine reads it by itself
+    pages: int | None = None  # that it takes in the engine's LoRA cache; None: the engine was not known
+    lora_path: str | None = None  # the directory of both files, for a target that reads it by itself
 
     @property
     def lora_weights_nbytes(self) -> int:
@@ -59,19 +60,19 @@ class AdapterEntry:
 
     @property
     def sha256_by_file(self) -> dict[str, str]:
-        """Both files, and what is registered as their SHA-256."""
+        """The registered SHA-256 of each of the two files."""
         return {self.lora_weights_file: self.lora_weights_sha256, self.lora_config_file: self.lora_config_sha256}
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that is wrong with an entry of the table."""
+    """One problem of an entry of the table."""
 
-    rule: str  # what it must be
-    got: str = ""  # what it is: not for clients, since it may be a path
+    rule: str  # what the value must be
+    got: str = ""  # the value, which clients must not see: it may be a path
 
     def __str__(self) -> str:
-        """All of it."""
+        """The rule and the value, at most 300 characters."""
         return f"{self.rule}, got {self.got}"[:300] if self.got else self.rule
 
 
@@ -83,12 +84,12 @@ class AdapterTable:
     next_lora_task_id: int = 1
     retired_lora_task_ids: tuple[int, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=dict)  # alias -> the lora_name of an adapter
-    unavailable: Mapping[str, tuple[Problem, ...]] = field(default_factory=dict)  # adapters and aliases
-    names: tuple[str, ...] = field(init=False, repr=False, compare=False)  # that can be asked for, sorted
+    unavailable: Mapping[str, tuple[Problem, ...]] = field(default_factory=dict)  # malformed adapters and aliases
+    names: tuple[str, ...] = field(init=False, repr=False, compare=False)  # what a client may ask for, sorted
     _names_by_id: Mapping[int, str] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Index the names, so that looking one up does not take longer the more there are."""
+        """Index the names, so that the time of a look-up does not grow with the table."""
         names = {entry.lora_task_id: name for name, entry in self.entries.items()}
         object.__setattr__(self, "_names_by_id", names)
         aliases = [alias for alias, name in self.aliases.items() if name in self.entries]
@@ -113,11 +114,14 @@ def check_name(name: str) -> None:
 
 
 def with_adapter(table: AdapterTable, name: str, entry: AdapterEntry) -> AdapterTable:
-    """`table` with `entry` under `name`; an entry that was there retires its id. Refuses an id that was ever used."""
+    """`table` with `entry` under `name`. An entry that `name` had before is replaced, and its id is retired.
+
+    AdapterTableError when `name` is not legal or is an alias, or when the id was ever used before or is out of range.
+    """
     check_name(name)
     if name in table.aliases:
         raise AdapterTableError(
-            f"{name!r} is an alias of adapter {table.aliases[name]!r}; take another name, or take the alias away with: "
+            f"{name!r} is an alias of adapter {table.aliases[name]!r}; use another name, or remove the alias with: "
             f"tritonlora remove {name}"
         )
     task_id = entry.lora_task_id
@@ -139,18 +143,21 @@ def with_adapter(table: AdapterTable, name: str, entry: AdapterEntry) -> Adapter
 
 
 def with_warm(table: AdapterTable, name: str, warm: bool) -> AdapterTable:
-    """`table` with the adapter `name` loaded at start, or on its first request."""
+    """`table` with the adapter `name` loaded when the server starts (`warm`), or else on its first request."""
     return replace(table, entries={**table.entries, name: replace(table.entries[name], warm=warm)})
 
 
 def without_adapter(table: AdapterTable, name: str) -> AdapterTable:
-    """`table` without `name`, whose id is retired; AdapterTableError when it is not there, or has aliases."""
+    """`table` without the adapter `name`, whose id is retired.
+
+    AdapterTableError when no such adapter is registered, or when aliases lead to it.
+    """
     if name not in table.entries:
         raise AdapterTableError(f"no adapter {name!r} is registered; {available(table)}")
     if aliases := table.aliases_by_name().get(name):
         raise AdapterTableError(
-            f"adapter {name!r} has aliases: {', '.join(aliases)}; lead them to another one first, with: "
-            f"tritonlora alias {aliases[0]} OTHER, or take them away, with: tritonlora remove {aliases[0]}"
+            f"adapter {name!r} has aliases: {', '.join(aliases)}; lead them to another adapter first, with: "
+            f"tritonlora alias {aliases[0]} OTHER, or remove them, with: tritonlora remove {aliases[0]}"
         )
     return replace(
         table,
@@ -160,13 +167,16 @@ def without_adapter(table: AdapterTable, name: str) -> AdapterTable:
 
 
 def _retired(table: AdapterTable, name: str) -> tuple[int, ...]:
-    """The retired ids once `name` has not its id any more."""
+    """The retired ids, with the id that `name` has now, if it has one."""
     known = table.entries.get(name)
     return tuple(sorted({*table.retired_lora_task_ids, *([known.lora_task_id] if known else [])}))
 
 
 def with_alias(table: AdapterTable, alias: str, name: str) -> AdapterTable:
-    """`table` with `alias` leading to the adapter `name`, or to the one that `name` leads to now as an alias."""
+    """`table` with `alias` leading to the adapter `name`. If `name` is an alias, `alias` leads to its adapter.
+
+    AdapterTableError when `alias` is not legal or is an adapter, or when no adapter `name` is registered.
+    """
     check_name(alias)
     if alias in table.entries:
         raise AdapterTableError(f"{alias!r} is an adapter; an alias needs a name of its own")
@@ -182,7 +192,7 @@ def without_alias(table: AdapterTable, alias: str) -> AdapterTable:
 
 
 def available(table: AdapterTable, most: int = 20) -> str:
-    """'available: a, b, c', cut to `most` names and a count."""
+    """'available: a, b, c', with at most `most` names and the number of the others."""
     if not table.names:
         return "no adapter is registered"
     more = f" and {len(table.names) - most} more" if len(table.names) > most else ""

@@ -1,9 +1,10 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""The text of adapters.json: `parse` and `render`, which are inverse.
+"""The text of adapters.json: `parse` reads it into a table, and `render` writes a table as such a text.
 
-Commands read the table with `parse`, which refuses it with everything that is wrong: what they wrote back would lack
-it. The router reads it with `parse_sound`: an adapter whose own entry is wrong is unavailable, the others are served.
+Commands read the table with `parse`, which refuses a text with any malformed entry. Otherwise a command would lose that
+entry when it writes the table back. The router reads the table with `parse_sound`: an adapter whose own entry is
+malformed is unavailable, and the others are served.
 """
 
 from __future__ import annotations
@@ -29,13 +30,16 @@ from .adapter_table import (
 from .dtypes import LORA_DTYPES
 from .errors import AdapterTableError, one_message
 
-MAX_PAGES = 1 << 31  # TensorRT-LLM counts them in 32 bits
-# 2 added aliases. A table without any is written as 1, which the versions before can read.
+MAX_PAGES = 1 << 31  # TensorRT-LLM counts pages in 32 bits
+# Schema version 2 added aliases. A table without aliases is written as version 1, which older versions can read.
 SCHEMA_VERSIONS = (1, 2)
 
 
 def render(table: AdapterTable) -> str:
-    """The text of adapters.json, a line for each adapter. ValueError when adapters are missing, being unavailable."""
+    """The text of adapters.json, with one line for each adapter.
+
+    ValueError when adapters or aliases of `table` are unavailable: their entries would be lost.
+    """
     if table.unavailable:
         raise ValueError("the table lacks the adapters that are unavailable; writing it would lose them")
     document = {
@@ -58,16 +62,19 @@ def parse(text: str) -> AdapterTable:
 
 
 def unavailable(table: AdapterTable) -> Iterator[str]:
-    """A line for each problem of the adapters and aliases that cannot be served."""
+    """One line for each problem of the adapters and aliases that cannot be served."""
     return (f"adapter {name[:200]!r}: {problem}" for name, found in table.unavailable.items() for problem in found)
 
 
 def parse_sound(text: str) -> AdapterTable:
-    """The table of those adapters and aliases that are sound; the others are in `unavailable`.
+    """The table of the adapters and aliases that are sound. The others are in `AdapterTable.unavailable`.
 
-    AdapterTableError, with every problem found, when nothing in the table can be trusted: it is not JSON, or of another
-    schema_version; its own fields are malformed; an id is that of two adapters, retired, or still to be given; a name
-    is that of an adapter and of an alias.
+    AdapterTableError, with every problem found, when nothing in the table can be trusted:
+
+    - The text is not JSON, or has another schema_version.
+    - The table's own fields are malformed.
+    - An id belongs to two adapters, is retired, or is not below next_lora_task_id.
+    - A name belongs to an adapter and to an alias.
     """
     with _without_collections():
         document = _document(text)
@@ -75,19 +82,19 @@ def parse_sound(text: str) -> AdapterTable:
 
 
 class TableReader:
-    """`parse_sound`, again and again: an adapter's line that was there the last time is not parsed again.
+    """Reads a changing adapters.json as `parse_sound` does, and parses only the lines that are new.
 
-    For a table of thousands of which one has changed. That a line is one adapter rests on this: the text without the
-    lines is a table without adapters, and each line by itself, in braces, is an object with one member. A text that is
-    not laid out as `render` does it is parsed as a whole.
+    This is for a table of thousands of adapters of which one has changed. Each line must be one adapter, which the
+    reader checks: the text without the lines must be a table without adapters, and each line in braces must be an
+    object with one member. A text with another layout than that of `render` is parsed as a whole.
     """
 
     def __init__(self) -> None:
-        """Nothing has been read yet."""
+        """Start without known lines."""
         self._known: dict[str, tuple[str, AdapterEntry]] = {}  # line -> (lora_name, entry)
 
     def read(self, text: str) -> AdapterTable:
-        """The table; errors are those of `parse_sound`."""
+        """The table in `text`; raises what `parse_sound` raises."""
         with _without_collections():
             try:
                 return self._read_lines(text)
@@ -95,7 +102,7 @@ class TableReader:
                 return parse_sound(text)
 
     def _read_lines(self, text: str) -> AdapterTable:
-        """The table; ValueError when it is not laid out in lines."""
+        """The table; ValueError when the text has not one line for each adapter."""
         head, begin, rest = text.partition(_BEGIN)
         body, end, tail = rest.rpartition(_END)
         document = _object(head + begin + end + tail)
@@ -117,7 +124,7 @@ _END = "\n  }\n}"
 
 
 def _member(line: str) -> tuple[str, Any]:
-    """The one member of an object; ValueError when it is not one."""
+    """The lora_name and the fields in one line; ValueError when the line is not exactly one member of an object."""
     ((name, fields),) = _object(f"{{{line}}}").items()
     return name, fields
 
@@ -125,7 +132,7 @@ def _member(line: str) -> tuple[str, Any]:
 def _table(
     document: Mapping[str, Any], entries: Mapping[str, AdapterEntry], problems: dict[str, list[Problem]]
 ) -> AdapterTable:
-    """The table with its aliases; AdapterTableError when ids or names are in doubt."""
+    """The table with its aliases; AdapterTableError when an id or a name is ambiguous."""
     aliases: dict[str, str] = {}
     adapters = entries.keys() | problems.keys()
     asked = document.get("aliases") or {}
@@ -149,7 +156,7 @@ def _table(
 
 @contextlib.contextmanager
 def _without_collections() -> Iterator[None]:
-    """Keep the garbage collector from going through a growing table again and again: a fifth of the time."""
+    """Turn the garbage collector off. Its passes over a growing table take a fifth of the parsing time."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -160,7 +167,7 @@ def _without_collections() -> Iterator[None]:
 
 
 def _document(text: str) -> dict[str, Any]:
-    """The JSON object, with the fields of the table itself checked."""
+    """The JSON object in `text`, checked by `_checked`; AdapterTableError when it is not JSON."""
     try:
         document = _object(text)
     except (ValueError, RecursionError) as error:
@@ -173,7 +180,7 @@ def _object(text: str) -> Any:
 
 
 def _checked(document: Any) -> dict[str, Any]:
-    """The table's own fields are sound; AdapterTableError with every problem found."""
+    """`document`, once the table's own fields were checked; AdapterTableError with every problem found."""
     if not isinstance(document, dict):
         raise AdapterTableError("adapters.json must hold an object")
     version = document.get("schema_version")
@@ -212,7 +219,7 @@ def _is_shape(value: object) -> bool:
 
 
 def _is_text(value: object) -> bool:
-    """A string that can leave this process: JSON can escape halves of characters."""
+    """Whether `value` is a string that can be encoded: JSON escapes can spell lone surrogates, which UTF-8 cannot."""
     return isinstance(value, str) and (value.isascii() or not any("\ud800" <= one <= "\udfff" for one in value))
 
 
@@ -233,7 +240,7 @@ def _is_inside_repository(value: object) -> bool:
     return not value.startswith("/") and (".." not in value or ".." not in value.split("/"))
 
 
-_Check = tuple[Callable[[Any], bool], str]  # is it right, and what was expected
+_Check = tuple[Callable[[Any], bool], str]  # whether a value is right, and what was expected
 _FIELD_CHECKS: dict[str, _Check] = {
     "lora_task_id": (_is_task_id, "an integer from 1"),
     "lora_weights_file": (_is_inside_repository, "a path relative to the model repository and inside it"),
@@ -280,9 +287,9 @@ _TABLE_CHECKS: dict[str, _Check] = {
 
 
 def _entries(adapters: Mapping[str, Any]) -> tuple[dict[str, AdapterEntry], dict[str, list[Problem]]]:
-    """The sound entries, and the problems of the others. Keys that this version does not know are left alone.
+    """The sound entries, and the problems of the others. Keys that this version does not know are ignored.
 
-    It goes field by field, all adapters at a time, which takes half as long as adapter by adapter.
+    Each field is checked for all adapters at a time. This takes half as long as checking adapter by adapter.
     """
     problems: dict[str, list[Problem]] = {}
     objects = {name: fields for name, fields in adapters.items() if isinstance(fields, dict)}
@@ -302,7 +309,7 @@ def _entries(adapters: Mapping[str, Any]) -> tuple[dict[str, AdapterEntry], dict
             problems.setdefault(name, []).append(Problem("it must be an object", repr(fields)))
     for key in _LISTS:
         columns[key] = [tuple(value) if type(value) is list else value for value in columns[key]]
-    entries = map(AdapterEntry, *columns.values())  # _FIELD_CHECKS has the order of the fields
+    entries = map(AdapterEntry, *columns.values())  # _FIELD_CHECKS has the order of AdapterEntry's fields
     return {name: entry for name, entry in zip(objects, entries, strict=True) if name not in problems}, problems
 
 
@@ -315,7 +322,7 @@ def _alias_problems(alias: str, name: object, adapters: Collection[str]) -> list
 
 
 def _task_id_problems(table: AdapterTable) -> list[str]:
-    """Ids that two adapters have, that are retired, or that are still to be given."""
+    """One line for each id that two adapters have, that is retired, or that is not below next_lora_task_id."""
     problems = []
     owners: dict[int, str] = {}
     retired = set(table.retired_lora_task_ids)

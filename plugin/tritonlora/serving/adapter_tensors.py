@@ -2,12 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """An adapter's files in the model repository, as the tensors of a request.
 
-A file is sent only if its SHA-256 is the registered one. Computing that takes ten times as long as copying the file, so
-the processes of a router share what they have computed, in a directory in memory: a symbolic link for each version of
-a file, to its digest. A link is there whole or not at all, and takes no page.
+A file is sent only if its SHA-256 is the registered one. Computing a SHA-256 takes ten times as long as copying the
+file. So the processes of a router share the digests in a directory in memory: each version of a file has a symbolic
+link whose target is the digest. A symbolic link is created atomically, and takes no page of memory.
 
-Bytes are read to where they are sent from, not mapped: that costs no page faults, and a file that becomes shorter
-meanwhile is an error. In a mapping it would be a signal, which ends the process, and Triton 2.51 starts no other.
+Files are read into the memory that they are sent from, and are not mapped. Reading costs no page faults. A file that
+becomes shorter meanwhile is an error here. With a mapping it would be a signal, which ends the process, and Triton 2.51
+starts no other.
 """
 
 from __future__ import annotations
@@ -30,22 +31,22 @@ from .errors import AdapterUnavailable
 from .file_version import is_settled, open_file, version_of
 from .routing import Route
 
-DIGESTS = "digests"  # the directory in the one that the instances share
-PARALLEL_NBYTES = 4 << 20  # less is read before another thread has begun
+DIGESTS = "digests"  # the digests' directory, inside the directory that the instances share
+PARALLEL_NBYTES = 4 << 20  # one thread reads fewer bytes than these before a second thread has begun
 
 Memory: TypeAlias = "npt.NDArray[np.uint8]"  # flat
-Ranges: TypeAlias = "npt.NDArray[np.int64]"  # (k, 2) of bytes, each from the first to before the second
+Ranges: TypeAlias = "npt.NDArray[np.int64]"  # (k, 2): the first byte of each range, and the byte after its last one
 
 
 def whole(nbytes: int) -> Ranges:
-    """All of so many bytes."""
+    """The one range of all of `nbytes` bytes."""
     return np.array([[0, nbytes]])
 
 
 def check_files(repository: Path, route: Route) -> None:
-    """AdapterUnavailable when a file of the adapter is missing, or has not the registered size.
+    """Raise AdapterUnavailable when a file of the adapter is missing, or has another size than its tensor.
 
-    The size of a file that the engine reads by itself is not that of its tensors.
+    The size of a file that the target reads by itself is not checked: such a file is not a raw tensor.
     """
     entry = route.entry
     for file, nbytes in (
@@ -61,14 +62,14 @@ def check_files(repository: Path, route: Route) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """lora_weights, of which nothing is read before they are sent."""
+    """lora_weights of an adapter. `read` reads its bytes, when they are to be sent."""
 
     dtype: str
     shape: tuple[int, ...]  # (1, n, W)
     nbytes: int
     sha256: str
-    # read(memory, ranges) reads the ranges into `memory`, which has all the rest already. Then that is what was
-    # registered; AdapterUnavailable when the file is another one, by its size or its SHA-256.
+    # read(memory, ranges) reads `ranges` of the file into `memory`, which has all other bytes already.
+    # AdapterUnavailable when the size or the SHA-256 is not the registered one.
     read: Callable[[Memory, Ranges], None]
 
 
@@ -76,19 +77,22 @@ class AdapterFiles:
     """The files of a repository's adapters."""
 
     def __init__(self, repository: Path, digests: int) -> None:
-        """`digests`: a descriptor of the directory in which the router's processes share them."""
+        """`digests` is a descriptor of the directory in which the router's processes share digests."""
         self.repository = repository
         self._digests = digests
 
     def weights(self, route: Route) -> Weights:
-        """lora_weights of an adapter."""
+        """lora_weights (1, n, W) of an adapter, in its dtype. No file is read yet."""
         entry = route.entry
         nbytes, sha256 = entry.lora_weights_nbytes, entry.lora_weights_sha256
         read = functools.partial(self._read, route, entry.lora_weights_file, sha256)
         return Weights(entry.dtype, (1, *entry.lora_weights_shape), nbytes, sha256, read)
 
     def config(self, route: Route) -> npt.NDArray[np.int32]:
-        """lora_config (1, n, 3 or 4) int32 of an adapter. Errors are those of reading `weights`."""
+        """lora_config (1, n, 3 or 4) int32 of an adapter.
+
+        AdapterUnavailable when the file cannot be read, or its size or SHA-256 is not the registered one.
+        """
         entry = route.entry
         memory = np.empty(entry.lora_config_nbytes, np.uint8)
         self._read(route, entry.lora_config_file, entry.lora_config_sha256, memory, whole(len(memory)))
@@ -105,9 +109,9 @@ class AdapterFiles:
             if digest in ("", sha256):
                 _read_ranges(opened.fileno(), memory, ranges)
                 with contextlib.suppress(OSError):
-                    os.close(open_file(path))  # upon which NFS asks its server whether the file was changed
+                    os.close(open_file(path))  # makes an NFS client ask its server whether the file was changed
                 is_same = version_of(os.fstat(opened.fileno())) == version
-            if not digest or not is_same:  # the times alone may have changed: `add` does that to what it replaces
+            if not digest or not is_same:  # maybe only the times changed: `add` touches the files that it replaces
                 digest = hashlib.sha256(memory.data).hexdigest()
                 if may_share and is_same:
                     with contextlib.suppress(OSError):
@@ -120,7 +124,7 @@ class AdapterFiles:
                 )
 
     def _known_digest(self, link: str) -> str:
-        """What the link of a file's version says; "" when it is not there."""
+        """The digest of a version of a file, by the name of its link; "" when it is not known."""
         with contextlib.suppress(OSError):
             return os.readlink(link, dir_fd=self._digests)
         return ""
@@ -137,7 +141,7 @@ def _being_written() -> OSError:
 
 @contextlib.contextmanager
 def _reasons(route: Route, path: Path) -> Iterator[None]:
-    """AdapterUnavailable with the adapter's name, for a problem of its file; without the server's path."""
+    """Turn a problem of the file into AdapterUnavailable, with the adapter's name and without the server's path."""
     try:
         yield
     except FileNotFoundError:
@@ -152,7 +156,10 @@ def _reasons(route: Route, path: Path) -> Iterator[None]:
 
 
 def _read_ranges(descriptor: int, memory: Memory, ranges: Ranges) -> None:
-    """In two threads where it is worth it: on many machines one does not take all of the memory's speed."""
+    """Read the ranges of a file into the same places of `memory`.
+
+    Many bytes are read by two threads, since on many machines one thread cannot use the memory's whole bandwidth.
+    """
 
     def read(ranges: Ranges) -> None:
         for start, stop in ranges.tolist():
@@ -170,4 +177,4 @@ def _read_ranges(descriptor: int, memory: Memory, ranges: Ranges) -> None:
     with ThreadPoolExecutor(1) as pool:
         other = pool.submit(read, np.column_stack((middles, stops)))
         read(np.column_stack((starts, middles)))
-    other.result()  # or what went wrong with it
+    other.result()  # raises the other thread's error

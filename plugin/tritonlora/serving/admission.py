@@ -1,23 +1,25 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""When a request may go on to the engine, so that the engine's LoRA cache refuses none.
+"""Decides when a request may go on to the engine, so that the engine's LoRA cache refuses no request.
 
 | the engine | the request |
 |---|---|
 | certainly holds the adapter | goes on at once, by its lora_task_id alone |
 | certainly has capacity for it | goes on at once, and the weights go along |
-| neither | waits in a queue, until the adapter was loaded or one of the two is certain |
+| neither | waits in a queue, until its adapter was loaded or the engine's state is certain |
 
-The adapter at the head of the queue is loaded by a request of our own, which is repeated while the cache is full of
-adapters in use. Such requests run one at a time. Between them probes, requests of a few tokens, tell when the requests
-that went on have ended, and whether the engine still has what it is believed to hold.
+The resolver loads the adapter at the head of the queue by a request of its own. It repeats that request while the cache
+is full of adapters in use. Between loads it sends probes, which are requests of a few tokens. Probes tell when the
+requests that went on have ended, and whether the engine still holds the adapters that it is believed to hold. Loads and
+probes run one at a time.
 
-The queue is first in, first out by adapter. A request for a held adapter overtakes it, for a second at most.
+The queue is first in, first out by adapter. Requests for held adapters overtake the queue until its head has waited for
+OVERTAKING_SECONDS.
 
-Order matters: weights that reach the engine evict an adapter, and an id that was sent before must have arrived. So
-whoever sends weights waits until `is_due`.
+Order matters, because weights that reach the engine evict an adapter. Requests that were sent by id before them must
+have arrived by then. So a thread that sends weights waits until `is_due`.
 
-Times are seconds of any one clock. Nothing here knows Triton, threads or files.
+Times are seconds of any one clock. This module uses no Triton, no threads and no files.
 """
 
 from __future__ import annotations
@@ -32,37 +34,37 @@ from .engine_cache import ARRIVAL_SECONDS, EngineCache
 from .errors import AdapterUnavailable
 
 OVERTAKING_SECONDS = 1.0
-BELIEF_SECONDS = 1.0  # between probes of what the engine is believed to hold
-ASKED_SECONDS = 3.0  # after the last request, beliefs are let go
+BELIEF_SECONDS = 1.0  # between two probes of adapters that the engine is believed to hold
+ASKED_SECONDS = 3.0  # after the last request, such probes stop
 RETRY_SECONDS = 0.005  # between two tries to load an adapter while the cache is full
-PROBE_TOKENS = 2, 16  # the first one's, and at most
-MOST_WAITING = 10_000  # requests
-CAUTION_SECONDS = 10.0  # no weights go along for so long after the engine was not as was believed
-PROMPT_TOKENS_A_STEP = 64  # of a prompt, that an engine certainly takes in within the time for a token
+PROBE_TOKENS = 2, 16  # of the shortest probe, and of the longest
+MOST_WAITING = 10_000  # requests in the queue
+CAUTION_SECONDS = 10.0  # after the engine lacked an adapter that it was believed to hold, no weights go along
+PROMPT_TOKENS_A_STEP = 64  # prompt tokens that an engine certainly reads in the time of one output token
 
 
 @dataclass(eq=False, slots=True)
 class Ticket:
-    """A request that wants to go on to the engine. `number` and what follows are the queue's."""
+    """A request that is to go on to the engine. `Admission` sets `number` and `with_weights`."""
 
-    adapters: Mapping[int, int]  # lora_task_id -> pages, of its rows; not empty
-    tokens: float  # that the engine produces for it at most, its prompt's share included
+    adapters: Mapping[int, int]  # lora_task_id -> pages, for the adapters of its rows; not empty
+    tokens: float  # the most that the engine produces for it, plus its prompt in PROMPT_TOKENS_A_STEP
     arrived_at: float
     patience: float  # seconds that it may wait
-    takes_weights: bool = True  # they may go along
-    must_take_weights: bool = False  # others load adapters too, so that nothing is certain
+    takes_weights: bool = True  # the request may carry weights
+    must_take_weights: bool = False  # the router loads adapters too, so nothing is certain
     number: int = -1
     with_weights: bool = False
 
     @property
     def deadline(self) -> float:
-        """When it is refused."""
+        """The time at which the request is refused if it still waits."""
         return self.arrived_at + self.patience
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Send the engine this adapter's weights with a request of one token."""
+    """Step: send the engine this adapter's weights with a request of one token."""
 
     task_id: int
     number: int
@@ -70,15 +72,15 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """Send the engine a request of so many tokens, by id alone; None: for the base model."""
+    """Step: send the engine a request of `tokens` tokens, by id alone."""
 
-    task_id: int | None
+    task_id: int | None  # None: for the base model
     tokens: int
 
 
 @dataclass(frozen=True, slots=True)
 class Pause:
-    """There is nothing to do for so many seconds, unless a request comes."""
+    """Step: do nothing for so many seconds, unless a request comes."""
 
     seconds: float
 
@@ -93,33 +95,37 @@ class _Group:
     adapters: Mapping[int, int]
     arrived_at: float
     tickets: list[Ticket] = field(default_factory=list)
-    loaded: set[int] = field(default_factory=set)  # since it has come to the head
+    loaded: set[int] = field(default_factory=set)  # adapters that were loaded since the group came to the head
 
 
 class Admission:
-    """Decides for each request, and what is to be done next. Not thread-safe."""
+    """Decides whether each request may go on, and what to send the engine next. Not thread-safe."""
 
     def __init__(self, cache: EngineCache, now: float, *, cautious_for: float = 0.0) -> None:
-        """Nothing waits. For so many seconds no weights go along: requests may be under way that nobody knows of."""
+        """Start with an empty queue. For `cautious_for` seconds no weights go along with requests.
+
+        A resolver that starts beside a running engine does not know which requests are under way there.
+        """
         self._cache = cache
         self._groups: OrderedDict[frozenset[int], _Group] = OrderedDict()  # the queue
-        self._waiting = 0  # tickets in it
+        self._waiting = 0  # tickets in the queue
         self._released: list[list[Ticket]] = []
         self._numbers = itertools.count()
-        self._unsent: dict[int, None] = {}  # numbers of what was decided and has not arrived; they only grow
-        self._under_way: deque[tuple[float, int]] = deque()  # (when it has arrived, number) of those that were sent
+        self._unsent: dict[int, None] = {}  # numbers of requests and loads that have not arrived yet, ascending
+        self._under_way: deque[tuple[float, int]] = deque()  # (time of arrival, number) of requests that were sent
         self._asked_at = self._belief_probed_at = now
         self._probe_tokens = PROBE_TOKENS[0]
-        self._probes_warm = False  # the next belief that is probed may be about a warm adapter
+        self._probes_warm = False  # whether the last probe of a held adapter could be of a warm one
         self._retry_at = self._probe_at = -math.inf
         self._cautious_until = now + cautious_for
 
     # Requests
 
     def ask(self, ticket: Ticket, now: float) -> bool:
-        """Whether the request may go on at once, with its weights where the ticket says so; else it waits.
+        """Whether the request may go on at once; otherwise it waits in the queue.
 
-        Of one that goes on, call `sent` or `dropped`. AdapterUnavailable when too many wait.
+        If True, `ticket.with_weights` tells whether it carries weights; then call `sent` or `dropped`.
+        AdapterUnavailable when MOST_WAITING requests wait already.
         """
         self._asked_at = now
         key, must_wait = frozenset(ticket.adapters), self._must_wait(now)
@@ -136,7 +142,7 @@ class Admission:
         return False
 
     def leave(self, ticket: Ticket) -> bool:
-        """Take a request out of the queue; False when it is not there any more."""
+        """Take a request out of the queue; False when it has left the queue already."""
         group = self._groups.get(frozenset(ticket.adapters))
         if group is None or ticket not in group.tickets:
             return False
@@ -144,7 +150,7 @@ class Admission:
         return True
 
     def expired(self, now: float) -> list[Ticket]:
-        """Take the requests out of the queue that have waited for too long."""
+        """Take the requests whose deadline has passed out of the queue."""
         late = []
         for group in [*self._groups.values()]:
             if found := [ticket for ticket in group.tickets if ticket.deadline <= now]:
@@ -153,17 +159,17 @@ class Admission:
         return late
 
     def released(self) -> list[list[Ticket]]:
-        """The requests that may go on since the last call, to be sent one group after the other, each in its order."""
+        """The groups of requests that were released since the last call. Send the groups, and each group, in order."""
         released, self._released = self._released, []
         return released
 
     def is_due(self, number: int, now: float) -> bool:
-        """Whether all that was decided before has reached the engine."""
+        """Whether all requests and loads with a smaller number have reached the engine."""
         self._note_arrivals(now)
         return next(iter(self._unsent), number) >= number
 
     def sent(self, ticket: Ticket, now: float) -> None:
-        """The request has been sent to the engine."""
+        """Note that the request was sent to the engine."""
         self._note_arrivals(now)
         self._under_way.append((now + ARRIVAL_SECONDS, ticket.number))
         for task_id in ticket.adapters:
@@ -171,19 +177,22 @@ class Admission:
 
     @property
     def under_way(self) -> int:
-        """Requests that were sent lately, and may not have reached the engine."""
+        """The number of requests that were sent, and may not have reached the engine yet."""
         return len(self._under_way)
 
     def dropped(self, ticket: Ticket, now: float) -> None:
-        """The request could not be sent."""
+        """Note that the request could not be sent."""
         del self._unsent[ticket.number]
         for task_id in ticket.adapters:
             self._cache.end(task_id, now)
 
-    # The requests of our own
+    # The resolver's own requests: loads and probes
 
     def step(self, now: float) -> Step:
-        """What to do next. Then call `loaded`, `full` or `failed`, or `probed`, `missed` or `not_probed`."""
+        """What to do next.
+
+        After a Load, call `loaded`, `full` or `failed`. After a Probe, call `probed`, `missed` or `not_probed`.
+        """
         may_probe = now >= self._probe_at
         if may_probe and now >= self._belief_probed_at + BELIEF_SECONDS and now <= self._asked_at + ASKED_SECONDS:
             return self._probe_belief(now)
@@ -207,11 +216,11 @@ class Admission:
         return Pause(BELIEF_SECONDS)
 
     def responded(self, sent_at: float, now: float) -> None:
-        """The engine has responded to a request of our own, which shows that it has gone through an iteration."""
+        """Note a response to a load or probe that was sent at `sent_at`: the engine has gone through an iteration."""
         self._cache.heard(sent_at, now)
 
     def loaded(self, load: Load, sent_at: float, now: float) -> None:
-        """The engine has the adapter; those who waited for it go on."""
+        """Note that the engine has the adapter, and release the requests that waited for it."""
         del self._unsent[load.number]
         self._cache.see(load.task_id, sent_at)
         group = next(iter(self._groups.values()), None)
@@ -224,13 +233,16 @@ class Admission:
         self._cache.end(load.task_id, now)
 
     def full(self, load: Load, now: float) -> None:
-        """All of the engine's adapters are in use."""
+        """Note that the engine refused the load, since all of its cached adapters are in use."""
         del self._unsent[load.number]
         self._cache.end(load.task_id, now)
         self._retry_at = now + RETRY_SECONDS
 
     def failed(self, load: Load, now: float | None) -> list[Ticket]:
-        """The adapter cannot be loaded; those who wait for it. None: the engine is silent, and may still load it."""
+        """Note that the adapter cannot be loaded, and take the requests that wait for it out of the queue.
+
+        `now` is None when the engine is silent, and may still load the adapter.
+        """
         del self._unsent[load.number]
         if now is not None:
             self._cache.end(load.task_id, now)
@@ -241,17 +253,17 @@ class Admission:
         return tickets
 
     def let_go(self, load: Load, now: float) -> None:
-        """The engine was silent, and has ended the load now."""
+        """Note that a load has ended now for which `failed` was called while the engine was silent."""
         self._cache.end(load.task_id, now)
 
     def probed(self, probe: Probe, sent_at: float, now: float) -> None:
-        """The engine has responded to a probe to its end."""
+        """Note that the engine has responded to a probe, to its end."""
         if probe.task_id is not None:
             self._cache.see(probe.task_id, sent_at)
             self._cache.end(probe.task_id, now)
 
     def missed(self, probe: Probe, now: float) -> bool:
-        """The engine does not have the adapter of a probe. Whether it was believed to be held."""
+        """Note that the engine does not have the adapter of a probe. True: it was believed to hold the adapter."""
         if probe.task_id is None:
             return False
         is_unexpected = self._cache.miss(probe.task_id)
@@ -261,7 +273,7 @@ class Admission:
         return is_unexpected
 
     def not_probed(self, probe: Probe, now: float, pause: float) -> None:
-        """The engine had another error, or said nothing. The next probe comes after so many seconds."""
+        """Note that a probe had another error, or no response. The next probe comes after `pause` seconds."""
         self._probe_at = now + pause
         if probe.task_id is not None:
             self._cache.lose(probe.task_id)
@@ -278,7 +290,7 @@ class Admission:
         return first is not None and now - first.arrived_at >= OVERTAKING_SECONDS
 
     def _may_carry(self, tickets: list[Ticket], now: float) -> bool:
-        """Whether the weights may go along with the first of these."""
+        """Whether the first of these requests may carry the weights."""
         [*adapters] = tickets[0].adapters.items()
         if len(adapters) > 1 or now < self._cautious_until or not all(ticket.takes_weights for ticket in tickets):
             return False

@@ -1,10 +1,10 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""What the router's instances have counted, per adapter, in shared memory.
+"""The counts of the router's and the resolver's instances, for each adapter, in shared memory.
 
-Each instance counts in a file of its own, which is mapped: counting is adding to a number in memory, and costs no
-request anything. `lora_adapters` adds the files up. Those of instances that have ended stay, so that no counter ever
-falls, and the next instances go on with them; what an ended instance had running does not count.
+Each instance counts in its own file, which it maps: counting adds to a number in memory, and costs a request no time.
+`lora_adapters` adds the files up. The file of an instance that has ended stays, so that no counter ever falls, and the
+next instance goes on with that file. The requests that were running in an ended instance do not count as running.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from .residency import open_file_inside
 
-# Outcomes of requests ("OK", or the name of a Triton error code), loads by reason, and what else is counted.
+# The outcomes of requests: "OK", or the name of a Triton error code.
 OUTCOMES = (
     "OK",
     "UNKNOWN",
@@ -33,11 +33,11 @@ OUTCOMES = (
     "ALREADY_EXISTS",
     "CANCELLED",
 )
-LOADS = ("first_use", "evicted")
+LOADS = ("first_use", "evicted")  # the reasons of loads
 COLUMNS = (*OUTCOMES, *LOADS, "load_seconds", "running", "unexpected_misses", "table_reloads", "table_failures")
 
-BASE = ""  # the base model, and requests that name no adapter that is known
-OTHERS = "*"  # no legal name: those for whom there is no room, so that the file has an end
+BASE = ""  # the row of the base model, and of requests that name no known adapter
+OTHERS = "*"  # the row of all adapters beyond ROWS; it is not a legal name
 ROWS = 1024
 CHUNK = 32
 NAME_BYTES = 128
@@ -45,7 +45,7 @@ _ROW = np.dtype([("name", f"S{NAME_BYTES}"), *((column, "<f8") for column in COL
 _ROW_NUMBERS = _ROW.itemsize // 8
 _NUMBERS = {column: number for number, column in enumerate(COLUMNS, NAME_BYTES // 8)}
 
-STATISTICS = "statistics"  # the directory in the one that the instances share
+STATISTICS = "statistics"  # the files' directory, inside the directory that the instances share
 
 Counts = dict[str, dict[str, float]]
 
@@ -54,18 +54,18 @@ class Statistics:
     """The counts of one instance."""
 
     def __init__(self, directory: int) -> None:
-        """Count in a file in `directory`, a descriptor: in that of an instance that has ended, or in a new one."""
+        """Take over the file of an instance that has ended, or make a new one. `directory` is a descriptor."""
         self._descriptor = _own_file(directory)
         with open(self._descriptor, "r+b", closefd=False) as file:
             self._rows: npt.NDArray[Any] = np.memmap(file, _ROW, "r+", shape=ROWS)
         self._rows["running"] = 0
         self._rows[1]["name"] = OTHERS.encode()
-        # The same memory as plain numbers: to go by row and name of a column takes fifty times as long.
+        # The same memory as plain numbers: access by row and column name takes fifty times as long.
         self._numbers = self._rows.view(np.uint8).data.cast("d")
         self._index = {name.decode(): row for row, name in enumerate(self._rows["name"]) if name or not row}
 
     def add(self, lora_name: str, column: str, amount: float = 1.0) -> None:
-        """Count for an adapter."""
+        """Add `amount` to a column, one of COLUMNS, of an adapter."""
         row = self._index.get(lora_name)
         if row is None:
             row = self._new_row(lora_name)
@@ -81,7 +81,7 @@ class Statistics:
 
 
 def _own_file(directory: int) -> int:
-    """A file of which nobody else has the lock, and its descriptor, which has it for as long as this process lives."""
+    """The descriptor of a file that no other process has locked. The lock lasts for as long as this process lives."""
     for name in _names(directory):
         with contextlib.suppress(OSError):
             descriptor = os.open(name, os.O_RDWR | os.O_NOFOLLOW, dir_fd=directory)
@@ -92,7 +92,7 @@ def _own_file(directory: int) -> int:
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
     descriptor = os.open(f".{name}", flags, 0o600, dir_fd=directory)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
-    # With all of its pages: written to later, when there is no room, a page that is not there ends the process.
+    # Allocate all pages now: when /dev/shm is full, writing to a page that was not allocated would end the process.
     os.posix_fallocate(descriptor, 0, ROWS * _ROW.itemsize)
     os.rename(f".{name}", name, src_dir_fd=directory, dst_dir_fd=directory)  # complete before others see it
     return descriptor
@@ -120,7 +120,7 @@ def read_statistics(directory: int) -> Counts:
 
 
 def _used_rows(file: IO[bytes]) -> npt.NDArray[Any]:
-    """The rows up to the first ones that have no name yet: most of a file was never written."""
+    """The rows of the chunks that have names. Most of a file was never written, and is not read."""
     chunks: list[npt.NDArray[Any]] = []
     while len(chunk := np.fromfile(file, _ROW, count=CHUNK)):
         chunks.append(chunk)

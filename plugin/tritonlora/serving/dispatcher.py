@@ -1,15 +1,15 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""Sends requests on to the engine when `Admission` says so, and the requests of our own that it asks for.
+"""Sends requests on to the engine when `Admission` allows it, and sends the loads and probes that `Admission` asks for.
 
 | thread | does |
 |---|---|
-| the caller's | sends what may go on by id at once |
-| sender | sends what takes weights along, one after the other |
-| keeper | asks Admission for the next step, and refuses requests whose time is up |
-| worker | has the one request of our own; the keeper leaves it behind when the engine is silent |
+| the caller's | sends the requests that may go on at once by id |
+| sender | sends the requests that carry weights, one after the other |
+| keeper | asks Admission for the next step, and refuses requests whose deadline has passed |
+| worker | sends one load or probe; the keeper abandons this thread when the engine is silent |
 
-Nothing here knows Triton: a `Request` is passed on or refused, an `Engine` is asked.
+This module does not use Triton. It passes a `Request` on or refuses it, and sends loads and probes by an `Engine`.
 """
 
 from __future__ import annotations
@@ -27,43 +27,43 @@ from .admission import Admission, Load, Pause, Probe, Ticket
 from .engine_errors import Meaning, is_unavailable, meaning_of, public
 from .errors import AdapterUnavailable, EngineSilent, RequestError, ServerStopping
 
-LONGEST_PAUSE_SECONDS = 0.25  # between two looks for requests whose time is up
+LONGEST_PAUSE_SECONDS = 0.25  # between two checks for requests whose deadline has passed
 POLL_SECONDS = 0.001
 ERROR_SECONDS = 0.25  # after an error of the engine
-STOPPING_SECONDS = 5.0  # after the server has refused a request of our own
+STOPPING_SECONDS = 5.0  # after the server, being stopped, has refused a probe
 
 Heard = Callable[[], None]
 
 
 class Request(Protocol):
-    """A request that waits for its adapters, or does not have to."""
+    """A client's request, which may have to wait for its adapters."""
 
     def pass_on(self, *, with_weights: bool) -> None:
-        """Send it on. RequestError when it cannot be sent."""
+        """Send the request on. RequestError when it cannot be sent."""
 
     def fail(self, error: Exception) -> None:
-        """Refuse it."""
+        """Refuse the request, with `error` as its response."""
 
 
 class Engine(Protocol):
-    """Takes requests of our own, one at a time."""
+    """Sends loads and probes to the engine, one at a time."""
 
     def load(self, task_id: int, heard: Heard) -> str | None:
-        """One token for this adapter, whose weights go along; the error, if there is one.
+        """Ask for one token with the adapter's weights, and return the engine's error text, or None.
 
         `heard` is called for each response. RequestError when the weights cannot be read.
         """
 
     def left_behind(self) -> None:
-        """The thread that asks is stuck, and another one goes on."""
+        """Note that the thread of the current call was abandoned, and that another thread makes the next one."""
 
     def probe(self, task_id: int | None, tokens: int, heard: Heard) -> str | None:
-        """So many tokens for this adapter, by id alone, or for the base model; the error, if there is one."""
+        """Ask for `tokens` tokens by id alone (None: of the base model); return the engine's error text, or None."""
 
 
 @dataclass(slots=True)
 class _OwnRequest:
-    """What has become of a request of our own."""
+    """The state of a load or probe."""
 
     sent_at: float
     error: str | None = None
@@ -84,10 +84,11 @@ class Dispatcher:
         on_load: Callable[[int, float], None] = lambda *_: None,
         on_miss: Callable[[int], None] = lambda _: None,
     ) -> None:
-        """An engine that is silent for `load_timeout` seconds is not waited for.
+        """Start the threads. A load or probe is abandoned after `load_timeout` seconds without a response.
 
-        `on_error` is told what goes wrong here. `on_load` is told the lora_task_id of each adapter that was loaded, and
-        the seconds that it took. `on_miss` is told that of an adapter that the engine lacks against expectation.
+        `on_error` is called with the text of each error of the threads. `on_load` is called with the lora_task_id of
+        each adapter that was loaded, and the seconds that the load took. `on_miss` is called with the lora_task_id of
+        an adapter that the engine lacked, and was believed to hold.
         """
         self._admission = admission
         self._engine = engine
@@ -96,7 +97,7 @@ class Dispatcher:
         self._on_load = on_load
         self._on_miss = on_miss
         self._lock = threading.Condition()
-        self._requests: dict[Ticket, Request] = {}  # that have not been sent
+        self._requests: dict[Ticket, Request] = {}  # those that have not been sent
         self._with_weights: SimpleQueue[list[Ticket] | None] = SimpleQueue()
         self._is_stopping = False
         self._worker = Worker()
@@ -109,7 +110,10 @@ class Dispatcher:
     # Requests
 
     def ask(self, ticket: Ticket, request: Request) -> None:
-        """Send the request on when its adapters are there. AdapterUnavailable when too many wait."""
+        """Send the request on at once, or later from another thread, when `Admission` releases it.
+
+        AdapterUnavailable when too many requests wait; ServerStopping after `stop`.
+        """
         with self._lock:
             if self._is_stopping:
                 raise ServerStopping
@@ -121,7 +125,7 @@ class Dispatcher:
             self._send(one)
 
     def leave(self, ticket: Ticket) -> bool:
-        """Take a request out of the queue, which is not answered then; False when it is not there any more."""
+        """Take a request out of the queue without a response; False when it has left the queue already."""
         with self._lock:
             has_left = self._admission.leave(ticket)
             if has_left:
@@ -129,7 +133,7 @@ class Dispatcher:
             return has_left
 
     def stop(self) -> None:
-        """Refuse what waits, and end the threads, but for one that waits for a silent engine."""
+        """Refuse the requests that wait, and end the threads. A thread that waits for a silent engine is abandoned."""
         with self._lock:
             self._is_stopping = True
             refused = [*self._requests.items()]
@@ -142,13 +146,13 @@ class Dispatcher:
             thread.join()
         self._worker.end()
 
-    # What is sent on
+    # Sending
 
     def _by_id(self, groups: list[list[Ticket]]) -> list[Ticket]:
-        """The tickets of those groups that go on by id; the sender gets the others.
+        """The tickets of the groups that go on by id alone. The other groups go to the sender's queue.
 
         Call it under the lock that was held when the groups got their numbers. The sender waits with each group until
-        all numbers before it have arrived, so its queue must have their order.
+        all smaller numbers have arrived, so its queue must be in the order of the numbers.
         """
         by_id = []
         for tickets in groups:
@@ -159,14 +163,14 @@ class Dispatcher:
         return by_id
 
     def _send(self, ticket: Ticket) -> Exception | None:
-        """Send one; why it was not sent."""
+        """Send the request of a ticket; the error if it could not be sent."""
         with self._lock:
             request = self._requests.pop(ticket, None)
-        if request is None:  # refused, because of `stop`
+        if request is None:  # `stop` has refused it
             return None
         try:
             request.pass_on(with_weights=ticket.with_weights)
-        except Exception as error:  # noqa: BLE001  whatever it is, the request is answered
+        except Exception as error:  # noqa: BLE001  any error must become the request's response
             with self._lock:
                 self._admission.dropped(ticket, time.monotonic())
             request.fail(error)
@@ -194,12 +198,12 @@ class Dispatcher:
             request.fail(why)
 
     def _wait_for(self, number: int) -> None:
-        """Until all that was decided before has reached the engine."""
+        """Wait until all requests and loads with a smaller number have reached the engine."""
         with self._lock:
             while not self._is_stopping and not self._admission.is_due(number, time.monotonic()):
                 self._lock.wait(POLL_SECONDS)
 
-    # Requests of our own
+    # Loads and probes
 
     def _keep(self) -> None:
         while True:
@@ -239,7 +243,7 @@ class Dispatcher:
         why: Exception | None = None
         with self._lock:
             if own.is_left_behind:
-                why = EngineSilent(f"the engine has said nothing for {self._load_timeout:g} s")
+                why = EngineSilent(f"the engine has not responded for {self._load_timeout:g} s")
                 refused = self._take(self._admission.failed(load, None))
             elif own.failure is not None or meaning in (Meaning.ERROR, Meaning.MISS):
                 why = own.failure or _engine_error(own.error or "")
@@ -273,7 +277,10 @@ class Dispatcher:
         return [request for ticket in tickets if (request := self._requests.pop(ticket, None)) is not None]
 
     def _do(self, ask: Callable[[Heard], str | None], ended_late: Callable[[float], None]) -> _OwnRequest:
-        """Have a request of our own done by the worker, which is left behind when the engine is silent."""
+        """Have the worker send a load or probe, and abandon the worker's thread when the engine is silent.
+
+        `ended_late` is called with the time at which an abandoned request has ended after all.
+        """
         own = _OwnRequest(time.monotonic())
         silence = Silence(self._load_timeout, self._load_timeout)
 
@@ -290,7 +297,7 @@ class Dispatcher:
                 if self._is_stopping:  # the server may unload the model at any time
                     raise ServerStopping
                 own.error = ask(heard)
-            except Exception as error:  # noqa: BLE001  those who wait for it are told
+            except Exception as error:  # noqa: BLE001  any error is the response to the requests that wait for it
                 own.failure = error
                 if not isinstance(error, RequestError):
                     self._on_error(traceback.format_exc())
@@ -308,11 +315,11 @@ class Dispatcher:
         self._worker.do(do, is_stuck)
         if own.is_left_behind and not self._is_stopping:
             self._engine.left_behind()
-            self._on_error(f"the engine has said nothing to a request of tritonlora's for {self._load_timeout:g} s")
+            self._on_error(f"the engine has not responded to a request of tritonlora for {self._load_timeout:g} s")
         return own
 
     def _survive(self, run: Callable[[], None]) -> None:
-        """Whatever goes wrong is told, and the thread goes on."""
+        """Run `run` until `stop`. An unexpected error is reported, and `run` starts again."""
         while not self._is_stopping:
             try:
                 run()

@@ -1,13 +1,13 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""Bytes as a tensor of any dtype, bfloat16 included, without torch.
+"""Makes DLPack capsules of bytes, as tensors of any dtype, bfloat16 included, without torch.
 
-numpy has no bfloat16, and torch in each process of the router would cost ten times what the rest of it does. DLPack
-describes a tensor in six fields, which are filled in here.
+numpy has no bfloat16. torch in each process of the router would cost ten times as much memory as the rest of the
+process. DLPack describes a tensor in six fields, which this module fills in.
 
-numpy can make a capsule of integers, in which the type could be changed. That was tried, and takes half of this module.
-With it the Python backend's process dies of a stack overflow at the first weights that the resolver sends (Triton 2.51,
-numpy 1.26).
+numpy can make a capsule of integers, whose dtype could then be changed. This was tried, and needs half as much code.
+But the Python backend's process then dies of a stack overflow at the first weights that the resolver sends (Triton
+2.51, numpy 1.26).
 
 Source: dmlc/dlpack include/dlpack/dlpack.h.
 """
@@ -52,7 +52,7 @@ class _ManagedTensor(ctypes.Structure):
     _fields_: ClassVar = [("dl_tensor", _Tensor), ("manager_ctx", ctypes.c_void_p), ("deleter", _Deleter)]
 
 
-# What each tensor that somebody still holds is made of, by the address of its _ManagedTensor.
+# The objects that each living tensor is made of, by the address of its _ManagedTensor.
 _alive: dict[int, tuple[object, ...]] = {}
 
 
@@ -62,7 +62,7 @@ def _forget(address: int) -> None:
 
 _delete = _Deleter(_forget)
 
-_NAME = b"dltensor"  # of a capsule that was not consumed
+_NAME = b"dltensor"  # the name of a capsule that was not consumed yet
 _is_capsule = ctypes.pythonapi.PyCapsule_IsValid
 _is_capsule.argtypes = (ctypes.c_void_p, ctypes.c_char_p)
 _address_in = ctypes.pythonapi.PyCapsule_GetPointer
@@ -85,10 +85,9 @@ _new_capsule.argtypes = (ctypes.c_void_p, ctypes.c_char_p, _Deleter)
 def capsule_of(content: npt.NDArray[np.uint8], dtype: str, shape: tuple[int, ...]) -> object:
     """`content` as a DLPack capsule ("dltensor") on the CPU, for one consumer. Nothing is copied.
 
-    `content` lives until the consumer lets go of the tensor, or until the capsule goes if there was none.
-
-    `dtype` is one of float16, float32, bfloat16; `content` has the elements of `shape` row by row, little-endian, and
-    nothing else.
+    `dtype` is one of float16, float32, bfloat16. `content` has the elements of `shape` row by row, little-endian, and
+    nothing else. It is kept alive until the consumer deletes the tensor, or until a capsule that was not consumed is
+    deleted.
     """
     code, bits = DTYPES[dtype].dlpack or (0, 0)
     dims = (ctypes.c_int64 * len(shape))(*shape)
@@ -101,11 +100,11 @@ def capsule_of(content: npt.NDArray[np.uint8], dtype: str, shape: tuple[int, ...
 
 
 def data_in(capsule: object) -> int:
-    """Where the elements of the tensor in a capsule ("dltensor") begin. ValueError where it is no such capsule."""
+    """The address of the first element of the tensor in a capsule ("dltensor"). ValueError for any other object."""
     tensor: _Tensor = _ManagedTensor.from_address(_address_in(id(capsule), _NAME)).dl_tensor
     return int(tensor.data) + int(tensor.byte_offset)
 
 
 def memory_at(address: int, nbytes: int) -> npt.NDArray[np.uint8]:
-    """Somebody else's memory, to be read and written while they keep it."""
+    """The memory of another owner as (nbytes,) uint8, without a copy. The owner must keep it alive meanwhile."""
     return np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address))

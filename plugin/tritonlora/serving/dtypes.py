@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""The dtypes of tensors under the names that each format has for them."""
+"""The dtypes of tensors, with the name that each format has for a dtype."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Dtype:
-    """One dtype. "" and None stand for: this format has none, or it is not needed here."""
+    """One dtype. "" and None mean that the format lacks the dtype, or that tritonlora does not need the name."""
 
-    name: str  # torch's, and that of TensorRT-LLM's config.json
+    name: str  # in torch, and in TensorRT-LLM's config.json
     itemsize: int  # bytes of an element
     safetensors: str
     triton: str = ""  # data_type in a config.pbtxt

@@ -1,23 +1,25 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""What the engine's LoRA cache holds, and which of its adapters may be in use, as far as that is certain.
+"""What the engine's LoRA cache certainly holds, and which of its adapters may be in use.
 
-The engine evicts the adapter that was done first, of those that no request uses (TensorRT-LLM
-cpp/tensorrt_llm/runtime/loraCache.cpp). Two facts follow:
+Of the adapters that no request uses, the engine evicts the one whose last request ended first (TensorRT-LLM
+cpp/tensorrt_llm/runtime/loraCache.cpp). Two rules follow:
 
     held        an adapter is still cached, if all adapters that may have been used after it fit beside it
-    capacity    the engine has room, if all adapters that may be in use fit beside one more
+    capacity    the engine has capacity for an adapter, if all adapters that may be in use fit beside it
 
-In an ensemble nobody here sees when a request ends. So its end is bounded by requests of our own:
+The resolver is a step of an ensemble, and does not see when a request ends. So it bounds the request's end by its own
+requests to the engine, which are loads and probes:
 
-- It has started when one that was sent later, and not just then, has had its first token: the engine starts requests
-  in the order in which they come.
-- It has ended when the engine has gone through as many iterations since then as the request has tokens: each iteration
-  gives every active request a token at least. Each response to a request of our own shows that an iteration has passed.
+- The engine starts requests in the order in which they come. A request has started when an own request that was sent at
+  least ARRIVAL_SECONDS later has had its first token.
+- Each iteration of the engine gives every active request at least one token. A request has ended when the engine has
+  gone through as many iterations since its start as the request has tokens. Each response to an own request shows that
+  one more iteration has passed.
 
-So no pace is assumed. Whatever the engine does, and however long it takes, a bound can only be late.
+So the resolver assumes no speed of the engine. If the engine is slow, a bound is only late, and never wrong.
 
-Times are seconds of any one clock. Nothing here knows Triton, threads or files.
+Times are seconds of any one clock. This module uses no Triton, no threads and no files.
 """
 
 from __future__ import annotations
@@ -28,10 +30,10 @@ from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-ARRIVAL_SECONDS = 0.003  # in which a request that Triton was given has reached the engine
-EXTRA_ITERATIONS = 4  # in which a request may be active without a token: it starts, its end is noticed
-CONFIRMED_SECONDS = 2.0  # without a sign for longer, the engine may have been loaded again
-MOST_UNCONFIRMED = 16  # the ones before were evicted by the time that somebody asks
+ARRIVAL_SECONDS = 0.003  # from sending a request to Triton until it has reached the engine
+EXTRA_ITERATIONS = 4  # a request may be active for so many without a token: while it starts, and while it ends
+CONFIRMED_SECONDS = 2.0  # without a sign of the engine for longer, it may have been loaded again
+MOST_UNCONFIRMED = 16  # older unconfirmed adapters were probably evicted, and are not probed
 
 
 @dataclass(eq=False, slots=True)
@@ -40,33 +42,33 @@ class _Adapter:
     pages: int
     is_warm: bool = False  # the engine's warmup loads it
     was_sent: bool = False  # its weights were sent to the engine at some time
-    seen_at: float | None = None  # when the engine certainly had it; None: it may have lost it since, or never had it
+    seen_at: float | None = None  # the last time at which the engine certainly had it; None: it may not have it
     used_at: float = -math.inf  # when a request for it was last sent
-    is_in_use: bool = False  # maybe
-    begun: int = 0  # requests that have begun, and of which nothing more is known
-    unstarted: float = -math.inf  # iterations that those need at most that were sent, and may not have started
-    ends: float = -math.inf  # the iteration by which those have ended that have started
-    ended_at: float = -math.inf  # when the end of all of them became certain
+    is_in_use: bool = False  # whether a request may use it now
+    begun: int = 0  # requests after `begin`, and before `send` or `end`
+    unstarted: float = -math.inf  # the most iterations that a sent request needs which may not have started
+    ends: float = -math.inf  # the iteration by which all started requests have ended
+    ended_at: float = -math.inf  # the time at which it became certain that all requests have ended
 
 
 class EngineCache:
-    """Beliefs about one engine's cache of `capacity` pages; 0: its size is not known, and nothing is certain."""
+    """What is certain of one engine's cache of `capacity` pages. 0: its size is not known, and nothing is certain."""
 
     def __init__(self, capacity: int, warm: Mapping[int, int], now: float, *, is_fresh: bool = True) -> None:
-        """`warm`: lora_task_id -> pages of what the engine was started with, in the order in which it loads them.
+        """`warm` has the adapters that the engine's warmup loads, lora_task_id -> pages, in the order of the warmup.
 
-        An engine that is not fresh may have been given adapters that nobody here knows of.
+        If the engine `is_fresh`, it holds no other adapters. Otherwise it may have got others before.
         """
         self.capacity = capacity
         self._adapters: dict[int, _Adapter] = {}
-        self._ended: OrderedDict[int, None] = OrderedDict()  # those not in use, the first to end first
-        self._in_use = 0  # pages of the others
+        self._ended: OrderedDict[int, None] = OrderedDict()  # adapters not in use, in the order in which they ended
+        self._in_use = 0  # pages of the adapters that may be in use
         self._ever_sent = 0 if is_fresh else math.inf  # pages of all adapters whose weights were ever sent
-        self._unconfirmed: dict[int, None] = {}  # adapters whose weights went along with a request, maybe in vain
-        self._unstarted: OrderedDict[int, None] = OrderedDict()  # adapters with such requests, by the last one's time
-        self._iterations = 0  # that the engine has certainly gone through
+        self._unconfirmed: dict[int, None] = {}  # adapters whose weights a request carried, which may have failed
+        self._unstarted: OrderedDict[int, None] = OrderedDict()  # adapters with unstarted requests, by `used_at`
+        self._iterations = 0  # how many the engine has certainly gone through
         self._ends: list[tuple[float, int]] = []  # heap of (iteration, task id), one for each with started requests
-        self._confirmed_at = now  # until then the engine was not loaded again
+        self._confirmed_at = now  # the engine was not loaded again before this time
         for order, (task_id, pages) in enumerate(warm.items()):
             adapter = self._adapter(task_id, pages)
             adapter.is_warm = True
@@ -90,23 +92,23 @@ class EngineCache:
 
     @property
     def fits_all(self) -> bool:
-        """Whether all adapters that the engine may ever have been given fit together, so that none was evicted."""
+        """Whether all adapters that the engine may ever have got fit together, so that it evicted none."""
         return self._ever_sent <= self.capacity
 
     @property
     def has_open(self) -> bool:
-        """Whether requests were sent whose end is not certain."""
+        """Whether some requests were sent and have not certainly ended."""
         return bool(self._unstarted or self._ends)
 
     @property
     def unconfirmed(self) -> int | None:
-        """The last adapter whose weights went along with a request that the engine may have refused."""
+        """The last adapter whose weights a request carried, if the engine may have refused that request."""
         return next(reversed(self._unconfirmed), None)
 
     def least_recent(self, *, warm: bool) -> int | None:
-        """The held adapter that is the next to be evicted, `warm` ones included or not.
+        """The held adapter that the engine evicts next; `warm` tells whether warm adapters count.
 
-        Where all of them may be in use, the one that was asked for first.
+        If all held adapters may be in use, the one whose last request was sent first.
         """
         held = (one for one in self._adapters.values() if one.seen_at is not None and (warm or not one.is_warm))
         by_eviction = sorted(held, key=lambda one: (one.is_in_use, one.used_at))
@@ -115,7 +117,10 @@ class EngineCache:
     # Events
 
     def begin(self, task_id: int, pages: int, *, with_weights: bool) -> None:
-        """A request for the adapter, or a load, is about to be sent. Until `send` or `end` it may be active."""
+        """Note that a request for the adapter, or a load, is about to be sent. It may be active until `send` or `end`.
+
+        `pages` are those of the adapter, and `with_weights` tells whether its weights go along.
+        """
         adapter = self._adapter(task_id, pages)
         adapter.begun += 1
         if not adapter.is_in_use:
@@ -124,10 +129,10 @@ class EngineCache:
             self._ended.pop(task_id, None)
         if with_weights:
             self._count(adapter)
-            adapter.seen_at = None  # until `see` tells that the engine has taken them
+            adapter.seen_at = None  # until `see` tells that the engine has taken the weights
 
     def send(self, task_id: int, tokens: float, now: float, *, with_weights: bool) -> None:
-        """A request that has begun was sent. It ends by itself, at most so many tokens after its start."""
+        """Note that a request after `begin` was sent. It ends at most `tokens` iterations after its start."""
         adapter = self._adapters[task_id]
         adapter.begun -= 1
         adapter.used_at = now
@@ -141,39 +146,46 @@ class EngineCache:
                 del self._unconfirmed[next(iter(self._unconfirmed))]
 
     def end(self, task_id: int, now: float) -> None:
-        """A request that has begun has ended."""
+        """Note that a request after `begin` has ended, or was not sent."""
         adapter = self._adapters[task_id]
         adapter.begun -= 1
         self._end(adapter, now)
 
     def see(self, task_id: int, sent_at: float) -> None:
-        """The engine has responded to a request for the adapter that was sent at that time, and has not ended here."""
+        """Note that the engine has responded to a request for the adapter that was sent at `sent_at`.
+
+        Call it before `end`.
+        """
         self._unconfirmed.pop(task_id, None)
         adapter = self._adapters[task_id]
-        if adapter.seen_at is not None and not adapter.is_warm:  # so that its weights did not come along
+        if adapter.seen_at is not None and not adapter.is_warm:  # the request was sent by id, so the engine had it
             self._confirmed_at = max(self._confirmed_at, sent_at)
         adapter.seen_at = sent_at
         adapter.used_at = max(adapter.used_at, sent_at)
 
     def lose(self, task_id: int) -> None:
-        """The engine may not have the adapter any more."""
+        """Note that the engine may have lost the adapter."""
         self._unconfirmed.pop(task_id, None)
         self._adapters[task_id].seen_at = None
 
     def miss(self, task_id: int) -> bool:
-        """The engine did not have the adapter. Whether that is against what was believed; then it is true of others."""
+        """Note that the engine did not have the adapter. True: the engine was believed to hold it.
+
+        Then the engine may have lost other adapters, too.
+        """
         self._unconfirmed.pop(task_id, None)
         adapter = self._adapters[task_id]
         if adapter.seen_at is None:
             return False
-        # Where nothing is evicted, the engine was loaded again, and its warmup with it; else nothing is certain.
+        # If all adapters fit, none was evicted: the engine was loaded again, and has its warm adapters. Otherwise
+        # nothing is certain.
         keeps_warm = self.fits_all and not adapter.is_warm
         for one in self._adapters.values():
             one.seen_at = one.seen_at if keeps_warm and one.is_warm else None
         return True
 
     def heard(self, sent_at: float, now: float) -> None:
-        """A request of our own, sent at that time, has had one response more, of another iteration."""
+        """Note one more response to a load or probe that was sent at `sent_at`: one more iteration has passed."""
         while self._unstarted:
             adapter = self._adapters[next(iter(self._unstarted))]
             if adapter.used_at > sent_at - ARRIVAL_SECONDS:
@@ -206,7 +218,7 @@ class EngineCache:
             self._ever_sent += adapter.pages
 
     def _end(self, adapter: _Adapter, now: float) -> None:
-        """Note that it is not in use any more, if that is so."""
+        """Note that the adapter is not in use, if all of its requests have ended."""
         if not adapter.begun and adapter.unstarted == adapter.ends == -math.inf:
             adapter.is_in_use = False
             adapter.ended_at = now
@@ -214,7 +226,7 @@ class EngineCache:
             self._ended[adapter.task_id] = None
 
     def _is_recent(self, adapter: _Adapter, now: float) -> bool:
-        """Whether the engine has not been loaded again since it had the adapter, or has warmed it then."""
+        """Whether the engine cannot have lost the adapter by being loaded again. A warm adapter is loaded with it."""
         seen_at = max(self._confirmed_at, adapter.seen_at or 0.0)
         return adapter.is_warm or now <= seen_at + CONFIRMED_SECONDS
 
@@ -222,12 +234,12 @@ class EngineCache:
         """Whether all adapters that may have been used after these fit beside them."""
         if self.fits_all:
             return True
-        room = self.capacity - self._in_use - sum(adapter.pages for adapter in adapters if not adapter.is_in_use)
+        free_pages = self.capacity - self._in_use - sum(adapter.pages for adapter in adapters if not adapter.is_in_use)
         since = min(adapter.used_at for adapter in adapters)
         for task_id in reversed(self._ended):
             other = self._adapters[task_id]
-            if room < 0 or other.ended_at <= since:
+            if free_pages < 0 or other.ended_at <= since:
                 break
             if other not in adapters:
-                room -= other.pages
-        return room >= 0
+                free_pages -= other.pages
+        return free_pages >= 0

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""What an error of the engine's model means, and what of it a client may see."""
+"""What an error of the engine's model means for the LoRA cache, and which part of its text a client may see."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import re
 
 
 class Meaning(enum.Enum):
-    """What an answer of the engine says about its LoRA cache."""
+    """What a response of the engine says about its LoRA cache."""
 
-    ANSWER = enum.auto()
+    ANSWER = enum.auto()  # no error
     MISS = enum.auto()  # the adapter is not cached: send its weights
     FULL = enum.auto()  # every cached adapter is in use: wait until one is not
-    ERROR = enum.auto()  # anything else: the client's to see
+    ERROR = enum.auto()  # any other error, which the client gets
 
 
-# Substrings, because prefixes and suffixes differ between versions and backends. The first one that is found counts.
-# Sources: TensorRT-LLM batch_manager/peftCacheManager.cpp, runtime/loraCache.cpp. The first three are trouble with
-# the GPU, which ends all running requests; their errors may quote the other texts. The last text is upstream's when
-# some adapters could be evicted, but not enough.
+# Substrings of error texts, because prefixes and suffixes differ between versions and backends. The first substring
+# that is found counts. Sources: TensorRT-LLM batch_manager/peftCacheManager.cpp, runtime/loraCache.cpp.
+# The first three are GPU errors, which end all running requests; their texts may quote the other substrings.
+# TensorRT-LLM sends the last one when it could evict some adapters, but not enough of them.
 _MEANINGS = {
     "forwardAsync": Meaning.ERROR,
     "copyTask": Meaning.ERROR,
@@ -32,13 +32,13 @@ _MEANINGS = {
 
 
 def meaning_of(error: str | None) -> Meaning:
-    """What an answer with this error text (None: no error) means."""
+    """What a response with this error text (None: no error) means."""
     if error is None:
         return Meaning.ANSWER
     return next((meaning for text, meaning in _MEANINGS.items() if text in error), Meaning.ERROR)
 
 
-# What Triton says of a model that it cannot ask now; the code of these is INTERNAL.
+# Substrings of Triton's errors for a model that is not ready. Triton's code for these errors is INTERNAL.
 # Sources: Triton core src/model_repository_manager, python_backend src/python_be.cc.
 _NOT_NOW = (
     "is not ready",
@@ -51,7 +51,7 @@ _NOT_NOW = (
 
 
 def is_unavailable(error: str) -> bool:
-    """Whether the engine's model is not there now, but may be again."""
+    """Whether the engine's model is not ready now, but may be ready later."""
     return any(text in error for text in _NOT_NOW)
 
 
@@ -61,7 +61,7 @@ _PATH = re.compile(r"(?<![\w:/])(?:/[\w.+@-]+){2,}")
 
 
 def public(message: str) -> str:
-    """An engine's error text without what is the server's own business: backtraces and paths."""
+    """An engine's error text without backtraces and paths of the server, which clients must not see."""
     for pattern, replacement in ((_BACKTRACE, ""), (_SOURCE_LOCATION, ""), (_PATH, "<path>")):
         message = pattern.sub(replacement, message)
     return message

@@ -1,11 +1,11 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""The errors of what runs inside tritonserver.
+"""The errors of the code that runs inside tritonserver.
 
 * TritonLoraError
   - AdapterTableError         adapters.json is malformed
   - ModelConfigError          the config.pbtxt of one of our models asks for what the model cannot do
-  - SharedMemoryError         what the router's instances share in /dev/shm is not theirs alone
+  - SharedMemoryError         another user can write to the directory that the router's instances share in /dev/shm
   - RequestError              one inference request; `code` names the Triton error code of the response
     - InvalidRequest          INVALID_ARG
     - UnknownAdapter          NOT_FOUND
@@ -21,7 +21,7 @@ from collections.abc import Iterable
 
 
 class TritonLoraError(Exception):
-    """All errors that this package raises on purpose. However much is wrong, the message is `bounded`."""
+    """The base class of tritonlora's errors. The length of the message is `bounded`."""
 
     def __init__(self, message: str = "") -> None:
         super().__init__(bounded(message))
@@ -36,17 +36,17 @@ class ModelConfigError(TritonLoraError):
 
 
 class SharedMemoryError(TritonLoraError):
-    """What the router's instances share in /dev/shm is not theirs alone."""
+    """The directory that the router's instances share in /dev/shm cannot be read, or another user can write to it."""
 
 
 class RequestError(TritonLoraError):
-    """One inference request cannot be answered. `code` is a name in `pb_utils.TritonError`."""
+    """One inference request fails. `code` is a name in `pb_utils.TritonError`."""
 
     code = "INTERNAL"
 
 
 class InvalidRequest(RequestError):
-    """The request contradicts itself or the wire."""
+    """The request contradicts itself, or one of its inputs or parameters is not allowed."""
 
     code = "INVALID_ARG"
 
@@ -64,7 +64,7 @@ class AdapterUnavailable(RequestError):
 
 
 class EngineSilent(RequestError):
-    """The engine's model does not answer, or does not go on."""
+    """The engine's model does not respond, or has stalled in the midst of a response."""
 
     code = "UNAVAILABLE"
 
@@ -79,15 +79,16 @@ class ServerStopping(RequestError):
 
 
 class ClientLeft(RequestError):
-    """Nobody waits for the response any more."""
+    """The client has left before the response was complete."""
 
     code = "CANCELLED"
 
 
 def one_message(heading: str, problems: Iterable[str]) -> str:
-    """`heading`, then the problems: on the same line when there is one, else a line each, and "and 9 more" at the end.
+    """`heading`, then the problems, as one `bounded` message.
 
-    The message is `bounded`.
+    One problem stands on the line of the heading. Several stand on a line each, at most _MAX_PROBLEMS of them, and then
+    "and 9 more".
     """
     lines = list(problems)
     if len(lines) == 1:
@@ -97,7 +98,7 @@ def one_message(heading: str, problems: Iterable[str]) -> str:
 
 
 def bounded(message: str) -> str:
-    """`message` without the middles of lines that are too long, and without its own where it is too long itself."""
+    """`message`, shortened in the middle: of each line beyond _MAX_WIDTH, and of the whole beyond its own limits."""
     lines = [_without_middle(line, _MAX_WIDTH) for line in message.split("\n")]
     if len(lines) > _MAX_LINES:
         first, last = _MAX_LINES // 2, _MAX_LINES // 2 - 1
@@ -112,5 +113,5 @@ def _without_middle(text: str, most: int) -> str:
 
 _MAX_PROBLEMS = 100
 _MAX_LINES = 200  # a problem may have several
-_MAX_WIDTH = 10_000  # characters; two paths fit, and a name that a file's header makes up can have megabytes
+_MAX_WIDTH = 10_000  # characters of a line: two paths fit; a name in a hostile file's header can have megabytes
 _MAX_CHARACTERS = 50_000

@@ -1,16 +1,16 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""When an adapter's weights travel along with a request, when a request waits, and what an engine error means.
+"""Decides when a request carries an adapter's weights, when a request waits, and what follows from an engine's error.
 
 Strategy. A request for an adapter normally carries its lora_task_id alone. The engine holds a bounded cache of
 adapters and answers a miss before it has produced a token, so the same request can be sent again with the weights and
-the client sees nothing of it. What the router believes about that cache (`residency.py`) is learnt from answers only:
-an adapter counts as held once the engine has answered a request for it.
+the client sees nothing of it. The router learns only from the engine's responses what that cache holds
+(`residency.py`): an adapter counts as held once the engine has responded to a request for it.
 
-Rules. Nothing here knows Triton: requests and answers are opaque, sending is a function that is passed in. All the
-answers of every request are taken, also those that nobody wants: Triton hangs on a BLS request that is abandoned. While
-a request waits for room, or for another one that loads its adapter, its client may leave, and then it is not sent.
-After the first answer of a stream nothing is ever sent again: that would repeat text.
+Rules. This module does not use Triton: requests and responses are opaque, and a function that is passed in sends them.
+All responses to every request are read, even after an error: Triton hangs on a BLS request that is abandoned. A request
+whose client leaves while it waits is not sent. After the first response of a stream nothing is sent again, since that
+would repeat text.
 """
 
 from __future__ import annotations
@@ -32,8 +32,7 @@ Answer = TypeVar("Answer")
 
 # When weights travel along
 
-# So often another request may have loaded the adapter, and the engine evicted it again, before this one loads it
-# whatever the others do.
+# After so many misses in a row a request sends the weights itself, even if another request has just loaded the adapter.
 MISSES_TO_INSIST = 3
 
 

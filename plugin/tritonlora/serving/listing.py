@@ -1,14 +1,14 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""Which adapters there are, and in which state: what `lora_adapters` tells clients.
+"""The registered adapters and their states, as the model `lora_adapters` lists them for clients.
 
 | state | meaning |
 |---|---|
-| warm | the engine holds it; its warmup loads it at every start |
-| loaded | the engine holds it since it was asked for |
-| unknown | the engine had it, and may have evicted it since: nobody has told the router how large the cache is |
-| cold | the engine does not hold it; the next request brings its weights |
-| unavailable | requests for it are refused; `reason` says why |
+| warm | the engine holds the adapter; its warmup loads it at every start |
+| loaded | the engine holds the adapter, since a request has loaded it |
+| unknown | the engine had the adapter, and may have evicted it: the router does not know the size of the cache |
+| cold | the engine does not hold the adapter; the next request for it carries the weights |
+| unavailable | requests for the adapter are refused; `reason` says why |
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ from .routing import Route, check_id, malformed
 def describe(
     table: AdapterTable, repository: Path, residency: Residency, only: str | None = None
 ) -> dict[str, dict[str, Any]]:
-    """What is known of each adapter, or of one of them, by lora_name. `residency` is what the router believes.
+    """lora_name -> the JSON fields of each adapter, or of the adapter `only`.
 
-    Of an entry that is malformed, and of an alias of nothing, that is the state and the reason.
+    `residency` tells which adapters the engine holds. A malformed entry, and an alias of an unregistered adapter, have
+    a state and a reason alone.
     """
     names = table.entries if only is None else (only,)
     aliases, held = table.aliases_by_name(), residency.certainty()
@@ -64,10 +65,10 @@ _HUB_NAME = re.compile(rf"(?!.*(?:--|\.\.)){_PART}/{_PART}", re.ASCII)  # huggin
 
 
 def public_base(name_or_path: str) -> str | None:
-    """What clients are told of an adapter's base model: its name on the Hugging Face hub, else None.
+    """The base model's name on the Hugging Face hub, which clients may see; None for a path.
 
-    No path leaves the server. A name has the form organisation/name, and leads nowhere on this machine. A relative path
-    can have that form, too: where it leads somewhere, `tritonlora add` notes the absolute path in its place.
+    A name has the form organisation/name, and is no existing path on this machine. A relative path can have that form,
+    too. If it exists, `tritonlora add` registers the absolute path in its place.
     """
     is_path = not _HUB_NAME.fullmatch(name_or_path) or os.path.exists(name_or_path)  # noqa: PTH110  it may be no path
     return None if is_path else name_or_path

@@ -1,8 +1,8 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""Which adapters there are, for clients; what the router has counted, for Prometheus.
+"""The model `lora_adapters`: lists the adapters for clients, and publishes the router's counts as Prometheus metrics.
 
-It takes part in what the router's instances share, and asks the engine nothing.
+It reads the files that the router's instances share, and sends the engine no requests.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from .triton import failure, parameters_in
 
 
 class TritonPythonModel:
-    """The one instance."""
+    """The only instance of `lora_adapters`."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Read the router's table, and publish metrics from now on."""
+        """Read the router's adapter table, and start publishing metrics."""
         config = json.loads(args["model_config"])
         check_config(config)
         parameters = parameters_in(config)
@@ -49,11 +49,11 @@ class TritonPythonModel:
         self._thread.start()
 
     def execute(self, requests: list[pb_utils.InferenceRequest]) -> list[pb_utils.InferenceResponse]:
-        """Answer with what is known of the adapters."""
+        """Respond to each request with the listing: JSON, in the output `adapters` (1,) string."""
         return [self._answer(request) for request in requests]
 
     def finalize(self) -> None:
-        """Publish no more, and leave what the instances share."""
+        """Stop publishing, and close the files that the instances share."""
         self._stop.set()
         self._thread.join()
         self._residency.close()
@@ -66,34 +66,34 @@ class TritonPythonModel:
             found = describe(table, self._repository, self._residency, only=route.lora_name if route else None)
         except RequestError as error:
             return failure(str(error), error.code)
-        except Exception:  # noqa: BLE001  whatever it is, the others are answered
+        except Exception:  # noqa: BLE001  an error of one request must not fail the others
             pb_utils.Logger.log_error(traceback.format_exc())
             return failure("the listing failed on this request; the server's log says why", "INTERNAL")
         return pb_utils.InferenceResponse([pb_utils.Tensor("adapters", np.array([json.dumps(found)], np.object_))])
 
     def _publish(self, refresh_seconds: float) -> None:
-        """Until there is no more to do; metrics that outlive `finalize` crash the stub."""
+        """Publish every `refresh_seconds` until `finalize`. Metrics that outlive `finalize` crash the stub."""
         publisher: Publisher | None = None
         with open_file_inside(self._residency.descriptor, "publisher", "wb") as lock:
             while not self._stop.wait(refresh_seconds):
                 try:
-                    # While a model is reloaded there are two instances of it for a time, and the metrics of both would
-                    # be the same ones to Triton, which the older instance takes with it (seen with 2.51: a crash).
+                    # While a model is reloaded, two instances of it run for a time. Triton takes the metrics of both
+                    # for the same, and the older instance deletes them when it ends (seen with 2.51: a crash).
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     if publisher is None:
                         publisher = Publisher(TableFile(self._path, lambda _: None), self._statistics)
                     publisher.publish(self._residency.waiting())
                 except BlockingIOError:
                     continue
-                except Exception as error:  # noqa: BLE001  the next time it may be well again
+                except Exception as error:  # noqa: BLE001  the next round may succeed
                     pb_utils.Logger.log_error("".join(traceback.format_exception(error)))
             del publisher
 
 
 class Publisher:
-    """Brings Triton's metrics in step with what the router's instances have counted.
+    """Brings Triton's metrics in step with the counts of the router's instances.
 
-    By increments only: unlike `set`, `increment` lets go of the GIL while the server answers.
+    It uses `increment` only. Unlike `set`, `increment` releases the GIL while the server responds.
     """
 
     def __init__(self, table: TableFile, statistics: int) -> None:
@@ -105,7 +105,7 @@ class Publisher:
         self._info: dict[str, str] | None = None
 
     def publish(self, waiting: list[int]) -> None:
-        """Once."""
+        """Publish the counts once. `waiting` has the lora_task_ids of the requests that wait for capacity."""
         counts = read_statistics(self._statistics)
         for sample in list(metrics.increments(self._published, counts)):
             key = (sample.family, sample.labels)
@@ -117,7 +117,7 @@ class Publisher:
         names = [name for task_id in waiting if (name := table.name_of(task_id))]
         labels = metrics.info_labels(counts, names, len(table.entries))
         if labels != self._info:
-            # A metric lives as long as its family does, and one with other labels would stay beside it.
+            # A metric lives as long as its family. So the family is made anew, or the old labels would stay, too.
             del self._families[metrics.INFO]
             self._families[metrics.INFO] = new_family(metrics.INFO)
             self._families[metrics.INFO].Metric(labels=labels).increment(time.time())
@@ -125,6 +125,6 @@ class Publisher:
 
 
 def new_family(family: metrics.Family) -> pb_utils.MetricFamily:
-    """The same for Triton."""
+    """`family` as a metric family of Triton."""
     kind = pb_utils.MetricFamily.COUNTER if family.is_counter else pb_utils.MetricFamily.GAUGE
     return pb_utils.MetricFamily(family.name, family.description, kind)

@@ -1,12 +1,13 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""What the router's instances have counted, as Prometheus metrics.
+"""The counts of the router's instances as Prometheus metrics.
 
-Values in, values out: `samples` says what every metric is now, and whoever knows Triton publishes it.
+The functions take values and return values: `samples` computes the value of each metric, and `listing_model` publishes
+the values.
 
-`lora_requests_info` is the gauge that the Kubernetes Gateway API Inference Extension reads to send a request where its
-adapter is (docs/proposals/003-model-server-protocol): which adapters run and wait are its labels, and its value is the
-time of the last change, by which the newest of several series is known.
+The Kubernetes Gateway API Inference Extension reads the gauge `lora_requests_info` to send a request to a server that
+has its adapter (docs/proposals/003-model-server-protocol). The labels of the gauge are the adapters that run and those
+that wait. Its value is the time of the last change, in seconds since 1970, which tells the newest of several series.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Sample:
 REQUESTS = Family("lora_requests_total", "Requests by lora_name (none: the base model) and outcome", is_counter=True)
 LOADED = Family("lora_loads_total", "Adapters that the router gave to the engine, by reason", is_counter=True)
 SECONDS = Family("lora_load_seconds_total", "Seconds from sending weights to the first token", is_counter=True)
-RUNNING = Family("lora_requests_running", "Requests under way, those that wait for room included", is_counter=False)
+RUNNING = Family("lora_requests_running", "Requests under way, those that wait included", is_counter=False)
 MISSES = Family(
     "lora_unexpected_misses_total",
     "Times that the engine lacked an adapter that it should have had; requests for it may have failed",
@@ -58,7 +59,7 @@ FAMILIES = (REQUESTS, LOADED, SECONDS, RUNNING, MISSES, RELOADS, FAILURES, INFO)
 
 
 def samples(counts: Counts) -> Iterator[Sample]:
-    """All metrics but INFO."""
+    """The values of all metrics except INFO."""
     for name, of_adapter in counts.items():
         adapter = ("lora_name", name)
         for outcome in OUTCOMES:
@@ -73,9 +74,9 @@ def samples(counts: Counts) -> Iterator[Sample]:
 
 
 def increments(published: Mapping[Key, float], counts: Counts) -> Iterator[Sample]:
-    """What has to be added to the values that were `published`, so that they say what was counted.
+    """The changes that bring the `published` values in step with `counts`.
 
-    A counter never falls, also when what the instances share was lost; and what is counted no more does not run.
+    A counter never falls, even if the instances' files were lost. A gauge without a count becomes 0.
     """
     now = dict.fromkeys(published, 0.0) | {(sample.family, sample.labels): sample.value for sample in samples(counts)}
     for (family, labels), value in now.items():
@@ -85,7 +86,7 @@ def increments(published: Mapping[Key, float], counts: Counts) -> Iterator[Sampl
 
 
 def info_labels(counts: Counts, waiting: Sequence[str], max_lora: int) -> dict[str, str]:
-    """The labels of INFO. Adapters that wait for room do not run, though their requests are under way."""
+    """The labels of INFO. An adapter of which a request waits for capacity counts as waiting, and not as running."""
     stopped = set(waiting)
     others = {BASE, OTHERS, *stopped}
     running = [name for name, of_adapter in counts.items() if of_adapter["running"] and name not in others]

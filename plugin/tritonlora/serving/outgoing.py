@@ -1,12 +1,16 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""The requests that the router sends on to the engine's model, by BLS.
+"""Sends the router's requests to the engine's model, by BLS.
 
-An instance sends one at a time, from one thread. A thread for each stream would be cheaper than a process, and is a
-trap: two decoupled BLS requests at a time in one process deadlock sooner or later. `ResponseIterator::Next` waits for
-the GIL while it has the iterator's mutex, the thread that delivers responses for that mutex while it has the mutex of
-the table of iterators, and `Stub::GetResponseIterator` for the latter while it has the GIL (python_backend
-src/pb_stub.cc, seen with 2.51, and the same in its main branch of July 2026).
+An instance sends one request at a time, from one thread. A thread for each stream would be cheaper than a process, but
+two decoupled BLS requests at a time in one process deadlock sooner or later. Three threads of the stub can wait for
+each other (python_backend src/pb_stub.cc, seen with 2.51, and the same in its main branch of July 2026):
+
+| thread | holds | waits for |
+|---|---|---|
+| in `ResponseIterator::Next` | the iterator's mutex | the GIL |
+| the one that delivers responses | the mutex of the table of iterators | the iterator's mutex |
+| in `Stub::GetResponseIterator` | the GIL | the mutex of the table of iterators |
 """
 
 from __future__ import annotations
@@ -33,7 +37,7 @@ Responses: TypeAlias = "Iterator[pb_utils.InferenceResponse]"
 
 
 class Engine:
-    """The engine's model, as one thread of the router asks it."""
+    """Makes and sends requests to the engine's model, from one thread of the router."""
 
     def __init__(
         self,
@@ -47,7 +51,10 @@ class Engine:
         batching: bool,
         gives: Callable[[Route], None],
     ) -> None:
-        """`gives` is told that the engine is about to get an adapter's content; it raises where it must not."""
+        """`gives` binds an adapter's lora_task_id to its content, just before the engine gets that content.
+
+        It raises AdapterUnavailable when the id is bound to other content.
+        """
         self.wire = wire
         self.decoupled = decoupled
         self.batching = batching
@@ -58,21 +65,22 @@ class Engine:
         self._gives = gives
         self._own_ids = itertools.count(secrets.randbits(62))
         self._kept = new_kept_weights()
-        # The stub forgets a stream in a thread of its own. If nobody else held it by then, that thread would wait for
-        # the GIL with the mutex that the next request needs while it holds the GIL.
+        # A thread of the stub drops its reference to a stream. If that is the last reference, the thread waits for the
+        # GIL while it holds a mutex, which the next request needs while it holds the GIL. So we keep references, too.
         self._last_streams: deque[Any] = deque(maxlen=4)
         self._naming_tensors: dict[int, list[pb_utils.Tensor]] = {}  # by lora_task_id
 
     def request(
         self, request: pb_utils.InferenceRequest, parameters: dict[str, Any], wanted: Collection[str], silence: Silence
     ) -> Callable[[Sequence[pb_utils.Tensor], Route | None], Outgoing]:
-        """What makes a request of a client one to the engine, for some of its rows and their adapter.
+        """A function (tensors, adapter) -> the request to the engine for those rows of a client's request.
 
-        `wanted` are the outputs to ask for. `silence` is told when the engine is asked, and when it is heard.
+        `wanted` are the outputs to ask for. `silence` notes when the request is sent, and each response.
         """
 
         def outgoing(tensors: Sequence[pb_utils.Tensor], route: Route | None) -> Outgoing:
-            # Only a request that no other one shares its id with can be stopped. Old engines want numbers.
+            # The engine stops all requests with an id, so only a request with an id of its own can be stopped. Old
+            # engines take numbers alone.
             own_id = str(next(self._own_ids)) if self.stop and not request.request_id() else ""
             make = functools.partial(
                 pb_utils.InferenceRequest,
@@ -81,7 +89,7 @@ class Engine:
                 request_id=request.request_id() or own_id,
                 correlation_id=request.correlation_id(),
                 timeout=request.timeout(),
-                parameters=_carried(parameters) or None,  # which saves Triton's stub from writing JSON
+                parameters=_carried(parameters) or None,  # None saves Triton's stub from writing JSON
                 trace=request.trace(),
             )
             return Outgoing(self, make, tensors, route, silence, can_stop=bool(own_id))
@@ -89,7 +97,7 @@ class Engine:
         return outgoing
 
     def naming_tensors(self, route: Route) -> list[pb_utils.Tensor]:
-        """What tells the engine which adapter it is. Kept: a tensor that was sent is in shared memory the next time."""
+        """The tensors that name the adapter. They are kept: a tensor that was sent lies in shared memory already."""
         found = self._naming_tensors.get(route.entry.lora_task_id)
         if found is None:
             values = self.wire.naming_inputs(self._files.repository, route)
@@ -100,18 +108,18 @@ class Engine:
         return found
 
     def weights(self, route: Route) -> tuple[list[pb_utils.Tensor], Callable[[], None]]:
-        """lora_weights and lora_config, to be sent once, and what to call then."""
-        kept = self._kept  # this request's, also if it is left behind
+        """lora_weights and lora_config, to be sent once, and a function to call after sending them."""
+        kept = self._kept  # this thread's: `left_behind` replaces self._kept
         weights, config = kept.tensor(self._files.weights(route)), self._files.config(route)
         self.gives(route)
         return [weights, pb_utils.Tensor("lora_config", config)], kept.sent
 
     def gives(self, route: Route) -> None:
-        """The engine is about to get the adapter's content."""
+        """Bind the adapter's lora_task_id to its content, which the engine is about to get."""
         self._gives(route)
 
     def responses(self, request: pb_utils.InferenceRequest) -> Responses:
-        """Send a request, and give the engine's responses. All must be read: Triton hangs on one that is abandoned."""
+        """Send a request and return the engine's responses. Read all of them: Triton hangs on an abandoned request."""
         if not self.decoupled:
             return iter([request.exec()])
         responses = request.exec(decoupled=True)
@@ -119,22 +127,22 @@ class Engine:
         return iter(responses)
 
     def cancel_last(self) -> bool:
-        """End the last stream; False where Triton cannot (before 25.04)."""
+        """Cancel the last stream; False if Triton is older than 25.04, which cannot cancel it."""
         cancel = getattr(self._last_streams[-1], "cancel", None)
         if cancel:
             cancel()
         return bool(cancel)
 
     def forget_names(self) -> None:
-        """The table has changed."""
+        """Drop the naming tensors, because the adapter table has changed."""
         self._naming_tensors.clear()
 
     def left_behind(self) -> None:
-        """The thread that asks is stuck in a request, and may go on: it has what it sends to itself."""
+        """Take a new weights tensor, because an abandoned thread may still send the old one."""
         self._kept = new_kept_weights()
 
     def finalize(self) -> None:
-        """A stream that outlives the model's `finalize` crashes the stub."""
+        """Drop the last streams, because a stream that outlives the model's `finalize` crashes the stub."""
         self._last_streams.clear()
 
 
@@ -159,12 +167,12 @@ class Outgoing:
         self._can_stop = can_stop
 
     def send(self, attach: bool) -> Responses:
-        """Send it, with the adapter's weights if `attach`, and give the engine's responses."""
+        """Send the request, with the adapter's weights if `attach`, and return the engine's responses."""
         engine, route = self._engine, self._route
         tensors = [*self._tensors, *(engine.naming_tensors(route) if route else ())]
         sent: Callable[[], None] | None = None
         if route and not engine.wire.sends_weights:
-            engine.gives(route)  # the engine reads it whenever it needs to
+            engine.gives(route)  # the engine may read the adapter's files at any time
         elif route and attach:
             weights, sent = engine.weights(route)
             tensors += weights
@@ -179,13 +187,14 @@ class Outgoing:
         self._silence.ended()
 
     def cancel(self) -> None:
-        """End the stream that is being read: Triton from 25.04 on can cancel it; before that the engine is asked to
-        stop it, by the same request with its stop input, where no other one can have its id. It is read to its end all
-        the same.
+        """End the stream that is being read. The caller still reads it to its end.
 
-        There is no leaving it: when the model is unloaded, the stub cuts off the streams that have not ended (seen with
-        2.51; pb_stub.cc, PYTHONSTUB_FinalizeRequest). Then reading them, or letting go of them, blocks for ever, and
-        what the engine still answers would go to an instance that the server has deleted.
+        Triton from 25.04 on can cancel the stream. With older versions, the same request with its stop input asks the
+        engine to stop it, if no other request can have its id.
+
+        A stream must not be abandoned. When the model is unloaded, the stub cuts off the streams that have not ended
+        (seen with 2.51; pb_stub.cc, PYTHONSTUB_FinalizeRequest). Then reading or dropping such a stream blocks for
+        ever, and later responses of the engine go to an instance that the server has deleted.
         """
         engine = self._engine
         if not engine.decoupled or engine.cancel_last() or not self._can_stop:
@@ -197,7 +206,7 @@ class Outgoing:
 
 
 def _carried(parameters: dict[str, Any]) -> dict[str, Any]:
-    """Those that a BLS request can have: Triton 2.51 has no floating-point numbers, and 64 bits for whole ones."""
+    """The parameters that a BLS request can have: Triton 2.51 takes no floats, and integers of 64 bits alone."""
     return {key: value for key, value in parameters.items() if _is_carried(value)}
 
 
@@ -211,6 +220,6 @@ def _is_carried(value: object) -> bool:
 def _takes_floats() -> bool:
     try:
         pb_utils.InferenceRequest(model_name="", inputs=[], requested_output_names=[], parameters={"float": 0.5})  # type: ignore[dict-item]
-    except Exception:  # noqa: BLE001  which one differs between versions
+    except Exception:  # noqa: BLE001  its type differs between versions
         return False
     return True

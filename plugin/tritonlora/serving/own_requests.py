@@ -1,13 +1,14 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""Requests of our own to the engine's model: the sample of its warmup once more, by BLS.
+"""The resolver's own requests to the engine's model: loads and probes. Each is the sample of the warmup, sent by BLS.
 
-They are sent by one thread, one at a time: two decoupled BLS requests at a time in one process deadlock Triton's stub
-(see `outgoing`).
+One thread sends them, one at a time: two decoupled BLS requests at a time in one process deadlock Triton's stub (see
+`outgoing`).
 
-None may be under way when the model is unloaded: Triton's stub cuts its responses off, so that who reads them waits for
-ever, and the server crashes (seen with 2.51). The server unloads no model that has a request to answer. So a `Guard`
-is such a request, and where it is refused, the model is being unloaded. A load needs none: somebody waits for it.
+No own request may be under way when the resolver is unloaded. Triton's stub would cut off its responses, so that the
+thread that reads them waits for ever, and the server crashes (seen with 2.51). The server unloads no model that still
+has a request to respond to. So a probe holds a `Guard`, which is such a request. If the server refuses the guard, the
+model is being unloaded. A load needs no guard, because a client's request waits for it.
 """
 
 from __future__ import annotations
@@ -34,18 +35,18 @@ from .wire import CONTROL, ENGINE_MODEL, REQUIRED, STATE
 
 
 class Guard:
-    """A request of this model to itself, which is answered when the context is left: until then the model stays.
+    """A context in which the server does not unload this model: a request of the model to itself waits meanwhile.
 
-    ServerStopping where the server takes no more requests for this model.
+    ServerStopping when the server takes no more requests for this model.
     """
 
     def __init__(self, model: str) -> None:
         self._model = model
-        self.key = secrets.token_hex(16)  # the value of lora_control that only this process knows
-        self._arrivals: SimpleQueue[Any] = SimpleQueue()  # response senders, or None where the server has refused
+        self.key = secrets.token_hex(16)  # a value of lora_control that only this process knows
+        self._arrivals: SimpleQueue[Any] = SimpleQueue()  # response senders, or None if the server has refused
 
     def arrive(self, sender: Any) -> None:
-        """The request has come; `sender` is for its response."""
+        """Note that the guard's request has come. `sender` sends its response."""
         self._arrivals.put(sender)
 
     @contextlib.contextmanager
@@ -73,7 +74,7 @@ class Guard:
 
 
 class OwnRequests:
-    """Sends requests of our own to one engine's model."""
+    """Sends loads and probes to one engine's model."""
 
     def __init__(
         self,
@@ -88,7 +89,8 @@ class OwnRequests:
     ) -> None:
         """`sample` is JSON: input -> [its data type, its elements], of a batch of one.
 
-        `route_of` gives the adapter of a lora_task_id, and `gives` is told that its weights are about to be sent.
+        `route_of` returns the adapter of a lora_task_id. `gives` binds the id to the adapter's content, just before the
+        weights are sent.
         """
         self._target = target
         self._sample: dict[str, np.ndarray[Any, Any]] = {
@@ -101,14 +103,14 @@ class OwnRequests:
         self._guard = guard
         self._decoupled = decoupled
         self._kept = new_kept_weights()
-        # The stub forgets a stream in a thread of its own, which must not be the last one that holds it.
+        # A thread of the stub drops its reference to a stream, which must not be the last one. See `outgoing.Engine`.
         self._last_streams: deque[Any] = deque(maxlen=4)
 
     def load(self, task_id: int, heard: Callable[[], None]) -> str | None:
         """See `dispatcher.Engine`."""
         route = self._route_of(task_id)
         if route is None:
-            raise AdapterUnavailable(f"lora_task_id {task_id} is registered no more")
+            raise AdapterUnavailable(f"lora_task_id {task_id} is no longer registered")
         kept = self._kept
         weights, config = kept.tensor(self._files.weights(route)), self._files.config(route)
         self._gives(route)
@@ -120,11 +122,11 @@ class OwnRequests:
             return self._ask(tokens, [] if task_id is None else [task_id_tensor([task_id])], heard)
 
     def left_behind(self) -> None:
-        """The thread that has a request of these is stuck in it, and may go on: it has what it sends to itself."""
+        """Take a new weights tensor, because an abandoned thread may still send the old one."""
         self._kept = new_kept_weights()
 
     def finalize(self) -> None:
-        """An iterator that outlives the model's `finalize` crashes the stub."""
+        """Drop the last streams, because a stream that outlives the model's `finalize` crashes the stub."""
         self._last_streams.clear()
 
     def _ask(
@@ -144,7 +146,7 @@ class OwnRequests:
         for response in self._responses(request):
             if error := response.error() if response.has_error() else None:
                 found = found or error.message()
-            elif response.output_tensors():  # the last one may be nothing but a flag
+            elif response.output_tensors():  # the last response may be the final flag alone
                 heard()
         if kept is not None:
             kept.sent()
@@ -159,5 +161,5 @@ class OwnRequests:
 
 
 def task_id_tensor(task_ids: list[int]) -> pb_utils.Tensor:
-    """lora_task_id of a batch."""
+    """lora_task_id (b, 1) uint64 of a batch."""
     return pb_utils.Tensor(ENGINE_MODEL.task_id, np.array([[task_id] for task_id in task_ids], np.uint64))

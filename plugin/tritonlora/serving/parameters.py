@@ -1,9 +1,10 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""The parameters of a request: none of them names an adapter, as parameters do for other servers.
+"""Refuses requests whose parameters name an adapter.
 
-Triton's generate extension makes a parameter of each JSON member that is no input, a misspelt lora_name for one. Other
-servers take parameters. The base model must not answer for these, and no client may choose what only the router sends.
+An adapter is named by an input, and other servers take a parameter. Triton's generate extension turns each JSON member
+that is no input into a parameter, such as a misspelt lora_name. Without this check the base model would respond to such
+a request.
 """
 
 from __future__ import annotations
@@ -16,18 +17,18 @@ from typing import Any, Protocol
 from .adapter_table import AdapterTable
 from .errors import InvalidRequest
 
-# By these names other servers are told of an adapter: lora_name (Triton's vLLM backend), lora_request (the servers of
-# TensorRT-LLM and vLLM), adapter_id and merged_adapters (TGI, LoRAX), lora_path (SGLang), lora (llama.cpp). One of the
-# name's words begins with "lora" or "adapter".
+# Other servers take an adapter by these names: lora_name (Triton's vLLM backend), lora_request (the servers of
+# TensorRT-LLM and vLLM), adapter_id and merged_adapters (TGI, LoRAX), lora_path (SGLang), lora (llama.cpp). So a
+# parameter names an adapter if a word of its own name begins with "lora" or "adapter".
 _NAMES_AN_ADAPTER = re.compile(r"(?i:(?:^|[^a-z])(?:lora|adapter))|(?<=[a-z])(?:Lo[Rr][Aa]|LORA|Adapter)")
-# OpenAI's `model` may be the base model's name, which nobody knows here. In lower case.
+# In lower case. OpenAI's `model` names an adapter only if its value is an adapter's name: it may be the base model's.
 _MAY_NAME_AN_ADAPTER = frozenset({"model", "model_name"})
 _QUOTED = re.compile(r"""["']([\w-]+)["']""")
 MOST_JSON_CHARACTERS = 1 << 18  # in the parameters of a request
 
 
 class ParametersOfRequest(Protocol):
-    """A request of Triton's Python backend. Each of these raises UnicodeDecodeError for what is no UTF-8."""
+    """A request of Triton's Python backend. Each method raises UnicodeDecodeError when its value is not UTF-8."""
 
     def request_id(self) -> str: ...
     def correlation_id(self) -> int | str: ...
@@ -35,13 +36,13 @@ class ParametersOfRequest(Protocol):
 
 
 class HasId(Protocol):
-    """The part of it that has an id."""
+    """A request of Triton's Python backend, of which the id alone is needed."""
 
     def request_id(self) -> str: ...
 
 
 def id_of(request: HasId) -> str:
-    """A request's id, which its client has chosen. InvalidRequest when it is not UTF-8."""
+    """The id that the client gave the request, "" without one. InvalidRequest when it is not UTF-8."""
     try:
         return request.request_id()
     except UnicodeDecodeError:
@@ -49,7 +50,10 @@ def id_of(request: HasId) -> str:
 
 
 def parameters_of(request: ParametersOfRequest) -> dict[str, Any]:
-    """A request's parameters. InvalidRequest when these, or its ids, are not UTF-8: nothing can be passed on then."""
+    """The parameters of a request. InvalidRequest when the parameters, the id or the correlation id is not UTF-8.
+
+    A request without valid ids could not be sent on.
+    """
     id_of(request)
     try:
         request.correlation_id()
@@ -64,10 +68,11 @@ def parameters_of(request: ParametersOfRequest) -> dict[str, Any]:
 
 
 def check_parameters(table: AdapterTable, parameters: Mapping[str, object]) -> None:
-    """InvalidRequest when a parameter of a request names an adapter.
+    """Raise InvalidRequest when a parameter of a request names an adapter. A parameter names an adapter in three ways:
 
-    A parameter does by its own name, in capitals or not; as `model` with an adapter's name; or because it is JSON that
-    holds such a parameter, as the sampling_parameters of Triton's vLLM backend may.
+    - by its own name, in capitals or not
+    - as `model` or `model_name`, with an adapter's name as its value
+    - by a member of the JSON that is its value, as in the sampling_parameters of Triton's vLLM backend
     """
     found = _Parameters(table)
     if names := sorted(name for name, value in parameters.items() if found.names_an_adapter(name, value)):
@@ -75,14 +80,14 @@ def check_parameters(table: AdapterTable, parameters: Mapping[str, object]) -> N
 
 
 class _Parameters:
-    """Looks through the parameters of one request, of which a bounded number of characters is read as JSON."""
+    """Searches the parameters of one request. It reads at most MOST_JSON_CHARACTERS of them as JSON."""
 
     def __init__(self, table: AdapterTable) -> None:
         self._known = (table.entries, table.aliases, table.unavailable)
         self._unread = MOST_JSON_CHARACTERS
 
     def names_an_adapter(self, name: str, value: object) -> bool:
-        """Whether the parameter, or a member of it, names an adapter. Elements of a list have the list's name."""
+        """Whether the parameter, or a member of its value, names an adapter. List elements have the list's name."""
         left = [(name, value)]
         while left:
             key, value = left.pop()
@@ -100,12 +105,12 @@ class _Parameters:
         return False
 
     def _read(self, name: str, text: str) -> object:
-        """What a text that begins like JSON says. Where it is not JSON, every word in quotes may be a name in it."""
+        """The JSON value of `text`. If it is not JSON, an object with every word in quotes as a name."""
         self._unread -= len(text)
         if self._unread < 0:
             most = f"{MOST_JSON_CHARACTERS} characters of JSON are read in the parameters of a request"
             raise InvalidRequest(f"{name}: at most {most}; send less")
         try:
-            return json.loads(text, parse_int=str, parse_float=str)  # to make numbers of them takes far longer
+            return json.loads(text, parse_int=str, parse_float=str)  # parsing the numbers would take far longer
         except (ValueError, RecursionError):
             return dict.fromkeys(_QUOTED.findall(text), True)

@@ -1,8 +1,8 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""The router's reply to one request: its responses, its error and its final flag, in Triton's terms.
+"""The router's reply to one request: its responses, its error and its final flag, sent through Triton.
 
-A reply is thread-safe. The thread that answers may be left behind, and then another one completes the reply.
+A reply is thread-safe. The thread that responds may be abandoned, and then another thread completes the reply.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from .routing import Route
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 FAILED = "the router failed on this request; the server's log says why"
-# Between two looks the server must have left what it shares with this process for the last one (python_backend
-# src/python_be.cc, ProcessIsRequestCancelled), which the next look, or letting go of the request, frees.
+# Between two calls of `is_cancelled` on a request. The server must be done with the shared memory of the last call
+# (python_backend src/python_be.cc, ProcessIsRequestCancelled): the next call, or deleting the request, frees that
+# memory.
 LOOK_SECONDS = 0.1
 
 
 class EngineError(Exception):
-    """An error that the engine answered, in words fit for the client."""
+    """An error response of the engine, with a text that clients may see. `code` is a name in `pb_utils.TritonError`."""
 
     def __init__(self, error: pb_utils.TritonError, route: Route | None) -> None:
         adapter = f"LoRA adapter {route.lora_name!r}: " if route else ""
@@ -36,39 +37,40 @@ class EngineError(Exception):
 
 
 class Reply:
-    """What the client of one request is told."""
+    """The responses to one request."""
 
     def __init__(self, request: pb_utils.InferenceRequest, *, decoupled: bool) -> None:
         self._sender = request.get_response_sender()
         self._decoupled = decoupled
-        self._sending = threading.Lock()  # between the thread that answers, and the one that has left it behind
+        self._sending = threading.Lock()  # against a second thread, which completes the reply of an abandoned one
         self._error: pb_utils.TritonError | None = None
         self._has_sent = False
         self._is_complete = False
-        self._has_left = False  # as far as has been looked
+        self._has_left = False  # at the last look
         self._next_look = time.monotonic() + LOOK_SECONDS
-        self._outcome = "INTERNAL"  # until something better is known
+        self._outcome = "INTERNAL"  # until `succeed` or `fail` sets it
 
     @property
     def is_complete(self) -> bool:
-        """Whether nothing more is heard: the reply has ended, maybe for another thread."""
+        """Whether the reply has ended, maybe by another thread. Then nothing more is sent."""
         return self._is_complete
 
     @property
     def outcome(self) -> str:
-        """One of `counters.OUTCOMES`."""
+        """The outcome of the request, one of `counters.OUTCOMES`."""
         return self._outcome
 
     def has_left(self) -> bool:
-        """Whether the client has gone away, or its time is up; looked at now and then, as asking takes 0.2 ms.
+        """Whether the client has left, or its timeout has passed. Triton is asked every LOOK_SECONDS: it takes 0.2 ms.
 
-        Triton says so of requests that clients send to the router itself. Of a step of an ensemble it never does: it
-        cancels the steps that an ensemble begins later (core, src/ensemble_scheduler, main branch of June 2026).
+        Triton tells it of requests that clients send to the router itself. Triton never tells it of a step of an
+        ensemble: it only cancels the steps that would begin later (core, src/ensemble_scheduler, main branch of June
+        2026).
         """
         now = time.monotonic()
         if not self._has_left and now >= self._next_look:
             self._next_look = now + LOOK_SECONDS
-            with self._sending:  # asked of a request that is complete, Triton would crash
+            with self._sending:  # Triton crashes when `is_cancelled` is called after the final flag
                 self._has_left = self._is_complete or self._sender.is_cancelled()
         return self._has_left
 
@@ -85,11 +87,15 @@ class Reply:
             self._has_sent = True
 
     def succeed(self) -> None:
-        """All has been sent. `complete` ends the reply."""
+        """Note that all responses were sent. `complete` ends the reply."""
         self._outcome = "OK"
 
     def fail(self, error: Exception) -> None:
-        """End with an error, the first one: its own words if it is for clients, else a log entry and INTERNAL."""
+        """Note the error with which the reply ends; only the first one counts.
+
+        A RequestError or EngineError goes to the client as it is. Any other error goes to the log, and the client gets
+        INTERNAL.
+        """
         if self._error:
             return
         message = str(error).encode(errors="replace").decode()  # Triton takes no lone surrogates
@@ -103,16 +109,17 @@ class Reply:
         self._outcome = code
 
     def complete(self) -> None:
-        """Send the error, if there is one, and the final flag. Nothing that is left to say is heard any more.
+        """Send the error, if there is one, and the final flag. Nothing is sent after that.
 
-        Both at once: an ensemble that gets the flag after an error is under way for ever, and the server waits for it
-        when it is stopped. But not where something was sent before: a BLS client would lose both (Triton 2.51).
+        The error and the flag are one response: an ensemble that gets the flag after an error never ends, and a server
+        that is stopped waits for it. After an earlier response they are two: a BLS client would lose both (Triton
+        2.51).
         """
         with self._sending:
             if self._is_complete:
                 return
             self._is_complete = True
-            if self._outcome != "OK" and not self._error:  # whatever went wrong, nobody takes it for an answer
+            if self._outcome != "OK" and not self._error:  # a reply without an outcome must not look like a success
                 self._error = pb_utils.TritonError(FAILED)
             if not self._has_sent:
                 self._sender.send(pb_utils.InferenceResponse(error=self._error), flags=FINAL)

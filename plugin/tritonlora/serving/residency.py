@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""What the router's instances believe the engine's LoRA cache to hold, and who waits for room in it.
+"""Which adapters the router's instances believe the engine's LoRA cache to hold, and which requests wait for capacity.
 
 Strategy. Triton runs each instance of the router in a process of its own. What they share are files in a directory in
 memory, and locks on files (`flock`), which the kernel takes from a process that dies:
@@ -62,14 +62,14 @@ Check = Callable[[], None]  # called all the while during a wait, which what it 
 
 
 def _go_on() -> None:
-    """The wait has no other end."""
+    """A check that never ends a wait."""
 
 
 def shared_directory(router: str) -> Path:
-    """Where the instances of the router of that name in this tritonserver keep what they share.
+    """The directory that the instances of the router `router` in this tritonserver share.
 
-    Each instance is a child process of tritonserver, which its id and its start tell from servers that are gone.
-    Containers may share /dev/shm and have process ids of their own.
+    Each instance is a child process of tritonserver. The server's process id and start time tell it from servers that
+    have ended. The namespace tells apart containers, which may share /dev/shm and have process ids of their own.
     """
     server = os.getppid()
     namespace = Path("/proc/self/ns/pid").stat().st_ino
@@ -343,8 +343,10 @@ class Residency:
             yield mine
 
     def gives(self, task_id: int, content: str) -> bool:
-        """Whether the engine may be sent this content under the id, as it is about to be; from then on, nobody sends
-        it another one. Not to be said of what cannot be sent: when that is put right, the id would not be its own.
+        """Bind the id to this content for good; False when the id is bound to other content already.
+
+        Call it only once the weights are read, and just before they are sent. Otherwise an id would stay bound to
+        content that the engine never got.
         """
         if self._given.get(task_id) != content:
             with contextlib.suppress(OSError):

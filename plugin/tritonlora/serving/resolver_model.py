@@ -1,10 +1,11 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""The resolver: says which lora_task_id a request means, once the engine has the adapter. A step of an ensemble, before
-the engine's model, so that tokens never pass through Python.
+"""The resolver: responds with the lora_task_id of a request's adapter, once the engine can serve the adapter.
 
-This module translates between Triton and `routing`, `admission` and `dispatcher`, which decide. `execute` waits for
-nothing: each request is answered when it may go on.
+It is a step of an ensemble, before the engine's model, so that tokens never pass through Python.
+
+This module translates between Triton and the modules that decide: `routing`, `admission` and `dispatcher`. `execute`
+returns at once. Each request gets its response when it may go on.
 """
 
 from __future__ import annotations
@@ -34,18 +35,19 @@ from .table_file import TableFile
 from .triton import failure, inputs_of, new_kept_weights, parameters_in, values_of
 from .wire import CONTROL, ENGINE_MODEL, INPUT_LENGTHS, REQUIRED
 
-LONGEST_OUTPUT = 4096  # tokens, where a request does not say
-# The router loads adapters into the same engine. For so long after its last request nothing is certain here.
+LONGEST_OUTPUT = 4096  # tokens of a request that does not tell its output length or its input length
+# The router loads adapters into the same engine. For so long after the router's last request, the resolver is certain
+# of nothing.
 ROUTER_SECONDS = 60.0
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 FAILED = "the resolver failed on this request; the server's log says why"
 
 
 class TritonPythonModel:
-    """The one instance of the resolver."""
+    """The only instance of the resolver."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Read the router's adapter table; the model does not load when there is no good one."""
+        """Read the router's adapter table, and start the dispatcher. The model does not load without a valid table."""
         config = json.loads(args["model_config"])
         check_config(config)
         parameters = parameters_in(config)
@@ -53,7 +55,7 @@ class TritonPythonModel:
         self._batching = config["max_batch_size"] > 0
         self._patience = float(parameters["cache_full_timeout_seconds"])
         path = repository / parameters["router"] / "adapters.json"
-        table = TableFile(path, lambda _: None).table()  # what is wrong is said below, once
+        table = TableFile(path, lambda _: None).table()  # the second TableFile below reports malformed entries
         self._residency = take_part(parameters["router"], table)
         shared = self._residency.descriptor
         self._counting = threading.Lock()
@@ -62,7 +64,7 @@ class TritonPythonModel:
         self._kept = new_kept_weights()
         self._table = TableFile(path, self._table_failed)
         self._seen_table = self._table.table()
-        self._routes: dict[int, Route] = {}  # of requests that may have to wait, by lora_task_id
+        self._routes: dict[int, Route] = {}  # lora_task_id -> the adapter that requests asked for
         self._was_loaded: set[int] = set()
         self._capacity = int(parameters["cache_pages"])
         server, now = os.getppid(), time.monotonic()
@@ -89,7 +91,7 @@ class TritonPythonModel:
         )
 
     def execute(self, requests: list[pb_utils.InferenceRequest]) -> None:
-        """Answer each request by itself: a bad one harms no other, and none waits for another."""
+        """Begin each request by itself: a bad request harms no other, and no request waits for another one."""
         for request in requests:
             if values_of(inputs_of(request), CONTROL) == [self._guard.key.encode()]:
                 self._guard.arrive(request.get_response_sender())
@@ -97,11 +99,11 @@ class TritonPythonModel:
             pending = PendingRequest(self, request)
             try:
                 self._begin(request, pending)
-            except Exception as error:  # noqa: BLE001  whatever it is, this request must be answered
+            except Exception as error:  # noqa: BLE001  any error must become the request's response
                 pending.fail(error)
 
     def finalize(self) -> None:
-        """Refuse what waits, and leave what the router's instances share."""
+        """Refuse the requests that wait, and close the files that the router's instances share."""
         self._dispatcher.stop()
         self._engine.finalize()
         self._residency.close()
@@ -138,18 +140,18 @@ class TritonPythonModel:
         self._dispatcher.ask(ticket, pending)
 
     def weights_of(self, route: Route) -> list[pb_utils.Tensor]:
-        """lora_weights and lora_config, to be sent once; then call `weights_sent`."""
+        """lora_weights and lora_config, to be sent once. Call `weights_sent` after sending them."""
         weights, config = self._kept.tensor(self._files.weights(route)), self._files.config(route)
         self._gives(route)
         return [weights, pb_utils.Tensor("lora_config", config)]
 
     def weights_sent(self, route: Route) -> None:
-        """They are on their way."""
+        """Note that the adapter's weights were sent to the engine's step."""
         self._kept.sent()
         self._loaded(route.entry.lora_task_id, 0.0)
 
     def count(self, names: list[str], column: str, amount: float = 1.0) -> None:
-        """Count for these adapters."""
+        """Add `amount` to a column, one of `counters.COLUMNS`, of these adapters."""
         with self._counting:
             for name in names:
                 self._statistics.add(name, column, amount)
@@ -169,19 +171,19 @@ class TritonPythonModel:
 
 
 class PendingRequest:
-    """A request from its arrival to its answer: `dispatcher.Request`."""
+    """A request from its arrival to its response. It implements `dispatcher.Request`."""
 
     def __init__(self, model: TritonPythonModel, request: pb_utils.InferenceRequest) -> None:
         self._model = model
         self._sender = request.get_response_sender()
         asked = {REQUIRED} & set(request.requested_output_names())
-        # As it came, so that an empty response, which Triton's response cache makes of an error, cannot mean the base
-        # model. Nothing for an ensemble from before, which neither gives it nor asks for it.
+        # The response returns request_output_len as it came. Triton's response cache turns an error into an empty
+        # response, which must not mean the base model. An older ensemble neither sends nor requests this tensor.
         self._required = [(one.name(), one.as_numpy()) for one in request.inputs() if one.name() in asked]
-        self.routes: list[Route] = []  # of its rows; none for the base model
+        self.routes: list[Route] = []  # the adapters of its rows; empty for the base model
 
     def pass_on(self, *, with_weights: bool) -> None:
-        """Answer with what the engine is given for these rows."""
+        """Respond with the engine's LoRA inputs for the rows: lora_task_id, and the weights if `with_weights`."""
         tensors = [pb_utils.Tensor(name, array) for name, array in self._required]
         if self.routes:
             tensors.append(task_id_tensor([route.entry.lora_task_id for route in self.routes]))
@@ -193,7 +195,7 @@ class PendingRequest:
         self._model.count(self._names(), "OK")
 
     def fail(self, error: Exception) -> None:
-        """Answer with the error: its own words if it is for clients, else a log entry and INTERNAL."""
+        """Respond with the error. A RequestError goes to the client; any other error to the log, and as INTERNAL."""
         code, message = "INTERNAL", FAILED
         if isinstance(error, RequestError):
             code, message = error.code, self._about(error)
@@ -206,7 +208,7 @@ class PendingRequest:
         return [route.lora_name for route in self.routes] or [BASE]
 
     def _about(self, error: RequestError) -> str:
-        """The error's words, and whose it is where they do not say."""
+        """The error's text, with the adapter's name in front if the text does not have it."""
         message = str(error).encode(errors="replace").decode()  # Triton takes no lone surrogates
         if not self.routes or "LoRA adapter" in message:
             return message

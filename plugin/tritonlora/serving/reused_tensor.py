@@ -1,18 +1,19 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""The weights that a process has sent last, in the memory that it shares with tritonserver.
+"""Reuses the shared memory of the weights that a process has sent last.
 
 Strategy. When a tensor is sent for the first time, Triton's Python backend allocates shared memory for it and copies it
-there; a tensor that has been sent lies there already, and is sent again as it is (python_backend src/pb_tensor.cc,
-PbTensor::SaveToSharedMemory). So the last tensor is kept, and the next adapter of its shape is read into it, but for
-what is zero in both: padding, a third of an adapter of all layers. The same adapter is not read at all. This takes no
-more memory: what the backend has allocated once, it never gives back (src/shm_manager.cc, GrowIfNeeded).
+there. A tensor that was sent before lies in shared memory already, and is sent again without a copy (python_backend
+src/pb_tensor.cc, PbTensor::SaveToSharedMemory). So this module keeps the last tensor, and reads the next adapter of the
+same shape into it. Byte ranges that are zero in both adapters are skipped: such padding is a third of an adapter of all
+layers. The same adapter is not read again. Keeping a tensor costs no memory: the backend never frees shared memory that
+it has allocated (src/shm_manager.cc, GrowIfNeeded).
 
-The memory that a tensor was made of stays its own as long as it lives (PbTensor::~PbTensor): when it has been sent, the
-pages of that memory are given back.
+A tensor keeps the memory that it was made of for as long as it lives (PbTensor::~PbTensor). The pages of that memory
+are freed once the tensor was sent.
 
-Rules. What was given is written to only when it has been sent: what a request carries, when it has been answered to its
-end. Whether a tensor lies in shared memory is looked at, not assumed: its address must have changed.
+Rules. Never write to a tensor before Triton is done with it: for a request, after its final response. Never assume that
+a tensor lies in shared memory: check that its address has changed.
 """
 
 from __future__ import annotations
@@ -26,15 +27,15 @@ import numpy as np
 from . import dlpack
 from .adapter_tensors import Memory, Ranges, Weights, whole
 
-BLOCK_NBYTES = 1 << 14  # of zeros, or not
-MOST_KNOWN = 512  # adapters of which it is known where they are zero: 2 KB each
+BLOCK_NBYTES = 1 << 14  # the unit in which zero bytes are skipped
+MOST_KNOWN = 512  # adapters whose ranges that are not zero are remembered, 2 KB each
 
 
 class Tensor(Protocol):
     """A tensor of Triton's Python backend."""
 
     def to_dlpack(self) -> object:
-        """Its memory, as a DLPack capsule."""
+        """The tensor's memory, as a DLPack capsule."""
 
 
 T = TypeVar("T", bound=Tensor)
@@ -47,18 +48,18 @@ class KeptWeights(Generic[T]):
         """`new` makes a tensor of a DLPack capsule."""
         self._new = new
         self._kept: T | None = None
-        self._is_out = False  # given, and not sent yet
-        self._source: mmap.mmap | None = None  # what it was made of; None once it lies in shared memory
+        self._is_out = False  # `tensor` has returned it, and `sent` was not called yet
+        self._source: mmap.mmap | None = None  # the memory it was made of; None once it lies in shared memory
         self._form: object = None  # dtype and shape
-        self._sha256 = ""  # of what is in it; "" when that is not known
-        self._filled = whole(0)  # it is zero everywhere else
-        self._known: dict[str, Ranges] = {}  # SHA-256 -> where that content is not zero
+        self._sha256 = ""  # of its content; "" when the content is not known
+        self._filled = whole(0)  # all bytes outside of these ranges are zero
+        self._known: dict[str, Ranges] = {}  # SHA-256 -> the ranges of that content that are not zero
 
     def tensor(self, weights: Weights) -> T:
-        """A tensor of `weights`, to be sent once; then call `sent`. Raises what reading them raises."""
+        """A tensor of `weights`, to be sent once; then call `sent`. Raises what `weights.read` raises."""
         form = (weights.dtype, weights.shape)
         if self._kept is None or self._is_out or self._form != form:
-            self.forget()  # before the next one is allocated
+            self.forget()  # frees the old tensor before the next one is allocated
             self._source = mmap.mmap(-1, weights.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             memory = np.frombuffer(self._source, np.uint8)
             self._filled = whole(weights.nbytes)
@@ -70,7 +71,7 @@ class KeptWeights(Generic[T]):
         return self._kept
 
     def sent(self) -> None:
-        """What `tensor` gave, if it was asked, has been sent: it is kept if it lies in shared memory now."""
+        """Note that the tensor was sent. It is kept if it lies in shared memory now. Without a tensor, do nothing."""
         if self._kept is not None and self._source is not None:
             if dlpack.data_in(self._kept.to_dlpack()) == np.frombuffer(self._source, np.uint8).ctypes.data:
                 self.forget()
@@ -80,12 +81,12 @@ class KeptWeights(Generic[T]):
         self._is_out = False
 
     def forget(self) -> None:
-        """Keep nothing: the memory is free for what is sent next."""
+        """Keep no tensor, so that its memory is free for the next one."""
         self._kept = self._source = None
 
     def _read(self, weights: Weights, memory: Memory) -> None:
-        """Read them over what `memory` has."""
-        self._sha256 = ""  # until all of it is there
+        """Read the weights into `memory`, which is zero outside of `self._filled`."""
+        self._sha256 = ""  # until all bytes are read
         known = self._known.get(weights.sha256)
         if known is None or not np.array_equal(known, self._filled):
             self._filled = whole(weights.nbytes)
@@ -98,7 +99,7 @@ class KeptWeights(Generic[T]):
 
 
 def filled_ranges(memory: Memory) -> Ranges:
-    """Where there is anything but zeros, in whole blocks."""
+    """The ranges of `memory` that are not all zero, in whole blocks of BLOCK_NBYTES."""
     is_filled = np.maximum.reduceat(memory, np.arange(0, len(memory), BLOCK_NBYTES)) > 0
     edges = np.flatnonzero(np.diff(is_filled, prepend=False, append=False)) * BLOCK_NBYTES
     return np.minimum(edges, len(memory)).reshape(-1, 2)

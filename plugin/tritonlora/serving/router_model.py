@@ -1,21 +1,21 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""The router: forwards each request to the engine's model, for the adapter that it names.
+"""The router: forwards each request to the engine's model, for the adapter that the request names.
 
 | module | does |
 |---|---|
 | `routing` | decides which adapter each row means |
-| `forwarding` | decides when weights travel along, when a request waits, and what an error of the engine means |
+| `forwarding` | decides when a request carries weights, when it waits, and what follows from an engine's error |
 | `row_outputs` | decides which tensors of a response go to the client |
-| `outgoing` | sends requests to the engine's model, in Triton's terms |
-| `reply` | responds to the client, in Triton's terms |
+| `outgoing` | sends requests to the engine's model through Triton |
+| `reply` | responds to the client through Triton |
 
-An instance answers one request at a time, from its first token to its last; Triton runs as many instances, a process
-each, as there can be streams (`instance_group` in config.pbtxt). `outgoing` says why.
+An instance serves one request at a time, from its first token to its last; `outgoing` gives the reason. Triton runs one
+instance for each concurrent stream, and one process for each instance (`instance_group` in config.pbtxt).
 
-The one thread that answers is left behind when an engine falls silent in mid-stream. Triton before 25.04 makes it so:
-it loses an error that is not the first answer to a BLS request, and the end of the stream with it
-(src/infer_response.cc, SaveToSharedMemory, does not say whose it is).
+If the engine falls silent in the midst of a stream, the thread that serves the request is abandoned. Triton before
+25.04 causes such silence: it loses an error that is not the first response to a BLS request, and the end of the stream
+with it (python_backend src/infer_response.cc, SaveToSharedMemory, does not note which request the error belongs to).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class TritonPythonModel:
     """One instance of the router."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Read the adapter table; the model does not load when there is no good one."""
+        """Read the adapter table. The model does not load without a valid table."""
         config = json.loads(args["model_config"])
         check_config(config)
         parameters = parameters_in(config)
@@ -68,7 +68,7 @@ class TritonPythonModel:
             "cache_full_timeout": float(parameters["cache_full_timeout_seconds"]),
             "load_timeout": float(parameters["load_timeout_seconds"]),
         }
-        self._table = TableFile(directory / "adapters.json", lambda _: None)  # what is wrong is said below, once
+        self._table = TableFile(directory / "adapters.json", lambda _: None)  # the second one below reports problems
         self._residency = self._take_part()
         shared = self._residency.descriptor
         self._statistics = Statistics(open_inside(shared, STATISTICS))
@@ -91,14 +91,14 @@ class TritonPythonModel:
         )
         self._worker = Worker()
         self._last_replies: deque[Reply] = deque(maxlen=4)
-        gc.freeze()  # a full collection, which comes in the midst of an answer, takes 70 ms with all that is there now
+        gc.freeze()  # otherwise a full collection, in the midst of a response, takes 70 ms for the objects made so far
 
     def execute(self, requests: list[pb_utils.InferenceRequest]) -> None:
-        """Answer the requests, one after the other."""
+        """Serve the requests, one after the other."""
         for request in requests:
             reply = Reply(request, decoupled=self._decoupled)
             silence = Silence(*self._patience)
-            names: list[str] = []  # of its rows' adapters, once they are known
+            names: list[str] = []  # of the adapters of its rows; `_serve` fills it
             serve = functools.partial(self._serve, request, reply, silence, names)
             is_done = self._worker.do(serve, silence.is_too_long)
             if not is_done:
@@ -111,7 +111,7 @@ class TritonPythonModel:
                 self._leave_behind()
 
     def finalize(self) -> None:
-        """Leave what the instances share."""
+        """End the thread, and close the files that the instances share."""
         self._worker.end()
         self._engine.finalize()
         self._last_replies.clear()
@@ -120,7 +120,7 @@ class TritonPythonModel:
     # One request
 
     def _serve(self, request: pb_utils.InferenceRequest, reply: Reply, silence: Silence, names: list[str]) -> None:
-        """Answer one request, and say whose adapters it is for."""
+        """Serve one request, and add the names of its rows' adapters to `names`."""
         try:
             inputs, parameters = inputs_of(request), parameters_of(request)
             routes = self._routes(inputs, parameters)
@@ -143,11 +143,11 @@ class TritonPythonModel:
                 if not self._answer(outgoing(tensors, route), route, outputs, reply):
                     return
             reply.succeed()
-        except Exception as error:  # noqa: BLE001  whatever it is, this request must be answered
+        except Exception as error:  # noqa: BLE001  any error must become the request's response
             reply.fail(error)
 
     def _routes(self, inputs: Inputs, parameters: dict[str, Any]) -> list[Route | None]:
-        """The adapter of each row."""
+        """The adapter of each row; None for the base model."""
         table = self._table.table()
         if table is not self._seen_table:
             self._seen_table = table
@@ -165,7 +165,11 @@ class TritonPythonModel:
     def _rows(
         self, inputs: Inputs, routes: Sequence[Route | None]
     ) -> Iterator[tuple[int | None, list[pb_utils.Tensor]]]:
-        """What the engine gets: each row by itself where rows are streams of their own, else all of them, as None."""
+        """(row, tensors) of each request to the engine.
+
+        The rows of a batch go one by one if they name adapters or are streamed. Otherwise the batch goes as a whole,
+        and its row is None.
+        """
         tensors = [tensor for name, tensor in inputs.items() if name not in self._routing_inputs]
         if len(routes) == 1 or not (any(routes) or self._is_stream(inputs)):
             yield None, tensors
@@ -178,39 +182,39 @@ class TritonPythonModel:
     def _answer(
         self, outgoing: Outgoing, route: Route | None, outputs: RowOutputs[pb_utils.Tensor], reply: Reply
     ) -> bool:
-        """Pass on the engine's responses to one row; False when the reply has ended with an error."""
+        """Pass on the engine's responses to one of its requests; False when the reply has ended with an error."""
         responses = self._forwarder.forward(route, outgoing.send, reply.has_left)
         is_answered = has_left = False
         try:
             for response in responses:
                 if reply.is_complete:
-                    continue  # left behind; nothing more is said or sent
+                    continue  # this thread was abandoned, and another one has completed the reply
                 if reply.has_left():
                     if not has_left:
                         outgoing.cancel()
                     has_left = True
                 elif error := engine_error(response):
                     raise EngineError(error, route)
-                elif tensors := response.output_tensors():  # the last one may be nothing but a flag
+                elif tensors := response.output_tensors():  # the last response may be the final flag alone
                     reply.send(outputs.of_response(tensors))
                     is_answered = True
-        except Exception as error:  # noqa: BLE001  nor is a stream left when something is wrong
+        except Exception as error:  # noqa: BLE001  the stream must be read to its end after any error
             reply.fail(error)
-            reply.complete()  # nobody has to wait for what is still taken
+            reply.complete()  # before the rest of the stream is read, so that the client need not wait for it
             deque(responses, maxlen=0)
             return False
         if has_left or reply.is_complete:
             raise ClientLeft("the client has left")
         if not is_answered:
-            raise RequestError("the engine's model sent no answer")
+            raise RequestError("the engine's model sent no response")
         for last in outputs.of_end():
             reply.send(last)
         return True
 
-    # What the instances share
+    # The files that the instances share
 
     def _leave_behind(self) -> None:
-        """What the request holds that was left behind goes free; should it go on, it has what it shares to itself."""
+        """Release the locks of the abandoned request. Its thread keeps the old objects, in case that it goes on."""
         self._engine.left_behind()
         behind = self._residency
         self._residency = self._take_part()
@@ -237,7 +241,7 @@ class TritonPythonModel:
 
 
 def engine_error(response: pb_utils.InferenceResponse) -> pb_utils.TritonError | None:
-    """The error in a response of the engine."""
+    """The error in a response of the engine, or None."""
     return response.error() if response.has_error() else None
 
 

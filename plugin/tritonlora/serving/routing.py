@@ -1,8 +1,9 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""Which adapter a request means.
+"""Resolves the lora_name and lora_task_id of a request to an adapter.
 
-The base model never answers for an adapter: what is not resolved to an adapter is an error. Nothing here knows Triton.
+The base model never responds for an adapter: a name or id that does not resolve to an adapter is an error. This module
+does not use Triton.
 """
 
 from __future__ import annotations
@@ -17,22 +18,22 @@ from .errors import (
     UnknownAdapter,
 )
 
-# Which adapter
+# Names and ids of requests
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
     """The adapter that a request (or a row of a batch) means."""
 
-    lora_name: str  # the adapter's own, also where the request says an alias of it
+    lora_name: str  # the adapter's own name, even if the request has an alias
     entry: AdapterEntry
 
 
 def resolve(table: AdapterTable, lora_name: bytes | str | None, lora_task_id: int | None) -> Route | None:
-    """The adapter that a request names, by name, id or both; None when it names none: the base model.
+    """The adapter that a request names, by name, id or both; None when it names none, and means the base model.
 
-    UnknownAdapter when nothing is registered under it; AdapterUnavailable when what is registered is malformed;
-    InvalidRequest when it cannot be a name, or when name and id disagree.
+    UnknownAdapter when no adapter has the name or id. AdapterUnavailable when its entry is malformed. InvalidRequest
+    when the name is not a legal name, or when name and id disagree.
     """
     if lora_name is None and lora_task_id is None:
         return None
@@ -57,7 +58,7 @@ def resolve(table: AdapterTable, lora_name: bytes | str | None, lora_task_id: in
 
 
 def malformed(table: AdapterTable, name: str) -> AdapterUnavailable:
-    """Why `name`, one of `table.unavailable`, cannot be served: what its entry must be. What it is may be a path."""
+    """The error for `name`, one of `table.unavailable`. It gives the rules, but no values, which may be paths."""
     rules = "; ".join(problem.rule for problem in table.unavailable[name])
     return AdapterUnavailable(f"LoRA adapter {name!r}: its entry in adapters.json on the server is malformed: {rules}")
 
@@ -65,10 +66,10 @@ def malformed(table: AdapterTable, name: str) -> AdapterUnavailable:
 def resolve_rows(
     table: AdapterTable, lora_names: Sequence[bytes | str] | None, lora_task_ids: Sequence[int] | None, rows: int
 ) -> list[Route | None]:
-    """`resolve` for each row of a batch; all rows name an adapter, or none does.
+    """`resolve` for each row of a batch. Either all rows name an adapter, or none does.
 
-    In a batch an empty name is how a client would say "base model" for one row; the engine's inputs cannot say that,
-    so such a batch is InvalidRequest.
+    InvalidRequest when a batch has some empty names. A client could mean the base model for those rows, which the
+    engine's inputs cannot express.
     """
     for tensor, values in (("lora_name", lora_names), ("lora_task_id", lora_task_ids)):
         if values is not None and len(values) != rows:
@@ -96,16 +97,18 @@ def _check_legal(name: str) -> None:
 
 
 def warmed(table: AdapterTable) -> dict[int, int]:
-    """Pages of the adapters that the engine is started with, by lora_task_id, in the order in which it loads them."""
+    """lora_task_id -> pages of the adapters that the engine's warmup loads, in the order in which it loads them."""
     return {entry.lora_task_id: entry.pages or 1 for entry in table.entries.values() if entry.warm}
 
 
-# What an id stands for
+# Ids and the content that they are bound to
 
 
 def check_id(route: Route, is_its: Callable[[int, str], bool]) -> None:
-    """AdapterUnavailable unless the adapter's lora_task_id is its own, as `is_its` says of the id and the content: the
-    engine may hold another content under it, and would answer from that.
+    """Raise AdapterUnavailable if the adapter's lora_task_id is bound to other content, according to `is_its`.
+
+    `is_its` takes the id and the adapter's content. An engine that holds other content under the id would respond with
+    that content.
     """
     task_id = route.entry.lora_task_id
     if not is_its(task_id, content_of(route.entry)):
@@ -116,10 +119,10 @@ def check_id(route: Route, is_its: Callable[[int, str], bool]) -> None:
 
 
 def warmed_contents(table: AdapterTable) -> dict[int, str]:
-    """What the engine is started with, by lora_task_id."""
+    """lora_task_id -> content of the adapters that the engine's warmup loads."""
     return {entry.lora_task_id: content_of(entry) for entry in table.entries.values() if entry.warm}
 
 
 def content_of(entry: AdapterEntry) -> str:
-    """What another content of the adapter's files does not share."""
+    """A string that identifies the content of the adapter's files: both SHA-256."""
     return f"{entry.lora_weights_sha256}-{entry.lora_config_sha256}"

@@ -1,14 +1,14 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""Which tensors of the engine's responses the router passes on, and which it adds to them.
+"""Decides which tensors of the engine's responses the router passes on, and adds tensors of the router's own.
 
-| output | what it is |
+| tensor that the router adds | content |
 |---|---|
-| batch_index | the row, where the router sends each row of a batch to the engine by itself |
-| previous_ids | the tokens of the stream before this response, for a detokeniser without a state |
-| text_diff | what is new in a response that has the whole text so far |
+| batch_index | the row, if the router sends each row of a batch to the engine by itself |
+| previous_ids | the last tokens of the stream before this response, for a detokeniser without a state |
+| text_diff | the new part of a response that has the whole text so far |
 
-Values in, values out: a tensor has a name and an array, and a function that is passed in makes one.
+This module does not use Triton. A tensor has a name and an array, and a function that is passed in makes one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from .stream_state import SequenceState, WholeTexts
 OWN_OUTPUTS = {"previous_ids", "all_outputs", "text_diff"}
 TOKENS = ("output_ids", "sequence_length")
 _NO_TOKENS = (np.zeros((1, 1, 0), np.int32), np.zeros((1, 1), np.int32))
-# Outputs that say whose the tokens are and how likely they were. The end of a sequence repeats them.
+# Outputs that tell which row and sequence the tokens belong to, and how likely they were. The response that ends a
+# sequence repeats them.
 _REPEATED = ("batch_index", "sequence_index", "cum_log_probs", "output_log_probs")
 
 
@@ -34,10 +35,10 @@ class Tensor(Protocol):
     """A tensor of Triton's Python backend."""
 
     def name(self) -> str:
-        """Of the output."""
+        """The name of the output."""
 
     def as_numpy(self) -> npt.NDArray[Any]:
-        """Its elements."""
+        """The elements."""
 
 
 T = TypeVar("T", bound=Tensor)
@@ -48,15 +49,20 @@ class Wanted:
     """The outputs that a client asked for."""
 
     names: frozenset[str]
-    of_engine: frozenset[str]  # what the engine is asked for, which may be more
+    of_engine: frozenset[str]  # the outputs that the engine is asked for, which may be more
     previous_ids: bool
     text_diff: bool
 
 
 def wanted_outputs(requested: Collection[str], needed: Collection[str], *, is_stream: bool) -> Wanted:
-    """What a request wants that names the outputs `requested`. The engine must be asked for those that are `needed`."""
+    """The outputs that a request wants. `requested` are those that it names; the engine must be asked for `needed`.
+
+    Triton fills in all outputs if a client names none. `all_outputs` is never sent. If a request asks for it, the
+    client named no outputs.
+    """
     names = frozenset(requested)
-    # A third tensor in each response takes a fifth of the tokens per second: the router's own are for who names them.
+    # A third tensor in each response costs a fifth of the tokens per second. So a client gets the router's own outputs
+    # only if it names them.
     named = frozenset() if "all_outputs" in names else names
     previous_ids = is_stream and "previous_ids" in named
     of_engine = names.union(needed, ["sequence_index"] if previous_ids else [])
@@ -75,19 +81,20 @@ class RowOutputs(Generic[T]):
         beam_width: int = 1,
         sequence_count: int = 1,
     ) -> None:
-        """`row` is None where the engine sees the whole batch. `beam_width` and `sequence_count` are the request's."""
+        """`row` is None if the engine gets the whole batch. `beam_width` and `sequence_count` are the request's."""
         self._wanted = wanted
         self._make = make
         self._row = row
         self._beam_width = beam_width
         self._sequence_count = sequence_count
-        self._has_unwanted = row is not None or not wanted.names.issuperset(wanted.of_engine)  # batch_index is one
+        # The client may not have asked for batch_index, which `of_response` adds to a row of a batch.
+        self._has_unwanted = row is not None or not wanted.names.issuperset(wanted.of_engine)
         self._sequences: dict[int, SequenceState[T]] = {}  # by sequence_index
         self._texts = WholeTexts()
 
     def of_response(self, tensors: Sequence[T]) -> Sequence[T]:
-        """What the client gets of one response. InvalidRequest when nothing says which sequence it continues."""
-        if self._row is not None:  # the engine has seen a batch of one
+        """The tensors that the client gets for one response. InvalidRequest when its sequence cannot be told."""
+        if self._row is not None:  # the engine got a batch of one row
             tensors = [tensor for tensor in tensors if tensor.name() != "batch_index"]
             tensors.append(self._make("batch_index", np.array([[self._row]], np.int32)))
         by_name = {tensor.name(): tensor for tensor in tensors}
@@ -100,9 +107,9 @@ class RowOutputs(Generic[T]):
         return self._wanted_of(tensors)
 
     def of_end(self) -> Iterator[Sequence[T]]:
-        """A response for each sequence, which tells the detokeniser that no more tokens come.
+        """The tensors of one more response for each sequence, which tells the detokeniser that no more tokens come.
 
-        It has held back a character that is not complete.
+        The detokeniser may have held back a character that is not complete.
         """
         for _, sequence in sorted(self._sequences.items()):
             tensors = [self._make(name, array) for name, array in zip(TOKENS, _NO_TOKENS, strict=True)]
@@ -110,9 +117,9 @@ class RowOutputs(Generic[T]):
             yield self._wanted_of([*tensors, *sequence.repeated, previous_ids])
 
     def _previous_ids(self, tensors: Mapping[str, T]) -> list[T]:
-        """One tensor, or none with beams.
+        """The tensor previous_ids (1, n) int32 for a response, in a list; [] with beams, and without new tokens.
 
-        Without new tokens previous_ids mean the end of a sequence, which no response of the engine means.
+        With previous_ids and no new tokens, a response would mean the end of a sequence. `of_end` sends that response.
         """
         output_ids, sequence_length = (tensors[name].as_numpy() for name in TOKENS)
         if max(self._beam_width, output_ids.shape[1]) > 1:

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""The tritonserver that our models run in, which is the parent process of each."""
+"""Facts about the tritonserver process, which is the parent of each model's process."""
 
 from __future__ import annotations
 
@@ -11,35 +11,36 @@ from pathlib import Path
 
 from .adapter_table import AdapterTable
 
-# A server whose age is less is being started, and the engine's model with it.
+# A younger server counts as being started, and so does the engine's model in it.
 STARTING_SECONDS = 60.0
 
 
 def stat_of(pid: int) -> list[str]:
-    """The fields of a process' stat that follow its name: state, parent, and so on (proc_pid_stat(5))."""
+    """The fields of /proc/PID/stat after the name of the program: state, parent, and so on (proc_pid_stat(5))."""
     return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
 
 
 def start_ticks(pid: int) -> int:
-    """When a process was started, in clock ticks since the machine was."""
+    """When a process was started, in clock ticks since the machine was started."""
     return int(stat_of(pid)[19])
 
 
 def started_at(pid: int) -> float:
-    """When a process was started, in seconds of the epoch (btime of proc_stat(5))."""
+    """When a process was started, in seconds since 1970 (btime of proc_stat(5))."""
     booted = next(line.split()[1] for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime "))
     return int(booted) + start_ticks(pid) / os.sysconf("SC_CLK_TCK")
 
 
 def is_starting(pid: int) -> bool:
-    """Whether a server was started only just."""
+    """Whether a server was started less than STARTING_SECONDS ago."""
     return time.time() - started_at(pid) < STARTING_SECONDS
 
 
 def warmed_at_start(table: AdapterTable, started_at: float) -> dict[int, int]:
-    """Pages of the adapters that an engine was started with at that time, by lora_task_id, in the order of its warmup.
+    """lora_task_id -> pages of the adapters that the warmup of an engine loaded, in the order of the warmup.
 
-    The time is in seconds of the epoch. An adapter that was added in the same second may have been too late.
+    `started_at` is the time of the engine's start, in seconds since 1970. An adapter that was added in the same second
+    is left out, since it may have come too late.
     """
     return {
         entry.lora_task_id: entry.pages or 1

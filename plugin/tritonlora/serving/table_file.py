@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""adapters.json while it changes: each request sees the table that is on disk."""
+"""Reads adapters.json again when it changes, so that each request sees the table that is on disk."""
 
 from __future__ import annotations
 
@@ -19,17 +19,16 @@ MOST_REPORTED = 20  # malformed entries in one log entry
 
 
 class TableFile:
-    """adapters.json as it is on disk now, but for adapters whose own entry is malformed: these are unavailable.
+    """The table in adapters.json as it is on disk now. Adapters whose own entry is malformed are unavailable.
 
-    Of what it said before nothing is kept: every process that reads it comes to the same table.
-
-    A file that is malformed as a whole, or has vanished, leaves the last good table in place.
+    The table depends on the file's content alone, so every process that reads the file has the same table. Only if the
+    file is malformed as a whole, or has vanished, the last good table stays in place.
     """
 
     def __init__(self, path: Path, on_failure: Callable[[str], None]) -> None:
-        """Read the table; AdapterTableError when there is no good one to begin with.
+        """Read the table. AdapterTableError when the file cannot be read or is malformed as a whole.
 
-        `on_failure` is told once of what is wrong, when it comes up.
+        `on_failure` is called once with the text of each new problem.
         """
         self._path = path
         self._name = str(path)
@@ -38,12 +37,15 @@ class TableFile:
         self._failure = ""
         self._reported: set[str] = set()
         self._reader = TableReader()
-        self._digest = b""  # of the text that the table was made of
+        self._digest = b""  # SHA-256 of the text that the table was made of
         self._table = AdapterTable()
         self._read()
 
     def table(self) -> AdapterTable:
-        """The table; read again when the file has changed since, or just before (else one stat). Not thread-safe."""
+        """The table. Not thread-safe.
+
+        It costs one stat, unless the file has changed since it was read, or had changed just before.
+        """
         if self._stat() != self._version:
             try:
                 self._read()
@@ -56,12 +58,12 @@ class TableFile:
 
     def _stat(self) -> object:
         try:
-            return version_of(os.stat(self._name))  # noqa: PTH116  for every request: Path is slow
+            return version_of(os.stat(self._name))  # noqa: PTH116  runs for every request, and Path is slow
         except OSError:
             return "unreadable"
 
     def _read(self) -> None:
-        version = self._stat()  # before reading: a change in between is seen the next time
+        version = self._stat()  # before reading, so that a change in between is seen the next time
         try:
             with open(open_file(self._path), "rb") as file:  # noqa: PTH123  a descriptor
                 content = file.read()
@@ -86,4 +88,4 @@ class TableFile:
     def _has_just_changed(self) -> bool:
         with contextlib.suppress(OSError):
             return not is_settled(self._path.stat())
-        return False  # one that comes is another version
+        return False  # a file that comes later has another version

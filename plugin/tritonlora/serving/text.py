@@ -1,18 +1,18 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""What the models `preprocessing` and `postprocessing` do: text to the engine's tensors, and its tokens to text.
+"""Turns text into the engine's tensors, and the engine's tokens into text: what `text_models` does for Triton.
 
 Tensor names, types and shapes are those of tensorrtllm_backend v0.18
-(all_models/inflight_batcher_llm/{preprocessing,postprocessing}/config.pbtxt), text only.
+(all_models/inflight_batcher_llm/{preprocessing,postprocessing}/config.pbtxt), for text alone.
 
-Streaming, strategy. The pieces of a streamed response join to exactly the text of the whole response. A piece needs the
-tokens of the stream before it. The router sends them as PREVIOUS_TOKENS; elsewhere `text_streams` remembers them.
-Their text has been sent, without the U+FFFD at its end if there is one, since that may be the beginning of a character.
-A piece is what the new tokens add to the text sent. The end of the stream sends what was still held back.
+Streaming, strategy. The pieces of a streamed response join to exactly the text of the whole response. A piece is the
+text that the new tokens add to the text of the previous tokens. The router sends the previous tokens as
+PREVIOUS_TOKENS; without the router, `text_streams` remembers them. U+FFFD at the end of a text may be the beginning of
+a character, so it is held back. The end of the stream sends the text that is still held back.
 
-A few previous tokens are as good as all of them (decoding is local, see `tokenizer`): a character is at most
-four bytes, and a token with text has at least one of them; the space that some tokenizers drop at the start of a text
-is dropped from both texts of which a piece is the difference.
+A few previous tokens are enough, because decoding is local (see `tokenizer`). A character has at most four bytes, and a
+token with text has at least one of them. Some tokenizers drop a space at the start of a text. They drop it from both
+texts of which a piece is the difference.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from .tokenizer import REPLACEMENT, Tokenizer, byte_tokenizer, load_tokenizer
 
 Tensors = dict[str, npt.NDArray[Any]]
 
-# How many previous tokens a piece needs: those with text, that is. Whoever sends PREVIOUS_TOKENS sends at least as
-# many, and better some more, since tokens without text may be among them.
+# The previous tokens with text that a piece needs. PREVIOUS_TOKENS must have at least as many tokens, and should have
+# some more, since tokens without text may be among them.
 CONTEXT_TOKENS = 4
 
 _BOOLEANS = {
@@ -47,16 +47,16 @@ class TextOptions:
     """The parameters of both models in their config.pbtxt."""
 
     tokenizer_dir: Path | None = None  # None: a token is a UTF-8 byte
-    add_special_tokens: bool = True  # by preprocessing, to QUERY
-    skip_special_tokens: bool = True  # by postprocessing
-    chat_template: bool = False  # QUERY is one user message in the tokenizer's chat template
-    max_query_bytes: int = 4 << 20  # a longer QUERY would hold up everybody else's
+    add_special_tokens: bool = True  # preprocessing adds them to QUERY
+    skip_special_tokens: bool = True  # postprocessing leaves them out of the text
+    chat_template: bool = False  # preprocessing puts QUERY into the tokenizer's chat template, as one user message
+    max_query_bytes: int = 4 << 20  # a longer QUERY would delay the requests of other clients
 
 
 def parse_options(parameters: Mapping[str, str]) -> TextOptions:
-    """The options in the parameters of a config.pbtxt; absent and empty ones keep their defaults.
+    """The options in the parameters of a config.pbtxt. Absent and empty parameters mean the defaults.
 
-    ModelConfigError names all the parameters that cannot be understood.
+    ModelConfigError names all parameters that cannot be understood.
     """
     problems = []
     given: dict[str, Any] = {}
@@ -82,7 +82,7 @@ def parse_options(parameters: Mapping[str, str]) -> TextOptions:
 
 
 def open_tokenizer(options: TextOptions) -> Tokenizer:
-    """The tokenizer that `options` ask for; ModelConfigError when it cannot do what they ask."""
+    """The tokenizer that `options` name. ModelConfigError when it cannot be loaded, or has no chat template to use."""
     if options.tokenizer_dir is None:
         tokenizer = byte_tokenizer()
     else:
@@ -97,10 +97,21 @@ def open_tokenizer(options: TextOptions) -> Tokenizer:
 def preprocess(tokenizer: Tokenizer, options: TextOptions, inputs: Tensors) -> Tensors:
     """The engine's tensors for a batch of b texts.
 
-    From QUERY [b, 1], REQUEST_OUTPUT_LEN [b, 1], and where they are given BAD_WORDS_DICT and STOP_WORDS_DICT [b, n],
-    EMBEDDING_BIAS_WORDS and EMBEDDING_BIAS_WEIGHTS [b, n], END_ID and PAD_ID [b, 1], come
-    INPUT_ID [b, longest], REQUEST_INPUT_LEN [b, 1], REQUEST_OUTPUT_LEN, BAD_WORDS_IDS and STOP_WORDS_IDS [b, 2, len],
-    EMBEDDING_BIAS [b, vocabulary], OUT_END_ID and OUT_PAD_ID [b, 1]; what there is nothing to say about is left out.
+    | input | shape | dtype |
+    |---|---|---|
+    | QUERY | [b, 1] | UTF-8 |
+    | REQUEST_OUTPUT_LEN | [b, 1] | int32 |
+    | BAD_WORDS_DICT, STOP_WORDS_DICT (optional) | [b, n] | UTF-8 |
+    | EMBEDDING_BIAS_WORDS, EMBEDDING_BIAS_WEIGHTS (optional) | [b, n] | UTF-8, float32 |
+    | END_ID, PAD_ID (optional) | [b, 1] | int32 |
+
+    | output | shape | dtype |
+    |---|---|---|
+    | INPUT_ID | [b, longest] | int32 |
+    | REQUEST_INPUT_LEN, REQUEST_OUTPUT_LEN | [b, 1] | int32 |
+    | BAD_WORDS_IDS, STOP_WORDS_IDS (if there are words) | [b, 2, len] | int32 |
+    | EMBEDDING_BIAS (if there are weights) | [b, vocabulary] | float32 |
+    | OUT_END_ID, OUT_PAD_ID (if the request or the tokenizer has them) | [b, 1] | int32 |
 
     InvalidRequest names every tensor and row that is wrong.
     """
@@ -143,11 +154,13 @@ def preprocess(tokenizer: Tokenizer, options: TextOptions, inputs: Tensors) -> T
 def postprocess(
     tokenizer: Tokenizer, inputs: Tensors, streams: TextStreams | None = None, request_id: str = ""
 ) -> Tensors:
-    """OUTPUT [b, beams], UTF-8, from TOKENS_BATCH [b, beams, len], SEQUENCE_LENGTH [b, beams], PREVIOUS_TOKENS [b, n].
+    """OUTPUT [b, beams], UTF-8, from TOKENS_BATCH [b, beams, len] and SEQUENCE_LENGTH [b, beams].
 
-    With PREVIOUS_TOKENS the tokens are the next ones of a stream, and no tokens are its end; negative ids in it are
-    padding. Without it the tokens continue what `streams` remembers of the request, of the row BATCH_INDEX [1, 1] and
-    the sequence SEQUENCE_INDEX [1, 1]. If nothing is remembered, the tokens are a whole response.
+    - With PREVIOUS_TOKENS [b, n], the tokens are the next ones of a stream. A response without tokens ends the stream.
+      Negative ids in PREVIOUS_TOKENS are padding.
+    - Otherwise the tokens continue the sequence that `streams` remembers for the request id, the row BATCH_INDEX [1, 1]
+      and the sequence SEQUENCE_INDEX [1, 1].
+    - If `streams` remembers no such sequence, the tokens are a whole response.
 
     InvalidRequest when a tensor is missing, or when the shapes do not agree.
     """
@@ -169,10 +182,11 @@ def postprocess(
 
 
 def begin(streams: TextStreams | None, request_id: str, inputs: Tensors) -> tuple[Tensors, bool]:
-    """Announce a request before the engine gets it: OUT_REQUEST_OUTPUT_LEN [b, 1], which is its REQUEST_OUTPUT_LEN.
+    """Remember a request in `streams` before the engine gets it.
 
-    STREAMING, BEAM_WIDTH and NUM_RETURN_SEQUENCES [b, 1] are the engine's inputs, where the client gave them. False
-    when the request's id is also that of another request, whose end was not seen.
+    Returns the output OUT_REQUEST_OUTPUT_LEN [b, 1], which is the input REQUEST_OUTPUT_LEN, and whether the request id
+    is free. An id is not free while the end of another request with the same id was not seen. STREAMING, BEAM_WIDTH and
+    NUM_RETURN_SEQUENCES [b, 1] are the engine's inputs, if the client sent them.
     """
     lengths = inputs["REQUEST_OUTPUT_LEN"]
     given = {name: inputs[name].max() for name in ("STREAMING", "BEAM_WIDTH", "NUM_RETURN_SEQUENCES") if name in inputs}
@@ -219,14 +233,15 @@ def _progress(
 
 
 def _context(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[int]:
-    """The last tokens with text: all that `piece` needs of those before a response."""
+    """The last CONTEXT_TOKENS tokens with text, which are all that `piece` needs."""
     return [token for token in tokens if token in tokenizer.audible][-CONTEXT_TOKENS:]
 
 
 def piece(tokenizer: Tokenizer, previous: Sequence[int], new: Sequence[int], *, ends: bool = False) -> str:
-    """The text that `new` adds to a stream; `previous` are its last tokens before. Without new tokens the stream ends.
+    """The text that the tokens `new` add to a stream whose last tokens were `previous`.
 
-    The pieces of a stream, with its end, join to `tokenizer.text` of all its tokens, however they were cut.
+    If `new` is empty, or with `ends`, the stream ends here. The pieces of a stream, its end included, join to
+    `tokenizer.text` of all its tokens, however they were split.
     """
     context = _context(tokenizer, previous)
     text = tokenizer.text([*context, *new])
@@ -237,15 +252,15 @@ def piece(tokenizer: Tokenizer, previous: Sequence[int], new: Sequence[int], *, 
 
 
 def _without_unfinished(text: str) -> str:
-    """`text` without the character at its end that may be unfinished."""
+    """`text` without a U+FFFD at its end, which may be an unfinished character."""
     return text.removesuffix(REPLACEMENT)
 
 
 def word_lists(tokenizer: Tokenizer, words: Sequence[Sequence[str]]) -> npt.NDArray[np.int32] | None:
-    """[b, 2, len]: for each of b rows the tokens of all its words, and where each word ends in them.
+    """[b, 2, len] int32: for each of b rows the tokens of all its words, and the ends of the words among the tokens.
 
-    Rows are padded to the same length, the tokens with 0 and the ends with -1. Empty words, with which clients fill
-    up shorter rows, are left out. None where there are no words at all.
+    Rows are padded to the same length, the tokens with 0 and the ends with -1. Clients fill up shorter rows with empty
+    words, which are left out. None if there are no words at all.
     """
     rows = [[ids for word in row if (ids := tokenizer.encode(word, False))] for row in words]
     lengths = [sum(map(len, row)) for row in rows]
@@ -284,7 +299,7 @@ def _prompts(
 
 
 def _words(words: npt.NDArray[Any], name: str, problems: list[str]) -> list[list[str]]:
-    """The words of each row, those included that are empty."""
+    """The words of each row, including the empty ones."""
     return [
         [_decoded(encoded, f"{name}, row {index}", problems) or "" for encoded in row]
         for index, row in enumerate(words)
@@ -306,7 +321,7 @@ def _given_or(given: npt.NDArray[Any] | None, default: int | None, batch: int) -
 
 
 def _padded(prompts: Sequence[Sequence[int]], pad_id: npt.NDArray[Any] | None) -> npt.NDArray[np.int32]:
-    """[b, longest]: rows filled up on the right, where REQUEST_INPUT_LEN says that nothing counts."""
+    """[b, longest] int32: the rows, padded on the right. REQUEST_INPUT_LEN tells the engine to ignore the padding."""
     padded = np.zeros((len(prompts), max(map(len, prompts))), np.int32)
     if pad_id is not None:
         padded[:] = pad_id
@@ -318,7 +333,7 @@ def _padded(prompts: Sequence[Sequence[int]], pad_id: npt.NDArray[Any] | None) -
 def _embedding_bias(
     tokenizer: Tokenizer, words: Sequence[Sequence[str]], weights: npt.NDArray[Any]
 ) -> npt.NDArray[np.float32]:
-    """[b, vocabulary]: the weight of a word goes to each of its tokens; weights that meet add up."""
+    """[b, vocabulary] float32: each token has the sum of the weights of the words that contain the token."""
     bias = np.zeros((len(words), tokenizer.vocab_size), np.float32)
     for row, row_words, row_weights in zip(bias, words, weights, strict=True):
         for word, weight in zip(row_words, row_weights, strict=True):

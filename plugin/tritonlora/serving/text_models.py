@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""The models `preprocessing` and `postprocessing`: text to the engine's tensors, and its tokens to text.
+"""The models `preprocessing` and `postprocessing`: text to the engine's tensors, and the engine's tokens to text.
 
 They translate between Triton and `text`, which decides.
 """
@@ -22,10 +22,10 @@ from .triton import failure, parameters_in
 
 
 class _TextModel:
-    """One instance of either model."""
+    """The code that both models share."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Load the tokenizer; the model does not load without."""
+        """Load the tokenizer. The model does not load without one."""
         self._name = args["model_name"]
         config = json.loads(args["model_config"])
         try:
@@ -38,7 +38,7 @@ class _TextModel:
         self._configure(config)
 
     def execute(self, requests: list[pb_utils.InferenceRequest]) -> list[pb_utils.InferenceResponse]:
-        """Answer each request by itself: a bad one harms no other."""
+        """Respond to each request by itself: a bad request harms no other."""
         return [self._respond(request) for request in requests]
 
     def _respond(self, request: pb_utils.InferenceRequest) -> pb_utils.InferenceResponse:
@@ -47,13 +47,13 @@ class _TextModel:
             tensors = [pb_utils.Tensor(name, array) for name, array in outputs.items()]
         except RequestError as error:
             return failure(str(error), error.code)
-        except Exception:  # noqa: BLE001  whatever it is, the other requests get their responses
+        except Exception:  # noqa: BLE001  an error of one request must not fail the others
             pb_utils.Logger.log_error(traceback.format_exc())
             return failure(f"{self._name} failed on this request; the server's log says why")
         return pb_utils.InferenceResponse(tensors)
 
     def _configure(self, config: Mapping[str, Any]) -> None:
-        """Take what the model's config has beside the parameters."""
+        """Read the fields of the model's config that are not parameters."""
 
     def _outputs(self, request: pb_utils.InferenceRequest, inputs: Tensors) -> Tensors:
         raise NotImplementedError
@@ -69,7 +69,7 @@ class Preprocessing(_TextModel):
 class Postprocessing(_TextModel):
     """The engine's tokens to text.
 
-    A request with REQUEST_OUTPUT_LEN announces another one, which goes to the engine next under the same request id.
+    A request with REQUEST_OUTPUT_LEN announces a request that goes to the engine next, with the same request id.
     """
 
     def _configure(self, config: Mapping[str, Any]) -> None:
@@ -80,7 +80,7 @@ class Postprocessing(_TextModel):
         if self._streams is None:
             pb_utils.Logger.log_warn(
                 f"{self._name}: with several instances or a response cache, a streamed character of several tokens "
-                "comes out broken where no router is in the ensemble; set count: 1, and take response_cache out"
+                "is broken in an ensemble without the router; set count: 1, and take response_cache out"
             )
 
     def _outputs(self, request: pb_utils.InferenceRequest, inputs: Tensors) -> Tensors:
@@ -89,7 +89,7 @@ class Postprocessing(_TextModel):
         outputs, is_free = begin(self._streams, id_of(request), inputs)
         if not is_free:
             pb_utils.Logger.log_warn(
-                f"{self._name}: request id {request.request_id()!r} came again before its stream was seen to end, so "
-                "each response to it is decoded by itself; send an id of its own with each request"
+                f"{self._name}: request id {request.request_id()!r} came again before the end of its stream was seen, "
+                "so each response with this id is decoded by itself; send a different id with each request"
             )
         return outputs

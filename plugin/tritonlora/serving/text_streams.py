@@ -2,17 +2,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The streams of text that `postprocessing` has begun to decode, by request id.
 
-In an ensemble without the router, a step sees one response of the engine at a time. Nothing in a response says whose it
-is, whether it is the first or whether it is the last. Three facts make up for that:
+In an ensemble without the router, a step sees one response of the engine at a time. A response does not tell which
+request it belongs to, and whether it is the first or the last one. Three facts make up for that:
 
 - Triton gives each step of an ensemble the request's id. Requests without an id are not remembered.
 - A step before the engine announces the request: its request_output_len, and whether it streams.
-- A sequence ends with its last allowed token, or with a response without tokens. TensorRT-LLM sends the latter for the
-  end token, which it does not count (createResult in cpp/tensorrt_llm/batch_manager/llmRequest.cpp). Other ends are not
-  seen: a stop word, the engine's own maximum length, a client that left, an error.
+- A sequence ends with its last allowed token, or with a response without tokens. TensorRT-LLM sends such a response for
+  the end token, which it does not count (createResult in cpp/tensorrt_llm/batch_manager/llmRequest.cpp). Other ends are
+  not seen: a stop word, the engine's own maximum length, a client that left, an error.
 
-Two requests at a time may have the same id, and then nobody can tell their responses apart. The id is ambiguous from
-then on: each of its responses is decoded by itself, as upstream does, until none has come for QUIET_SECONDS.
+If two requests at a time have the same id, their responses cannot be told apart. Then the id is ambiguous: each of its
+responses is decoded by itself, as upstream's postprocessing does, until no response has come for QUIET_SECONDS.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-# A stream is some hundred bytes. More of them than any engine has in flight; the one quiet for longest is forgotten.
+# A stream takes some hundred bytes. The limit is more than any engine has in flight. Beyond it, the stream that was
+# quiet for longest is forgotten.
 MAX_STREAMS = 4096
 QUIET_SECONDS = 600.0
-MAX_ID_LENGTH = 256  # the id is the client's; a longer one is not worth the memory
+MAX_ID_LENGTH = 256  # a client may send a longer id, which is not remembered
 
 
 @dataclass(slots=True)
 class SequenceProgress:
-    """One sequence of a stream, as far as it has come."""
+    """The state of one sequence of a stream."""
 
     tokens_left: int
     has_ended: bool = False
@@ -39,22 +40,22 @@ class SequenceProgress:
 
 @dataclass(slots=True)
 class _Stream:
-    """A request whose responses are its own. An ambiguous id has none."""
+    """A request that was announced, and whose id is not ambiguous."""
 
     output_lengths: Sequence[int]  # of each row
     sequence_count: int  # of each row
     is_streamed: bool
-    seen: float
+    seen: float  # when it was announced, or its last response came
     sequences: dict[tuple[int, int], SequenceProgress] = field(default_factory=dict)  # by row and sequence index
     ended_count: int = 0
 
 
 class TextStreams:
-    """The streams that have begun, of one process. Bounded in number and in time."""
+    """The announced streams of one process. They are bounded in number and in time."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._streams: OrderedDict[str, _Stream | float] = OrderedDict()  # float: ambiguous, and when it was seen last
+        self._streams: OrderedDict[str, _Stream | float] = OrderedDict()  # float: an ambiguous id, last seen then
 
     def __len__(self) -> int:
         return len(self._streams)
@@ -62,10 +63,10 @@ class TextStreams:
     def begin(
         self, request_id: str, output_lengths: Sequence[int], *, sequence_count: int, is_streamed: bool, has_beams: bool
     ) -> bool:
-        """Remember a request that goes to the engine: its request_output_len for each row. False: the id is ambiguous.
+        """Remember a request that goes to the engine. False: the id is ambiguous.
 
-        Streamed beams need no state, because each response has all of a beam. Their end cannot be seen, so their id is
-        ambiguous at once.
+        `output_lengths` is request_output_len for each row. Streamed beams need no state, because each response has all
+        tokens of a beam. Their end cannot be seen, so their id is ambiguous at once.
         """
         if not 0 < len(request_id) <= MAX_ID_LENGTH:
             return True
@@ -84,10 +85,10 @@ class TextStreams:
     def advance(
         self, request_id: str, token_counts: Sequence[Sequence[int]], *, row: int | None, index: int | None
     ) -> tuple[SequenceProgress, bool] | None:
-        """The sequence that a response continues, and whether the response is its last one.
+        """The sequence that a response continues, and whether it is the sequence's last response.
 
-        `token_counts` are the response's, by row and beam. `row` and `index` are its batch_index and sequence_index, if
-        it has them. None: decode the response by itself. A response that does not fit the request that has begun makes
+        None: decode the response by itself. `token_counts` has the response's tokens by row and beam. `row` and `index`
+        are its batch_index and sequence_index, if it has them. A response that does not fit the announced request makes
         the id ambiguous.
         """
         stream = self._streams.get(request_id)
@@ -95,14 +96,14 @@ class TextStreams:
             return None
         now = self._clock()
         self._streams.move_to_end(request_id)
-        place = None if isinstance(stream, float) else _place(stream, row, index)
-        if isinstance(stream, float) or place is None:
+        key = None if isinstance(stream, float) else _sequence_key(stream, row, index)
+        if isinstance(stream, float) or key is None:
             self._streams[request_id] = now
             return None
         stream.seen = now
-        sequence = stream.sequences.get(place)
+        sequence = stream.sequences.get(key)
         if sequence is None:
-            sequence = stream.sequences[place] = SequenceProgress(stream.output_lengths[place[0]])
+            sequence = stream.sequences[key] = SequenceProgress(stream.output_lengths[key[0]])
         fits = not stream.is_streamed or (
             [len(beams) for beams in token_counts] == [1] and token_counts[0][0] <= sequence.tokens_left
         )
@@ -127,10 +128,10 @@ class TextStreams:
             del self._streams[request_id]
 
 
-def _place(stream: _Stream, row: int | None, index: int | None) -> tuple[int, int] | None:
-    """Row and sequence index of a response; None when it does not say them, or names ones that the request has not."""
+def _sequence_key(stream: _Stream, row: int | None, index: int | None) -> tuple[int, int] | None:
+    """Row and sequence index of a response; None when it lacks one, or when the request has no such sequence."""
     rows, count = len(stream.output_lengths), stream.sequence_count
     if (row is None and rows > 1) or (index is None and count > 1):
         return None
-    place = (row or 0, index or 0)
-    return place if 0 <= place[0] < rows and 0 <= place[1] < count else None
+    key = (row or 0, index or 0)
+    return key if 0 <= key[0] < rows and 0 <= key[1] < count else None

@@ -3,13 +3,13 @@
 """A tokenizer as the text models need it: one whose decoding is *local*.
 
 Rule: appending tokens never changes text that was already complete. `decode(a + b)` starts with `decode(a)`, but for
-one U+FFFD at its end, which stands for a character whose last bytes are still to come. Streaming rests on this
-(`text`), so what breaks it in Hugging Face tokenizers is mended here:
+one U+FFFD at its end, which stands for a character whose last bytes are still to come. Streaming depends on this rule
+(`text`). Two habits of Hugging Face tokenizers break it, and are corrected here:
 
-* Clean-up of spaces takes back a space when a full stop follows it. It is never applied.
-* A tokenizer with byte fallback (Llama 2, Gemma) decodes a run of byte tokens like `<0xE2>` all or nothing: one bad
-  byte turns every character of the run into U+FFFD, those that were already sent too. A run is made well-formed
-  first, so only what is malformed becomes U+FFFD, as with a byte-level tokenizer.
+* Clean-up of spaces removes a space when a full stop follows it. It is never applied.
+* A tokenizer with byte fallback (Llama 2, Gemma) decodes a run of byte tokens like `<0xE2>` all or nothing. One bad
+  byte turns every character of the run into U+FFFD, even those that were already sent. So a run is made well-formed
+  first. Then only the malformed bytes become U+FFFD, as with a byte-level tokenizer.
 
 transformers is imported only when a tokenizer is loaded from a directory. Without one, a token is a UTF-8 byte.
 """
@@ -32,15 +32,15 @@ class Tokenizer:
     """Text to token ids and back."""
 
     encode: Callable[[str, bool], list[int]]  # text, and whether to add special tokens
-    decode: Callable[[Sequence[int]], str]  # local, see above; wants audible tokens only
-    audible: Container[int]  # the tokens that have text: known, and not special where those are skipped
-    chat: Callable[[str], list[int]] | None  # one user message through the chat template, up to where the answer starts
+    decode: Callable[[Sequence[int]], str]  # local, see above; takes audible tokens alone
+    audible: Container[int]  # the tokens with text: known ones, less special ones if these are skipped
+    chat: Callable[[str], list[int]] | None  # one user message in the chat template, up to the start of the response
     end_id: int | None
     pad_id: int | None
     vocab_size: int
 
     def text(self, ids: Sequence[int]) -> str:
-        """The text of `ids`; those without text count for nothing."""
+        """The text of `ids`. Tokens without text are skipped."""
         return self.decode([token for token in ids if token in self.audible])
 
 
@@ -48,7 +48,7 @@ BYTE_END_ID = 256
 
 
 def byte_tokenizer() -> Tokenizer:
-    """A token is a UTF-8 byte, and 256 ends a text. Needs no files and no dependencies."""
+    """A tokenizer whose tokens are UTF-8 bytes; 256 ends a text. It needs no files and no dependencies."""
     return Tokenizer(
         encode=lambda text, add_special_tokens: list(text.encode()),  # noqa: ARG005
         decode=lambda ids: bytes(ids).decode("utf-8", "replace"),
@@ -61,19 +61,19 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def load_tokenizer(directory: Path, *, skip_special_tokens: bool = True) -> Tokenizer:
-    """The Hugging Face tokenizer in `directory`; code that came with it is not run.
+    """The Hugging Face tokenizer in `directory`. Code in the directory is not run.
 
-    ModelConfigError when there is none that transformers can load.
+    ModelConfigError when transformers is missing or cannot load a tokenizer from there.
     """
     if not directory.is_dir():
         raise ModelConfigError(f"tokenizer_dir {str(directory)!r} is not a directory; name one with a tokenizer.json")
     try:
-        from transformers import AutoTokenizer  # the byte tokenizer does without
+        from transformers import AutoTokenizer  # here, because the byte tokenizer does not need it
     except ImportError as error:
         raise ModelConfigError(f"tokenizer_dir needs the Python package transformers: {error}") from error
     try:
         loaded = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # it raises whatever the files made it stumble over
+    except Exception as error:  # malformed files raise errors of many types
         raise ModelConfigError(f"tokenizer_dir {str(directory)!r} holds no usable tokenizer: {error}") from error
     return from_transformers(loaded, skip_special_tokens=skip_special_tokens)
 
@@ -94,7 +94,7 @@ def from_transformers(hugging_face: Any, *, skip_special_tokens: bool = True) ->
         prompt = hugging_face.apply_chat_template(
             [{"role": "user", "content": message}], add_generation_prompt=True, tokenize=False
         )
-        return encode(str(prompt), False)  # the template writes the special tokens
+        return encode(str(prompt), False)  # the template adds the special tokens itself
 
     end_id, pad_id = hugging_face.eos_token_id, hugging_face.pad_token_id
     return Tokenizer(
@@ -112,7 +112,7 @@ def _byte_tokens(hugging_face: Any, decode: Callable[[Sequence[int]], str]) -> l
     """The ids of <0x00> to <0xFF> in this order; [] when the tokenizer has no byte fallback."""
     vocabulary = hugging_face.get_vocab()
     ids = [vocabulary.get(f"<0x{byte:02X}>") for byte in range(256)]
-    # A byte-level tokenizer may hold these names as ordinary text: only decoding tells.
+    # A byte-level tokenizer may have these names as ordinary text, so decode some of them to find out.
     if None in ids or decode([ids[byte] for byte in "€".encode()]) != "€":
         return []
     return ids
@@ -121,7 +121,7 @@ def _byte_tokens(hugging_face: Any, decode: Callable[[Sequence[int]], str]) -> l
 def _with_well_formed_bytes(
     decode: Callable[[Sequence[int]], str], byte_ids: list[int]
 ) -> Callable[[Sequence[int]], str]:
-    """`decode`, with U+FFFD in place of what is not UTF-8 in a run of byte tokens, and only of that."""
+    """`decode`, with U+FFFD only for the malformed bytes in a run of byte tokens."""
     if not byte_ids:
         return decode
     byte_of = {token: byte for byte, token in enumerate(byte_ids)}

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""What all of our models have in common in Triton's terms."""
+"""Functions on Triton's requests, responses and configs that all of tritonlora's models share."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ def values_of(inputs: Inputs, name: str) -> list[Any] | None:
 
 
 def parameters_in(config: Mapping[str, Any]) -> dict[str, str]:
-    """The parameters of a model's config, as Triton has it in JSON."""
+    """The parameters of a model's config, which Triton gives as JSON."""
     return {key: value["string_value"] for key, value in config["parameters"].items()}
 
 
 def failure(message: str, code: str = "INTERNAL") -> pb_utils.InferenceResponse:
-    """A response that is an error. `code` is a name in `pb_utils.TritonError`."""
+    """An error response. `code` is a name in `pb_utils.TritonError`."""
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, getattr(pb_utils.TritonError, code)))
 
 
 def new_kept_weights() -> KeptWeights[pb_utils.Tensor]:
-    """The kept weights of a process, or of a thread of it, that has sent none."""
+    """A `KeptWeights` without a tensor, for the tensors that one thread sends."""
     return KeptWeights(functools.partial(pb_utils.Tensor.from_dlpack, "lora_weights"))

@@ -2,10 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tensors by which each kind of target takes adapters.
 
-`ENGINE_MODEL` is the tensorrt_llm model of tensorrtllm_backend (all_models/inflight_batcher_llm, v0.9 to v1.x). An
-adapter is two tensors there, which a request carries, and which the engine's cache may forget. `LLM_API` is the Python
-model of TensorRT-LLM's main branch (triton_backend/all_models/llmapi). An adapter is a PEFT directory there, which the
-model reads, and reads again by itself, so that every request names it.
+`ENGINE_MODEL` is the tensorrt_llm model of tensorrtllm_backend (all_models/inflight_batcher_llm, v0.9 to v1.x). There
+an adapter is two tensors. A request carries them, and the engine's cache may evict them.
+
+`LLM_API` is the Python model of TensorRT-LLM's main branch (triton_backend/all_models/llmapi). There an adapter is a
+PEFT directory, which every request names. The model reads the directory by itself, and may read it again.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ import numpy.typing as npt
 
 from .routing import Route
 
-# Beside the adapters' tensors, what the resolver reads and gives.
-INPUT_LENGTHS = "input_lengths"  # which tells how long the engine takes for the prompt
-# The engine refuses to be without it. Triton counts required inputs, and does not look which ones are there.
+# Tensors of the resolver beside those of adapters.
+INPUT_LENGTHS = "input_lengths"  # tells how long the engine takes for the prompt
+# The engine refuses a request without this input. Triton itself only counts the required inputs of a request.
 REQUIRED = "request_output_len"
 CONTROL, STATE = "lora_control", "lora_state"  # between tritonlora's own models
 
@@ -32,14 +33,14 @@ class Wire:
     """The tensors of one kind of target, as far as adapters are concerned."""
 
     inputs: tuple[str, ...]  # a model that declares these is of this kind
-    task_id: str  # the input that has an adapter's lora_task_id
+    task_id: str  # the input with an adapter's lora_task_id
     router_only: tuple[str, ...]  # inputs that no client may send
     # (repository, adapter) -> the tensors that name the adapter in each request for it
     naming_inputs: Callable[[Path, Route], dict[str, npt.NDArray[Any]]]
-    stop: str  # the input of a request that ends the request with the same id; "": there is none
+    stop: str  # an input: a request with it ends the request with the same id; "": there is no such input
     needed_outputs: tuple[str, ...]  # the target refuses a request that does not ask for all of these
-    sends_weights: bool  # into a cache of pages; otherwise the target reads an adapter whenever it needs to
-    router_output: tuple[str, str] | None  # (an output of the router's own, the target's output that it is made of)
+    sends_weights: bool  # requests carry weights into a cache of pages; False: the target reads adapters by itself
+    router_output: tuple[str, str] | None  # (an output that the router adds, the target's output that it is made of)
 
     def missing(self, inputs: Collection[str]) -> list[str]:
         """The inputs of this kind that a model with `inputs` does not declare."""
@@ -47,7 +48,7 @@ class Wire:
 
 
 def wire_of(inputs: Collection[str]) -> Wire:
-    """The wire of a target, or of the router in front of it, by the names of its inputs: the kind it has most of."""
+    """The wire of a target or router whose inputs have these names: the wire with the largest share of its inputs."""
     return max(WIRES, key=lambda wire: 1 - len(wire.missing(inputs)) / len(wire.inputs))
 
 
@@ -83,7 +84,7 @@ LLM_API = Wire(
     stop="",
     needed_outputs=("text_output",),
     sends_weights=False,
-    # Each streamed response has the whole text so far; clients of an ensemble expect what is new in it.
+    # Each streamed response has the whole text so far, and clients of an ensemble expect the new text alone.
     router_output=("text_diff", "text_output"),
 )
 
