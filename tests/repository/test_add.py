@@ -306,7 +306,9 @@ def test_a_file_that_the_user_s_own_warmup_reads_is_not_written_over(
     mine = opened.warmup_directory / "input_ids"
     mine.write_bytes(struct.pack("<8i", *range(8)))
     before = read_text(opened.config_path)
-    with pytest.raises(RepositoryError, match="of your own read warmup/input_ids, which tritonlora writes, too; give"):
+    with pytest.raises(
+        RepositoryError, match="own read warmup/input_ids, which tritonlora writes, too; rename your files"
+    ):
         add.add(opened, "pirate", adapters(0))
 
     assert (before, 32) == (read_text(opened.config_path), mine.stat().st_size)
@@ -440,7 +442,7 @@ def test_a_base_model_that_the_engine_was_not_built_from_is_refused(
 
     for base in ("same", "unknown"):
         assert add.add(opened, base, adapters(0), Options(base=tmp_path / base), dry_run=True)
-    with pytest.raises(EngineMismatch, match=rf"--base .*/other is not what .* there: .*{problem}"):
+    with pytest.raises(EngineMismatch, match=rf"--base .*/other is not the model that .* in --base: .*{problem}"):
         add.add(opened, "pirate", adapters(0), Options(base=tmp_path / "other"))
 
 

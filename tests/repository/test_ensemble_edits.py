@@ -275,7 +275,10 @@ def test_rewire_to_resolve_leaves_all_other_lines_as_they_are(version: str) -> N
     ("text", "message"),
     [
         ("", "expected an ensemble, got a config without ensemble_scheduling steps"),
-        (ENSEMBLE % ("", ""), "gives the step for 'tensorrt_llm' no request_output_len; rewire this ensemble by hand"),
+        (
+            ENSEMBLE % ("", ""),
+            "the ensemble leads no request_output_len to the step for 'tensorrt_llm'; rewire this ensemble by hand",
+        ),
         (
             (ENSEMBLE % ("", ""))
             .replace("tensorrt_llm", "lora_router")

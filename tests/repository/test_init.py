@@ -152,7 +152,9 @@ def test_what_is_no_such_repository_is_refused(tmp_path: Path) -> None:
     assert before == contents(root)
     (root / "lora_router").mkdir()
     (root / "lora_router" / "config.pbtxt").write_text('backend: "python"')
-    with pytest.raises(RepositoryError, match="has a model 'lora_router' that is not tritonlora's; rename that one"):
+    with pytest.raises(
+        RepositoryError, match="has a model 'lora_router' that tritonlora did not write; rename that model"
+    ):
         init.init(root)
 
 
@@ -421,7 +423,7 @@ def test_the_resolve_topology_is_refused_where_it_cannot_be(tmp_path: Path) -> N
 
     llm_api = llm_api_repository(tmp_path / "llm", tmp_path)
     init.init(llm_api)
-    with pytest.raises(RepositoryError, match="'tensorrt_llm' reads adapters by itself, which only the forward topol"):
+    with pytest.raises(RepositoryError, match="'tensorrt_llm' reads adapters by itself, so it needs the forward topol"):
         init.init(llm_api, topology="resolve")
 
 

@@ -214,7 +214,7 @@ def test_a_dry_run_shows_what_undo_does(root: Path, topology: str) -> None:
     [
         ("ensemble/config.pbtxt", "it was edited since; copy lora_router/1/originals/ensemble/config.pbtxt there"),
         ("lora_router/config.pbtxt", "it was edited since; put your changes elsewhere and delete it"),
-        ("lora_router/notes.txt", "it is not of tritonlora's; move it elsewhere"),
+        ("lora_router/notes.txt", "tritonlora did not write it; move it elsewhere"),
     ],
 )
 def test_what_was_edited_since_is_named_and_nothing_is_changed(root: Path, file: str, remedy: str) -> None:
@@ -505,7 +505,7 @@ def test_whatever_the_user_put_into_a_model_of_ours_is_not_thrown_away(root: Pat
     else:
         path.symlink_to("nowhere" if kind == "a link" else root / "ensemble")
 
-    with pytest.raises(RepositoryError, match="lora_router/mine: it is not of tritonlora's; move it elsewhere"):
+    with pytest.raises(RepositoryError, match="lora_router/mine: tritonlora did not write it; move it elsewhere"):
         undo.undo(root)
     assert path.is_symlink() or path.is_fifo()
 

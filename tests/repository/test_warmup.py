@@ -284,8 +284,12 @@ def test_render_block_names_everything_that_does_not_fit() -> None:
         (f"\n{END}\n{BEGIN}\n", 2, "expected one line"),
         (f"{BEGIN}\n{END}\n{BEGIN}\n{END}\n", 1, "expected one line"),
         (f"a: 1\n{BEGIN}\nmodel_warmup [ {{\n{END}\n", 4, "expected a field name or '}', got the end of the file"),
-        (f"{BEGIN}\nmodel_warmup {{ name: 'x' }}\n{END}", 1, "sample 'x' is not one of ours"),
-        (f"{BEGIN}\nmodel_warmup {{ name: 'lora_1_warmup' }}\n{END}", 1, "sample 'lora_1_warmup' is not one of ours"),
+        (f"{BEGIN}\nmodel_warmup {{ name: 'x' }}\n{END}", 1, "sample 'x' was not written by tritonlora"),
+        (
+            f"{BEGIN}\nmodel_warmup {{ name: 'lora_1_warmup' }}\n{END}",
+            1,
+            "sample 'lora_1_warmup' was not written by tritonlora",
+        ),
     ],
     ids=["no end", "wrong order", "two blocks", "half a sample", "another sample", "no inputs"],
 )

@@ -1,3 +1,3 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""The model repository: its state, and all that writes to it."""
+"""The model repository: its state, and all code that writes to it."""

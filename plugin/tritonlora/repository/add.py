@@ -3,10 +3,10 @@
 """Put adapters into a model repository and take them out.
 
 Strategy. Everything is decided and converted first. Then the files are written: an adapter's tensors, then
-adapters.json, then config.pbtxt (the other way round when an adapter is removed). Stopped between any two of these, the
-repository still loads and no adapter is lost: files that nothing refers to yet are harmless, and an adapter whose
-warmup sample is missing is loaded on its first request. `check` reports such leftovers, and the same command again
-puts them right.
+adapters.json, then config.pbtxt. A removal writes config.pbtxt before adapters.json. If the command is stopped between
+two of these files, the repository still loads and no adapter is lost. Files that nothing refers to are harmless, and an
+adapter without a warmup sample is loaded on its first request. `check` reports both, and the same command, run again,
+completes the change.
 """
 
 from __future__ import annotations
@@ -60,30 +60,30 @@ class Options:
 
     warm: bool = True
     dtype: str | None = None  # None: the engine's
-    base: Path | None = None  # the base model's checkpoint: stands in for an absent engine, and DoRA needs its weights
+    base: Path | None = None  # the base model's checkpoint, for DoRA and in place of an absent engine
     allow_nonfinite: bool = False
 
 
 DEFAULTS = Options()
-CONVERSIONS_AT_A_TIME = 2  # conversion is bound by memory: more only take each other's bandwidth
+CONVERSIONS_AT_A_TIME = 2  # memory bandwidth limits conversion, so more threads are no faster
 
 
 @dataclass(frozen=True, slots=True)
 class Added:
-    """What `add` did, or would do."""
+    """The result of `add`, or of its dry run."""
 
     name: str
     entry: AdapterEntry
-    remarks: tuple[str, ...]  # what the user should know
-    known: bool = False  # the same content was registered under this name already
-    restored: tuple[str, ...] = ()  # its files that were missing or altered, and are there again
-    unchanged: bool = False  # there was nothing to do
-    was: int | None = None  # the lora_task_id of the adapter that had the name
+    remarks: tuple[str, ...]  # for the user
+    known: bool = False  # whether the same content was registered under this name already
+    restored: tuple[str, ...] = ()  # its files that were missing or altered, and were written again
+    unchanged: bool = False  # whether nothing was written
+    was: int | None = None  # the lora_task_id of the adapter that had the name before
 
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """An adapter that `add_all` could not add, and why."""
+    """An adapter that `add_all` could not add, and the reason."""
 
     name: str
     error: str
@@ -98,12 +98,15 @@ def add(
     task_id: int | None = None,
     dry_run: bool = False,
 ) -> Added:
-    """Convert a PEFT adapter and register it under `name`; the same content again changes nothing.
+    """Convert a PEFT adapter and register it under `name`. The same content under the same name changes nothing.
 
-    Other content under a known name replaces it under a new lora_task_id. When it is refused, the repository is as it
-    was; when it cannot be written to the end, the same again completes it.
+    Other content under a known name replaces the adapter, under a new lora_task_id. `task_id` is the lora_task_id to
+    use; None means the next free one.
+
+    TritonLoraError when the adapter is refused; the repository is unchanged then. If a write fails, or the command is
+    stopped, the same command completes the change.
     """
-    adapter = _read(name, adapter_directory, options)  # which may take a while, and needs nobody to wait
+    adapter = _read(name, adapter_directory, options)  # before the lock, so that other commands need not wait
     with contextlib.nullcontext() if dry_run else locked(repository.table_path.parent):
         state = read_state(repository)
         planned = _plan(state, state.table, name, adapter, options, task_id=task_id)
@@ -126,9 +129,10 @@ def add_all(
     *,
     dry_run: bool = False,
 ) -> list[Added | Refused]:
-    """`add` for many adapters by name, two at a time; one that is refused does not stop the others.
+    """`add` for many adapters by name, CONVERSIONS_AT_A_TIME at a time. A refused adapter does not stop the others.
 
-    The table and config.pbtxt are written once, at the end. Interrupted, those that were finished are registered.
+    `on_done` is called for each adapter. The table and config.pbtxt are written once, at the end. If the command is
+    interrupted, the adapters that were converted by then are registered.
     """
     results: list[Added | Refused] = []
 
@@ -148,12 +152,12 @@ def add_all(
         for name in list(read):
             try:
                 one = _plan(state, after, name, read.pop(name), options)
-                after = with_adapter(after, name, one.entry)  # so that each gets an id of its own
+                after = with_adapter(after, name, one.entry)  # so that the next adapter gets another id
             except TritonLoraError as error:
                 refuse(name, error)
             else:
                 planned.append(one)
-        files = generated.rendered(state, after)  # or nothing is converted
+        files = generated.rendered(state, after)  # raises before any adapter is converted
         if dry_run:
             for one in planned:
                 results.append(_after(before, Added(one.name, one.entry, one.remarks)))
@@ -164,7 +168,7 @@ def add_all(
         futures = {
             pool.submit(_write_tensors, repository, one, before.entries.get(one.name)): one.name for one in planned
         }
-        planned.clear()  # so that each is let go of, and its file closed, when it has been converted
+        planned.clear()  # so that each adapter is freed, and its file closed, when it was converted
         try:
             for future in as_completed(futures):
                 on_done(_result_of(future, futures[future], before))
@@ -190,19 +194,19 @@ def _result_of(future: Future[Added], name: str, before: AdapterTable) -> Added 
 
 @dataclass(frozen=True, slots=True)
 class _Planned:
-    """An adapter that has been looked at and can be converted."""
+    """An adapter that was checked, and can be converted."""
 
     name: str
     adapter: Adapter
     layout: Layout
-    entry: AdapterEntry  # but for the digests
+    entry: AdapterEntry  # complete but for the digests
     kind: Target
     options: Options
     remarks: tuple[str, ...]
 
 
 def _read(name: str, directory: Path, options: Options) -> Adapter:
-    """The adapter that is to have this name; any AdapterError."""
+    """The adapter in `directory`; AdapterTableError for an illegal name, AdapterError for a bad adapter."""
     check_name(name)
     return load_adapter(directory, options.base)
 
@@ -216,10 +220,13 @@ def _plan(
     *,
     task_id: int | None = None,
 ) -> _Planned:
-    """Decide everything about the adapter but its values, beside those in `table`; any AdapterError."""
+    """Decide how to convert and register an adapter, without its values. `table` has the other adapters.
+
+    AdapterError or EngineMismatch when the engine cannot serve the adapter.
+    """
     kind, profile = state.kind, state.profile
     if options.base is not None:
-        profile = _told_by(options.base, profile, options.dtype)
+        profile = _with_base(profile, options.base, options.dtype)
     dtype, remarks = _choose_dtype(table, name, profile, options.dtype, kind.ASSUMED_DTYPE)
     kind.check_adapter(adapter)
     layout = plan_layout(
@@ -234,39 +241,45 @@ def _plan(
     return _Planned(name, adapter, layout, entry, kind, options, remarks)
 
 
-def _told_by(base: Path, profile: EngineProfile | None, dtype: str | None) -> EngineProfile:
-    """The engine's profile, with what only the base model says of it: of an absent engine all, else its architecture,
-    where the engine's own name for that stands for several (GPTForCausalLM), or is not known.
+def _with_base(profile: EngineProfile | None, base: Path, dtype: str | None) -> EngineProfile:
+    """Fill the gaps of an engine's profile from the checkpoint `base`.
 
-    EngineMismatch where the engine was built from a model of other sizes, or of another architecture.
+    Without an engine, the checkpoint gives the whole profile. Otherwise it gives only the architecture, if the engine's
+    name for it is unknown, or stands for several architectures (GPTForCausalLM).
+
+    EngineMismatch when the engine was built from a model of other sizes, or of another architecture.
     """
     if profile is None:
         return load_profile(base, dtype=dtype)
     candidates = families_of(profile.architecture)
     try:
-        told = load_profile(base, dtype=profile.dtype)
+        of_base = load_profile(base, dtype=profile.dtype)
     except UnknownArchitecture:
-        if len(candidates) == 1:  # the engine's own name says enough
+        if len(candidates) == 1:  # the engine's own name is enough
             return profile
         raise
-    families, engine, checkpoint = also_stored_as(families_of(told.architecture)), _told(profile), _told(told)
+    families, engine, checkpoint = (
+        also_stored_as(families_of(of_base.architecture)),
+        _sizes_of(profile),
+        _sizes_of(of_base),
+    )
     differ = [
         f"{what}: {engine[what]} and {checkpoint[what]}"
         for what in engine.keys() & checkpoint.keys()
         if engine[what] != checkpoint[what]
     ]
     if candidates and not families & candidates:
-        differ.append(f"architecture: {profile.architecture} and {told.architecture}")
+        differ.append(f"architecture: {profile.architecture} and {of_base.architecture}")
     if differ:
-        heading = f"--base {base} is not what {profile.source} was built from; in the engine, and there"
+        heading = f"--base {base} is not the model that {profile.source} was built from; in the engine, and in --base"
         raise EngineMismatch(one_message(heading, sorted(differ)))
-    if len(candidates) == 1 or not families_of(told.architecture) <= candidates:
+    if len(candidates) == 1 or not families_of(of_base.architecture) <= candidates:
         return profile
-    return replace(profile, architecture=told.architecture)
+    return replace(profile, architecture=of_base.architecture)
 
 
-def _told(profile: EngineProfile) -> dict[str, int]:
-    """What a profile says of its model, by what that is called in an error: what no build of an engine changes."""
+def _sizes_of(profile: EngineProfile) -> dict[str, int]:
+    """The sizes of a profile's model that building an engine does not change, by their names in error messages."""
     after_hidden = [profile.modules[name] for name in ("attn_q", "attn_qkv", "mlp_h_to_4h") if name in profile.modules]
     numbers = {
         "layers": profile.num_layers,
@@ -275,11 +288,14 @@ def _told(profile: EngineProfile) -> dict[str, int]:
         "head size": profile.head_size,
         "hidden size": after_hidden[0].in_features if after_hidden else 0,
     }
-    return {what: number for what, number in numbers.items() if number}  # 0: it does not say
+    return {what: number for what, number in numbers.items() if number}  # 0: the profile does not have it
 
 
 def _other_base(table: AdapterTable, name: str, base: str) -> tuple[str, ...]:
-    """A remark where the others were trained on another base model, by what PEFT noted: one engine is of one."""
+    """A remark if the other adapters were trained on another base model, according to PEFT's adapter_config.json.
+
+    An engine is built from one base model.
+    """
     known = {other: entry.base_model_name_or_path for other, entry in table.entries.items() if other != name}
     others = {_base_name(noted): other for other, noted in known.items() if _base_name(noted)}
     if not others or _base_name(base) in {"", *others}:
@@ -289,7 +305,7 @@ def _other_base(table: AdapterTable, name: str, base: str) -> tuple[str, ...]:
 
 
 def _noted_base(name_or_path: str) -> str:
-    """`name_or_path`; absolute where it leads somewhere, but looks like a name on the hub, as "models/llama" does."""
+    """`name_or_path`, made absolute if it is an existing path that looks like a name on the hub ("models/llama")."""
     path = Path(name_or_path)
     looks_like_a_name = not path.is_absolute() and len(path.parts) == 2
     return os.path.abspath(path) if looks_like_a_name and os.path.exists(path) else name_or_path  # noqa: PTH100, PTH110
@@ -299,18 +315,18 @@ _CACHED = re.compile(r".*/models--[^/]*--(?P<name>[^/]+)/snapshots/[^/]+", re.DO
 
 
 def _base_name(name_or_path: str) -> str:
-    """What a base model is called wherever it lies: only the last part of a name or a path says that. "" for "."."""
+    """The base model's name without its place: the last part of a hub name or a path, in lower case. "" for "."."""
     path = name_or_path.rstrip("/")
     cached = _CACHED.fullmatch(path)
     return (cached["name"] if cached else path.rpartition("/")[2]).casefold().strip(".")
 
 
 def _write_tensors(repository: Repository, planned: _Planned, known: AdapterEntry | None) -> Added:
-    """Convert or copy, and give the two files their names, unless `known` is the same content already."""
+    """Write an adapter's two files, converted or copied. If `known` has the same content, write only missing files."""
     options, entry = planned.options, planned.entry
     weights_path, config_path = (repository.root / file for file in (entry.lora_weights_file, entry.lora_config_file))
     make_directory(repository.warmup_directory)
-    # In the warmup directory, not beside the files, whose own directory may come to nothing.
+    # In the warmup directory, and not beside the files: their own directory is made below, and only if it is needed.
     temporary = repository.warmup_directory / f"adapter_{entry.lora_task_id}"
     with temporary_name(temporary) as weights, temporary_name(temporary) as rows:
         of_values = planned.kind.store(
@@ -331,13 +347,13 @@ def _write_tensors(repository: Repository, planned: _Planned, known: AdapterEntr
 
 
 def _owns_its_files(repository: Repository, planned: _Planned, entry: AdapterEntry) -> bool:
-    """Not those of another adapter, which an edit by hand may name."""
+    """Whether an entry names the files of its own id. An entry that was edited by hand may name other files."""
     own = _entry_of(repository, planned.kind, entry.lora_task_id, planned.layout, warm=entry.warm)
     return (own.lora_weights_file, own.lora_config_file) == (entry.lora_weights_file, entry.lora_config_file)
 
 
 def _restore(repository: Repository, entry: AdapterEntry, weights: Path, rows: Path) -> tuple[str, ...]:
-    """Give these files the place of those of `entry` that are not there as they are registered, and say which."""
+    """Put these new files in the place of the files of `entry` that are missing or altered, and return their names."""
     restored = []
     for fresh, (file, sha256) in zip((weights, rows), entry.sha256_by_file.items(), strict=True):
         path = repository.root / file
@@ -349,14 +365,14 @@ def _restore(repository: Repository, entry: AdapterEntry, weights: Path, rows: P
 
 
 def _after(before: AdapterTable, added: Added) -> Added:
-    """`added`, with what it replaces."""
+    """`added`, with the lora_task_id that its name had in the table `before`."""
     known = before.entries.get(added.name)
     was = None if known is None or known.lora_task_id == added.entry.lora_task_id else known.lora_task_id
     return replace(added, was=was)
 
 
 def _with(table: AdapterTable, added: Added) -> AdapterTable:
-    """`table` with what was added: under its new id, or, where the content was there already, warm or not."""
+    """`table` with the added adapter. If its content was registered already, only `warm` changes."""
     known = table.entries.get(added.name)
     if known is not None and known.lora_task_id == added.entry.lora_task_id:
         return with_warm(table, added.name, added.entry.warm)
@@ -365,18 +381,18 @@ def _with(table: AdapterTable, added: Added) -> AdapterTable:
 
 @dataclass(frozen=True, slots=True)
 class Removed:
-    """What `remove` took away."""
+    """An adapter or an alias that `remove` took out."""
 
     name: str
-    entry: AdapterEntry | None  # of an adapter
-    alias_of: str | None  # of an alias: the adapter, which stays
+    entry: AdapterEntry | None  # of an adapter; None for an alias
+    alias_of: str | None  # of an alias: its adapter, which stays
 
 
 def remove(repository: Repository, *names: str) -> list[Removed]:
-    """Take adapters out, all of them or none: their warmup samples and names. Their ids are never used again.
+    """Take adapters and aliases out of the table and the warmup block, all of them or none. Their ids are retired.
 
-    Their files stay for as long as requests under way may need them; a later command deletes them. Of an alias, the
-    name alone is taken away. Refuses an adapter that has aliases which stay.
+    The adapters' files stay while requests under way may need them; a later command deletes them. Removing an alias
+    leaves its adapter alone. AdapterTableError for an unknown name, and for an adapter with an alias that would stay.
     """
     with locked(repository.table_path.parent):
         state = read_state(repository)
@@ -396,7 +412,7 @@ def remove(repository: Repository, *names: str) -> list[Removed]:
 
 @dataclass(frozen=True, slots=True)
 class Aliased:
-    """Where `alias` led a name to."""
+    """The result of `alias`."""
 
     alias: str
     name: str  # of the adapter
@@ -404,9 +420,9 @@ class Aliased:
 
 
 def alias(repository: Repository, alias: str, name: str) -> Aliased:
-    """Give an adapter a second name, or lead one that there is to another adapter, in one step.
+    """Make `alias` a second name of an adapter, or lead an existing alias to another adapter, in one step.
 
-    Where `name` is an alias itself, the new one leads to the adapter that it leads to now, and stays there.
+    If `name` is an alias, `alias` leads to the adapter that `name` leads to now, and stays there.
     """
     with locked(repository.table_path.parent):
         state = read_state(repository)
@@ -416,9 +432,9 @@ def alias(repository: Repository, alias: str, name: str) -> Aliased:
 
 
 def repair(repository: Repository) -> None:
-    """Bring what is generated in step with adapters.json again, and delete what stopped commands left behind.
+    """Write the generated files again from adapters.json, and delete the files that stopped commands left behind.
 
-    RepositoryError names what could not be deleted.
+    RepositoryError names the files that could not be deleted.
     """
     with locked(repository.table_path.parent):
         state = read_state(repository)
@@ -427,9 +443,9 @@ def repair(repository: Repository) -> None:
 
 
 def set_parameters(repository: Repository, parameters: Mapping[str, str]) -> None:
-    """Set parameters of the engine's model, leaving every other byte of its config.pbtxt as it is.
+    """Set parameters of the engine's model. Every other byte of its config.pbtxt stays as it is.
 
-    The models before it are told what its cache is then.
+    The router and the resolver get the new size of the engine's cache.
     """
     with locked(repository.table_path.parent):
         state = read_state(repository)
@@ -441,9 +457,9 @@ def set_parameters(repository: Repository, parameters: Mapping[str, str]) -> Non
 def apply_plan(
     repository: Repository, recommendations: Iterable[cache_plan.Recommendation], profile: EngineProfile
 ) -> dict[str, str]:
-    """Set the recommended parameters of the engine's model, and tell the models before it what the cache is then.
+    """Set the recommended parameters of the engine's model, and the new size of its cache in the router and resolver.
 
-    Gives the parameters of the engine's model that were changed.
+    Returns the parameters of the engine's model that were changed.
     """
     with locked(repository.table_path.parent):
         state = read_state(repository)
@@ -473,7 +489,7 @@ def apply_plan(
 
 
 def _task_id(state: State, table: AdapterTable, asked: int | None) -> int:
-    """The id for a new adapter: none that the user's own warmup samples load an adapter under or name a file after."""
+    """The id for a new adapter. Ids that the user's own warmup samples load, or name a file after, are not used."""
     taken = state.foreign_task_ids
     if asked is not None:
         if asked in taken:
@@ -483,7 +499,7 @@ def _task_id(state: State, table: AdapterTable, asked: int | None) -> int:
 
 
 def _entry_of(repository: Repository, kind: Target, task_id: int, layout: Layout, *, warm: bool) -> AdapterEntry:
-    """The entry of an adapter that is still to be converted: its digests are all zeros."""
+    """The entry of an adapter before its conversion: its digests are all zeros."""
 
     def place(name: str) -> str:
         return repository.relative(repository.warmup_directory / name)
@@ -508,14 +524,18 @@ def _entry_of(repository: Repository, kind: Target, task_id: int, layout: Layout
 
 
 def _content(entry: AdapterEntry) -> tuple[object, ...]:
-    """What makes two entries the same adapter to the engine."""
+    """The fields that are equal if two entries are the same adapter to the engine."""
     return (entry.lora_weights_sha256, entry.lora_config_sha256, entry.lora_weights_shape, entry.dtype)
 
 
 def _choose_dtype(
     table: AdapterTable, name: str, profile: EngineProfile | None, asked: str | None, assumed: str | None
 ) -> tuple[str, tuple[str, ...]]:
-    """The dtype to convert to: the engine's. An engine that is not here must be described by the user."""
+    """The dtype to convert to, and remarks. It is the engine's dtype.
+
+    Without an engine, it is `asked`, that of the other adapters, or `assumed`. EngineMismatch if none of them is known,
+    or if `asked` differs from the engine's or the other adapters' dtype.
+    """
     others = {entry.dtype: other for other, entry in table.entries.items() if other != name}
     known = profile.dtype if profile else next(iter(others), assumed)
     chosen = asked or known
@@ -537,9 +557,9 @@ def _choose_dtype(
 
 
 def _pages(name: str, layout: Layout, profile: EngineProfile | None, config: ModelConfig) -> int | None:
-    """Pages of the engine's cache that the adapter takes; None when the engine is not known.
+    """Pages of the engine's LoRA cache that the adapter takes; None when the engine is not known.
 
-    EngineMismatch where the engine would accept the adapter and could not serve it.
+    EngineMismatch when the engine would accept the adapter, but could not load it.
     """
     if profile is None:
         return None

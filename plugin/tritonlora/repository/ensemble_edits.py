@@ -1,12 +1,12 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""The edits that lead an ensemble to its engine's model by the names of adapters: losslessly, and idempotent.
+"""Edits of an ensemble's config.pbtxt that put the router or the resolver into it, so that requests can name adapters.
 
-    forward    preprocessing -> lora_router -> postprocessing; the router asks the engine's model by itself
+    forward    preprocessing -> lora_router -> postprocessing; the router sends requests to the engine's model
     resolve    preprocessing -> lora_resolver -> tensorrt_llm -> postprocessing
 
-Either way can be changed into the other. In the resolve topology, a step of tritonlora's postprocessing announces each
-request before the engine gets it (see `serving.text_streams`).
+The edits are lossless and idempotent, and each topology can be changed into the other. In the resolve topology, a step
+of tritonlora's postprocessing announces each request before the engine gets it (see `serving.text_streams`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tritonlora.serving.wire import INPUT_LENGTHS, REQUIRED, WIRES
 
 PREVIOUS_TOKENS = "_PREVIOUS_TOKENS"
 ANNOUNCED_LENGTH = "_ANNOUNCED_OUTPUT_LEN"
-# A model with this output can announce requests. Its other step in the ensemble decodes tokens.
+# A model with this output can announce requests. Another step of the same model decodes tokens.
 ANNOUNCEMENT = "OUT_REQUEST_OUTPUT_LEN"
 # Inputs of the engine -> those of the step that announces a request.
 ANNOUNCED = {
@@ -48,13 +48,13 @@ def rewire_to_forward(
     target: str = DEFAULT_TARGET,
     postprocessing: str | None = None,
 ) -> Document:
-    """An ensemble's config.pbtxt with the router in `target`'s place, and the optional input lora_name leading to it.
+    """An ensemble's config.pbtxt with the router in the place of `target`, and the optional input lora_name.
 
-    Inputs that only the router gives no longer lead to that step. Tensors that this leaves unused go: Triton refuses an
-    ensemble with an unused tensor. With `postprocessing`, the name of a step with the input PREVIOUS_TOKENS, the
-    router's previous_ids lead there.
+    Inputs that only the router may send to the target are disconnected. Tensors that are unused then are removed, since
+    Triton refuses an ensemble with an unused tensor. `postprocessing` is the name of a step with the input
+    PREVIOUS_TOKENS, which gets the router's previous_ids.
 
-    Raises ConfigError when it is not plain which step to change.
+    Raises ConfigError when not exactly one step is for `target` or the router.
     """
     _require_one_step(document, target)
     document = _remove_announcement(document)
@@ -73,14 +73,16 @@ def rewire_to_forward(
 def rewire_to_resolve(
     document: Document, *, target: str = DEFAULT_TARGET, postprocessing: str | None = None
 ) -> Document:
-    """An ensemble's config.pbtxt with a step for the resolver, which gives the step for `target` its LoRA inputs.
+    """An ensemble's config.pbtxt with a step for the resolver, which sends the step for `target` its LoRA inputs.
 
-    The resolver gets the optional inputs lora_name, and lora_task_id where the ensemble gave one to the target. The
-    target's request_output_len goes through the resolver. The target refuses to run without it, so that an empty
-    response of the resolver is no request to the base model. The router's previous_ids go: only the router knows them.
-    With `postprocessing`, a model that has the output OUT_REQUEST_OUTPUT_LEN, a step of it announces each request.
+    The resolver gets the optional input lora_name, and lora_task_id if the ensemble had one for the target.
+    request_output_len goes through the resolver to the target. The target does not run without it, so an empty response
+    of the resolver never becomes a request to the base model. The router's previous_ids are disconnected: the resolver
+    does not have them. `postprocessing` is a model with the output OUT_REQUEST_OUTPUT_LEN; a step of it announces each
+    request.
 
-    Raises ConfigError when it is not plain which step to change.
+    Raises ConfigError when not exactly one step is for `target` or the router, or when that step has no
+    request_output_len.
     """
     _require_one_step(document, target)
     document = _rename_step(document, ROUTER, target)
@@ -88,7 +90,7 @@ def rewire_to_resolve(
     given, asked = _maps(document, "input_map", target), _maps(document, "input_map", RESOLVER)
     required = asked.get(REQUIRED, given.get(REQUIRED))
     if required is None:
-        raise ConfigError(f"the ensemble gives the step for {target!r} no {REQUIRED}; rewire this ensemble by hand")
+        raise ConfigError(f"the ensemble leads no {REQUIRED} to the step for {target!r}; rewire this ensemble by hand")
     inputs = {REQUIRED: required, "lora_name": "lora_name"}
     if INPUT_LENGTHS in given:
         inputs[INPUT_LENGTHS] = given[INPUT_LENGTHS]
@@ -112,7 +114,7 @@ def rewire_to_resolve(
 
 
 def _announce(document: Document, target: str, postprocessing: str) -> Document:
-    """The ensemble with a step of `postprocessing` through which request_output_len goes to the resolver."""
+    """The ensemble with a step of `postprocessing` that announces requests and passes request_output_len on."""
     if _announcement(document) is not None:
         return document
     length = _maps(document, "input_map", RESOLVER)[REQUIRED]
@@ -128,7 +130,7 @@ def _announce(document: Document, target: str, postprocessing: str) -> Document:
 
 
 def _remove_announcement(document: Document) -> Document:
-    """The ensemble without the step that announces requests, and without the inputs that only it makes use of."""
+    """The ensemble without the step that announces requests, and without the inputs that only this step needs."""
     step = _announcement(document)
     if step is None:
         return document
@@ -180,7 +182,7 @@ def _rename_step(document: Document, old: str, new: str) -> Document:
         raise error_at(
             document.text,
             version.start,
-            f"the step asks for version {version.value} of {old!r}, and {new!r} has none but its own; set it to -1",
+            f"the step asks for version {version.value} of {old!r}, and {new!r} does not have it; set it to -1",
         )
     model_name = step.scalars("model_name")[0]
     return replace_value(document, model_name, quote(new))
@@ -214,7 +216,10 @@ _STRING = ("TYPE_STRING", str(DATA_TYPES.index("TYPE_STRING")))  # protobuf take
 
 
 def _connect(document: Document, model: str, kind: str, key: str, tensor: str) -> Document:
-    """Lead the ensemble's `tensor` to (input_map) or from (output_map) the tensor `key` of the step for `model`."""
+    """Connect the ensemble's `tensor` with the tensor `key` of the step for `model`; `kind` is input_map or output_map.
+
+    ConfigError when `key` is connected with another tensor already.
+    """
     step = _find_step(document, model)
     if step is None:
         raise ConfigError(f"the ensemble has no step for {model!r}")
@@ -233,7 +238,7 @@ def _connect(document: Document, model: str, kind: str, key: str, tensor: str) -
 
 
 def _reconnect(document: Document, model: str, key: str, tensor: str) -> Document:
-    """Lead `tensor` to the input `key` of the step for `model`, and take out the tensor that this leaves unused."""
+    """Lead `tensor` to the input `key` of the step for `model`. The tensor before it is removed if it is unused now."""
     step = _find_step(document, model)
     entry = step.find("input_map", "key", key) if step else None
     value = entry.scalar("value") if entry else None
@@ -245,7 +250,7 @@ def _reconnect(document: Document, model: str, key: str, tensor: str) -> Documen
 
 
 def _disconnect(document: Document, model: str, key: str) -> Document:
-    """Take the input `key` from the step for `model`, and take out the tensor that this leaves unused."""
+    """Remove the input `key` from the step for `model`. Its tensor is removed if it is unused now."""
     step = _find_step(document, model)
     entry = step.find("input_map", "key", key) if step else None
     if step is None or entry is None:
@@ -264,7 +269,7 @@ def _without_unused(document: Document, tensor: str) -> Document:
 
 
 def _remove_producers(document: Document, tensor: str) -> Document:
-    """Take `tensor` from the ensemble's inputs and from the steps that give it."""
+    """Remove `tensor` from the ensemble's inputs, or from the outputs of the step that makes it."""
     if declared := document.message.find("input", "name", tensor):
         return remove_value(document, document.message, declared, with_comment=True)
     for step in _steps(document):
@@ -284,7 +289,7 @@ def _step_names(document: Document) -> list[str]:
 
 
 def _maps(document: Document, kind: str, model: str) -> dict[str, str]:
-    """The input_map or output_map of the ensemble's step for `model`; empty where there is no such step."""
+    """The input_map or output_map of the ensemble's step for `model`; empty if there is no such step."""
     step = _find_step(document, model)
     return _map_of(step, kind) if step else {}
 
@@ -295,7 +300,7 @@ def _map_of(step: Message, kind: str) -> dict[str, str]:
 
 
 def _find_step(document: Document, model: str) -> Message | None:
-    """The step for a model; not the one that announces requests."""
+    """The step for a model, other than the step that announces requests; None if there is none."""
     found = (step for step in _steps(document) if step.has("model_name", model) and not _announces(step))
     return next(found, None)
 

@@ -1,9 +1,10 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""What follows from a table: the engine model's config.pbtxt and the warmup files. Rendered once, and written once.
+"""The files that follow from a table: the engine model's config.pbtxt, and the warmup files.
 
-The files of an adapter that was replaced or removed stay for a while. A request that came before may still have to send
-them to the engine, and a server that shares the repository over NFS may see the change a minute later.
+A command renders these files once, and writes them once. The files of an adapter that was replaced or removed stay for
+a while. A request that came before may still have to send them to the engine, and a server that shares the repository
+over NFS may see the change a minute later.
 """
 
 from __future__ import annotations
@@ -33,19 +34,20 @@ Contents = Mapping[Path, bytes]
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """What `rendered` makes of a table. All contents are whole files, in the order in which they are written."""
+    """The files that `rendered` makes of a table: whole files, in the order in which they are written."""
 
     entries: Mapping[str, AdapterEntry]  # of the table
     warmup_files: Contents
     config_text: str  # of the engine's model
-    detour: Contents  # ensembles that lead past the resolver while the type of its lora_weights changes
-    after_detour: Contents  # config.pbtxt of the router and of the resolver, and the ensembles as they were
+    detour: Contents  # ensembles that lead to the router while the type of the resolver's lora_weights changes
+    after_detour: Contents  # config.pbtxt of the router and of the resolver, and the ensembles as they were before
 
 
 def rendered(state: State, table: AdapterTable, known: Rendered | None = None) -> Rendered:
-    """What follows from `table`: `known`, where that was made of a table with the same adapters but for their digests.
+    """The files that follow from `table`. `known` is returned if its table differs in digests alone.
 
-    RepositoryError, naming the file, when the engine model's config.pbtxt cannot be edited.
+    RepositoryError, naming the file, when the engine model's config.pbtxt cannot be edited, or when a file of the
+    user's own would be overwritten.
     """
     if known is not None and _without_digests(known.entries) == _without_digests(table.entries):
         return known
@@ -68,22 +70,23 @@ def _without_digests(entries: Mapping[str, AdapterEntry]) -> dict[str, AdapterEn
 
 
 def _keep_foreign_files(state: State, files: Mapping[str, bytes]) -> None:
-    """Refuse to write over a file that warmup samples of the user's own read, unless it says the same."""
+    """Raise RepositoryError if a file that the user's own warmup samples read would get other content."""
     paths = {name: state.repository.warmup_directory / name for name in state.foreign_files if name in files}
     taken = sorted(name for name, path in paths.items() if path.exists() and not has_content(path, files[name]))
     if taken:
         raise RepositoryError(
             f"model_warmup samples of your own read {', '.join(f'warmup/{name}' for name in taken)}, which tritonlora "
-            "writes, too; give your files other names, or take out the samples that load adapters: `add` writes them"
+            "writes, too; rename your files, or take out your samples that load adapters: `add` writes such samples"
         )
 
 
 def models_in_step(state: State, engine: ModelConfig) -> tuple[Contents, Contents]:
-    """What brings the models before the engine's in step with it: what comes before, and after, the engine's config.
+    """The changes of the router, the resolver and the ensembles that follow from the engine model's config.
 
-    They are told the size of the engine's cache, and the resolver's lora_weights get the type of the engine's. Triton
-    loads no ensemble that leads from one type to another, so the ensembles lead to the router meanwhile. The repository
-    loads whenever this is stopped, and `tritonlora init --topology resolve` completes it.
+    Returns the files to write before the engine model's config, and those to write after it. The router and the
+    resolver get the size of the engine's cache. The resolver's lora_weights get the engine's type. Triton refuses an
+    ensemble that connects tensors of different types, so the ensembles lead to the router meanwhile. If the command is
+    stopped in between, the repository still loads, and `tritonlora init --topology resolve` completes the change.
     """
     weights, models = engine.input("lora_weights"), state.models
     detour: dict[str, Document] = {}
@@ -105,7 +108,7 @@ def models_in_step(state: State, engine: ModelConfig) -> tuple[Contents, Content
 
 
 def _cache_pages(state: State, engine: ModelConfig) -> int | None:
-    """Of the engine's cache; None where they are not known. `check` says what is wrong with an engine."""
+    """The pages of the engine's cache; None when they are not known. `check` reports the problems of an engine."""
     try:
         return host_pages(state.profile, engine.parameters) if state.profile else None
     except TritonLoraError:
@@ -117,10 +120,10 @@ def _contents(models: Models, documents: Mapping[str, Document]) -> Contents:
 
 
 def write(state: State, table: AdapterTable, files: Rendered | None) -> State:
-    """Write `table`, and what was rendered of it; without `files`, the table alone. Gives the state after that.
+    """Write `table` and the files that were rendered of it, or the table alone. Returns the state after that.
 
-    What an adapter needs is there before its name is, and its name is gone before that. So a table in which adapters
-    are only gone comes last, and any other one before the engine model's config.pbtxt.
+    An adapter's files are written before its name appears in adapters.json. If adapters were only removed,
+    adapters.json is written after the engine model's config.pbtxt; otherwise it is written before.
     """
     repository = state.repository
     _keep_for_a_while(state, table)
@@ -138,16 +141,16 @@ def write(state: State, table: AdapterTable, files: Rendered | None) -> State:
 
 
 def _keep_for_a_while(state: State, table: AdapterTable) -> None:
-    """The files of adapters that `table` retires stay from now on for as long as they must."""
+    """Touch the files of adapters that `table` retires, so that they stay for FILES_STAY_SECONDS from now on."""
     retired = {*table.retired_lora_task_ids} - {*state.table.retired_lora_task_ids}
     for path in warmup.files_of(state.repository.warmup_directory, retired):
         os.utime(path)
 
 
 def sweep(state: State) -> list[str]:
-    """Delete what a stopped command left half-written, and the files of retired ids that no request needs any more.
+    """Delete half-written files of stopped commands, and the files of retired ids that no request needs any more.
 
-    Gives a line for each file that could not be deleted. It is in nobody's way, and `check` reports it.
+    Returns one line for each file that could not be deleted. Such a file does no harm, and `check` reports it.
     """
     problems = []
     for path in [*half_written(state.repository.root), *left_over(state)]:
@@ -159,5 +162,5 @@ def sweep(state: State) -> list[str]:
 
 
 def left_over(state: State) -> list[Path]:
-    """Files of adapters that were replaced or removed so long ago that no request needs them."""
+    """Files of adapters that were replaced or removed more than FILES_STAY_SECONDS ago."""
     return outlived(state, time.time() - FILES_STAY_SECONDS)

@@ -1,8 +1,9 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""Put the router into a model repository, and lead its ensembles to it, or to the resolver.
+"""Put the router and the resolver into a model repository, and lead its ensembles to one of them.
 
-These come before the ensembles that lead to them, and go after, so that the repository loads whenever this is stopped.
+The models are written before the ensembles that lead to them, and removed after the ensembles lead elsewhere. So the
+repository loads even if the command is stopped at any instant.
 """
 
 from __future__ import annotations
@@ -71,11 +72,10 @@ def shipped_models() -> Path:
 
 
 def create_repository(root: Path, parameters: Mapping[str, Mapping[str, str]] | None = None) -> None:
-    """Copy the shipped repository, with the CPU engine, to `root`; RepositoryError when something is there already.
+    """Copy the shipped repository, with the CPU engine, to `root`. RepositoryError when `root` is not empty.
 
-    `parameters` are set in the models' configs: model -> key ->
-    value. Each model of ours gets a copy of the code that it runs, so that the repository stands alone. The CPU engine
-    needs tritonlora to be installed.
+    `parameters` are set in the models' configs: model -> key -> value. Each model except the CPU engine gets a copy of
+    the code that it runs, so that it does not need this installation. The CPU engine needs tritonlora to be installed.
     """
     if root.exists() and any(root.iterdir()):
         raise RepositoryError(f"{str(root)!r} is not empty; name a new directory")
@@ -95,11 +95,16 @@ _NO_CACHES = shutil.ignore_patterns("__pycache__")
 def plan_init(
     root: Path, target: str | None = None, *, served_at: str | None = None, topology: str | None = None
 ) -> list[FileChange]:
-    """What `init` writes: the router in front of `target`, and the ensembles that now lead to it. Idempotent.
+    """The changes that `init` makes: the router in front of `target`, and the ensembles that lead to it.
 
-    `target` is by default the one that the router stands before already, else "tensorrt_llm"; `topology` the one that
-    is there. Where there is none yet, ensembles resolve if they can. Where no ensemble leads to a target that takes
-    text, it gets one of the router alone.
+    After `init`, a second call returns no changes.
+
+    - `target` is by default the target of the present router, or else "tensorrt_llm".
+    - `topology` is by default the present one. If there is none, it is "resolve" if the ensembles can use the resolver,
+      and otherwise "forward".
+    - A target that takes text, and to which no ensemble leads, gets an ensemble of the router alone.
+
+    RepositoryError when a model of the repository does not allow it.
     """
     if links := dead_links(root):
         raise RepositoryError(one_message(f"links to models' code lead nowhere; {COPY_AGAIN}", map(str, links)))
@@ -135,9 +140,9 @@ def plan_init(
         router_config = model_configs.router_config(
             engine_config, name=ROUTER, target_name=target, previous_ids=takes_previous_ids, **streams
         )
-        given = _known_of_the_engine(models, target, engine_config)
-        given |= {REPOSITORY_PATH: served_at} if served_at else {}
-        files[f"{ROUTER}/config.pbtxt"] = _with_parameters(router_config, _tuned_parameters(tuned) | given)
+        known = _cache_parameters(models, target, engine_config)
+        known |= {REPOSITORY_PATH: served_at} if served_at else {}
+        files[f"{ROUTER}/config.pbtxt"] = _with_parameters(router_config, _tuned_parameters(tuned) | known)
         ensemble = model_configs.one_step_ensemble(engine_config, parse_config(router_config), name=ENSEMBLE)
         if resolves:
             router = parse_config(files[f"{ROUTER}/config.pbtxt"])
@@ -156,14 +161,14 @@ def plan_init(
         changes.append(FileChange(path, read_text(path) if path.exists() else None, content))
     if present == RESOLVE and not resolves:
         changes += [FileChange(path, read_text(path), None) for path in undo.files_of(root, RESOLVER)]
-    # What an earlier version wrote into these models, and this one does not.
+    # Files that an earlier version wrote into these models, and this version does not write.
     unused = [root / name for name in undo.recorded(root) if name not in files and Path(name).parts[0] in ours]
     changes += [FileChange(path, read_text(path), None) for path in unused if path.is_file()]
     return [change for change in changes if change.before != change.after]
 
 
 def topology_of(root: Path) -> str | None:
-    """Which way the ensembles of a repository lead; None where they lead neither way."""
+    """The topology of a repository's ensembles: "resolve", "forward", or None if they lead to neither model."""
     return _topology_of(Models(root))
 
 
@@ -173,19 +178,19 @@ def _topology_of(models: Models) -> str | None:
     return next((topology for topology, model in led if any(config.leads_to(model) for config in configs)), None)
 
 
-def _known_of_the_engine(models: Models, target: str, engine_config: ModelConfig) -> dict[str, str]:
-    """The parameters of the models before the engine that tell what its cache is, where this is known."""
+def _cache_parameters(models: Models, target: str, engine_config: ModelConfig) -> dict[str, str]:
+    """The parameter cache_pages of the router and the resolver, if the size of the engine's cache is known."""
     kind = target_of(engine_config)
     try:
         profile = kind.profile(engine_config, models.path(target).parent) if kind.WIRE.sends_weights else None
         pages = host_pages(profile, engine_config.parameters) if profile else None
-    except TritonLoraError:  # `check` says what is wrong with the engine
+    except TritonLoraError:  # `check` reports the problems of the engine
         return {}
     return {"cache_pages": str(pages)} if pages else {}
 
 
 def _resolver_config(models: Models, target: str, engine_config: ModelConfig, router: ModelConfig) -> str:
-    """The resolver's config.pbtxt, with what somebody has tuned in it, and what the router knows of the cache."""
+    """The resolver's config.pbtxt, with the parameters that the user has tuned, and the router's cache_pages."""
     tuned = models.present(RESOLVER)
     text = model_configs.resolver_config(engine_config, name=RESOLVER, target_name=target, router=ROUTER)
     known = {"cache_pages": router.parameters["cache_pages"]}
@@ -202,14 +207,14 @@ def _with_parameters(text: str, parameters: Mapping[str, str]) -> str:
 
 
 def code_of(model: str) -> dict[str, str]:
-    """What one of our models runs: path in the repository -> content, in the order in which it is written."""
+    """The code of one of tritonlora's models: path in the repository -> content, in the order of writing."""
     modules = {f"{model}/1/{SERVING}/{path.name}": path for path in sorted((PACKAGE / SERVING).glob("*.py"))}
     last = {f"{model}/1/model.py": shipped_models() / model / "1" / "model.py"}  # it imports the modules
     return {name: read_text(path) for name, path in (modules | last).items()}
 
 
 def served_version(root: Path, model: str) -> str | None:
-    """The version of tritonlora whose code one of our models runs; None when there is none of ours."""
+    """The version of tritonlora whose code a model runs; None when the model has no code of tritonlora."""
     directory = root / model / "1"
     if (directory / FORMER_SERVING).is_dir() and not (directory / SERVING).is_dir():
         return "0.1.0"
@@ -231,18 +236,20 @@ def init(
     topology: str | None = None,
     dry_run: bool = False,
 ) -> list[FileChange]:
-    """Put the router into the model repository at `root`, and rewire its ensembles; the changes made, or to be made.
+    """Put the router into the model repository at `root`, and rewire its ensembles. Returns the changes.
 
-    `served_at` is where the server sees `root`, if it does not see it here: in a container, for one.
-    Each model comes in one step, and before the ensembles that lead to it, so that the repository loads whenever this
-    stops; and goes the other way round.
+    `served_at` is the path of the repository on the server, if it differs from `root`, as in a container. With
+    `dry_run` nothing is written.
+
+    A model is added in one step, before the ensembles that lead to it, and removed in one step after them. So the
+    repository loads even if the command is stopped at any instant.
     """
     require_directory(root)
     changes = plan_init(root, target, served_at=served_at, topology=topology)
     if dry_run or not changes:
         return changes
-    if not (root / ROUTER).exists():  # which has the lock
-        _put(ROUTER, root, changes)
+    if not (root / ROUTER).exists():  # the router's directory has the lock
+        _add_model(ROUTER, root, changes)
     with locked(root / ROUTER):
         for path in half_written(root):
             delete(path)
@@ -250,7 +257,7 @@ def init(
         for model in (LISTING, RESOLVER, ENSEMBLE):
             is_new = any(change.after is not None and change.path.is_relative_to(root / model) for change in planned)
             if is_new and not (root / model).exists():
-                _put(model, root, planned)
+                _add_model(model, root, planned)
         ordered = sorted(planned, key=_step)
         undo.write(root, {one.path: one.after.encode() for one in ordered if one.after is not None})
         gone = [change.path for change in planned if change.after is None]
@@ -261,13 +268,13 @@ def init(
 
 
 def _step(change: FileChange) -> int:
-    """When it is written: new files, then what was there, and last the ensembles, which lead to what a model gives."""
+    """The order of writing: new files (0), changed files (1), and then the ensembles (2), which need the models."""
     is_ensemble = change.path.name == "config.pbtxt" and bool(parse_config(change.after or "").steps)
     return 0 if change.before is None else 2 if is_ensemble else 1
 
 
-def _put(model: str, root: Path, changes: Sequence[FileChange]) -> None:
-    """Make a model's directory inside another one's, where it is no model yet, and move it into its place."""
+def _add_model(model: str, root: Path, changes: Sequence[FileChange]) -> None:
+    """Make a model's directory inside another model's, where Triton takes it for no model, and move it into place."""
     contents = {
         change.path.relative_to(root / model): (change.after or "").encode()
         for change in changes
@@ -291,18 +298,18 @@ def _put(model: str, root: Path, changes: Sequence[FileChange]) -> None:
 
 
 def notes(root: Path) -> list[str]:
-    """What somebody who has just run `init` on `root` should know."""
+    """Notes for the user after `init` on `root`, one line each."""
     models = Models(root)
     router = models.config(ROUTER)
     target = router.parameters.get("target", DEFAULT_TARGET)
     found = _ensembles_of(models, target)
-    said = [] if found else [f"no ensemble has a step for {target!r}: clients send their tokens to {ROUTER!r}"]
+    lines = [] if found else [f"no ensemble has a step for {target!r}: clients send their tokens to {ROUTER!r}"]
     if _topology_of(models) == RESOLVE and router.parameters.get("cache_pages", "0") == "0":
-        said.append(
+        lines.append(
             "the size of the engine's cache is not known, so each request waits for a load of its own: run tritonlora "
             "plan --apply where the engine's config.json is"
         )
-    return said + [
+    return lines + [
         f"{name!r} calls {target!r} itself and takes no lora_name: clients that want adapters ask "
         + (" or ".join(map(repr, found)) or repr(ROUTER))
         for name in models_past_the_router(models.configs(), target)
@@ -310,9 +317,9 @@ def notes(root: Path) -> list[str]:
 
 
 def models_past_the_router(configs: Mapping[str, ModelConfig], target: str) -> list[str]:
-    """The models that call the engine's by BLS, which no config can lead through the router.
+    """The models that call the engine's model by BLS, and so do not go through the router.
 
-    Upstream's tensorrt_llm_bls forwards the inputs that it knows, and lora_name is none of them.
+    No config can lead upstream's tensorrt_llm_bls through the router: it does not forward the input lora_name.
     """
     called = {name: config.parameters.get(_BLS_TARGET) for name, config in configs.items()}
     return [
@@ -323,17 +330,20 @@ def models_past_the_router(configs: Mapping[str, ModelConfig], target: str) -> l
 
 
 def _choose_target(models: Models, asked: str | None) -> str:
-    """The engine's model; RepositoryError where it is not plain which one that is, or it is not there."""
+    """The name of the engine's model.
+
+    RepositoryError when it is not there, when the router has another target, or when one of our names is taken.
+    """
     root, router = models.root, models.present(ROUTER)
     present = router.parameters.get("target", "") if router else None
     others = {model: models.present(model) for model in (LISTING, RESOLVER)}
-    strangers = {ROUTER: present == ""} | {
+    foreign = {ROUTER: present == ""} | {
         model: config is not None and not config.parameters.get("router") for model, config in others.items()
     }
-    for model, is_stranger in strangers.items():
-        if is_stranger:
+    for model, is_foreign in foreign.items():
+        if is_foreign:
             raise RepositoryError(
-                f"{str(root)!r} has a model {model!r} that is not tritonlora's; rename that one first"
+                f"{str(root)!r} has a model {model!r} that tritonlora did not write; rename that model first"
             )
     if asked and present and asked != present:
         raise RepositoryError(
@@ -357,7 +367,7 @@ def _choose_target(models: Models, asked: str | None) -> str:
 
 
 def _ensembles_of(models: Models, target: str) -> dict[str, ModelConfig]:
-    """The ensembles with a step for `target` or for the router; RepositoryError where all lead to other models."""
+    """The ensembles with a step for `target` or the router. RepositoryError when all ensembles lead to other models."""
     candidates = {name: config for name, config in models.configs().items() if config.steps}
     found = {
         name: config
@@ -373,20 +383,20 @@ def _ensembles_of(models: Models, target: str) -> dict[str, ModelConfig]:
 
 
 def _tuned_parameters(config: ModelConfig | None) -> dict[str, str]:
-    """The parameters of a model of ours that is there already, which stay, less those that `init` sets."""
+    """The parameters of a present model that stay: all except those that `init` sets. {} without such a model."""
     return {key: value for key, value in config.parameters.items() if key not in ("target", "router")} if config else {}
 
 
 def _first_step(models: Models, ensemble: ModelConfig, has: Callable[[ModelConfig], bool]) -> str | None:
-    """The first model of an ensemble whose config is so."""
+    """The name of the first model in an ensemble for whose config `has` is true, or None."""
     configs = {step.model_name: models.present(step.model_name) for step in ensemble.steps}
     return next((name for name, config in configs.items() if config is not None and has(config)), None)
 
 
 def _why_not_resolve(target: str, engine: ModelConfig, ensembles: Mapping[str, ModelConfig]) -> str:
-    """Why no ensemble can lead past the router; empty where one can."""
+    """The reason why the resolve topology is not possible; "" when it is possible."""
     if not ensembles:
         return f"the resolve topology needs an ensemble with a step for {target!r}, and there is none"
     if not target_of(engine).WIRE.sends_weights:
-        return f"{target!r} reads adapters by itself, which only the forward topology serves"
+        return f"{target!r} reads adapters by itself, so it needs the forward topology"
     return ""

@@ -1,8 +1,8 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""The configs of the models that stand before an engine's, made from what that one declares.
+"""Makes the config.pbtxt of the router, of the resolver and of an ensemble from the config of the engine's model.
 
-`set_parameters` edits a config that is there, losslessly. All are values in, values out, and idempotent.
+`set_parameters` edits an existing config losslessly. The functions take values and return values, and are idempotent.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ input [
 output [
 {outputs}
 ]
-# As many streams at a time; each instance is a process of 20 MB.
+# One instance for each concurrent stream. Each instance is a process of 20 MB.
 instance_group [
   {{
     count: {max_streams}
@@ -51,16 +51,18 @@ _RESOLVER = """\
 name: {name}
 backend: "python"
 max_batch_size: {max_batch_size}
-# Both tell how long the request may use its adapter. A step of which no input is there fails.
+# {required} and input_lengths tell how long the request may use its adapter. Triton fails a step
+# that gets none of its inputs.
 input [
 {inputs}
 ]
-# {required} as it came, and the LoRA inputs of the target: none for the base model, and no weights where the
-# engine has them. The engine refuses to be without {required}: no empty response means the base model.
+# {required} as it came, and the LoRA inputs of the target. There are none for the base model, and no weights
+# for an adapter that the engine holds. The engine does not run without {required}, so an empty response never
+# becomes a request to the base model.
 output [
 {outputs}
 ]
-# One: it alone knows what the engine holds, and answers any number of requests at a time.
+# Only one: the resolver must know all adapters that the engine holds. It serves any number of requests at a time.
 instance_group [
   {{
     count: 1
@@ -81,13 +83,18 @@ def router_config(
 ) -> str:
     """The complete config.pbtxt of the Python-backend router in front of `target`.
 
-    It declares the target's inputs and outputs in the target's order, less the inputs that only the router gives, plus
-    the optional input lora_name (TYPE_STRING [ 1 ]) where the target has none, and the router's own outputs, which only
-    those get who name them: that of the target's kind and, with `previous_ids`, one of that name (TYPE_INT32
-    [ -1 ]), the tokens of this stream that were sent before this response. One more, which nobody ever gets, tells who
-    has named none.
+    The router declares the target's inputs and outputs, in the target's order, with these differences:
 
-    Raises ConfigError when the target has no LoRA inputs, or with every value in it that nobody has filled in yet.
+    - The inputs that only the router may send to the target are left out.
+    - The optional input lora_name (TYPE_STRING [ 1 ]) is added, unless the target has it.
+    - The router's own output of the target's kind is added, see `Wire.router_output`.
+    - With `previous_ids`, the output previous_ids (TYPE_INT32 [ -1 ]) is added: the last tokens of the stream that were
+      sent before a response.
+    - If the router has an output of its own, all_outputs is added, which is never sent. If a request asks for it, the
+      client named no outputs. A client gets the router's own outputs only if it names them.
+
+    Raises ConfigError when the target has no LoRA inputs, or with every placeholder in its config that is not filled
+    in.
     """
     kind = require_kind(target)
     if target.input("lora_name") and "lora_name" not in kind.WIRE.inputs:
@@ -102,7 +109,7 @@ def router_config(
     if previous_ids:
         own.append(TensorSpec("previous_ids", "TYPE_INT32", (-1,)))
     if own:
-        # Triton asks for every output when a client names none: who asks for this one has not named the others.
+        # Triton asks for every output when a client names none. So a request for this output named no outputs.
         own.append(TensorSpec("all_outputs", "TYPE_BOOL", (1,)))
     parameters = {
         "target": target_name,
@@ -134,8 +141,8 @@ def resolver_config(
 ) -> str:
     """The complete config.pbtxt of the Python-backend resolver for `target`, which reads the table of `router`.
 
-    Its outputs are request_output_len and the target's LoRA inputs. Raises ConfigError when the target has no LoRA
-    inputs, takes no batches, does not require request_output_len or is not complete.
+    The resolver's outputs are request_output_len and the target's LoRA inputs. Raises ConfigError when the target has
+    no LoRA inputs, takes no batches or does not require request_output_len, or when its config has placeholders.
     """
     kind = require_kind(target)
     _require_complete(target, target_name)
@@ -148,7 +155,7 @@ def resolver_config(
     inputs += [TensorSpec("lora_name", "TYPE_STRING", (1,)), declared[kind.WIRE.task_id]]
     inputs.append(TensorSpec(CONTROL, "TYPE_STRING", (1,)))
     outputs = [
-        # Adapters with DoRA have a column more.
+        # lora_config has one more column for adapters with DoRA.
         replace(declared[name], dims=(-1, -1) if name == "lora_config" else declared[name].dims)
         for name in (REQUIRED, *kind.WIRE.inputs)
     ]
@@ -175,7 +182,10 @@ def resolver_config(
 
 
 def _sample(target: ModelConfig, kind: Target) -> str:
-    """The inputs that all warmup samples share, as JSON: name -> [data type, elements]; streamed where it can be."""
+    """The inputs that all warmup samples share, as JSON: name -> [data type, elements].
+
+    A decoupled target with the input `streaming` gets it as true.
+    """
     values = {name: list(shared.value) for name, shared in kind.SHARED_INPUTS.items()} | {"streaming": [True]}
     declared = {spec.name: spec.data_type for spec in target.inputs}
     wanted = values.keys() & declared.keys() - (set() if target.decoupled else {"streaming"})
@@ -195,7 +205,7 @@ def _needed_values(target: ModelConfig) -> Iterator[object]:
 
 
 def _tensor(spec: TensorSpec) -> str:
-    """A declaration for a list of inputs or outputs."""
+    """The declaration of a tensor, in a list of inputs or outputs."""
     lines = [
         f"name: {quote(spec.name)}",
         f"data_type: {spec.data_type}",
@@ -207,13 +217,13 @@ def _tensor(spec: TensorSpec) -> str:
 
 
 def _own_outputs(target: ModelConfig, kind: Target) -> list[TensorSpec]:
-    """The router's own output of this kind, in the type and dims of the one it is made of."""
+    """The router's own output for this kind of target, with the type and dims of the output that it is made of."""
     name, source = kind.WIRE.router_output or ("", "")
     return [replace(spec, name=name) for spec in target.outputs if spec.name == source]
 
 
 def require_kind(target: ModelConfig) -> Target:
-    """The target's kind; ConfigError when it does not declare all that adapters need."""
+    """The target's kind; ConfigError when the target lacks one of the inputs that adapters need."""
     kind = target_of(target)
     if missing := kind.WIRE.missing([spec.name for spec in target.inputs]):
         name = target.name or "the model"
@@ -225,7 +235,7 @@ def require_kind(target: ModelConfig) -> Target:
 
 
 _ENSEMBLE = """\
-# Generated by `tritonlora init`: {router} under the names that ensembles of TensorRT-LLM's engines have. Yours to edit.
+# Generated by `tritonlora init`: {router} with the tensor names of TensorRT-LLM's ensembles. You may edit this file.
 name: {name}
 platform: "ensemble"
 max_batch_size: {max_batch_size}
@@ -248,9 +258,9 @@ ensemble_scheduling {{
 
 
 def one_step_ensemble(target: ModelConfig, router_config: ModelConfig, *, name: str = "ensemble") -> str | None:
-    """The config.pbtxt of an ensemble of the router alone; None where the target's kind does not ask for one.
+    """The config.pbtxt of an ensemble of the router alone; None when the target's kind needs no such ensemble.
 
-    Its inputs are the router's, named as in `Target.ensemble_inputs`; its output is the text.
+    Its inputs are the router's, with the names in `Target.ENSEMBLE_INPUTS`. Its output is the text.
     """
     kind = target_of(target)
     if kind.ENSEMBLE_INPUTS is None or kind.WIRE.router_output is None:
@@ -279,7 +289,7 @@ def one_step_ensemble(target: ModelConfig, router_config: ModelConfig, *, name: 
 
 
 def set_parameters(document: Document, parameters: Mapping[str, str]) -> Document:
-    """A config.pbtxt with these parameters set to these strings; one that is there already is set in its place."""
+    """A config.pbtxt with these parameters set to these strings. A parameter that is there already keeps its place."""
     for key, value in parameters.items():
         document = _set_parameter(document, key, value)
     return document

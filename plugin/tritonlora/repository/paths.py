@@ -1,8 +1,8 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""A model repository with a router in it: where things are, and what they say. Reads only.
+"""The paths of a model repository with a router in it, and functions that read the files there. It writes nothing.
 
-`state.State` is what they say all together. `init` puts the router there, and `add` adapters.
+`state.State` has the content of all of these files. `init` adds the router, and `add` adds adapters.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ RESOLVER = "lora_resolver"
 LISTING = "lora_adapters"
 COPY_AGAIN = "copy the repository again, with what its links lead to: cp -rL"
 WARMUP = "warmup"
-SERVING = "serving"  # beside a model.py of ours: a copy of the package that it runs
-FORMER_SERVING = "tritonlora"  # the same before 0.2
+SERVING = "serving"  # beside a model.py of tritonlora: a copy of the package that the model runs
+FORMER_SERVING = "tritonlora"  # the name of that copy before version 0.2
 DEFAULT_TARGET = "tensorrt_llm"
-REPOSITORY_PATH = "repository_path"  # parameter of the router: where the server sees the repository
+REPOSITORY_PATH = "repository_path"  # parameter of the router: the repository's path on the server
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +41,11 @@ class Repository:
 
     root: Path
     target: str = DEFAULT_TARGET
-    served_root: Path = Path()  # where the server sees `root`
+    served_root: Path = Path()  # the path of `root` on the server
 
     @property
     def table_path(self) -> Path:
-        """adapters.json."""
+        """The path of adapters.json."""
         return self.root / ROUTER / "adapters.json"
 
     @property
@@ -55,16 +55,16 @@ class Repository:
 
     @property
     def config_path(self) -> Path:
-        """config.pbtxt of the engine's model."""
+        """The config.pbtxt of the engine's model."""
         return self.target_directory / "config.pbtxt"
 
     @property
     def warmup_directory(self) -> Path:
-        """Where Triton looks for the files of warmup samples."""
+        """The directory in which Triton looks for the files of warmup samples."""
         return self.target_directory / WARMUP
 
     def relative(self, path: Path) -> str:
-        """`path` as adapters.json has it."""
+        """`path` relative to the repository, in POSIX form, as in adapters.json."""
         return path.relative_to(self.root).as_posix()
 
 
@@ -108,7 +108,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_text(path: Path) -> str:
-    """A config's text with its line ends as they are; RepositoryError when it cannot be read."""
+    """The text of a UTF-8 file, with its line ends unchanged; RepositoryError when it cannot be read."""
     try:
         return read_bytes(path).decode()
     except UnicodeDecodeError:
@@ -116,7 +116,7 @@ def read_text(path: Path) -> str:
 
 
 def read_config(path: Path) -> ModelConfig:
-    """The meaning of a config.pbtxt; its errors name the file."""
+    """The meaning of a config.pbtxt; RepositoryError, naming the file, when it cannot be understood."""
     try:
         return parse_config(read_text(path))
     except ConfigError as error:
@@ -124,7 +124,11 @@ def read_config(path: Path) -> ModelConfig:
 
 
 def read_table(repository: Repository) -> AdapterTable:
-    """adapters.json; an absent file is an empty table, unless there are adapters: their ids must not be given again."""
+    """The table in adapters.json; AdapterTableError when it cannot be read.
+
+    Without the file, the table is empty. If there are adapters' files, that is an error instead: their ids must not be
+    used again.
+    """
     try:
         text = read_file(repository.table_path).decode()
     except FileNotFoundError:
@@ -144,23 +148,23 @@ def read_table(repository: Repository) -> AdapterTable:
 
 
 def engine_profile(repository: Repository, config: ModelConfig) -> EngineProfile | None:
-    """What the engine behind the target accepts; None when the config.json that says it is not on this machine."""
+    """What the target's engine accepts; None when the engine's config.json is not on this machine."""
     return target_of(config).profile(config, repository.target_directory)
 
 
 def has_gpu_cache(config: ModelConfig) -> bool:
-    """Whether the engine behind the target keeps adapters in GPU memory, in pages."""
+    """Whether the target's engine keeps adapters in GPU memory, in pages."""
     return target_of(config).WIRE.sends_weights and not is_cpu_engine(config.parameters)
 
 
 def dead_links(root: Path) -> list[Path]:
-    """Links to models' code that lead nowhere: a checkout's repository was copied without the checkout."""
+    """Links to models' code that lead nowhere. This happens when a repository is copied out of its checkout."""
     links = (path / name for path in sorted(root.glob("*/1")) for name in (SERVING, FORMER_SERVING))
     return [link for link in links if link.is_symlink() and not link.exists()]
 
 
 def half_written(root: Path) -> list[Path]:
-    """Files and directories in the making that commands which were stopped have left in a model repository."""
+    """Temporary files and directories that stopped commands have left in a model repository, sorted."""
     places = ("*", f"*/{WARMUP}", "*/1", f"*/1/{SERVING}", f"*/1/{FORMER_SERVING}")
     found = {path for place in places for path in root.glob(f"{place}/.*{TEMPORARY_SUFFIX}")}
     return sorted(path for path in found if is_abandoned(path))
@@ -182,7 +186,7 @@ def plan_of(
 
 
 def plan_entries(repository: Repository, table: AdapterTable, config: ModelConfig) -> list[Entry]:
-    """The registered adapters as the planner needs them."""
+    """The registered adapters, as entries for `plan_cache`."""
     kind = target_of(config)
     return [
         Entry(name, kind.rows(repository.root, entry, None), entry.lora_weights_nbytes, entry.warm)

@@ -1,8 +1,8 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""What a model repository says, read once.
+"""The content of a model repository, read once.
 
-A command reads a `State`, decides which table is to be there instead, renders what follows from that table
+A command reads a `State` and decides on a new table. It renders the files that follow from that table
 (`generated.rendered`), and writes each file once (`generated.write`).
 """
 
@@ -43,7 +43,7 @@ class Models:
         return self.root / name / "config.pbtxt"
 
     def document(self, name: str) -> Document:
-        """The text of a config.pbtxt and its tree; RepositoryError, naming the file, when it cannot be parsed."""
+        """The text and the tree of a config.pbtxt; RepositoryError, naming the file, when it cannot be parsed."""
         if name not in self._documents:
             try:
                 self._documents[name] = parse(read_text(self.path(name)))
@@ -61,7 +61,7 @@ class Models:
         return self._configs[name]
 
     def served_config(self, name: str) -> ModelConfig:
-        """The config of a target as the server has it, which completes some of it when it loads the model."""
+        """The config of a target as the server has it. A server may complete a config when it loads the model."""
         config = self.config(name)
         try:
             return target_of(config).served_config(config, self.path(name).parent)
@@ -77,14 +77,14 @@ class Models:
         return {name: self.config(name) for name in self.names()}
 
     def without(self, names: Collection[str]) -> Models:
-        """The same, once the config.pbtxt of these models were written: they are read again when they are asked for."""
+        """The same configs, except those of `names`, which were written and have to be read again."""
         documents = {name: one for name, one in self._documents.items() if name not in names}
         return Models(self.root, documents, {name: self._configs[name] for name in self._configs if name in documents})
 
 
 @dataclass(frozen=True)  # without slots, since cached_property needs a __dict__
 class State:
-    """A repository with a router: its table, and what its models' configs say. Reading is put off until it is needed.
+    """A repository with a router: its table, and its models' configs, which are read when they are first needed.
 
     Each property raises a TritonLoraError when its file cannot be read.
     """
@@ -95,7 +95,7 @@ class State:
 
     @property
     def document(self) -> Document:
-        """config.pbtxt of the engine's model."""
+        """The text and the tree of the engine model's config.pbtxt."""
         return self.models.document(self.repository.target)
 
     @property
@@ -110,12 +110,12 @@ class State:
 
     @functools.cached_property
     def profile(self) -> EngineProfile | None:
-        """What the engine accepts; None when the config.json that says it is not on this machine."""
+        """What the engine accepts; None when the engine's config.json is not on this machine."""
         return paths.engine_profile(self.repository, self.config)
 
     @functools.cached_property
     def foreign_files(self) -> Mapping[str, tuple[str, ...]]:
-        """The warmup files that samples of the user's own read -> the inputs that they are read for."""
+        """Warmup file -> the inputs that it is read for, over the user's own warmup samples."""
         found: dict[str, tuple[str, ...]] = {}
         for name, file in warmup.foreign_inputs(self.document):
             found[file] = (*found.get(file, ()), name)
@@ -123,7 +123,7 @@ class State:
 
     @functools.cached_property
     def foreign_task_ids(self) -> frozenset[int]:
-        """The lora_task_ids under which samples of the user's own load an adapter, or after which they name a file."""
+        """The lora_task_ids that the user's own warmup samples load an adapter under, or name a file after."""
         taken = {task_id for file in self.foreign_files if (task_id := warmup.task_id_of(file)) is not None}
         for file, inputs in self.foreign_files.items():
             if warmup.TASK_IDS.isdisjoint(inputs):
@@ -140,7 +140,7 @@ class State:
         return paths.plan_of(self.repository, self.table, self.config, self.profile, gpu_memory=gpu_memory)
 
     def after(self, table: AdapterTable, written: Collection[str]) -> State:
-        """The state once `table` is there and the config.pbtxt of the models `written` were written."""
+        """The state after `table` and the config.pbtxt of the models `written` were written."""
         return State(self.repository, table, self.models.without(written))
 
 
@@ -157,15 +157,15 @@ def plan(repository: Repository, *, gpu_memory: int | None = None) -> CachePlan 
     return read_state(repository).plan(gpu_memory=gpu_memory)
 
 
-# What may be deleted: this and what is half-written alone, by whatever command.
+# Files that may be deleted. Commands delete these and half-written files, and no others.
 
 
 def outlived(state: State, oldest: float = math.inf) -> list[Path]:
-    """Files of retired ids that were last used before `oldest`, in seconds since 1970, and that nothing names.
+    """Files of retired ids that were last touched before `oldest`, in seconds since 1970, and that no sample names.
 
-    No file goes that a model_warmup sample of a config.pbtxt names, whatever the table says: Triton would not load the
-    model. Nor do the other files of its id, for the one that is named may say where these are. While a config.pbtxt
-    cannot be read, none goes at all.
+    A file that a model_warmup sample of any config.pbtxt names is never in the list: Triton would not load the model
+    without it. The other files of its id are not in the list either, since the named file may contain their path. If a
+    config.pbtxt cannot be read, the list is empty.
     """
     home = state.repository.warmup_directory
     retired = warmup.files_of(home, state.table.retired_lora_task_ids)
@@ -180,7 +180,7 @@ def outlived(state: State, oldest: float = math.inf) -> list[Path]:
 
 
 def named_by_samples(models: Models) -> set[Path]:
-    """The files that model_warmup samples of any model name, as their paths are written and where links lead.
+    """The files that the model_warmup samples of all models name: each as written, and with its links resolved.
 
     RepositoryError when a config.pbtxt cannot be read.
     """
@@ -191,6 +191,6 @@ def named_by_samples(models: Models) -> set[Path]:
             for file in warmup.named_files(models.document(name)):
                 path = config.parent / WARMUP / file
                 found |= {Path(os.path.normpath(path)), path.resolve()}
-        except (ValueError, RuntimeError) as error:  # a name that is no path; links in a circle
+        except (ValueError, RuntimeError) as error:  # a name that cannot be a path; links in a circle
             raise RepositoryError(f"{config}: {error}") from None
     return found

@@ -1,16 +1,17 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""Take tritonlora out of a model repository again: every file as it was, byte for byte.
+"""Take tritonlora out of a model repository again: every file becomes as it was before, byte for byte.
 
-What was there before is kept in lora_router/1/originals, where tritonserver does not look: a copy of each file that
-tritonlora changed, and written.json with the SHA-256 of what it wrote. Both are there before the file itself changes,
-so that a command may be stopped at any instant. A file that somebody has edited since is never written over.
+The directory lora_router/1/originals, where tritonserver does not look, has a copy of each file before tritonlora
+changed it. Its written.json has the SHA-256 of each content that tritonlora wrote. Both are written before the file
+itself changes, so that a command may be stopped at any instant. A file that the user has edited since is never
+overwritten.
 
-The record is of our own, since no library keeps one that a stopped command cannot spoil: git would need its program in
-every container, and would take a repository of the user's own for its own.
+tritonlora keeps this record itself, because no library keeps one that survives a stopped command. git would need its
+program in every container, and would interfere with a git repository of the user.
 
-The record may come from anybody who could write to the repository. So it is read like any input: a name that is not of
-a file inside a model, and a path that leads out of the repository, are refused.
+Anybody who can write to the repository can write the record. So it is checked like any input: a name that is no file
+inside a model is refused, and so is a path that leads out of the repository.
 """
 
 from __future__ import annotations
@@ -55,14 +56,14 @@ from tritonlora.serving.file_version import has_content, read_file
 
 ORIGINALS = Path(ROUTER, "1", "originals")
 WRITTEN = ORIGINALS / "written.json"
-OURS = (LISTING, RESOLVER, ROUTER)  # the models that come with init; the router, which has the originals, goes last
+OURS = (LISTING, RESOLVER, ROUTER)  # the models that `init` adds; the router, which has the originals, goes last
 NOTHING_CHANGED = "not everything can be put back as it was; nothing was changed"
 _NOT_RECORDED = {f"{ROUTER}/adapters.json", f"{ROUTER}/.lock"}
-_MOST_NBYTES = 64 << 20  # of written.json: a hundred for each adapter that was ever warm
+_MOST_NBYTES = 64 << 20  # of written.json, which takes a hundred bytes for each adapter that was ever warm
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
-# File, relative to the repository -> SHA-256 of what tritonlora wrote last and of what it wrote before that. A command
-# that is stopped in between leaves the older content.
+# File, relative to the repository -> the SHA-256 of the last one or two contents that tritonlora wrote, the last one at
+# the end. A command that is stopped before it writes the file leaves the older content.
 Digests = dict[str, list[str]]
 
 
@@ -71,8 +72,8 @@ class FileChange:
     """One file that a command writes or deletes."""
 
     path: Path
-    before: str | None  # None: it is new
-    after: str | None  # None: it goes
+    before: str | None  # None: the file is new
+    after: str | None  # None: the file is deleted
 
     @property
     def kind(self) -> str:
@@ -84,7 +85,7 @@ class FileChange:
 
 
 def begin(router: Path, contents: Mapping[Path, bytes]) -> None:
-    """Keep the originals of whatever is written from now on. `contents` are the files of `router`, all of them new."""
+    """Begin the record in the new directory `router`, whose files will be `contents`."""
     written = router / WRITTEN.relative_to(ROUTER)
     make_directory(written.parent)
     names = {f"{ROUTER}/{name.as_posix()}": content for name, content in contents.items()}
@@ -93,17 +94,17 @@ def begin(router: Path, contents: Mapping[Path, bytes]) -> None:
 
 
 def record(root: Path, model: str, contents: Mapping[Path, bytes]) -> None:
-    """Put on record the files of another model that is about to come, all of them new."""
+    """Record the files of another new model, before the model is added."""
     if os.path.lexists(root / WRITTEN):
         names = {f"{model}/{name.as_posix()}": [_digest(content)] for name, content in contents.items()}
         write_text(root / WRITTEN, _render(_read_digests(root) | names))
 
 
 def write(root: Path, contents: Mapping[Path, bytes]) -> None:
-    """Write whole files of the repository at `root`, in this order, so that `undo` can put back what was there.
+    """Write whole files of the repository at `root`, in this order, so that `undo` can restore the files before.
 
-    The digests of all of them are recorded first, and once. A file that has its content already is left alone, and no
-    record made of it: it may be the user's own.
+    All digests are recorded first, in one write. A file that has its content already is neither written nor recorded:
+    it may be the user's own.
     """
     new = {path: content for path, content in contents.items() if not has_content(path, content)}
     if os.path.lexists(root / WRITTEN):
@@ -121,7 +122,7 @@ def write(root: Path, contents: Mapping[Path, bytes]) -> None:
 
 
 def recorded(root: Path) -> list[str]:
-    """The files that tritonlora wrote, relative to the repository, as far as nobody has edited them since."""
+    """The files that tritonlora wrote and that were not edited since, relative to the repository."""
     if not os.path.lexists(root / WRITTEN):
         return []
     digests = _read_digests(root)
@@ -130,7 +131,7 @@ def recorded(root: Path) -> list[str]:
 
 
 def delete_recorded(root: Path, paths: Collection[Path]) -> None:
-    """Delete files that only tritonlora ever wrote, and strike them from the record."""
+    """Delete files that only tritonlora ever wrote, and remove them from the record."""
     if not paths:
         return
     for path in paths:
@@ -145,7 +146,7 @@ def delete_recorded(root: Path, paths: Collection[Path]) -> None:
 
 
 def _record(root: Path, name: str, content: bytes, digests: Digests) -> None:
-    """Put a file that is about to become `content` on record, in `digests`, and keep its original."""
+    """Add a file that is about to get `content` to `digests`, and keep a copy of its original."""
     known, before = digests.get(name), _content_of(root / name)
     if known is None:
         digests[name] = [_digest(content)]
@@ -153,7 +154,7 @@ def _record(root: Path, name: str, content: bytes, digests: Digests) -> None:
             original = root / ORIGINALS / name
             make_directory(original.parent)
             write_bytes(original, before, like=root / name)
-    # What somebody edited in between stays on record as edited.
+    # A file that the user edited in between gets no new digest, so that it still counts as edited.
     elif known[-1] != _digest(content) and (before is None or _is_known(before, _original(root, name), known)):
         digests[name] = [*known, _digest(content)][-2:]
 
@@ -163,7 +164,7 @@ def _render(digests: Digests) -> str:
 
 
 def _read_digests(root: Path) -> Digests:
-    """written.json; RepositoryError with everything in it that tritonlora never writes."""
+    """The content of written.json; RepositoryError with everything in it that tritonlora never writes."""
     path = root / WRITTEN
     try:
         document, repeated = strict_json.parse(read_file(path, _MOST_NBYTES, follow=False))
@@ -201,7 +202,7 @@ def _problems_of(document: object) -> Iterator[str]:
 
 
 def plan_undo(root: Path) -> list[FileChange]:
-    """What `undo` does; RepositoryError, naming every file, where it would lose something of the user's."""
+    """The changes that `undo` makes. RepositoryError, naming every file, when it would lose something of the user's."""
     if not os.path.lexists(root / WRITTEN):
         raise RepositoryError(
             f"there is nothing to undo: {str(root)!r} has no {WRITTEN}, which is there after `tritonlora init`"
@@ -213,7 +214,7 @@ def plan_undo(root: Path) -> list[FileChange]:
             f"adapters are registered; take them out first, with: tritonlora remove {' '.join(names)}"
         )
     problems = [
-        f"{name}: it is not of tritonlora's; move it elsewhere"
+        f"{name}: tritonlora did not write it; move it elsewhere"
         for name in (path.relative_to(root).as_posix() for model in OURS for path in _all_in(root, model))
         if name not in digests and name not in _NOT_RECORDED
     ]
@@ -242,7 +243,7 @@ def plan_undo(root: Path) -> list[FileChange]:
         if root / model / "config.pbtxt" in gone:
             other = min({*_not_directories(root / model)} - gone).relative_to(root)
             problems.append(
-                f"{model}/config.pbtxt would go, and {other} stay: move that elsewhere, or, if the config was there "
+                f"{model}/config.pbtxt would go, and {other} stay: move {other} elsewhere, or, if the config was there "
                 f"before tritonlora, put {ORIGINALS / model / 'config.pbtxt'} back from a backup"
             )
     if problems:
@@ -251,13 +252,13 @@ def plan_undo(root: Path) -> list[FileChange]:
 
 
 def undo(root: Path, *, dry_run: bool = False) -> list[FileChange]:
-    """Put every file back, and take the router out; what was, or would be, done.
+    """Restore every file, and take the router out. Returns the changes that were made, or would be with `dry_run`.
 
-    The engine's config comes before the ensembles, which meanwhile lead to the router, that takes all types; and each
-    model goes in one step: so the repository loads whenever this stops. Run again, it completes what was stopped.
-    RepositoryError when something could not be written or deleted.
+    The ensembles lead to the router, which takes all types, until the engine's config is restored. Each model is
+    removed in one step. So the repository loads even if this is stopped at any instant. The same call again completes
+    it. RepositoryError when a file cannot be written or deleted.
     """
-    if not os.path.lexists(root / ROUTER) and (left := half_written(root)):  # the last that an undo has to do
+    if not os.path.lexists(root / ROUTER) and (left := half_written(root)):  # a stopped undo had only these left
         with writing(root):
             for path in left if not dry_run else ():
                 delete(path)
@@ -276,7 +277,7 @@ def undo(root: Path, *, dry_run: bool = False) -> list[FileChange]:
             original = _original(root, change.path.relative_to(root).as_posix())
             if original is not None:
                 write_bytes(change.path, original)
-        # A model goes as a whole, and a file that a sample of the user's own names has to stay.
+        # A model that goes is moved as a whole below. A file that a sample of the user's own names has to stay.
         alone = [one.path for one in changes if one.after is None and one.path.relative_to(root).parts[0] not in models]
         for path in {*alone} - (named_by_samples(Models(root)) if alone else set()):
             path.unlink()
@@ -289,14 +290,17 @@ def undo(root: Path, *, dry_run: bool = False) -> list[FileChange]:
 
 
 def _of_removed_adapters(root: Path) -> list[Path]:
-    """The files of adapters that were removed, which stay for a while."""
+    """The files of removed adapters that no command has deleted yet."""
     if not (root / ROUTER / "config.pbtxt").is_file():
         return []
     return outlived(read_state(open_repository(root)))
 
 
 def _lead_past_resolver(root: Path) -> None:
-    """Lead the ensembles that lead to the resolver to the router: Triton loads none from one type to another."""
+    """Lead the ensembles from the resolver to the router.
+
+    Triton refuses an ensemble that connects tensors of different types. The router takes all types.
+    """
     models = Models(root)
     resolving = [name for name, config in models.configs().items() if config.leads_to(RESOLVER)]
     if resolving:
@@ -306,24 +310,24 @@ def _lead_past_resolver(root: Path) -> None:
 
 
 def _step(change: FileChange) -> int:
-    """When it is done: what an ensemble leads to first, what nothing leads to any more last."""
+    """The order of changes: models (0), then the ensembles that lead to them (1), then deletions (2)."""
     if change.after is None:
         return 2
     return int(change.path.name == "config.pbtxt" and bool(parse_config(change.after).steps))
 
 
 def take_out(root: Path, models: Collection[str]) -> None:
-    """Take these models out of the repository, each in one step. OSError when something of them cannot be deleted."""
+    """Take these models out of the repository, each in one step. OSError when a file of theirs cannot be deleted."""
     with temporary_directory(place_for_models(root, models) / ROUTER) as doomed:
         for model in models:
             if os.path.lexists(root / model):
                 (root / model).rename(doomed / model)
         sync_directory(root)
-    delete(doomed)  # or say what could not be deleted
+    delete(doomed)  # raises OSError if a file in it could not be deleted
 
 
 def _models_that_go(root: Path, gone: Collection[Path]) -> list[str]:
-    """The other models of which no file stays."""
+    """The models besides OURS of which no file stays."""
     names = sorted({path.relative_to(root).parts[0] for path in gone} - {*OURS})
     return [name for name in names if {*_not_directories(root / name)} <= {*gone}]
 
@@ -342,7 +346,7 @@ def _content_of(path: Path) -> bytes | None:
 
 
 def _is_known(content: bytes, original: bytes | None, written: list[str]) -> bool:
-    """Whether `content` is what tritonlora wrote, or what was there before."""
+    """Whether `content` is a recorded content of tritonlora, or the original."""
     return content == original or _digest(content) in written
 
 
@@ -351,12 +355,12 @@ def _is_inside(root: Path, path: Path) -> bool:
 
 
 def files_of(root: Path, model: str) -> list[Path]:
-    """The files that a model of ours consists of, sorted."""
+    """The files of one of tritonlora's models, sorted."""
     return [path for path in _all_in(root, model) if path.is_file()]
 
 
 def _all_in(root: Path, model: str) -> list[Path]:
-    """All that is in a model of ours but directories, less what Python and tritonlora keep there for themselves."""
+    """The files and links in one of tritonlora's models, without originals, temporary files and Python's caches."""
     return sorted(
         path
         for path in _not_directories(root / model)
@@ -371,7 +375,7 @@ def _not_directories(directory: Path) -> Iterator[Path]:
 
 
 def _remove_if_empty(root: Path, directory: Path, models: Collection[str]) -> None:
-    """Delete a directory that tritonlora may have made, if nothing is left in it; those of `models` go as a whole."""
+    """Delete an empty directory that tritonlora may have made. Directories of `models` are moved as a whole later."""
     model = directory.relative_to(root).parts[0]
     if model not in models and directory.is_dir() and _is_inside(root, directory) and not any(directory.iterdir()):
         directory.rmdir()

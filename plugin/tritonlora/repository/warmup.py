@@ -1,11 +1,14 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""Warmup files and the matching model_warmup block: Triton itself loads each adapter into the engine at start.
+"""Warmup files and the model_warmup block that names them, by which Triton loads each warm adapter at start.
 
-Rules: types come from what the model's own config.pbtxt declares. dims and bytes come from one place, since Triton cuts
-a file that is too long without a word (core, src/backend_model_instance.cc, GenerateWarmupData). The block stands
-between two comment lines and is the only part of the file that is ours; a model_warmup of the user's outside of it
-stays as it is, and both take effect, since the field is repeated.
+Rules:
+
+- Types are those that the model's own config.pbtxt declares.
+- The dims of a sample and the bytes of its file come from the same value. Triton would cut a file that is too long
+  without an error (core, src/backend_model_instance.cc, GenerateWarmupData).
+- tritonlora edits only the block between its two comment lines. A model_warmup of the user's own outside of the block
+  stays as it is. Both take effect, since the field is repeated.
 """
 
 from __future__ import annotations
@@ -30,25 +33,25 @@ _SHARED = {name for kind in TARGETS for name in kind.SHARED_INPUTS}
 TASK_IDS = {kind.WIRE.task_id for kind in TARGETS}
 _ADAPTER_FILE = re.compile(r"(?:lora_(?:id|name|path)_|adapter_(?:(?:model|config)_)?)([1-9][0-9]*)(?:\.bin)?")
 _LINE_END = re.compile(r"\A\r?\n")
-# The integer types that a shared input may have. DTYPES has an adapter's types, none of which but int32 is here.
+# The integer types that a shared input may have -> their struct codes. DTYPES has an adapter's types instead.
 _STRUCT_CODES = {"TYPE_INT32": "i", "TYPE_UINT32": "I", "TYPE_INT64": "q", "TYPE_UINT64": "Q"}
 
 
 @dataclass(frozen=True, slots=True)
 class WarmupSample:
-    """One adapter that is loaded at start."""
+    """The warmup sample of one adapter that is loaded at start."""
 
     task_id: int
-    inputs: tuple[SampleInput, ...]  # those of its own; the shared ones are the same in every sample
+    inputs: tuple[SampleInput, ...]  # the inputs that name or hold the adapter; the shared ones are not among them
 
     @property
     def name(self) -> str:
-        """What Triton calls it in the log and in the error when it cannot be loaded."""
+        """The sample's name, which Triton writes to the log, and into the error when the sample fails."""
         return f"lora_{self.task_id}_warmup"
 
 
 def task_id_of_sample(name: str) -> int | None:
-    """The task id of the sample with that name; None when it is none of ours."""
+    """The task id in a sample's name; None when it is not a name of tritonlora's."""
     match = re.fullmatch(r"lora_(\d+)_warmup", name, re.ASCII)
     return int(match[1]) if match else None
 
@@ -57,9 +60,10 @@ def task_id_of_sample(name: str) -> int | None:
 
 
 def shared_files(config: ModelConfig) -> dict[str, bytes]:
-    """The files that all samples share, by name: little-endian, in the types that `config` declares.
+    """The files that all samples share: name -> content, little-endian, in the types that `config` declares.
 
-    Only what the model has an input for is there. Raises ConfigError for a required input that has no file.
+    There is one file for each shared input that the model declares. Raises ConfigError when the model requires an input
+    that no sample has, or declares a shared input with a type that is no integer.
     """
     kind = _require_inputs(config)
     problems = []
@@ -80,9 +84,9 @@ def shared_files(config: ModelConfig) -> dict[str, bytes]:
 
 
 def files(config: ModelConfig, table: AdapterTable, served: Path) -> dict[str, bytes]:
-    """The files of the warm adapters' samples, by name, but for the adapters themselves.
+    """The files of the warm adapters' samples, without the adapters' own: name -> content.
 
-    `served` is the model repository's path as the server sees it. Raises as `shared_files` does.
+    `served` is the model repository's path on the server. Raises ConfigError as `shared_files` does.
     """
     kind = target_of(config)
     warm = {name: entry for name, entry in table.entries.items() if entry.warm}
@@ -93,20 +97,20 @@ def files(config: ModelConfig, table: AdapterTable, served: Path) -> dict[str, b
 
 
 def samples(config: ModelConfig, table: AdapterTable) -> list[WarmupSample]:
-    """One for each warm adapter, in the order of their ids."""
+    """One sample for each warm adapter, in the order of their ids."""
     kind = target_of(config)
     warm = sorted((entry for entry in table.entries.values() if entry.warm), key=lambda entry: entry.lora_task_id)
     return [WarmupSample(entry.lora_task_id, kind.sample_inputs(entry)) for entry in warm]
 
 
 def task_id_of(file: str) -> int | None:
-    """The task id of an adapter's file or directory beside the shared ones, from its name; None when it is no such."""
+    """The task id in the name of an adapter's file or directory in the warmup directory; None for any other name."""
     match = _ADAPTER_FILE.fullmatch(file)
     return int(match[1]) if match else None
 
 
 def files_of(directory: Path, task_ids: Collection[int]) -> list[Path]:
-    """What is in the warmup `directory` of the adapters with these ids."""
+    """The files and directories of the adapters with these ids in the warmup `directory`."""
     ids = frozenset(task_ids)
     return [path for path in directory.glob("*") if task_id_of(path.name) in ids]
 
@@ -115,9 +119,9 @@ def files_of(directory: Path, task_ids: Collection[int]) -> list[Path]:
 
 
 def render_block(config: ModelConfig, samples: Sequence[WarmupSample]) -> str:
-    """The text between the comment lines: one model_warmup sample for each adapter. "" when there are none.
+    """The text between the comment lines: one model_warmup sample for each adapter. "" without samples.
 
-    Raises ConfigError with everything in which a sample is not what `config` declares.
+    Raises ConfigError with every difference between a sample and the inputs that `config` declares.
     """
     if not samples:
         return ""
@@ -135,9 +139,9 @@ def render_block(config: ModelConfig, samples: Sequence[WarmupSample]) -> str:
 
 
 def replace_block(text: str, block: str) -> str:
-    """A config.pbtxt with `block` between the comment lines: at the end of the file if there are none yet.
+    """A config.pbtxt with `block` between the comment lines. Without such lines they come at the end of the file.
 
-    An empty block takes the lines away, which leaves the text as it was before the first block.
+    An empty block removes the lines, too. The text is then as it was before the first block.
     """
     newline = newline_of(text)
     span = _find_block(text)
@@ -145,7 +149,7 @@ def replace_block(text: str, block: str) -> str:
         if not block:
             return text
         managed = f"{BEGIN}\n{block}{END}".replace("\n", newline)
-        # A file without a newline at its end stays one, so that taking the block out gives the same bytes.
+        # A file without a newline at its end gets none, so that removing the block restores the same bytes.
         return text + managed + newline if text.endswith("\n") or not text else text + newline + managed
     start, end = span
     if block:
@@ -155,14 +159,14 @@ def replace_block(text: str, block: str) -> str:
 
 
 def read_block(text: str) -> tuple[WarmupSample, ...]:
-    """The samples in the block of a config.pbtxt, () when it has none.
+    """The samples in the block of a config.pbtxt; () when it has none.
 
-    Raises ConfigError when somebody has changed the block so that it is not one of ours any more.
+    Raises ConfigError when the block was edited, and has a sample that tritonlora does not write.
     """
     span = _find_block(text)
     if span is None:
         return ()
-    # Blank out what is around the block: places in error messages stay right.
+    # Blank out the text before the block, so that the lines and columns in error messages stay right.
     before = re.sub(r"[^\n]", " ", text[: span[0]])
     document = parse(before + text[span[0] : span[1]])
     try:
@@ -176,14 +180,14 @@ def read_block(text: str) -> tuple[WarmupSample, ...]:
 
 
 def foreign_inputs(document: Document) -> list[tuple[str, str]]:
-    """(input, file) for each file that the samples outside the block read: the user's own."""
+    """(input, file) for each file that the user's own samples read, which are those outside of the block."""
     start, end = _find_block(document.text) or (0, 0)
     samples = document.message.messages("model_warmup")
     return _files_by_input(sample for sample in samples if not start <= sample.start < end)
 
 
 def named_files(document: Document) -> list[str]:
-    """The files that all samples of a config.pbtxt read, the block's and the user's own."""
+    """The files that all samples of a config.pbtxt read: those of the block, and the user's own."""
     return [file for _, file in _files_by_input(document.message.messages("model_warmup"))]
 
 
@@ -199,7 +203,10 @@ def _files_by_input(samples: Iterable[Message]) -> list[tuple[str, str]]:
 
 
 def _find_block(text: str) -> tuple[int, int] | None:
-    """Where the block stands, from its first comment line to the end of its last, without the line end."""
+    """(start, end) of the block, from its first comment line to the end of its last one, without the line end.
+
+    None when there is no block. Raises ConfigError when one of the lines is missing, repeated or in the wrong place.
+    """
     begins = [match.span() for match in _line(BEGIN).finditer(text)]
     ends = [match.span() for match in _line(END).finditer(text)]
     if not begins and not ends:
@@ -211,7 +218,7 @@ def _find_block(text: str) -> tuple[int, int] | None:
 
 
 def _line(content: str) -> re.Pattern[str]:
-    literal = re.escape(content)  # what begins with one is found a hundred times as fast as what begins with ^
+    literal = re.escape(content)  # a pattern that begins with a literal is a hundred times as fast as one with ^ first
     return re.compile(rf"{literal}(?<=^{literal})(?=\r?$)", re.MULTILINE)
 
 
@@ -229,7 +236,10 @@ def _shared_sample(spec: TensorSpec, kind: Target) -> SampleInput:
 
 
 def _require_inputs(config: ModelConfig) -> Target:
-    """The kind. Triton counts a sample's required inputs; the engine loads an adapter only with all of LoRA's."""
+    """The kind of the target; ConfigError when its warmup samples would lack an input.
+
+    Triton counts a sample's required inputs, and the engine loads an adapter only with all LoRA inputs.
+    """
     kind = target_of(config)
     known = {*kind.SHARED_INPUTS, *kind.WIRE.inputs}
     problems = [
@@ -245,7 +255,7 @@ def _require_inputs(config: ModelConfig) -> Target:
 
 
 def _mismatch(one: SampleInput, declared: TensorSpec, sample: str) -> list[str]:
-    """In what an input of `sample` is not what the model declares."""
+    """One line for each difference between an input of `sample` and the model's declaration."""
     data_type, dims = filled(declared.data_type), filled(declared.dims)
     problems = []
     if one.data_type != data_type:
@@ -257,7 +267,7 @@ def _mismatch(one: SampleInput, declared: TensorSpec, sample: str) -> list[str]:
 
 
 def _shape(one: SampleInput, declared: TensorSpec) -> tuple[int, ...]:
-    """The shape with the leading ones that a model without batching has to declare itself."""
+    """The shape of an input with the leading dims of 1 that a model without batching declares itself."""
     return (1,) * (len(filled(declared.dims)) - len(one.shape)) + one.shape
 
 
@@ -278,7 +288,7 @@ def _render_sample(sample: WarmupSample, inputs: Sequence[SampleInput], declared
 
 
 def _read_sample(sample: Message) -> WarmupSample:
-    """A sample of the block, with its dims as they stand there; ValueError when it is not one of ours."""
+    """A sample of the block, with its dims as they stand there; ValueError when tritonlora did not write it."""
     name = sample.scalar("name")
     task_id = task_id_of_sample(name.value if name else "")
     inputs = [
@@ -287,7 +297,7 @@ def _read_sample(sample: Message) -> WarmupSample:
         if (key := entry.scalar("key")) and (value := entry.message("value")) and key.value not in _SHARED
     ]
     if task_id is None or not inputs:
-        raise ValueError(f"sample {name.value if name else ''!r} is not one of ours")
+        raise ValueError(f"sample {name.value if name else ''!r} was not written by tritonlora")
     return WarmupSample(task_id, tuple(inputs))
 
 
