@@ -1,3 +1,3 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""config.pbtxt: its grammar, its meaning, and edits that lose no byte."""
+"""Reads and edits config.pbtxt: its grammar, its meaning, and lossless edits."""

@@ -1,13 +1,12 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""Lossless editing of a config.pbtxt: a document in, a document out.
+"""Lossless edits of a config.pbtxt. Each edit takes a document and returns a new one.
 
-Strategy: an edit takes a document and a node of its tree. It returns the document of a new text in which only that
-place differs, so that the next edit finds its node in a tree that is up to date. Each text is parsed once. A new piece
-of text is given as pbtxt indented by two spaces, without comments. It takes on the indentation and the line ends of its
-neighbours.
+Strategy: an edit takes a document and a node of its tree. It parses the new text, in which only that place differs. So
+the next edit finds its node in a tree that is up to date, and each text is parsed once. New text is pbtxt indented by
+two spaces, without comments. It gets the indentation and the line ends of its neighbours.
 
-Read files with newline="" so that CRLF gets here, and back, as it is.
+Read and write files with newline="", so that CRLF is kept.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ def quote(content: str) -> str:
 
 
 def newline_of(text: str) -> str:
-    """The line end that the text uses: that of its first line."""
+    """The line end of the text's first line: CRLF or LF."""
     return "\r\n" if text[: text.find("\n") + 1].endswith("\r\n") else "\n"
 
 
@@ -45,9 +44,10 @@ def insert_field(document: Document, message: Message, snippet: str) -> Document
 
 
 def append_value(document: Document, message: Message, name: str, literal: str) -> Document:
-    """The document with one more value of the repeated field `name`: in its list, or as one more `name`.
+    """The document with one more value of the repeated field `name`.
 
-    `literal` is a scalar, or a message in curly brackets.
+    The value goes into the field's list, or else becomes one more field `name`. `literal` is a scalar, or a message in
+    curly brackets.
     """
     return parse(_with_value(document, message, name, literal))
 
@@ -55,9 +55,10 @@ def append_value(document: Document, message: Message, name: str, literal: str) 
 def remove_value(
     document: Document, message: Message, value: Scalar | Message, *, with_comment: bool = False
 ) -> Document:
-    """The document without that value of one of `message`'s fields. Its line goes if nothing else is on it.
+    """The document without `value`, which is a value of one of `message`'s fields.
 
-    With `with_comment`, the lines of comment directly above it go as well.
+    A line is removed if nothing else is on it. With `with_comment`, the comment lines directly above `value` are
+    removed, too.
     """
     return parse(_without_value(document, message, value, with_comment=with_comment))
 
@@ -65,7 +66,7 @@ def remove_value(
 def _with_field(document: Document, message: Message, snippet: str) -> str:
     text = document.text
     if message is document.message:
-        # Behind the comments at the end of the file, which may say what the fields above them are.
+        # After the comments at the end of the file, which may belong to the fields above them.
         newline = newline_of(text)
         gap = "" if not text or text.endswith("\n") else newline
         return text + gap + snippet.replace("\n", newline) + newline
@@ -111,7 +112,7 @@ def _without_value(document: Document, message: Message, value: Scalar | Message
 
 
 def _comment_above(text: str, start: int) -> int:
-    """Where the lines that hold only a comment, directly above text[start], begin; `start` if there are none."""
+    """The start of the comment lines directly above text[start]; `start` if there are none."""
     blanks, first_on_line = _leading_blanks(text, start)
     if not first_on_line:
         return start
@@ -131,7 +132,7 @@ def _insert_at(text: str, position: int, piece: str) -> str:
 
 
 def _insert_after(text: str, anchor: Field | Scalar | Message, snippet: str, *, unit: str, comma: str = "") -> str:
-    """`snippet` on lines of its own below `anchor`, or beside it where more follows on its line."""
+    """The text with `snippet` on new lines below `anchor`, or beside `anchor` if more follows on its line."""
     rest = _REST_OF_LINE.match(text, anchor.end)
     if rest is None:
         gap = "" if text[anchor.end] in " \t\r\n\v\f]}>" else " "
@@ -151,7 +152,7 @@ def _reindent(line: str, unit: str) -> str:
 
 
 def _leading_blanks(text: str, position: int) -> tuple[str, bool]:
-    """The blanks that the line of text[position] begins with, and whether nothing else stands before it."""
+    """The blanks at the start of the line of text[position], and whether only blanks are before text[position]."""
     line = text[text.rfind("\n", 0, position) + 1 : position]
     blanks = line[: len(line) - len(line.lstrip(" \t"))]
     return blanks, blanks == line
@@ -163,7 +164,7 @@ def _indentation(text: str, node: Field | Scalar | Message) -> str:
 
 
 def _unit(text: str, anchor: Field | Scalar | Message) -> str:
-    """How much deeper the fields inside `anchor` stand than it does: two spaces where it does not say."""
+    """The extra indentation of the fields inside `anchor`; two spaces if it has no fields on lines of their own."""
     value = anchor.values[-1] if isinstance(anchor, Field) and anchor.values else anchor
     if isinstance(value, Message) and value.fields:
         outer, (inner, first_on_line) = _indentation(text, anchor), _leading_blanks(text, value.fields[0].start)
@@ -173,7 +174,7 @@ def _unit(text: str, anchor: Field | Scalar | Message) -> str:
 
 
 def _cut(text: str, start: int, end: int) -> str:
-    """The text without text[start:end], and without the lines that this leaves blank."""
+    """The text without text[start:end], and without the line if it is blank then."""
     line_start = text.rfind("\n", 0, start) + 1
     line_end = text.find("\n", end)
     if line_end < 0:

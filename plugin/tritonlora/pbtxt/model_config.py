@@ -1,8 +1,8 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""What a config.pbtxt says: `ModelConfig`, read from its text.
+"""The meaning of a config.pbtxt: `ModelConfig`, read from its text.
 
-A value that is still a `${name}` is carried along as `Unfilled`, and is an error only for the one who needs it.
+A value that is still a placeholder `${name}` is read as `Unfilled`. It is an error only for code that needs the value.
 Meaning and defaults are those of triton-inference-server/common, protobuf/model_config.proto.
 """
 
@@ -35,7 +35,7 @@ DATA_TYPES = (
 
 @dataclass(frozen=True, slots=True)
 class Unfilled:
-    """A value that is still a template. Take the value out with `filled`, which raises for this."""
+    """A value that is still a placeholder. Read values with `filled`, which raises ConfigError for this one."""
 
     template: str  # "${logits_datatype}"
     what: str  # "data_type of output 'context_logits'"
@@ -54,20 +54,20 @@ class Unfilled:
 
 
 def filled(value: _T | Unfilled) -> _T:
-    """`value`; raises ConfigError, naming the placeholder and the remedy, when nobody has filled it in."""
+    """`value`; raises ConfigError, with the placeholder and the remedy, when it is not filled in yet."""
     if isinstance(value, Unfilled):
         raise value.error()
     return value
 
 
 def has_template(content: str) -> bool:
-    """Whether a string, such as a parameter's, still holds a `${name}`."""
+    """Whether a string, such as a parameter's, still has a placeholder `${name}`."""
     return _TEMPLATE.search(content) is not None
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """One declared input or output. dims are without the batch dim."""
+    """One declared input or output. `dims` are those of the file, without the batch dim."""
 
     name: str
     data_type: str | Unfilled  # "TYPE_INT32"
@@ -87,18 +87,18 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """What tritonlora needs of a config.pbtxt. A string may hold templates; see `has_template`."""
+    """The fields of a config.pbtxt that tritonlora needs. A string may have placeholders; see `has_template`."""
 
-    name: str  # "" where the file leaves it to the directory's name
+    name: str  # "" if the file has none, and the directory's name counts
     backend: str
     max_batch_size: int | Unfilled
-    dynamic_batching: bool  # whether the block is there, whatever is in it
+    dynamic_batching: bool  # whether the block is there
     response_cache: bool | Unfilled  # whether Triton may keep responses
     decoupled: bool | Unfilled
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     parameters: Mapping[str, str]  # key -> string_value
-    instance_count: int | Unfilled  # over all groups; 1 where there is none
+    instance_count: int | Unfilled  # the sum over all groups; 1 without a group
     steps: tuple[Step, ...]
 
     def input(self, name: str) -> TensorSpec | None:
@@ -110,20 +110,17 @@ class ModelConfig:
         return next((spec for spec in self.outputs if spec.name == name), None)
 
     def leads_to(self, model: str) -> bool:
-        """Whether it is an ensemble with a step for `model`."""
+        """Whether the model is an ensemble with a step for `model`."""
         return any(step.model_name == model for step in self.steps)
 
 
 def parse_config(text: str) -> ModelConfig:
-    """The meaning of a config.pbtxt's text; ConfigError where it cannot be parsed, else as `config_of`."""
+    """The meaning of a config.pbtxt's text; ConfigError when it cannot be parsed or understood."""
     return config_of(parse(text))
 
 
 def config_of(document: Document) -> ModelConfig:
-    """The meaning of a config.pbtxt; one ConfigError with everything in it that cannot be understood.
-
-    Templates are no error here.
-    """
+    """The meaning of a config.pbtxt; one ConfigError with every problem found. Placeholders are no error here."""
     reader = _Reader(document.text)
     root = document.message
     policy = reader.message(root, "model_transaction_policy")
@@ -150,7 +147,7 @@ _NOTHING = Message(0, 0, ())
 
 
 class _Reader:
-    """Reads typed values, and remembers every problem instead of stopping at the first."""
+    """Reads typed values. It collects all problems, and `finish` raises them as one ConfigError."""
 
     def __init__(self, text: str) -> None:
         self.text = text

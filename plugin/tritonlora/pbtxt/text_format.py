@@ -1,10 +1,11 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""protobuf's text format, read without a schema into a tree that knows where each node stands in the text.
+"""Parses protobuf's text format, without a schema, into a tree whose nodes have their positions in the text.
 
-The grammar is the one that Triton's own parser takes, plus one thing: a `${name}` that tools/fill_template.py has
-not filled yet may stand wherever a scalar value may. Every node carries text[start:end], so that an edit can
-replace one place and leave every other byte alone; nothing is ever rendered from the tree.
+The grammar is that of Triton's own parser, with one addition: a placeholder `${name}`, which upstream's
+tools/fill_template.py has not filled in yet, may stand in the place of a scalar value. Every node has its
+text[start:end], so that an edit can replace one place and leave every other byte alone. No text is ever rendered from
+the tree.
 """
 
 from __future__ import annotations
@@ -48,29 +49,29 @@ _CLOSER = {"{": "}", "<": ">"}
 
 @dataclass(frozen=True, slots=True)
 class Scalar:
-    """A number, enum name, boolean, template or string at text[start:end]."""
+    """A number, enum name, boolean, placeholder or string at text[start:end]."""
 
     start: int
     end: int
-    value: str  # a string's content with the escapes resolved and its pieces joined; any other value as written
+    value: str  # a string's content, with escapes resolved and adjacent pieces joined; any other value as written
     quoted: bool
 
     @property
     def is_template(self) -> bool:
-        """Whether it stands outside quotes and holds a `${name}`: nobody can say yet what it is."""
+        """Whether the value is, or has, a placeholder `${name}` outside of quotes, so that its type is unknown."""
         return not self.quoted and "$" in self.value
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """The fields in text[start:end], brackets included; the whole text for the outermost one."""
+    """The fields in text[start:end], its brackets included. The outermost message is the whole text."""
 
     start: int
     end: int
     fields: tuple[Field, ...]
 
     def all(self, name: str) -> tuple[Scalar | Message, ...]:
-        """Every value of the field, whether spelled as a list, as repeats, or both."""
+        """Every value of the field, from lists and from repeated fields."""
         return tuple(value for field in self.fields if field.name == name for value in field.values)
 
     def messages(self, name: str) -> tuple[Message, ...]:
@@ -90,7 +91,7 @@ class Message:
         return next(reversed(self.scalars(name)), None)
 
     def has(self, name: str, wanted: str) -> bool:
-        """Whether the field has that scalar."""
+        """Whether one of the field's scalars is `wanted`."""
         return wanted in (scalar.value for scalar in self.scalars(name))
 
     def find(self, name: str, key: str, wanted: str) -> Message | None:
@@ -100,7 +101,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """`name: value`, `name {…}` or `name [ … ]` at text[start:end], its separator included."""
+    """`name: value`, `name {…}` or `name [ … ]` at text[start:end], with the separator after it."""
 
     start: int
     end: int
@@ -119,7 +120,7 @@ class Document:
 
 
 def parse(text: str) -> Document:
-    """The tree of a config.pbtxt; raises ConfigError with line, column and what was expected there."""
+    """The document of a config.pbtxt; raises ConfigError with line, column and what was expected there."""
     if len(text) > MAX_LENGTH:
         raise ConfigError(f"expected at most {MAX_LENGTH} characters, got {len(text)}")
     parser = _Parser(text)
@@ -132,7 +133,7 @@ def error_at(text: str, offset: int, message: str) -> ConfigError:
 
 
 class _Parser:
-    """A reader that stands before one token: text[start:end]. `previous` is where the token before it ends."""
+    """A recursive-descent parser. The current token is text[start:end]; `previous` is the end of the token before."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -232,7 +233,7 @@ class _Parser:
         return word
 
     def strings(self) -> str:
-        """One string and all that follow it directly: adjacent pieces are one value, as in C."""
+        """The content of a string and the strings directly after it: adjacent strings are one value, as in C."""
         start = self.start
         content = b""
         while self.kind == "string":
@@ -256,6 +257,6 @@ class _Parser:
                 return chr(int(value, 16)).encode(errors="surrogatepass")
             raise error_at(self.text, self.start, f"expected an escape that protobuf knows, got {match[0].decode()!r}")
 
-        # Bytes, since escapes may spell out one character's UTF-8 byte by byte.
+        # Bytes, because escapes may spell the UTF-8 bytes of one character one by one.
         content = piece.encode(errors="surrogatepass")
         return _ESCAPE.sub(replace, content) if b"\\" in content else content
