@@ -1,8 +1,9 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""The two kinds of target, the engine's model that adapters are served with. All that differs between them is here.
+"""The two kinds of target: a target is the engine's model, with which adapters are served.
 
-A target's declared inputs say of which kind it is. Nobody outside this package asks that.
+All differences between the two kinds are in this package and in `serving.wire`. `target_of` tells the kind of a model
+by its declared inputs. Code outside of this package does not ask which kind a target is.
 """
 
 from __future__ import annotations
@@ -40,6 +41,6 @@ TARGETS: tuple[Target, ...] = (engine_model, llm_api)
 
 
 def target_of(config: ModelConfig) -> Target:
-    """The kind of target that a config.pbtxt is, or stands in front of."""
+    """The kind of a target, from its config or from that of the router in front of it."""
     wire = wire_of([spec.name for spec in config.inputs])
     return next(target for target in TARGETS if target.WIRE is wire)

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""Declare the LoRA tensors of a model as the adapters are: a document in, a document out, losslessly."""
+"""Declare the LoRA tensors of a model with the types and dims of the adapters. Edits are lossless."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from tritonlora.serving.dtypes import DTYPES
 def declare_lora_weights(document: Document, dtype: str, columns: Collection[int] = (3,)) -> Document:
     """The target's config.pbtxt with `lora_weights` declared as `dtype` ("bfloat16", "float16" or "float32").
 
-    The last dim of lora_config becomes the number of `columns` that the adapters have (4 with DoRA), or -1 (any number)
-    where they differ. A document that says so already is returned as it is. Raises ConfigError when the model has no
-    LoRA inputs.
+    The last dim of lora_config becomes the number of `columns` of the adapters (4 with DoRA), or -1 (any number) if the
+    adapters differ. A document that has these declarations already is returned as it is. Raises ConfigError when the
+    model has no LoRA inputs.
     """
     document = _set_data_type(document, _declared(document, "input", "lora_weights"), DTYPES[dtype].triton)
     size, *others = {*columns}
@@ -25,7 +25,7 @@ def declare_lora_weights(document: Document, dtype: str, columns: Collection[int
 
 
 def declare_output(document: Document, name: str, data_type: str) -> Document:
-    """A config.pbtxt with the output `name` declared as `data_type`, TYPE_…; ConfigError when there is none."""
+    """A config.pbtxt with the output `name` declared as `data_type`, TYPE_…; ConfigError without such an output."""
     return _set_data_type(document, _declared(document, "output", name), data_type)
 
 

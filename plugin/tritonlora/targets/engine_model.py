@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tensorrt_llm model of tensorrtllm_backend (all_models/inflight_batcher_llm, v0.9 to v1.x) as the target.
 
-An adapter is stored as the two tensors that a request for it carries: lora_weights and lora_config, raw.
+An adapter is stored as the two tensors that requests send: lora_weights and lora_config, as raw little-endian files.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ ORIGIN = (
 ENABLE_LORA = "build it with trtllm-build --lora_plugin auto --lora_target_modules …"
 PLACES = AdapterPlaces("adapter_model_{id}.bin", "adapter_config_{id}.bin", None)
 SHARED_INPUTS: Mapping[str, SharedInput] = {
-    # Token ids that every vocabulary has, and one token of output, so that it hardly matters which token ends it.
+    # The token ids are in every vocabulary. end_id hardly matters, because the output is one token.
     "input_ids": SharedInput("input_ids", (1, 2, 3, 4)),
     "input_lengths": SharedInput("input_lengths", (4,)),
     "end_id": SharedInput("end_id", (0,)),
@@ -57,7 +57,7 @@ SERVER_FOR_EACH_PROCESS = True
 
 
 def sample_inputs(entry: AdapterEntry) -> tuple[SampleInput, ...]:
-    """lora_task_id, lora_weights and lora_config."""
+    """The inputs lora_task_id, lora_weights and lora_config of the adapter's warmup sample."""
     task_id, data_type = entry.lora_task_id, DTYPES[entry.dtype].triton
     return (
         SampleInput("lora_task_id", "TYPE_UINT64", (1,), task_id_file(task_id)),
@@ -67,18 +67,21 @@ def sample_inputs(entry: AdapterEntry) -> tuple[SampleInput, ...]:
 
 
 def sample_files(lora_name: str, entry: AdapterEntry, served: Path) -> dict[str, bytes]:  # noqa: ARG001
-    """The task id's."""
+    """The file of the task id."""
     return {task_id_file(entry.lora_task_id): task_id_bytes(entry.lora_task_id)}
 
 
 def check_adapter(adapter: Adapter) -> None:
-    """Nothing that the layout does not refuse."""
+    """Refuse nothing: `plan_layout` finds all adapters that this target cannot take."""
 
 
 def store(
     adapter: Adapter, layout: Layout, weights: Path, config: Path, base: Path | None, allow_nonfinite: bool
 ) -> tuple[str, ...]:
-    """Convert it, and give remarks on its values."""
+    """Convert the adapter into lora_weights (in the layout's dtype) and lora_config (int32).
+
+    Returns remarks on its values.
+    """
     from tritonlora.conversion import tensors  # with torch, which takes seconds to import
 
     remarks = tensors.convert_file(adapter, layout, weights, base=base, allow_nonfinite=allow_nonfinite)
@@ -87,7 +90,7 @@ def store(
 
 
 def stored_problems(root: Path, entry: AdapterEntry) -> list[str]:
-    """Files of other sizes than their tensors."""
+    """One line for each file whose size is not that of its tensor."""
     parts = (
         (entry.lora_weights_file, entry.lora_weights_nbytes),
         (entry.lora_config_file, entry.lora_config_nbytes),
@@ -97,7 +100,7 @@ def stored_problems(root: Path, entry: AdapterEntry) -> list[str]:
 
 
 def rows(root: Path, entry: AdapterEntry, profile: EngineProfile | None) -> Rows:  # noqa: ARG001
-    """What lora_config says."""
+    """The rows of lora_config; RepositoryError when its file cannot be read or has another size."""
     path = root / entry.lora_config_file
     try:
         content = read_file(path)
@@ -109,7 +112,10 @@ def rows(root: Path, entry: AdapterEntry, profile: EngineProfile | None) -> Rows
 
 
 def stored_remarks(root: Path, entry: AdapterEntry, profile: EngineProfile | None) -> tuple[str, ...]:
-    """Layers without rows, and rows of zeros. Nothing without the profile, which says where in a row lora_B begins."""
+    """Remarks on layers without rows, and on rows of zeros.
+
+    There are none without the profile, which tells where lora_B begins in a row.
+    """
     if profile is None:
         return ()
     found = rows(root, entry, profile)
@@ -133,19 +139,19 @@ def stored_remarks(root: Path, entry: AdapterEntry, profile: EngineProfile | Non
 
 
 def declare(document: Document, entries: Collection[AdapterEntry]) -> Document:
-    """Declare lora_weights in the adapters' dtype, and lora_config with their columns."""
-    for dtype in {entry.dtype for entry in entries}:  # one, at most
+    """Declare lora_weights with the adapters' dtype, and lora_config with their number of columns."""
+    for dtype in {entry.dtype for entry in entries}:  # at most one, since all adapters share a dtype
         document = declare_lora_weights(document, dtype, {entry.lora_config_shape[1] for entry in entries})
     return document
 
 
 def served_config(config: ModelConfig, directory: Path) -> ModelConfig:  # noqa: ARG001
-    """The config as it is."""
+    """The config as it is: Triton completes nothing of it."""
     return config
 
 
 def profile(config: ModelConfig, directory: Path) -> EngineProfile | None:
-    """From the config.json at gpt_model_path; for the CPU engine, with the limits that are its parameters."""
+    """The profile in the config.json at gpt_model_path. The CPU engine has limits in its parameters, too."""
     location = config.parameters.get("gpt_model_path", "")
     if not location or has_template(location) or not (directory / location).exists():
         return None
@@ -155,12 +161,12 @@ def profile(config: ModelConfig, directory: Path) -> EngineProfile | None:
 
 
 def model_location(config: ModelConfig, directory: Path) -> str:  # noqa: ARG001
-    """The parameter gpt_model_path."""
+    """The parameter gpt_model_path, for messages."""
     return f"gpt_model_path {config.parameters.get('gpt_model_path', '')!r}"
 
 
 def kept_adapters(directory: Path) -> KeptAdapters | None:  # noqa: ARG001
-    """Its cache is planned in pages."""
+    """None, because this target's cache is planned in pages."""
     return None
 
 

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model of TensorRT-LLM's LLM API (triton_backend/all_models/llmapi) as the target.
 
-An adapter is stored as a PEFT directory, which the model reads by itself. model.yaml says what the model accepts.
+An adapter is stored as a PEFT directory, which the model reads by itself. model.yaml has the limits of the model.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ SHARED_INPUTS: Mapping[str, SharedInput] = {
     "sampling_param_max_tokens": SharedInput("max_tokens", (1,)),
 }
 ASSUMED_DTYPE: str | None = "bfloat16"
-# The names that ensembles of the engine's models have. The other inputs keep theirs, less "sampling_param_".
+# Input -> its name in ensembles of the engine's models. Other inputs keep their names, without "sampling_param_".
 ENSEMBLE_INPUTS: Mapping[str, str] | None = {
     "streaming": "stream",
     "sampling_param_stop": "stop_words",
@@ -58,7 +58,7 @@ SERVER_FOR_EACH_PROCESS = False
 
 
 def sample_inputs(entry: AdapterEntry) -> tuple[SampleInput, ...]:
-    """lora_id, lora_name and lora_path."""
+    """The inputs lora_id, lora_name and lora_path of the adapter's warmup sample."""
     task_id = entry.lora_task_id
     return (
         SampleInput("lora_id", "TYPE_UINT64", (1,), task_id_file(task_id)),
@@ -68,7 +68,7 @@ def sample_inputs(entry: AdapterEntry) -> tuple[SampleInput, ...]:
 
 
 def sample_files(lora_name: str, entry: AdapterEntry, served: Path) -> dict[str, bytes]:
-    """The id's, the name's and the path's."""
+    """The files of the id, the name and the path."""
     task_id = entry.lora_task_id
     return {
         task_id_file(task_id): task_id_bytes(task_id),
@@ -78,7 +78,7 @@ def sample_files(lora_name: str, entry: AdapterEntry, served: Path) -> dict[str,
 
 
 def check_adapter(adapter: Adapter) -> None:
-    """UnsupportedAdapter where the model's reader would take the adapter for something else."""
+    """Raise UnsupportedAdapter when the model would read the adapter as something else."""
     peft_directory.check_for_llm_api(adapter)
 
 
@@ -90,7 +90,7 @@ def store(
     base: Path | None,  # noqa: ARG001
     allow_nonfinite: bool,
 ) -> tuple[str, ...]:
-    """Check its values, copy it bit for bit, and give remarks on its values."""
+    """Check the adapter's values, and copy its files bit for bit. Returns remarks on its values."""
     from tritonlora.conversion import tensors  # with torch, which takes seconds to import
 
     remarks = tensors.check_values(adapter, layout, allow_nonfinite=allow_nonfinite)
@@ -99,7 +99,7 @@ def store(
 
 
 def stored_problems(root: Path, entry: AdapterEntry) -> list[str]:
-    """A directory that cannot be read as an adapter any more."""
+    """The error of an adapter directory that cannot be read, in a list; [] without an error."""
     try:
         load_adapter(root / (entry.lora_path or ""))
     except AdapterError as error:
@@ -108,11 +108,11 @@ def stored_problems(root: Path, entry: AdapterEntry) -> list[str]:
 
 
 def rows(root: Path, entry: AdapterEntry, profile: EngineProfile | None) -> Rows:
-    """What a conversion would make of the directory."""
+    """The rows that a conversion of the directory would have; AdapterError when it cannot be read."""
     adapter = load_adapter(root / (entry.lora_path or ""))
     try:
         layout = plan_layout(adapter, dtype=entry.dtype)
-    except EngineMismatch:  # names alone do not say what its layers are
+    except EngineMismatch:  # the tensors' names alone do not tell the layers
         if profile is None:
             raise
         layout = plan_layout(adapter, dtype=profile.dtype, profile=profile)
@@ -120,7 +120,7 @@ def rows(root: Path, entry: AdapterEntry, profile: EngineProfile | None) -> Rows
 
 
 def stored_remarks(root: Path, entry: AdapterEntry, profile: EngineProfile | None) -> tuple[str, ...]:
-    """What `add` says of the same directory."""
+    """The remarks that `add` makes on the same directory."""
     adapter = load_adapter(root / (entry.lora_path or ""))
     planned = plan_layout(adapter, dtype=entry.dtype, profile=profile, engine_reads=True)
     zero, others = set[tuple[str, int]](), False
@@ -138,22 +138,22 @@ def declare(document: Document, entries: Collection[AdapterEntry]) -> Document: 
 
 
 def served_config(config: ModelConfig, directory: Path) -> ModelConfig:
-    """The config with what model.yaml says."""
+    """The config, completed from model.yaml."""
     return complete(config, directory)
 
 
 def profile(config: ModelConfig, directory: Path) -> EngineProfile | None:  # noqa: ARG001
-    """From the base model that model.yaml names."""
+    """The profile of the base model that model.yaml names."""
     return profile_of(load_model_yaml(directory))
 
 
 def model_location(config: ModelConfig, directory: Path) -> str:  # noqa: ARG001
-    """The model of model.yaml."""
+    """The model that model.yaml names, for messages."""
     found = load_model_yaml(directory)
     return f"the model {found.model!r} of {found.path.name}"
 
 
 def kept_adapters(directory: Path) -> KeptAdapters | None:
-    """max_cpu_loras and max_loras."""
+    """The numbers max_cpu_loras and max_loras in model.yaml; 0 without a lora_config."""
     lora = load_model_yaml(directory).lora
     return KeptAdapters(lora.max_cpu_loras, lora.max_loras) if lora else KeptAdapters(0, 0)

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""What a command asks of a target, the engine's model that adapters are served with: one Protocol."""
+"""`Target`, the Protocol of a kind of target. A target is the engine's model, with which adapters are served."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tritonlora.serving.adapter_table import AdapterEntry
 from tritonlora.serving.wire import Wire
 
 Rows = tuple[tuple[int, ...], ...]
-"""(module id, layer, adapter_size) of each row of lora_config, or with a fourth value: not 0 where the row has DoRA."""
+"""(module id, layer, adapter_size) of each row of lora_config. A fourth value, if present, is not 0 for a DoRA row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class SharedInput:
     """An input that has the same value in all warmup samples."""
 
     file: str  # in the target's warmup directory
-    value: str | tuple[int, ...]  # in the type that the target declares
+    value: str | tuple[int, ...]  # the file has it in the type that the target declares
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +42,11 @@ class SampleInput:
 
 @dataclass(frozen=True, slots=True)
 class AdapterPlaces:
-    """Where an adapter's files lie, relative to the target's warmup directory. "{id}" stands for the lora_task_id."""
+    """The paths of an adapter's files, relative to the target's warmup directory. "{id}" means the lora_task_id."""
 
     weights_file: str
     config_file: str
-    directory: str | None  # of both, for a target that is given a path
+    directory: str | None  # of both files, for a target that takes a path
 
     def of(self, task_id: int) -> AdapterPlaces:
         """The places of one adapter."""
@@ -56,69 +56,72 @@ class AdapterPlaces:
 
 @dataclass(frozen=True, slots=True)
 class KeptAdapters:
-    """How many adapters a target keeps that reads them by itself."""
+    """The numbers of adapters that a target keeps in memory, if it reads adapters by itself."""
 
-    host: int  # in host memory; the target reads the others again when they are asked for
-    gpu: int  # at one time
+    host: int  # in host memory; the target reads another adapter again when a request needs it
+    gpu: int  # in GPU memory
 
 
 class Target(Protocol):
     """One kind of target. Its implementations are modules of this package."""
 
     WIRE: Wire
-    ORIGIN: str  # where a model that lacks one of the inputs has to come from
-    ENABLE_LORA: str  # what to do about an engine without LoRA
+    ORIGIN: str  # for messages: where to get a model with all inputs
+    ENABLE_LORA: str  # for messages: how to give an engine LoRA
     PLACES: AdapterPlaces
     SHARED_INPUTS: Mapping[str, SharedInput]
-    ASSUMED_DTYPE: str | None  # of an engine that is not known; None: somebody has to say
-    ENSEMBLE_INPUTS: Mapping[str, str] | None  # input -> its name in an ensemble of the router alone; None: no such
-    COMPLETES_CONFIGS: bool  # the server has to complete config.pbtxt
-    SERVER_FOR_EACH_PROCESS: bool  # of an engine that has several; otherwise the model starts the others itself
+    ASSUMED_DTYPE: str | None  # the dtype if the engine is not known; None: the user must name it
+    ENSEMBLE_INPUTS: Mapping[str, str] | None  # input -> its name in an ensemble of the router alone; None: no ensemble
+    COMPLETES_CONFIGS: bool  # whether the server has to complete config.pbtxt
+    SERVER_FOR_EACH_PROCESS: bool  # whether each process of an engine needs a server; False: the model starts them
 
     def sample_inputs(self, entry: AdapterEntry) -> tuple[SampleInput, ...]:
-        """The inputs of the adapter's warmup sample that name or hold it."""
+        """The inputs of the adapter's warmup sample that name or hold the adapter."""
 
     def sample_files(self, lora_name: str, entry: AdapterEntry, served: Path) -> Mapping[str, bytes]:
-        """The files of that sample, but for the adapter's own. `served`: where the server sees the repository."""
+        """The files of that sample, without the adapter's own: name -> content.
+
+        `served` is the repository's path on the server.
+        """
 
     def check_adapter(self, adapter: Adapter) -> None:
-        """AdapterError where this kind of target alone cannot take the adapter."""
+        """Raise AdapterError when this kind of target cannot take the adapter, and the other kind may."""
 
     def store(
         self, adapter: Adapter, layout: Layout, weights: Path, config: Path, base: Path | None, allow_nonfinite: bool
     ) -> tuple[str, ...]:
-        """Write the adapter's two files, and give remarks on its values; any AdapterError.
+        """Write the adapter's two files. Returns remarks on its values. Raises AdapterError.
 
-        `base`: the base model's checkpoint, for DoRA.
+        `base` is the base model's checkpoint, for DoRA.
         """
 
     def stored_problems(self, root: Path, entry: AdapterEntry) -> list[str]:
-        """What is wrong with the adapter's files, which are there."""
+        """One line for each problem of the adapter's files, all of which exist."""
 
     def stored_remarks(self, root: Path, entry: AdapterEntry, profile: EngineProfile | None) -> tuple[str, ...]:
-        """Remarks on a stored adapter, all of which is read for it; TritonLoraError."""
+        """Remarks on a stored adapter, whose files are read as a whole. Raises TritonLoraError."""
 
     def rows(self, root: Path, entry: AdapterEntry, profile: EngineProfile | None) -> Rows:
-        """The rows of a stored adapter, for an engine or for none that is known; TritonLoraError."""
+        """The rows of a stored adapter. `profile` is None if the engine is not known. Raises TritonLoraError."""
 
     def declare(self, document: Document, entries: Collection[AdapterEntry]) -> Document:
-        """The target's config.pbtxt, with the LoRA tensors declared as these adapters are."""
+        """The target's config.pbtxt, with its LoRA tensors declared with the types and dims of these adapters."""
 
     def served_config(self, config: ModelConfig, directory: Path) -> ModelConfig:
-        """The config as Triton has it, which completes some of it when it loads the model in `directory`."""
+        """The config as Triton has it after loading the model in `directory`, when it may complete some fields."""
 
     def profile(self, config: ModelConfig, directory: Path) -> EngineProfile | None:
-        """What the engine accepts; None where nothing on this machine says it."""
+        """What the engine accepts; None when no file on this machine tells it."""
 
     def model_location(self, config: ModelConfig, directory: Path) -> str:
-        """Where the profile is read from, for messages."""
+        """The place that the profile is read from, for messages."""
 
     def kept_adapters(self, directory: Path) -> KeptAdapters | None:
-        """How many adapters the target in `directory` keeps; None: its cache is planned in pages."""
+        """The numbers of adapters that the target in `directory` keeps; None: its cache is planned in pages."""
 
 
 def task_id_file(task_id: int) -> str:
-    """The name of the warmup file with the task id."""
+    """The name of the warmup file that has the task id."""
     return f"lora_id_{task_id}"
 
 
