@@ -1,13 +1,13 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""Writing files so that nothing is ever half there, and deleting them.
+"""Writes files atomically, so that no file is ever half-written, and deletes them.
 
-A file is written under a temporary name in its own directory, synced and renamed. Its writer holds a lock (`flock`) on
-the temporary file: without the lock, the file was left by a command that was killed. One process writes to a model
+A file is written under a temporary name in its own directory, synced and renamed. The writer holds a lock (`flock`) on
+the temporary file. A temporary file without a lock was left by a command that was killed. One process writes to a model
 repository at a time.
 
-A file that replaces another one keeps its mode and owner. Everybody can read a new one, whatever the umask is, because
-the server may run as another user. Others can never write to it.
+A file that replaces another one keeps its mode and owner. All users can read a new file, whatever the umask is, because
+the server may run as another user. Other users can never write to it.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ SILENT_WAIT_SECONDS = 1.0
 POLL_SECONDS = 0.05
 HASH_CHUNK = 1 << 20
 TEMPORARY_SUFFIX = ".tritonlora-tmp"
-_NEW_FILE, _NEW_DIRECTORY = 0o664, 0o775  # less what the umask takes away
+_NEW_FILE, _NEW_DIRECTORY = 0o664, 0o775  # before the umask is applied
 _READABLE_FILE, _READABLE_DIRECTORY = 0o444, 0o555
 
-_log = logging.getLogger(__name__)  # warnings go to stderr where nobody has set up logging
+_log = logging.getLogger(__name__)  # Python writes warnings to stderr if the program has not set up logging
 
 
 # One writer at a time
@@ -47,7 +47,10 @@ _log = logging.getLogger(__name__)  # warnings go to stderr where nobody has set
 
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Be the only writer, and turn the file system's refusals into RepositoryError."""
+    """Hold the writer's lock of `directory` within the block. An OSError in the block becomes a RepositoryError.
+
+    RepositoryError when another process holds the lock for LOCK_TIMEOUT_SECONDS.
+    """
     lock = filelock.FileLock(directory / LOCK, timeout=LOCK_TIMEOUT_SECONDS, mode=0o644)
     with writing(directory), contextlib.ExitStack() as held:
         try:
@@ -63,10 +66,10 @@ def locked(directory: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def reading(directory: Path) -> Iterator[bool]:
-    """Keep writers away while several files are read that belong together. The lock is shared with other readers.
+    """Keep writers away while several files that belong together are read. Other readers may hold the lock, too.
 
-    Gives False where there is nothing to hold: nobody has written yet, or the file system has no locks. Writes nothing,
-    so that a directory that is read-only can be read.
+    Yields False if there is no lock: no command has written yet, or the file system has no locks. It writes nothing, so
+    that a read-only directory can be read. RepositoryError when a writer holds the lock for LOCK_TIMEOUT_SECONDS.
     """
     try:
         descriptor = os.open(directory / LOCK, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -104,7 +107,7 @@ def _busy(directory: Path) -> RepositoryError:
 
 @contextlib.contextmanager
 def writing(directory: Path) -> Iterator[None]:
-    """Turn the file system's refusals into RepositoryError."""
+    """Turn an OSError in the block into a RepositoryError that names the path."""
     try:
         yield
     except OSError as error:
@@ -112,12 +115,12 @@ def writing(directory: Path) -> Iterator[None]:
         raise RepositoryError(f"cannot write to {path}: {reason}; put that right and run the command again") from error
 
 
-# In the making
+# Temporary files and directories
 
 
 @contextlib.contextmanager
 def temporary_name(path: Path) -> Iterator[Path]:
-    """An empty file beside `path`, to write and to `publish`; whatever has its name at the end is deleted."""
+    """An empty file beside `path`, to write to and to `publish`. It is deleted at the end unless it was renamed."""
     temporary, descriptor = _new_file(path)
     try:
         yield temporary
@@ -137,12 +140,12 @@ def _new_file(path: Path) -> tuple[Path, int]:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         if os.fstat(descriptor).st_nlink:
             return temporary, descriptor
-        os.close(descriptor)  # somebody took it for abandoned, just before it was locked
+        os.close(descriptor)  # another process took it for abandoned before it was locked, and deleted it
 
 
 @contextlib.contextmanager
 def temporary_directory(path: Path) -> Iterator[Path]:
-    """A new directory beside `path` that everybody can read; it is deleted at the end unless it was moved away."""
+    """A new directory beside `path` that all users can read. It is deleted at the end unless it was moved away."""
     temporary = _beside(path)
     temporary.mkdir(_NEW_DIRECTORY)
     descriptor = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -163,7 +166,7 @@ def _beside(path: Path) -> Path:
 def is_abandoned(path: Path) -> bool:
     """Whether a temporary file or directory was left by a process that has ended.
 
-    False for a link, for what cannot be opened, and where the file system has no locks.
+    False for a link, for a path that cannot be opened, and on a file system without locks.
     """
     try:
         kind = path.lstat().st_mode
@@ -182,7 +185,7 @@ def is_abandoned(path: Path) -> bool:
 
 
 def abandoned_beside(paths: Collection[Path]) -> list[Path]:
-    """The temporary files of ours for `paths` that killed processes have left."""
+    """The temporary files for `paths` that killed processes of this user have left."""
     left = []
     for path in paths:
         name = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}{re.escape(TEMPORARY_SUFFIX)}")
@@ -192,9 +195,10 @@ def abandoned_beside(paths: Collection[Path]) -> list[Path]:
 
 
 def place_for_models(root: Path, but: Collection[str] = ()) -> Path:
-    """A model's directory, none of `but`, in which other models can be made and from which they can be moved.
+    """A model's directory in which a new model can be made, and moved from there to its place in `root`.
 
-    Beside the models, one in the making would be taken for a model itself. One may lie on another file system.
+    Directly in `root`, Triton would take an incomplete model for a model. The directory is on the same file system as
+    `root`, and is none of `but`. RepositoryError when there is no such directory.
     """
     models = sorted(path.parent for path in root.glob("*/config.pbtxt") if path.parent.name not in but)
     found = next((model for model in models if model.stat().st_dev == root.stat().st_dev), None)
@@ -205,14 +209,14 @@ def place_for_models(root: Path, but: Collection[str] = ()) -> Path:
     return found
 
 
-# In place
+# Final files
 
 
 def publish(temporary: Path, path: Path, *, like: Path | None = None, for_all: bool = True) -> None:
-    """Give a finished file its name, so that it is there whole or not at all, also after a power cut.
+    """Rename a finished file to `path`, so that the file is there whole or not at all, even after a power cut.
 
-    It has the mode and the owner of `like`, by default of the file that it replaces. Where there is none, everybody can
-    read it, unless it is not `for_all`: then the umask alone decides.
+    The file gets the mode and the owner of `like`, by default of the file that it replaces. Without such a file, all
+    users can read it; with `for_all=False` the umask alone decides.
     """
     descriptor = os.open(temporary, os.O_RDWR | os.O_CLOEXEC)
     try:
@@ -236,11 +240,11 @@ def _give_mode_and_owner(descriptor: int, like: Path, *, for_all: bool) -> None:
     mode = stat.S_IMODE(before.st_mode)
     try:
         os.fchown(descriptor, before.st_uid, before.st_gid)
-    except PermissionError:  # only root gives a file away
+    except PermissionError:  # only root can change a file's owner
         try:
             os.fchown(descriptor, -1, before.st_gid)
         except PermissionError:
-            mode |= _READABLE_FILE  # or its owner, who may be the server, could not read it any more
+            mode |= _READABLE_FILE  # otherwise the old owner, which may be the server, could not read it any more
     _set_mode(descriptor, mode)
 
 
@@ -251,7 +255,7 @@ def _set_mode(descriptor: int, mode: int) -> None:
 
 
 def make_directory(path: Path) -> None:
-    """Make `path` and what is missing above it, so that everybody can read it. It may be there already."""
+    """Make the directory `path` and its missing parents, which all users can read. It may be there already."""
     if path.is_dir():
         return
     make_directory(path.parent)
@@ -265,7 +269,7 @@ def make_directory(path: Path) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """What was renamed in it stays so, also after a power cut."""
+    """Sync a directory, so that a rename in it lasts even after a power cut."""
     directory = os.open(path, os.O_RDONLY)
     try:
         os.fsync(directory)
@@ -274,26 +278,26 @@ def sync_directory(path: Path) -> None:
 
 
 def delete(path: Path) -> None:
-    """Delete a file, a link or a whole directory; it may be gone already. OSError where something of it stays."""
+    """Delete a file, a link or a whole directory; it may be gone already. OSError when a part of it stays."""
     try:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         elif os.path.lexists(path):
             path.unlink()
     except FileNotFoundError:
-        if path.is_dir() and not path.is_symlink():  # somebody else is deleting it, too
+        if path.is_dir() and not path.is_symlink():  # another process is deleting it at the same time
             delete(path)
 
 
 def write_bytes(path: Path, content: bytes, *, like: Path | None = None) -> None:
-    """Write a whole file, that which `path` leads to; one that has this content already is not touched.
+    """Write a whole file. A link is followed. A file that has this content already is not touched.
 
-    `like` is the file whose mode and owner a new one gets.
+    A new file gets the mode and owner of `like`. OSError when `path` is not a regular file, or cannot be written.
     """
     if has_content(path, content):
         return
     with contextlib.suppress(FileNotFoundError):
-        os.close(open_file(path))  # or say that this is no file
+        os.close(open_file(path))  # raises OSError if `path` is not a regular file
     path = path.resolve()
     with temporary_name(path) as temporary:
         temporary.write_bytes(content)

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""The signals that ask for the end: who handles them, and when they wait."""
+"""Handles the signals that ask a program to end, and defers them while a block runs."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from types import FrameType
 
 Handler = Callable[[int, FrameType | None], None]
 ENDING: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""The signals that ask for the end."""
+"""The signals that ask a program to end."""
 
 
 def handle(handler: Handler) -> Mapping[int, signal._HANDLER]:
-    """`handler` for each of these, unless it is ignored (nohup, a job in the background); the handlers before."""
+    """Set `handler` for each of ENDING, and return the handlers before.
+
+    A signal that is ignored stays ignored: under nohup, or for a job in the background.
+    """
     before = {number: signal.getsignal(number) for number in ENDING}
     ours = {number: found for number, found in before.items() if found not in (signal.SIG_IGN, None)}
     for number in ours:
@@ -26,7 +29,7 @@ def handle(handler: Handler) -> Mapping[int, signal._HANDLER]:
 
 @contextlib.contextmanager
 def handled(handler: Handler) -> Iterator[None]:
-    """The same within the block."""
+    """Set `handler` as `handle` does, within the block."""
     before = handle(handler)
     try:
         yield
@@ -37,12 +40,12 @@ def handled(handler: Handler) -> Iterator[None]:
 
 @contextlib.contextmanager
 def held() -> Iterator[None]:
-    """Ctrl-C and its like take effect at the end of the block instead of in its midst.
+    """Defer the signals of ENDING, such as Ctrl-C, to the end of the block.
 
-    `subprocess.Popen` returns only when the child runs its program. An exception from a signal's handler before that
-    leaves a child behind that nobody has a name for. Signals are not blocked, as the child would inherit that.
+    `subprocess.Popen` returns only when the child runs its program. If a signal's handler raises before that, the child
+    runs on, and its process id is lost. The signals are not blocked, because the child would inherit that.
     """
-    if threading.current_thread() is not threading.main_thread():  # Python runs handlers in the main thread alone
+    if threading.current_thread() is not threading.main_thread():  # Python runs handlers in the main thread only
         yield
         return
     came: list[int] = []

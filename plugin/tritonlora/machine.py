@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""What a server uses of this machine: TCP ports, the addresses that it listens at, and shared memory."""
+"""The resources of this machine that a server uses: TCP ports, the addresses that it listens at, and shared memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tritonlora.errors import ServerError
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  Triton's Python backend keeps its regions here
 ENDPOINTS = ("http", "grpc", "metrics")
-LOCAL = "127.0.0.1"  # where servers listen unless they are told otherwise: who can reach Triton can end it
+LOCAL = "127.0.0.1"  # the default address of servers: a client that can reach Triton can stop it
 _CONNECTIONS_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
@@ -29,7 +29,10 @@ class Ports:
     metrics: int = 8002
 
     def __post_init__(self) -> None:
-        """ServerError when two endpoints have the same port: tritonserver would load all models before it says so."""
+        """Raise ServerError when two endpoints have the same port.
+
+        tritonserver itself would report this only after it has loaded all models.
+        """
         if len({self.http, self.grpc, self.metrics}) < len(ENDPOINTS):
             options = ", ".join(f"--{kind}-port {getattr(self, kind)}" for kind in ENDPOINTS)
             raise ServerError(f"each endpoint needs a port of its own, got {options}")
@@ -38,12 +41,12 @@ class Ports:
 def free_ports() -> Ports:
     """Three ports that were free a moment ago.
 
-    tritonserver takes them once its models are loaded; so they are of those that Linux gives to no outgoing connection
-    meanwhile, where it leaves any.
+    tritonserver binds them only when its models are loaded. If possible, they are outside of the range from which Linux
+    takes ports for outgoing connections meanwhile.
     """
     words = _CONNECTIONS_PORTS.read_text().split() if _CONNECTIONS_PORTS.exists() else ()
     low, high = map(int, words or (32768, 60999))
-    others = [*range(10_000, low), *range(high + 1, 1 << 16)]  # below are ports that services are known by
+    others = [*range(10_000, low), *range(high + 1, 1 << 16)]  # lower ports are those of well-known services
     random.shuffle(others)
     free = (port for port in others if _bind_error(port, LOCAL) is None)
     if len(found := [*islice(free, len(ENDPOINTS))]) == len(ENDPOINTS):
@@ -56,7 +59,7 @@ def free_ports() -> Ports:
 
 
 def numeric_address(address: str) -> str:
-    """The address that a name stands for: tritonserver looks none up. ServerError when there is none."""
+    """The numeric address of a host name, which tritonserver does not look up. ServerError when there is none."""
     try:
         found = socket.getaddrinfo(address, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
@@ -65,7 +68,7 @@ def numeric_address(address: str) -> str:
 
 
 def check_ports(ports: Ports, address: str = LOCAL) -> None:
-    """ServerError when no server can listen on these ports at `address`, in numbers."""
+    """Raise ServerError unless a server can listen on all of these ports at `address`, a numeric address."""
     if taken := ports_in_use(ports, address):
         raise ServerError(
             f"in use already: port {', '.join(map(str, taken))}; choose others with --http-port and so on"
@@ -76,7 +79,7 @@ def check_ports(ports: Ports, address: str = LOCAL) -> None:
 
 
 def ports_in_use(ports: Ports, address: str | None = None) -> list[int]:
-    """Those of the ports on which somebody else listens now, at `address`, in numbers (None: any interface)."""
+    """The ports on which another process listens now, at `address`, a numeric address (None: any interface)."""
     errors = [(port, _bind_error(port, address)) for port in (ports.http, ports.grpc, ports.metrics)]
     return [port for port, error in errors if error and error.errno == errno.EADDRINUSE]
 
@@ -84,7 +87,8 @@ def ports_in_use(ports: Ports, address: str | None = None) -> list[int]:
 def _bind_error(port: int, address: str | None) -> OSError | None:
     try:
         with socket.socket(socket.AF_INET6 if is_ipv6(address) else socket.AF_INET) as one:
-            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that has just ended is no obstacle
+            # A connection that has just ended is no obstacle.
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             one.bind((address or "", port))
     except OSError as error:
         return error
