@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -172,7 +173,33 @@ def test_the_dockerfile_starts_from_nvidias_image_and_keeps_its_torch() -> None:
     assert "ENTRYPOINT" not in words
     assert ("CMD", '["tritonlora", "serve", "--address", "0.0.0.0"]') == instructions[-1]
     assert "pip wheel" in build
-    assert all(name in install for name in ("numpy", "torch", "tensorrt[-_]llm", "--constraint container.txt"))
+    assert "--constraint container.txt --constraint added.txt" in " ".join(install.split())
+
+
+def test_what_the_image_adds_has_our_versions_and_what_it_has_stays(tmp_path: Path) -> None:
+    """The line of the Dockerfile that makes added.txt, on a container that has torch and typing_extensions."""
+    install = [rest for word, rest in dockerfile() if word == "RUN"][1]
+    [select] = [part for part in install.replace("\\\n", " ").split("&&") if "awk" in part]
+    (tmp_path / "container.txt").write_text("torch==2.7.0a0+nv25\ntyping_extensions==4.1\n")
+    (tmp_path / "pins.txt").write_text("# pinned\ntorch==2.13.0\ntyping-extensions==4.15.0\ntyper==0.20\n")
+    subprocess.run(["bash", "-c", select], cwd=tmp_path, check=True)
+
+    assert ["typer==0.20"] == [line for line in (tmp_path / "added.txt").read_text().splitlines() if line[0] != "#"]
+
+
+@pytest.mark.parametrize("name", ["server.yaml: Deployment", "add-adapter.yaml: Job"])
+def test_a_pod_of_ours_has_no_rights(name: str) -> None:
+    """The image's user, no capabilities, nothing to write to but its volumes, no token of the cluster's."""
+    pod = RESOURCES[name]["spec"]["template"]["spec"]
+    [container] = pod["containers"]
+    [user] = [rest for word, rest in dockerfile() if word == "USER"]
+
+    assert pod["automountServiceAccountToken"] is False
+    assert (True, int(user)) == (pod["securityContext"]["runAsNonRoot"], pod["securityContext"]["runAsUser"])
+    assert ["ALL"] == container["securityContext"]["capabilities"]["drop"]
+    assert container["securityContext"]["readOnlyRootFilesystem"]
+    assert not container["securityContext"]["allowPrivilegeEscalation"]
+    assert "/tmp" in [mount["mountPath"] for mount in container["volumeMounts"]]  # noqa: S108
 
 
 def test_the_image_gets_the_wheel_with_what_add_needs() -> None:
@@ -181,7 +208,9 @@ def test_the_image_gets_the_wheel_with_what_add_needs() -> None:
     second = instructions[[word for word, _ in instructions].index("FROM", 2) :]
     installs = next(rest for word, rest in second if word == "RUN")
 
-    assert ["--from=build /build/dist dist"] == [rest for word, rest in second if word == "COPY"]
+    assert ["--from=build /build/dist dist", "scripts/constraints.txt pins.txt"] == [
+        rest for word, rest in second if word == "COPY"
+    ]
     assert "dist/*.whl)[convert]" in installs
 
 

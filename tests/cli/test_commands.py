@@ -507,6 +507,10 @@ def test_init_can_be_undone(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
     assert {"path": str(ensemble), "change": "changed"} in json.loads(out)
     assert 1 == run(capsys, "init", root, "--undo")[0]
     assert 2 == run(capsys, "init", root, "--undo", "--target", "x")[0]
+    assert 2 == run(capsys, "init", root, "--dry-run", "--output", tmp_path / "copy")[0]
+    code, out, _ = run(capsys, "init", root, "--output", tmp_path / "copy")
+    assert (0, True) == (code, f"changed {tmp_path / 'copy' / 'ensemble' / 'config.pbtxt'}\n" in out)
+    assert before == ensemble.read_bytes()
 
 
 def test_convert_writes_both_files(capsys: pytest.CaptureFixture[str], adapter: Path, tmp_path: Path) -> None:

@@ -36,6 +36,8 @@ FOREIGN_OPTIONS = {
         "--disable-auto-complete-config",
         "--exit-timeout-secs",
         "--model-control-mode",
+        "--load-model",
+        "--model-repository",
     ),  # tritonserver
     *("--http-restricted-api", "--grpc-restricted-protocol"),
     "--from",  # uvx

@@ -522,3 +522,34 @@ def test_a_router_without_adapters_can_be_given_some(tmp_path: Path) -> None:
         "input_ids", "input_lengths", "request_output_len", "end_id", "beam_width",
         "lora_task_id", "lora_weights", "lora_config",
     } == set(config.model_warmup[0].inputs)  # fmt: skip
+
+
+def test_a_copy_is_made_and_the_repository_stays_as_it_is(tmp_path: Path) -> None:
+    """As `init` would have made it; links stay links."""
+    root = upstream_repository(tmp_path / "repo", "v0.18.0")
+    (root / "tensorrt_llm" / "1" / "engine").symlink_to(tmp_path / "engine")
+    before = contents(root)
+    changes = init.init_copy(root, tmp_path / "copy")
+
+    assert before == contents(root)
+    assert (tmp_path / "engine") == (tmp_path / "copy" / "tensorrt_llm" / "1" / "engine").readlink()
+    assert {change.path for change in changes} <= {path for path in (tmp_path / "copy").rglob("*") if path.is_file()}
+    init.init(root)
+    assert contents(root) == contents(tmp_path / "copy")
+
+
+def test_a_copy_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever stops it, and never in the place of something else."""
+    root = upstream_repository(tmp_path / "repo", "v0.18.0")
+    (tmp_path / "taken").write_text("mine")
+    with pytest.raises(RepositoryError, match="taken' exists; name a new directory for the copy"):
+        init.init_copy(root, tmp_path / "taken")
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tritonlora.repository.undo.write", stop)
+    with pytest.raises(KeyboardInterrupt):
+        init.init_copy(root, tmp_path / "copy")
+
+    assert {"repo", "taken"} == {path.name for path in tmp_path.iterdir()}

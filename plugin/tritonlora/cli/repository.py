@@ -66,6 +66,10 @@ def init(
             help="Whether tokens go through the router (forward) or past it; by default as now, else past it.",
         ),
     ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", metavar="DIR", help="Leave REPO as it is, and do this to a copy of it in DIR."),
+    ] = None,
     undo: Annotated[bool, typer.Option("--undo", help="Take it all out; every file as it was before.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the changes as a diff; write nothing.")] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Name every file.")] = False,
@@ -73,15 +77,19 @@ def init(
 ) -> None:
     """Lead the ensembles of a model repository to the engine by adapter name. Never touches an engine."""
     root = repository_of(repo, repo_option)
-    if undo and (target, served_at, topology) != (None, None, None):
-        raise typer.BadParameter("--undo goes without --target, --served-at and --topology")
+    if undo and (target, served_at, topology, output) != (None, None, None, None):
+        raise typer.BadParameter("--undo goes without --target, --served-at, --topology and --output")
+    if dry_run and output:
+        raise typer.BadParameter("--dry-run goes without --output")
     if topology not in (None, *init_module.TOPOLOGIES):
         raise typer.BadParameter(f"no topology {topology!r}; there are {', '.join(init_module.TOPOLOGIES)}")
-    changes = (
-        undoing.undo(root, dry_run=dry_run)
-        if undo
-        else init_module.init(root, target, served_at=served_at, topology=topology, dry_run=dry_run)
-    )
+    if undo:
+        changes = undoing.undo(root, dry_run=dry_run)
+    elif output:
+        changes = init_module.init_copy(root, output, target, served_at=served_at, topology=topology)
+        root = output
+    else:
+        changes = init_module.init(root, target, served_at=served_at, topology=topology, dry_run=dry_run)
     notes = [] if undo or dry_run else init_module.notes(root)
     if as_json:
         print_json([{"path": str(one.path), "change": one.kind} for one in changes])

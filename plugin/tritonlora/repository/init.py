@@ -8,9 +8,11 @@ repository loads even if the command is stopped at any instant.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import tritonlora
@@ -265,6 +267,33 @@ def init(
             undo.take_out(root, [RESOLVER])
         undo.delete_recorded(root, [path for path in gone if path not in present_after])
     return changes
+
+
+def init_copy(
+    root: Path,
+    output: Path,
+    target: str | None = None,
+    *,
+    served_at: str | None = None,
+    topology: str | None = None,
+) -> list[FileChange]:
+    """Do what `init` does with a copy of the model repository, which is then at `output`. Returns the changes.
+
+    `output` appears whole or not at all. RepositoryError where there is something already. Links are copied as links.
+    """
+    require_directory(root)
+    if os.path.lexists(output):
+        raise RepositoryError(f"{str(output)!r} exists; name a new directory for the copy")
+    try:
+        with temporary_directory(output) as parent:
+            copy = parent / "copy"
+            shutil.copytree(root, copy, symlinks=True)
+            changes = init(copy, target, served_at=served_at, topology=topology)
+            copy.rename(output)
+            sync_directory(output.parent)
+    except OSError as error:
+        raise RepositoryError(f"cannot copy {root} to {output}: {error.strerror or error}") from None
+    return [replace(change, path=output / change.path.relative_to(copy)) for change in changes]
 
 
 def _step(change: FileChange) -> int:
