@@ -23,6 +23,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from adapters import as_mlx
 from documentation import PAGES, ROOT, Block, Page
 from repositories import synthetic_adapter
 from tritonlora.machine import free_ports
@@ -69,6 +70,7 @@ def workplace(tmp_path: Path) -> Iterator[Workplace]:
     upstream_repository_on_the_cpu(tmp_path / "REPO", "v0.18.0", decoupled="True")
     for seed, name in enumerate(("pirate", "haiku")):
         synthetic_adapter(tmp_path / "adapters" / name, seed)
+    as_mlx(tmp_path / "adapters" / "haiku", tmp_path / "mlx-adapter")
     programs = tmp_path / "bin"
     programs.mkdir()
     wrapper = Path(__file__).parents[1] / "support" / "documented_tritonlora.py"

@@ -11,29 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from adapters import lora_pair, save_llama_adapter, write_adapter
+from adapters import as_mlx, lora_pair, save_llama_adapter, write_adapter
 from tritonlora.errors import InvalidAdapter, UnsupportedAdapter
 from tritonlora.peft.adapter import load_adapter
 
 Q = "model.layers.0.self_attn.q_proj"
 CONVERSION = Path(__file__).parents[2] / "plugin" / "docs" / "conversion.md"
-MLX = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": {"rank": 4, "scale": 2.5, "dropout": 0.0}}
-
-
-def _as_mlx(saved: Path, directory: Path) -> Path:
-    """The adapter of `saved` as mlx-lm writes it: matrices transposed, names without PEFT's prefix."""
-    tensors = {
-        re.sub(
-            r"lora_([AB])\.weight", lambda match: f"lora_{match[1].lower()}", key.removeprefix("base_model.model.")
-        ): (tensor.T.contiguous())
-        for key, tensor in load_file(saved / "adapter_model.safetensors").items()
-    }
-    directory.mkdir()
-    save_file(tensors, directory / "adapters.safetensors")
-    (directory / "adapter_config.json").write_text(json.dumps(MLX))
-    return directory
 
 
 def _mlx_renamed(directory: Path) -> None:
@@ -124,7 +109,7 @@ def test_the_script_in_the_docs_makes_a_peft_adapter_of_one_of_mlx_lm(
 ) -> None:
     """Its LoRA is what mlx-lm computes: scale * (x @ lora_a @ lora_b)."""
     saved = save_llama_adapter(tmp_path)
-    mlx = load_file(_as_mlx(saved.adapter, tmp_path / "mlx") / "adapters.safetensors")
+    mlx = load_file(as_mlx(saved.adapter, tmp_path / "mlx") / "adapters.safetensors")
     (script,) = re.findall(r"```python\n(.*?mlx.*?)```", CONVERSION.read_text(), re.DOTALL)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mlx").rename("mlx-adapter")

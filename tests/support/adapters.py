@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
@@ -16,7 +17,7 @@ from typing import Any, ParamSpec, TypeVar
 import peft
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from tritonlora.conversion.layout import Layout
 from tritonlora.conversion.tensors import convert_file
@@ -134,3 +135,20 @@ def lora_pair(
         f"{path}.lora_A.weight": torch.randn(r, in_features).to(dtype),
         f"{path}.lora_B.weight": torch.randn(out_features, r).to(dtype),
     }
+
+
+MLX = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": {"rank": 4, "scale": 2.5, "dropout": 0.0}}
+
+
+def as_mlx(saved: Path, directory: Path) -> Path:
+    """The adapter of `saved` as mlx-lm writes it: matrices transposed, names without PEFT's prefix."""
+    tensors = {
+        re.sub(
+            r"lora_([AB])\.weight", lambda match: f"lora_{match[1].lower()}", key.removeprefix("base_model.model.")
+        ): (tensor.T.contiguous())
+        for key, tensor in load_file(saved / "adapter_model.safetensors").items()
+    }
+    directory.mkdir()
+    save_file(tensors, directory / "adapters.safetensors")
+    (directory / "adapter_config.json").write_text(json.dumps(MLX))
+    return directory
