@@ -576,8 +576,8 @@ def test_an_altered_file_is_found_by_its_digest(opened: Repository) -> None:
     ("change", "expected"),
     [
         (lambda name, one: one * 0 if "lora_B" in name else one, "zero in all layers (attn_q, attn_v in layers 0, 1):"),
-        (lambda name, one: -one * 0 if ".0.self_attn" in name else one, "is zero in attn_q, attn_v in layer 0: in"),
-        (lambda name, one: None if ".1.self_attn.q" in name else one, "it has no rows of attn_q in layer 1: in"),
+        (lambda name, one: -one * 0 if ".0.self_attn" in name else one, "is zero in attn_q, attn_v in layer 0: the"),
+        (lambda name, one: None if ".1.self_attn.q" in name else one, "it has no rows of attn_q in layer 1: the"),
     ],
     ids=["all", "layer", "missing"],
 )

@@ -164,7 +164,7 @@ def test_layers_of_one_that_do_not_fit_each_other_are_refused(
     adapter = load_adapter(write_adapter(tmp_path, pairs | lora_pair(path.format(1, other))))
 
     plan_layout(adapter, dtype="bfloat16", engine_reads=True)
-    with pytest.raises(EngineMismatch, match=rf"{message}, which are the same .*\(--base\).* \(layer 0\)"):
+    with pytest.raises(EngineMismatch, match=rf"{message}, and these are equal .*\(--base\).* \(layer 0\)"):
         plan_layout(adapter, dtype="bfloat16")
 
 

@@ -79,7 +79,7 @@ def test_a_split_adapter_is_for_an_engine_of_the_fused_checkpoint(architecture: 
     assert all(torch.equal(expected[key], found[key]) for key in expected)
     assert () == expected_layout.remarks
     (remark,) = layout.remarks
-    assert f"its layers have the names of Llama, and the model is a {architecture}" in remark
+    assert f"the adapter's layers have the names of Llama; checkpoints of the model, a {architecture}" in remark
 
 
 def test_a_fused_adapter_is_for_an_engine_of_the_split_checkpoint(tmp_path: Path) -> None:
@@ -256,7 +256,7 @@ def test_layers_of_the_first_qwen_that_the_runtime_would_cut_wrongly_are_refused
     """Under tensor parallelism it cuts a matrix of twice the width. Attention is as in any other model."""
     adapter = load_adapter(qwen_adapter(tmp_path / "all"))
     with pytest.raises(
-        EngineMismatch, match="mlp_gate, mlp_h_to_4h: .* twice as wide as it is, .* tp_size 1"
+        EngineMismatch, match="mlp_gate, mlp_h_to_4h: .* twice as wide as it is: .* tp_size 1"
     ) as caught:
         plan_layout(adapter, dtype="float32", profile=qwen_engine(tp_size=2))
 

@@ -268,7 +268,8 @@ def test_dora_with_another_base_model_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(
         UnsupportedAdapter,
-        match=r"is not the unquantised base.*give that one: .*layers\.0.*\(16, 16\), expected.*the same in layer 1",
+        match=r"is not the unquantised base.*give its base model: .*layers\.0.*\(16, 16\), expected"
+        ".*the same in layer 1",
     ):
         plan_layout(adapter, dtype="bfloat16", base=other.base)
 

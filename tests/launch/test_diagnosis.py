@@ -255,7 +255,7 @@ def test_a_server_that_is_not_there_verifies_nothing(tmp_path: Path) -> None:
 
     assert "adapter 'pirate' does not answer: no answer from 127.0.0.1:9" in problems[0]
     assert (
-        "lora_task_id 2147483647, which nobody registered, was refused with another error than a cache miss: no answer"
+        "lora_task_id 2147483647, which is not registered, was refused with another error than a cache miss: no answer"
         in problems[1]
     )
 

@@ -97,7 +97,7 @@ def test_the_head_of_a_classifier_is_told_from_a_trained_module(head: str, tmp_p
     """PEFT saves it with every adapter for classes, so that "train without it" would be no remedy."""
     adapter = write_adapter(tmp_path, {**lora_pair(Q), head: torch.ones(2, 8)}, task_type="SEQ_CLS")
     with pytest.raises(
-        UnsupportedAdapter, match="a head that gives classes or scores, .*; serve it with its base"
+        UnsupportedAdapter, match="a head that gives classes or scores, .*; serve the adapter with its base"
     ) as caught:
         load_adapter(adapter)
 

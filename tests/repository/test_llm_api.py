@@ -263,7 +263,7 @@ REFUSED: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any], type[TritonLor
         {**_pair(), "model.layers.0.self_attn.q_proj.lora_magnitude_vector": torch.ones(64)},
         _two(use_dora=True),
         UnsupportedAdapter,
-        "it uses DoRA, whose magnitudes the LLM API takes for normalised ones",
+        "it uses DoRA: the LLM API expects normalised magnitudes",
     ),
     "alpha_pattern": (
         _pair(),

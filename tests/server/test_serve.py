@@ -216,7 +216,7 @@ def test_serve_names_the_reason_when_the_server_does_not_start(
     [
         (
             {"lora_target_modules": "none"},
-            "'tensorrt_llm' answered lora_task_id 2147483647, which nobody registered: it ignores adapters",
+            "'tensorrt_llm' answered lora_task_id 2147483647, which is not registered: it ignores adapters",
         ),
         (
             {"lora_cache_host_memory_bytes": "36864"},

@@ -1,3 +1,3 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""Which linear layer of which Hugging Face architecture is which LoRA module of TensorRT-LLM."""
+"""Map the linear layers of Hugging Face architectures to the LoRA modules of TensorRT-LLM."""

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""Which linear layers each Hugging Face architecture has, and which LoRA modules of the engine they are.
+"""List the linear layers of each Hugging Face architecture, and the LoRA module of the engine for each layer.
 
 A new architecture that is built like one of the families below is one line in `_TABLE`.
 
@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class Leaf:
-    """One linear layer of the Hugging Face model: its outputs belong to one LoRA module, or to several in turn."""
+    """One linear layer of the Hugging Face model. A fused layer's outputs belong to several LoRA modules."""
 
     modules: tuple[str, ...]  # in the order of the outputs
-    fused: str = ""  # the engine's module for all of them together
-    fused_order: tuple[str, ...] = ()  # the order of the outputs in that module
-    by_head_group: bool = False  # outputs come as (q heads, k head, v head) for one key-value head after the other
+    fused: str = ""  # the engine's fused module for all `modules` together
+    fused_order: tuple[str, ...] = ()  # the order of the outputs in the engine's fused module
+    by_head_group: bool = False  # the outputs are (q heads, k head, v head), for each key-value head in turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,16 +29,16 @@ class Family:
     """Architectures whose layers have the same names."""
 
     name: str
-    stems: tuple[str, ...]  # what stands before the layer number
-    leaves: Mapping[str, Leaf]  # what stands after it
-    # config.json keys where they are unusual; "decoder.hidden_size" stands in a section of it
+    stems: tuple[str, ...]  # the parts of a path before the layer number
+    leaves: Mapping[str, Leaf]  # part of a path after the layer number -> the layer
+    # size -> keys of config.json, where they are unusual; "decoder.hidden_size" is in the section `decoder`
     sizes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    conv1d: bool = False  # the layers are transformers' Conv1D, of which PEFT notes `fan_in_fan_out`
-    rare: frozenset[str] = frozenset()  # modules that few of its models have, and an engine where it says so
+    conv1d: bool = False  # the layers are transformers' Conv1D: PEFT sets `fan_in_fan_out`
+    rare: frozenset[str] = frozenset()  # modules that only some models have; an engine has them only if it lists them
 
     @property
     def modules(self) -> frozenset[str]:
-        """Every LoRA module that all models of the family have, fused layers taken apart."""
+        """Every LoRA module that all models of the family have. A fused layer counts as its parts."""
         return frozenset(module for leaf in self.leaves.values() for module in leaf.modules) - self.rare
 
 
@@ -49,8 +49,8 @@ class Architecture:
     model_type: str  # in config.json, or in its `text_config`
     name: str  # in config.json's `architectures`
     family: Family
-    defaults: Mapping[str, int | str] = field(default_factory=dict)  # what a missing key of config.json means
-    nested: Mapping[str, int] = field(default_factory=dict)  # and besides, where that is missing in a `text_config`
+    defaults: Mapping[str, int | str] = field(default_factory=dict)  # key of config.json -> its value if missing
+    nested: Mapping[str, int] = field(default_factory=dict)  # further such keys, for a `text_config` only
 
 
 def _leaves(prefix: str, **names: str) -> dict[str, Leaf]:
@@ -61,7 +61,7 @@ def _cross(prefix: str, dense: str) -> dict[str, Leaf]:
     return _leaves(prefix, cross_attn_q="q_proj", cross_attn_k="k_proj", cross_attn_v="v_proj", cross_attn_dense=dense)
 
 
-# The three parts of attention, in the order that every fused layer has them.
+# The three parts of attention, in the order of every fused layer.
 _QKV = ("attn_q", "attn_k", "attn_v")
 _QKV_IN_TURN = Leaf(_QKV, "attn_qkv", _QKV)
 _QKV_BY_HEAD_GROUP = Leaf(_QKV, "attn_qkv", _QKV, by_head_group=True)
@@ -81,7 +81,7 @@ _FC_MLP = _leaves("mlp", mlp_h_to_4h="fc1", mlp_4h_to_h="fc2")
 _NESTED_ATTENTION = _leaves("attn.attention", attn_q="q_proj", attn_k="k_proj", attn_v="v_proj", attn_dense="out_proj")
 _FC1_FC2 = {"fc1": Leaf(("mlp_h_to_4h",)), "fc2": Leaf(("mlp_4h_to_h",))}
 
-# The stems in the middle are how vision-language models hold their text model.
+# Stems with `language_model` or `text_model` are of the text model inside a vision-language model.
 _MODEL_LAYERS = (
     "model.layers",
     "model.language_model.layers",
@@ -95,15 +95,15 @@ _TRANSFORMER_H = ("transformer.h", "h")
 _DECODER_LAYERS = ("model.decoder.layers", "decoder.layers")
 
 LLAMA = Family("Llama", _MODEL_LAYERS, _SEPARATE_ATTENTION | _GATED_MLP)
-# The expert layers are not here: their LoRA cannot be sent in a row per module. Some have layers without experts.
+# Expert layers are left out: a row per module cannot carry their LoRA. Some models also have layers without experts.
 MIXTURE = Family(
     "Mixture of experts",
     _MODEL_LAYERS,
     _SEPARATE_ATTENTION | _GATED_MLP,
-    {"mlp": ("intermediate_size", "moe_intermediate_size")},  # the latter where every layer has experts
+    {"mlp": ("intermediate_size", "moe_intermediate_size")},  # the second key where every layer has experts
     rare=_GATED_MLP_MODULES,
 )
-# Their other layers are state spaces or convolutions, which have no names of these.
+# The other layers of these models are state spaces or convolutions, and have other names.
 BAMBA = Family(
     "Bamba",
     _MODEL_LAYERS,
@@ -112,7 +112,7 @@ BAMBA = Family(
 _LFM2_LAYERS = _SEPARATE_OUT_PROJ | _GATED_FEED_FORWARD
 LFM2 = Family("LFM2", _MODEL_LAYERS, _LFM2_LAYERS, {"mlp": ("block_ff_dim", "intermediate_size")})
 LFM2_MOE = Family("LFM2-MoE", _MODEL_LAYERS, _LFM2_LAYERS, rare=_GATED_MLP_MODULES)
-# Built like Llama, but for an MLP that has no gate: up_proj goes through the activation.
+# Like Llama, but the MLP has no gate: up_proj goes through the activation.
 NEMOTRON = Family("Nemotron", _MODEL_LAYERS, _SEPARATE_ATTENTION | _UNGATED_MLP)
 GLM = Family(
     "GLM",
@@ -176,7 +176,7 @@ INTERNLM2 = Family(
 )
 _C_PROJ = {"attn.c_proj": Leaf(("attn_dense",))}
 GPT2 = Family("GPT-2", _TRANSFORMER_H, {"attn.c_attn": _QKV_IN_TURN} | _C_PROJ | _C_MLP, conv1d=True)
-# Its c_fc2 is what goes through the activation: c_fc is not what it is in GPT-2.
+# c_fc2 goes through the activation, so c_fc is another module than in GPT-2.
 JAIS = Family(
     "JAIS",
     _TRANSFORMER_H,
@@ -215,7 +215,7 @@ MPT = Family(
     {"attn.Wqkv": _QKV_IN_TURN, "attn.out_proj": Leaf(("attn_dense",))}
     | _leaves("ffn", mlp_h_to_4h="up_proj", mlp_4h_to_h="down_proj"),
 )
-# BLIP-2 holds it as the other vision-language models did before transformers 4.52.
+# BLIP-2 has OPT below `language_model`, as other vision-language models had it before transformers 4.52.
 OPT = Family("OPT", (*_DECODER_LAYERS, "language_model.model.decoder.layers"), _SEPARATE_OUT_PROJ | _FC1_FC2)
 XGLM = Family(
     "XGLM and BioGPT",
@@ -252,21 +252,21 @@ T5GEMMA = Family(
 )
 T5 = Family(
     "T5 decoder",
-    ("decoder.block", "language_model.decoder.block"),  # BLIP-2 has it as the latter
+    ("decoder.block", "language_model.decoder.block"),  # the second stem is BLIP-2's
     _leaves("layer.0.SelfAttention", attn_q="q", attn_k="k", attn_v="v", attn_dense="o")
     | _leaves("layer.1.EncDecAttention", cross_attn_q="q", cross_attn_k="k", cross_attn_v="v", cross_attn_dense="o")
     | {
         "layer.2.DenseReluDense.wi": Leaf(("mlp_h_to_4h",)),
-        "layer.2.DenseReluDense.wi_0": Leaf(("mlp_h_to_4h",)),  # wi_0 is the half that is activated
+        "layer.2.DenseReluDense.wi_0": Leaf(("mlp_h_to_4h",)),  # wi_0 goes through the activation
         "layer.2.DenseReluDense.wi_1": Leaf(("mlp_gate",)),
         "layer.2.DenseReluDense.wo": Leaf(("mlp_4h_to_h",)),
     },
     {"layers": ("num_decoder_layers", "num_layers")},
 )
 
-# Older releases left out of a `text_config` all that is the class's default, and so do LLaVA, Idefics and Pixtral.
+# Older releases left the class's default values out of a `text_config`. LLaVA, Idefics and Pixtral still do.
 _SEVEN_BILLION = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
-# Theirs are of Llama's class, and what these leave out is their own all the same.
+# Voxtral's and GLM-ASR's `text_config` is of Llama's class, but missing keys mean their own default values.
 _VOXTRAL = {
     "hidden_size": 3072, "num_hidden_layers": 30, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
     "intermediate_size": 8192,
@@ -429,7 +429,7 @@ _TABLE = (
     ),
     Architecture("whisper", "WhisperForConditionalGeneration", BART),
 )
-# Models whose layers have names of these and are something else, by how the names of their classes begin.
+# Models whose layers have the names above but are other layers: beginning of the class name -> the reason.
 _LATENT = "its attention is latent, for which TensorRT-LLM has no LoRA"
 _GATED_QUERY = "its q_proj has a gate beside the queries, for which TensorRT-LLM has no LoRA"
 _UNLIKE_HEADS = "its layers differ in their heads, and TensorRT-LLM has one number and one size for all"
@@ -451,7 +451,7 @@ NOT_THESE: Mapping[str, str] = {
     "Moshi": "its fc1 is two layers in one",
     "T5Gemma2": "its q_proj is that of two attentions in one",
 }
-# The same by what their checkpoints are called, where nothing else tells: a regular expression, in lower case.
+# The same models by the checkpoint's name in lower case, a regular expression, if the architecture is not known.
 NOT_THESE_BY_NAME: Mapping[str, str] = {
     r"qwen-?3([-_.]?next|\.5)|minicpm-(v-4[._][67]|ocr)": _GATED_QUERY,
     r"(^|[-/])gemma-4-|step-3[._][57]|poolside/laguna": _UNLIKE_HEADS,
@@ -460,14 +460,14 @@ NOT_THESE_BY_NAME: Mapping[str, str] = {
 }
 ARCHITECTURES: Mapping[str, Architecture] = {architecture.name: architecture for architecture in _TABLE}
 BY_MODEL_TYPE: Mapping[str, Architecture] = {architecture.model_type: architecture for architecture in _TABLE}
-# Families and architectures whose layers are of several kinds, so that a module is in some of them only.
+# Families and architectures with several kinds of layers, so that a module is only in some of the layers.
 LAYERS_DIFFER = frozenset(
     {
         *(family.name for family in (BAMBA, LFM2, LFM2_MOE)),
         *("OlmoHybridForCausalLM", "GraniteMoeHybridForCausalLM", "MllamaForCausalLM"),
     }
 )
-# What else stands in engines' config.json (`MODEL_MAP` in TensorRT-LLM tensorrt_llm/models/__init__.py).
+# Other architecture names in engines' config.json (`MODEL_MAP` in TensorRT-LLM tensorrt_llm/models/__init__.py).
 ENGINE_NAMES: Mapping[str, tuple[Family, ...]] = {
     "GPTForCausalLM": (GPT2, GPT_BIGCODE, STARCODER2, NEMOTRON),
     "QWenForCausalLM": (LLAMA, MIXTURE, QWEN),
@@ -481,8 +481,8 @@ ENGINE_NAMES: Mapping[str, tuple[Family, ...]] = {
     "ChatGLMForCausalLM": (CHATGLM,),
     "ChatGLMForConditionalGeneration": (CHATGLM,),
 }
-# Families in which checkpoints of one model are stored: with fused layers, and "llamafied" with these taken apart. The
-# engine knows one of the two, and the sizes say whether an adapter of the other is for it.
+# Pairs of families in which checkpoints of the same model are stored: with fused layers, or "llamafied", with separate
+# layers. An engine knows one family of the pair. The sizes show whether an adapter of the other family fits it.
 STORED_AS: tuple[frozenset[str], ...] = tuple(
     frozenset({LLAMA.name, family.name}) for family in (PHI3, BAICHUAN, INTERNLM2)
 )

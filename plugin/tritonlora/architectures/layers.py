@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""Which linear layer a path in a Hugging Face model is, by the names alone, and which families it can be of."""
+"""Find the linear layer at a path in a Hugging Face model, and the families it may belong to, from names only."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ _WHY_NOT = (
 
 
 def locate(path: str) -> tuple[int, Mapping[str, Leaf]] | None:
-    """(layer, {name of each family that has it: leaf}) of the module `path` of a Hugging Face model.
+    """(layer number, {family name: leaf}) of the module `path`, with each family that has such a layer.
 
-    None where the engine has no LoRA for it. `path` is as PEFT sees it: "model.layers.3.self_attn.q_proj".
+    None if the engine has no LoRA for the module. `path` is PEFT's: "model.layers.3.self_attn.q_proj".
     """
     match = _LAYER_PATH.fullmatch(path)
     leaves = _LEAVES.get((match["stem"], match["tail"])) if match else None
@@ -52,17 +52,17 @@ def families_of(architecture: str) -> frozenset[str]:
 
 
 def also_stored_as(families: frozenset[str]) -> frozenset[str]:
-    """`families`, and those as which checkpoints of the same models are stored, with fused layers or without."""
+    """`families`, and the families in which checkpoints of the same models are also stored (`STORED_AS`)."""
     return families.union(*(names for names in STORED_AS if names & families))
 
 
 def why_none(architecture: str) -> str | None:
-    """Why `architecture` belongs to no family although its layers have the names of one; None if it may belong."""
+    """The reason why `architecture` belongs to no family although its layers have the names of one; else None."""
     return next((why for beginning, why in NOT_THESE.items() if architecture.startswith(beginning)), None)
 
 
 def why_probably_none(base_model_name: str) -> str | None:
-    """Why a base model of this name (on a hub, or a directory) belongs to no family; None if it may belong."""
+    """The reason why a base model of this name, on a hub or a directory, belongs to no family; else None."""
     name = base_model_name.lower()
     return next((why for pattern, why in NOT_THESE_BY_NAME.items() if re.search(pattern, name)), None)
 
@@ -70,11 +70,11 @@ def why_probably_none(base_model_name: str) -> str | None:
 def likely_families(
     layers: Iterable[Mapping[str, Leaf]], architectures: Iterable[str], *, conv1d: bool
 ) -> frozenset[str]:
-    """The names of the families that have all `layers` (as `locate` gives them) and fit `architectures`, or as which
-    checkpoints of these are stored, too.
+    """The names of the families that have all `layers` and fit `architectures`.
 
-    The most reliable of `architectures` comes first; "" is an architecture that is not known. One that fits none of
-    the families left is ignored. With `conv1d`, only families whose layers are Conv1D are left.
+    If none has all layers, the families in which checkpoints of the same models are also stored count, too. `layers`
+    come from `locate`. The most reliable of `architectures` comes first; "" is an unknown architecture. An architecture
+    that fits none of the families left is ignored. With `conv1d`, families of Conv1D layers are preferred.
     """
     families = families_of("")
     for known in map(families_of, architectures):
@@ -84,15 +84,15 @@ def likely_families(
     return families & CONV1D or families if conv1d else families
 
 
-# The first number in a path is the layer's. No model has ten thousand layers.
+# The first number in a path is the layer number. No model has ten thousand layers.
 _LAYER_PATH = re.compile(r"(?P<stem>.+?)\.(?P<layer>0|[1-9][0-9]{0,3})\.(?P<tail>.+)")
 
 
 def why_not(path: str) -> str:
-    """Why `locate(path)` finds nothing, with the remedy."""
-    if path.startswith("base_model.model."):  # what stands there once is not a part of `path`
+    """The reason why `locate(path)` finds nothing, with the remedy."""
+    if path.startswith("base_model.model."):  # the first such prefix was removed from `path`
         return (
-            "saved through PEFT twice (base_model.model.), so that another adapter may lie beneath this one; merge "
+            "saved through PEFT twice (base_model.model.), so there may be another adapter under this one; merge "
             "both into the base model, or train again with get_peft_model called once"
         )
     reason = next(reason for pattern, reason in _WHY_NOT if re.search(pattern, path))

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""The LoRA modules of TensorRT-LLM: name, id, and how tensor parallelism cuts them.
+"""The LoRA modules of TensorRT-LLM: name, id, and the dim that tensor parallelism splits.
 
 Ids appear nowhere else. Source: TensorRT-LLM cpp/include/tensorrt_llm/runtime/loraModule.h, `LoraModule::ModuleType`.
 """
@@ -19,7 +19,7 @@ class LoraModule:
 
     id: int
     name: str
-    split: Split  # the dim that tensor parallelism cuts: A's `in`, B's `out`, or neither
+    split: Split  # the dim that tensor parallelism splits: A's `in`, B's `out`, or none
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,3 +1,3 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""Findings with remedies: what would keep the server from loading, or make it answer wrongly."""
+"""Find faults that keep the server from loading a repository or make its responses wrong, each with a remedy."""

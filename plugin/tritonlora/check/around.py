@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""The checks of what is around the engine's model: the other models, the router's own files, and the machine."""
+"""Checks of everything but the engine's model: the other models, the router's own files, and the machine."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from tritonlora.serving.file_version import has_content
 from tritonlora.serving.response_cache import CACHED
 from tritonlora.serving.wire import REQUIRED, STATE
 
-# Parameters that no model of upstream's loads without; where others are still a ${…}, it takes its defaults.
+# Upstream's models do not load without these parameters. Other parameters that are still a ${…} get default values.
 _OF_THE_ENGINE = ("gpt_model_path",)
 _OF_THE_TEXT_MODELS = ("tokenizer_dir",)
-LETS_GO = "26.02"  # the first release whose ensembles let go of a stream that its client has left
+LETS_GO = "26.02"  # the first release whose ensembles end a stream that its client has left
 LETS_GO_VERSION = (2, 66)  # of the server in that release
 
 
 def placeholders(subject: Subject) -> Iterator[Finding]:
-    """What is still a ${…} where a value is needed, in any model."""
+    """An error for each value, in any model, that is needed and is still a placeholder, ${…}."""
     for name, config in subject.configs.items():
         values: list[object] = [config.max_batch_size, config.decoupled, config.instance_count, config.response_cache]
         for spec in (*config.inputs, *config.outputs):
@@ -45,7 +45,7 @@ def placeholders(subject: Subject) -> Iterator[Finding]:
 
 
 def steps(subject: Subject) -> Iterator[Finding]:
-    """The models that ensembles lead to are there: else Triton loads neither the ensemble nor, by itself, anything."""
+    """An error for each step of an ensemble whose model is missing. By default Triton then loads no model at all."""
     root = subject.repository.root
     for name, config in subject.configs.items():
         for step in config.steps:
@@ -53,31 +53,35 @@ def steps(subject: Subject) -> Iterator[Finding]:
                 yield error(
                     f"{name}/config.pbtxt",
                     f"it has a step for {step.model_name!r}, and there is no such model",
-                    f"put the model there, or {name} elsewhere",
+                    f"put the model into the repository, or move {name} out of it",
                 )
 
 
 def models_past_the_router(subject: Subject) -> Iterator[Finding]:
-    """Models that call the engine's by themselves. The generate endpoint drops what is no input of theirs unheard."""
+    """A warning for each model that calls the engine's model itself.
+
+    Triton's generate endpoint silently drops a lora_name if the model does not declare it as an input.
+    """
     target = subject.repository.target
     for name in init.models_past_the_router(subject.configs, target):
         yield warning(
             f"{name}/config.pbtxt",
             f"it calls {target} itself: a lora_name in a request to it has no effect",
-            "let clients that want adapters ask the ensemble",
+            "send requests for adapters to the ensemble",
         )
 
 
 def left_streams(subject: Subject) -> Iterator[Finding]:
-    """Triton lets go of a stream whose client has left."""
+    """Triton ends a stream when its client has left: see `batched_streams`."""
     yield from batched_streams(subject.configs, subject.repository.target)
 
 
 def batched_streams(configs: Mapping[str, ModelConfig], target: str) -> Iterator[Finding]:
     """A warning for each model that has dynamic_batching and gets the responses of a stream.
 
-    Triton's batcher refuses the steps of a client that has left; before 26.02 an ensemble with an error stops counting
-    the steps that end (triton-inference-server/core, pull request 466): those of the engine, which is not done.
+    Triton's batcher refuses the steps of a client that has left, which is an error in the ensemble. Before 26.02 an
+    ensemble with an error no longer counts the steps that end (triton-inference-server/core, pull request 466). The
+    engine's step has not ended by then, so the ensemble never ends.
     """
     for name, ensemble in after_streams(configs, target).items():
         if configs[name].dynamic_batching:
@@ -90,10 +94,10 @@ def batched_streams(configs: Mapping[str, ModelConfig], target: str) -> Iterator
 
 
 def torn_streams(subject: Subject) -> Iterator[Finding]:
-    """The responses of a stream stay in order: one instance of each model takes all of them."""
+    """An error for each model with several instances that gets a stream: its responses would come out of order."""
     for name, ensemble in after_streams(subject.configs, subject.repository.target).items():
         count = subject.configs[name].instance_count
-        if isinstance(count, int) and count > 1:  # `placeholders` reports one that is not filled in
+        if isinstance(count, int) and count > 1:  # `placeholders` reports a count that is not filled in
             yield error(
                 f"{name}/config.pbtxt",
                 f"it has {count} instances, which run at the same time: the pieces of a stream of {ensemble} come out "
@@ -103,7 +107,7 @@ def torn_streams(subject: Subject) -> Iterator[Finding]:
 
 
 def forwarded_streams(subject: Subject) -> Iterator[Finding]:
-    """As many streams can be forwarded as the engine takes: each needs an instance of the router."""
+    """A warning where the router has fewer instances than the engine takes requests. A stream occupies an instance."""
     most = subject.config.max_batch_size
     count = subject.configs[ROUTER].instance_count if ROUTER in subject.configs else 0
     forwarding = [name for name, config in subject.configs.items() if config.leads_to(ROUTER)]
@@ -120,9 +124,9 @@ def forwarded_streams(subject: Subject) -> Iterator[Finding]:
 
 
 def after_streams(configs: Mapping[str, ModelConfig], target: str) -> dict[str, str]:
-    """The models that get a stream's responses one by one -> the ensemble in which they do.
+    """Each model that gets a stream's responses one by one -> the ensemble that sends them to it.
 
-    There are none where the engine's model, `target`, is not decoupled: it does not stream.
+    Empty if the engine's model, `target`, is not decoupled, since it then does not stream.
     """
     if not configs[target].decoupled:
         return {}
@@ -138,9 +142,9 @@ def after_streams(configs: Mapping[str, ModelConfig], target: str) -> dict[str, 
 
 
 def _streamed(steps: Sequence[Step], streaming: Collection[str]) -> set[str]:
-    """The tensors of an ensemble that come several times: those of models that are `streaming`, and what follows."""
+    """The tensors of an ensemble that come once per response: outputs of `streaming` models and of later steps."""
     tensors = set[str]()
-    for _ in steps:  # which may stand in any order
+    for _ in steps:  # the config may list the steps in any order
         for step in steps:
             if step.model_name in streaming or not tensors.isdisjoint(step.input_map.values()):
                 tensors.update(step.output_map.values())
@@ -148,12 +152,12 @@ def _streamed(steps: Sequence[Step], streaming: Collection[str]) -> set[str]:
 
 
 def response_caches(subject: Subject) -> Iterator[Finding]:
-    """Triton's response cache is off for every model that adapters depend on."""
+    """Triton's response cache is off for every model that adapters depend on: see `cached_responses`."""
     yield from cached_responses(subject.configs, subject.repository.target)
 
 
 def cached_responses(configs: Mapping[str, ModelConfig], target: str) -> Iterator[Finding]:
-    """A finding for each response_cache of the engine's model, of ours, and of models that lead to these."""
+    """An error for each response_cache that is on in the engine's model, tritonlora's, or models that lead to them."""
     concerned = {ROUTER, RESOLVER, LISTING, target, *init.models_past_the_router(configs, target)}
     for _ in configs:  # an ensemble may be a step of another one
         concerned |= {name for name, config in configs.items() if any(map(config.leads_to, concerned))}
@@ -163,9 +167,10 @@ def cached_responses(configs: Mapping[str, ModelConfig], target: str) -> Iterato
 
 
 def resolver(subject: Subject) -> Iterator[Finding]:
-    """The resolver's tensors are those of the engine's model: Triton loads no ensemble that leads to others.
+    """The resolver declares its tensors as the engine's model does, and the engine's step requires its outputs.
 
-    And an empty response of the resolver fails in the engine's step, which requires one of its outputs.
+    Triton does not load an ensemble whose tensors differ between steps. An empty response of the resolver must make the
+    engine's step fail, so that step takes a required input from the resolver.
     """
     root, target = subject.repository.root, subject.repository.target
     for name, config in subject.configs.items():
@@ -174,7 +179,7 @@ def resolver(subject: Subject) -> Iterator[Finding]:
         if given and any(step.input_map.get(REQUIRED) not in given for step in past):
             yield warning(
                 f"{name}/config.pbtxt",
-                f"{REQUIRED} goes past {RESOLVER}: {target} would take an empty response of it for the base model's",
+                f"{REQUIRED} goes past {RESOLVER}: {target} would take an empty response for a base model request",
                 f"tritonlora init {shlex.quote(str(root))}",
             )
     for spec in subject.configs[RESOLVER].outputs if RESOLVER in subject.configs else ():
@@ -190,7 +195,7 @@ def resolver(subject: Subject) -> Iterator[Finding]:
 
 
 def serving_code(subject: Subject) -> Iterator[Finding]:
-    """Our models run the code of the installed tritonlora, all of it and unaltered."""
+    """The models that tritonlora wrote have all the code of the installed version, unaltered."""
     root = subject.repository.root
     for link in dead_links(root):
         yield error(link.relative_to(root).as_posix(), "the link leads nowhere: the model does not load", COPY_AGAIN)
@@ -213,7 +218,7 @@ def serving_code(subject: Subject) -> Iterator[Finding]:
 
 
 def shared_memory(subject: Subject) -> Iterator[Finding]:
-    """What the router sends with an adapter goes through /dev/shm, of which Triton gives nothing back."""
+    """Shared memory has the capacity for the weights that the router sends. Triton never gives any of it back."""
     plan = subject.plan
     if plan is None or not SHARED_MEMORY.is_dir():
         return
@@ -236,7 +241,7 @@ def shared_memory(subject: Subject) -> Iterator[Finding]:
 
 
 def ports(subject: Subject) -> Iterator[Finding]:
-    """A server can listen. It may be this repository's own that does already."""
+    """A warning where a port is in use. The server of this very repository may be the one that uses it."""
     taken = ports_in_use(subject.ports) if subject.ports else []
     if taken:
         yield warning(

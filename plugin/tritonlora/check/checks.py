@@ -1,9 +1,9 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that would make the server fail to load the repository, or answer wrongly, each with its remedy.
+"""Find everything that would keep the server from loading the repository or make its responses wrong.
 
-Each check is a function from what was read to findings, listed in `CHECKS`; one that fails does not stop the others.
-Reads only; `register.repair` is what puts right what can be.
+A check is a function from a `Subject` to findings, listed in `CHECKS`. A check that fails does not stop the others.
+Checks only read. `repository.add.repair` repairs what can be repaired.
 """
 
 from __future__ import annotations
@@ -45,17 +45,19 @@ REPAIR = "tritonlora check --fix"
 def check(
     repository: Repository, *, deep: bool = False, ports: Ports | None = None, gpu_memory: int | None = None
 ) -> list[Finding]:
-    """All findings, errors first; `deep` also compares the files' SHA-256 with the table, and looks for layers in which
-    an adapter changes nothing. `ports` are to be free.
+    """All findings of the repository, errors first.
 
-    `gpu_memory` is what is free of each GPU's memory when the engine makes its caches, in bytes; None: not checked.
-    Nobody writes while the files are looked at, so that no finding is what a command was just writing. The files are
-    hashed after that, which may take minutes. Raises TritonLoraError only where nothing can be checked at all:
-    adapters.json or a config.pbtxt is unreadable.
+    `deep`: also compare the files' SHA-256 with adapters.json, and look for layers in which an adapter changes nothing.
+    `ports`: warn where one of them is in use. `gpu_memory`: the free memory of each GPU when the engine makes its
+    caches, in bytes; None: the cache in GPU memory is not checked.
+
+    The files are read under the repository's lock, so a command that is just writing causes no finding. The files are
+    hashed after that without the lock, since that may take minutes. Raises TritonLoraError only where nothing can be
+    checked: adapters.json, or the config.pbtxt of the engine's model, cannot be read.
     """
     with reading(repository.table_path.parent) as is_steady:
         findings = _findings(repository, ports, gpu_memory)
-    if findings and not is_steady:  # nobody had written before, so that there was no lock; somebody may have begun to
+    if findings and not is_steady:  # there was no lock file to take; a first command may have begun to write
         with reading(repository.table_path.parent):
             findings = _findings(repository, ports, gpu_memory)
     if deep:
@@ -80,7 +82,7 @@ def _findings(repository: Repository, ports: Ports | None, gpu_memory: int | Non
     except TritonLoraError as error:
         findings.append(_error("gpt_model_path", str(error), "give the parameter the engine's own directory"))
     else:
-        with contextlib.suppress(TritonLoraError):  # _files or _rows says why
+        with contextlib.suppress(TritonLoraError):  # _files or _rows reports the reason
             plan = state.plan(gpu_memory=gpu_memory)
     subject = Subject(state, config, configs, profile, plan, ports)
     for one in CHECKS:
@@ -95,7 +97,7 @@ def _findings(repository: Repository, ports: Ports | None, gpu_memory: int | Non
 
 
 def _engine(subject: Subject) -> Iterator[Finding]:
-    """The engine can take LoRA at all, and in the adapters' dtype."""
+    """The engine was built with LoRA, and its backend reads the adapters' dtype."""
     config, profile = subject.config, subject.profile
     where = f"{subject.repository.target}/config.pbtxt"
     location = subject.kind.model_location(config, subject.repository.target_directory)
@@ -121,7 +123,7 @@ def _engine(subject: Subject) -> Iterator[Finding]:
 
 
 def _reported(subject: Subject) -> Iterator[Finding]:
-    """Engines in which LoRA was reported not to work."""
+    """A warning for each report that LoRA does not work in this kind of engine."""
     if not subject.table.entries:
         return
     reports = [] if subject.profile is None else [*subject.profile.reports]
@@ -133,7 +135,7 @@ def _reported(subject: Subject) -> Iterator[Finding]:
 
 
 def _beam_width(subject: Subject) -> Iterator[Finding]:
-    """Nobody asks for more beams than the engine was built for."""
+    """Neither max_beam_width nor a warmup sample asks for more beams than the engine was built for."""
     if subject.profile is None:
         return
     where, most = f"{subject.repository.target}/config.pbtxt", subject.profile.max_beam_width
@@ -154,7 +156,7 @@ def _beam_width(subject: Subject) -> Iterator[Finding]:
 
 
 def _files(subject: Subject) -> Iterator[Finding]:
-    """Each adapter's files are there, whole, and its own."""
+    """Each adapter's files exist, are whole, and belong to no other adapter."""
     root = subject.repository.root
     registered: dict[str, set[str]] = {}
     for entry in subject.table.entries.values():
@@ -175,7 +177,7 @@ def _files(subject: Subject) -> Iterator[Finding]:
 
 
 def _altered(repository: Repository) -> Iterator[Finding]:
-    """Each adapter's files are unaltered. One that seems not to be is hashed again while nobody writes."""
+    """Each adapter's files have the registered SHA-256. Files that do not are hashed again under the lock."""
     entries = read_table(repository).entries
     suspects = {name for name, entry in entries.items() if any(_alterations(repository, entry))}
     if suspects:
@@ -199,7 +201,7 @@ def _alterations(repository: Repository, entry: AdapterEntry) -> Iterator[str]:
 
 
 def _remarks(repository: Repository, altered: Collection[str]) -> Iterator[Finding]:
-    """Layers in which an unaltered adapter changes nothing; other checks say what is wrong with files or the engine."""
+    """Layers in which an unaltered adapter changes nothing. Faults of files or the engine are left to other checks."""
     state = read_state(repository)
     profile = None
     with contextlib.suppress(TritonLoraError):
@@ -223,13 +225,13 @@ def _add_again(name: str) -> str:
 
 
 def _rows(subject: Subject) -> Iterator[Finding]:
-    """Each adapter is one that this engine accepts."""
+    """This engine accepts the rows of each adapter."""
     for name, entry in subject.table.entries.items():
         try:
             rows = subject.kind.rows(subject.repository.root, entry, subject.profile)
             problems = list(dict.fromkeys(_row_problems(entry, rows, subject)))
         except TritonLoraError as error:
-            # _files says what is broken, and without an engine there is none to fit.
+            # _files reports broken files. Without the engine's profile nothing can be compared.
             problems = [str(error)] if subject.profile and isinstance(error, EngineMismatch) else []
         for problem in problems:
             remedy = f"convert it for this engine: tritonlora add {name} ADAPTER_DIR; or tritonlora remove {name}"
@@ -237,7 +239,7 @@ def _rows(subject: Subject) -> Iterator[Finding]:
 
 
 def _row_problems(entry: AdapterEntry, rows: Rows, subject: Subject) -> Iterator[str]:
-    """What TensorRT-LLM's loraValidateRequestTensors (runtime/loraUtils.cpp) would refuse."""
+    """Reasons why TensorRT-LLM's loraValidateRequestTensors (runtime/loraUtils.cpp) would refuse the adapter."""
     profile = subject.profile
     if profile and subject.kind.WIRE.sends_weights and entry.dtype != profile.dtype:
         yield f"it is {entry.dtype}, and the engine takes {profile.dtype}"
@@ -263,7 +265,7 @@ def _row_problems(entry: AdapterEntry, rows: Rows, subject: Subject) -> Iterator
 
 
 def _declarations(subject: Subject) -> Iterator[Finding]:
-    """The engine's model declares its LoRA inputs as the adapters are."""
+    """The engine's model declares its LoRA inputs with the dtype and dims of the adapters."""
     where = f"{subject.repository.target}/config.pbtxt"
     for name in subject.kind.WIRE.missing([spec.name for spec in subject.config.inputs]):
         yield _error(where, f"it declares no input {name}", subject.kind.ORIGIN)
@@ -277,7 +279,7 @@ def _declarations(subject: Subject) -> Iterator[Finding]:
 
 
 def _warmup_block(subject: Subject) -> Iterator[Finding]:
-    """The generated model_warmup block is that of the table, and its files are there."""
+    """The generated model_warmup block agrees with adapters.json, and its files exist."""
     where = f"{subject.repository.target}/config.pbtxt"
     names = {entry.lora_task_id: name for name, entry in subject.table.entries.items() if entry.warm}
     found = {sample.task_id: sample for sample in warmup.read_block(subject.state.document.text)}
@@ -287,7 +289,7 @@ def _warmup_block(subject: Subject) -> Iterator[Finding]:
         block = warmup.render_block(subject.config, warmup.samples(subject.config, subject.table))
         expected = {sample.task_id: sample for sample in warmup.read_block(warmup.replace_block("", block))}
     except ConfigError:
-        return  # _declarations says why
+        return  # _declarations reports the reason
     for task_id, name in names.items():
         if task_id not in found:
             yield _warning(where, f"adapter {name} has no warmup sample: it is loaded on its first request", REPAIR)
@@ -301,7 +303,7 @@ def _warmup_block(subject: Subject) -> Iterator[Finding]:
 
 
 def _cache(subject: Subject) -> Iterator[Finding]:
-    """The engine's LoRA cache holds what it must."""
+    """The engine's LoRA cache in host memory has the capacity for the warm adapters, and each adapter fits."""
     where, found = f"{subject.repository.target}/config.pbtxt", subject.plan
     room = subject.kind.kept_adapters(subject.repository.target_directory)
     warm = sum(entry.warm for entry in subject.table.entries.values())
@@ -356,7 +358,7 @@ def _cache(subject: Subject) -> Iterator[Finding]:
 
 
 def _device_cache(where: str, plan: CachePlan) -> Iterator[Finding]:
-    """The engine's LoRA cache in GPU memory, where that is known, holds what it must."""
+    """The engine's LoRA cache in GPU memory, if its size is known, has the capacity for each adapter."""
     if plan.device is None:
         return
     apply = f"tritonlora plan --apply --gpu-memory {plan.device.free_bytes}, or give the GPU more free memory"
@@ -371,7 +373,7 @@ def _device_cache(where: str, plan: CachePlan) -> Iterator[Finding]:
 
 
 def _router(subject: Subject) -> Iterator[Finding]:
-    """The router is in step with the engine's model, and an ensemble leads to it."""
+    """The router declares what the engine's model declares, and no ensemble goes past the router."""
     root, target = subject.repository.root, subject.repository.target
     init = f"tritonlora init {shlex.quote(str(root))}"
     router = subject.configs[ROUTER]
@@ -390,7 +392,7 @@ def _router(subject: Subject) -> Iterator[Finding]:
 
 
 def _leftovers(subject: Subject) -> Iterator[Finding]:
-    """Files that a command left when it was stopped, or that a replaced adapter has left."""
+    """Files that a stopped command or a replaced adapter left behind."""
     for path in half_written(subject.repository.root):
         yield _warning(subject.repository.relative(path), "a command that was stopped left it half-written", REPAIR)
     outlived = {*generated.left_over(subject.state)}

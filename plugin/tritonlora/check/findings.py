@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""What `check` finds, and what it looks at."""
+"""The findings that `check` returns, and the subject that its checks read."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from tritonlora.targets import Target
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that is wrong."""
+    """One fault, its place and its remedy."""
 
-    severity: str  # "error": it will not load or will answer wrongly; "warning": it may, or wastes something
+    severity: str  # "error": the server does not load, or responds wrongly; "warning": it may, or wastes memory or time
     where: str  # the file, model or adapter
     problem: str
     remedy: str
@@ -29,36 +29,36 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What was read of a repository."""
+    """Everything that was read of a repository, for all checks."""
 
     state: State
     config: ModelConfig  # of the engine's model, as the server has it
     configs: Mapping[str, ModelConfig]  # of all models whose config.pbtxt can be read, by name
-    profile: EngineProfile | None  # None, too, where the engine's own files cannot be read
-    plan: CachePlan | None  # None, too, where an adapter's files are not what they should be
-    ports: Ports | None  # that a server is to listen on
+    profile: EngineProfile | None  # None where the engine's files are not here or cannot be read
+    plan: CachePlan | None  # None where there is no profile or an adapter's files are broken
+    ports: Ports | None  # the ports of the server that is to be started
 
     @property
     def repository(self) -> Repository:
-        """Where its files are."""
+        """The repository, with the paths of its files."""
         return self.state.repository
 
     @property
     def table(self) -> AdapterTable:
-        """adapters.json."""
+        """The table in adapters.json."""
         return self.state.table
 
     @property
     def kind(self) -> Target:
-        """The kind of target that the engine's model is."""
+        """The kind of target that the engine's model is, `engine_model` or `llm_api`."""
         return self.state.kind
 
 
 def error(where: str, problem: str, remedy: str) -> Finding:
-    """A finding that keeps the server from loading, or makes it answer wrongly."""
+    """A finding that keeps the server from loading or makes its responses wrong."""
     return Finding("error", where, problem, remedy)
 
 
 def warning(where: str, problem: str, remedy: str) -> Finding:
-    """A finding that may do so, or that wastes something."""
+    """A finding that may keep the server from loading, make responses wrong, or waste memory or time."""
     return Finding("warning", where, problem, remedy)

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""The commands on the adapters of a repository: add, remove, alias and list."""
+"""The commands add, remove, alias and list, for the adapters of a repository."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def add(
         ),
     ] = None,
     warmup: Annotated[bool, typer.Option("--warmup/--no-warmup", help="Load it at start, or on first use.")] = True,
-    task_id: Annotated[int | None, typer.Option("--task-id", min=1, help="Its lora_task_id, never used yet.")] = None,
+    task_id: Annotated[int | None, typer.Option("--task-id", min=1, help="A lora_task_id never used before.")] = None,
     dtype: Dtype = None,
     base: Base = None,
     allow_nonfinite: AllowNonfinite = False,
@@ -83,7 +83,7 @@ def add(
 
 
 def _add_all(opened: Repository, directory: Path, options: Options, *, dry_run: bool, as_json: bool) -> None:
-    """Add what each directory in `directory` holds; those that `add` refuses are named, with exit code 1."""
+    """Add the adapter in each directory of `directory`. A refused adapter is printed and makes exit code 1."""
     adapters = {
         path.name: path for path in sorted(directory.iterdir()) if path.is_dir() and not path.name.startswith(".")
     }
@@ -141,7 +141,7 @@ def remove(
     repo: RepoOption = None,
     as_json: AsJson = False,
 ) -> None:
-    """Take adapters out of the repository, whose lora_task_ids are never used again; or aliases."""
+    """Take adapters or aliases out of the repository. The lora_task_id of a removed adapter is never used again."""
     root, names = repository_and(words, repo, None)
     removed = adding.remove(open_repository(root), *names)
     if as_json:
@@ -162,13 +162,13 @@ def alias(
         list[str],
         typer.Argument(
             metavar="[REPO] NEW OLD",
-            help="The model repository, the name that clients will send, too, and the adapter's name.",
+            help="The model repository, the new name for clients to send, and the adapter's name.",
         ),
     ],
     repo: RepoOption = None,
     as_json: AsJson = False,
 ) -> None:
-    """Give an adapter a second name, or lead one to another adapter; `remove` takes it away."""
+    """Give an adapter a second name, or move a second name to another adapter. `remove` takes a second name away."""
     root, (new, old) = repository_and(words, repo, 2)
     aliased = adding.alias(open_repository(root), new, old)
     if as_json:
@@ -183,13 +183,13 @@ def list_adapters(
     repo: Repo = None,
     repo_option: RepoOption = None,
     url: Annotated[
-        str | None, typer.Option("--url", metavar="HOST:PORT", help="Ask a running server instead: its HTTP endpoint.")
+        str | None, typer.Option("--url", metavar="HOST:PORT", help="List a running server's, by its HTTP endpoint.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the registered adapters; with --url, what a running server says of its own, and in which state each is."""
+    """List the registered adapters. With --url, list the adapters of a running server, each with its state."""
     if url is not None:
-        if repo is not None or repo_option is not None:  # the environment's gives way
+        if repo is not None or repo_option is not None:  # --url takes precedence over TRITONLORA_REPO
             raise typer.BadParameter("give REPO or --url, not both")
         found = client.adapters(url)
         if as_json:

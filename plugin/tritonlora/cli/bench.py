@@ -16,11 +16,11 @@ from tritonlora.cli.output import AsJson, print_json, print_table, stderr
 
 
 def _drawable(plot: Path | None) -> Path | None:
-    """Before anything is measured, which takes minutes."""
+    """Check that `plot` can be written, before a measurement that takes minutes. Raises typer.BadParameter."""
     if plot is None:
         return None
     if plot.suffix.lower() != ".png":
-        raise typer.BadParameter(f"{str(plot)!r} is no PNG file; give FILE.png")
+        raise typer.BadParameter(f"{str(plot)!r} is not the name of a PNG file; give FILE.png")
     if plot.is_dir() or not os.access(plot if plot.exists() else plot.parent, os.W_OK):
         raise typer.BadParameter(f"{str(plot)!r} cannot be written; give a file in a directory that is there")
     return plot
@@ -35,7 +35,7 @@ app.add_typer(bench, name="bench")
 
 @bench.command("convert")
 def bench_convert(
-    ranks: Annotated[str, typer.Option("--ranks", help="Separated by commas.")] = "8,16,64",
+    ranks: Annotated[str, typer.Option("--ranks", help="Ranks to measure, separated by commas.")] = "8,16,64",
     rounds: Annotated[
         int, typer.Option("--rounds", min=1, help="How often each way is timed; the shortest time counts.")
     ] = 15,
@@ -44,8 +44,8 @@ def bench_convert(
 ) -> None:
     """Time conversion (reading, checks, writing) of a Llama 8B adapter.
 
-    Compared with copying the output file, and with the straightforward way in torch (load, cast, scale, pad, stack,
-    write). bfloat16, all linear layers, from and to an in-memory file system.
+    The time is compared with a copy of the output file, and with the straightforward way in torch (load, cast, scale,
+    pad, stack, write). The adapter is bfloat16, on all linear layers, in an in-memory file system.
     """
     extras.require("bench")
     from tritonlora.bench import convert as benchmark  # with torch
@@ -68,19 +68,22 @@ def bench_convert(
 def bench_route(
     part: Annotated[
         list[str] | None,
-        typer.Option("--part", help="ttft, tokens, recovery, lookup, memory, streams or cache; again for more."),
+        typer.Option("--part", help="ttft, tokens, recovery, lookup, memory, streams or cache; repeat it for several."),
     ] = None,
-    rounds: Annotated[int, typer.Option("--rounds", min=1, help="How often everything is timed.")] = 7,
-    streams: Annotated[int, typer.Option("--streams", min=1, help="At a time, in tokens and streams.")] = 64,
-    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Of each stream, in tokens and streams.")] = 128,
-    rank: Annotated[int, typer.Option("--rank", min=1, help="Of the adapter in recovery; 32 takes 264 MB.")] = 32,
-    requests: Annotated[int, typer.Option("--requests", min=1, help="In memory.")] = 100_000,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="How often each part is timed.")] = 7,
+    streams: Annotated[int, typer.Option("--streams", min=1, help="Streams at a time, in tokens and streams.")] = 64,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens of each stream, in tokens and streams.")] = 128,
+    rank: Annotated[int, typer.Option("--rank", min=1, help="Rank of the adapter in recovery; 32 takes 264 MB.")] = 32,
+    requests: Annotated[int, typer.Option("--requests", min=1, help="Requests to send, in memory.")] = 100_000,
     pace: Annotated[float, typer.Option("--pace", min=0.0, help="The engine's seconds a token, in streams.")] = 0.04,
-    seconds: Annotated[float, typer.Option("--seconds", min=1.0, help="Of each measurement, in streams, cache.")] = 20,
+    seconds: Annotated[float, typer.Option("--seconds", min=1.0, help="Seconds of each, in streams and cache.")] = 20,
     plot: Plot = None,
     as_json: AsJson = False,
 ) -> None:
-    """The router against asking the engine's model directly, on a real server with the synthetic engine."""
+    """Compare requests through the router with requests to the engine's model, on a real server.
+
+    The engine's model is the synthetic engine.
+    """
     extras.require("bench")
     from tritonlora.bench import measured, route  # with torch
 

@@ -1,9 +1,9 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""The command line. It adds no logic: each command parses its words, calls one module and prints what that returns.
+"""Run a command: parse its arguments, call another package and print the result. No other logic is here.
 
 Data goes to stdout, everything else to stderr. Exit codes: 0 done, 1 refused with one message, 2 usage, 130 Ctrl-C.
-Each group of commands is a module, which is imported when one of its commands is asked for.
+Each group of commands is a module, which is imported when one of its commands is looked up.
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ class _Commands(Mapping[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         """The command; KeyError when there is none of that name."""
-        with interrupts.held():  # in its midst, an interrupt would leave modules half there
+        with interrupts.held():  # an interrupt during the import would leave modules half imported
             module = importlib.import_module(f"tritonlora.cli.{MODULES[name]}")
         return typer.main.get_group(module.app).commands[name]
 
     def __iter__(self) -> Iterator[str]:
-        """The names."""
+        """The names of the commands."""
         return iter(MODULES)
 
     def __len__(self) -> int:
-        """How many there are."""
+        """The number of commands."""
         return len(MODULES)
 
 
@@ -77,7 +77,7 @@ app = typer.Typer(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; its exit code."""
+    """Run one command and return its exit code. Without `arguments`, sys.argv is parsed."""
     _prepare_streams()
     try:
         with interrupts.handled(_interrupt):
@@ -90,7 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
     except Interrupted:
         stderr.print("interrupted")
         return 130
-    except BrokenPipeError:  # whoever read our output has seen enough
+    except BrokenPipeError:  # the reader of our output has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:  # a name that is too long, a directory that may not be read
@@ -100,7 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _prepare_streams() -> None:
-    """A stream that was closed is /dev/null, and a name that is no text is written with escapes."""
+    """Replace a closed stream with /dev/null, and write a name that is not valid text with escapes."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115  until the end
@@ -115,7 +115,7 @@ def _print_error(message: str) -> None:
 
 
 def _interrupt(number: int, _frame: FrameType | None) -> None:
-    # Not KeyboardInterrupt: typer would take that for itself, and make it exit code 1.
+    # Not KeyboardInterrupt: typer would catch it and exit with code 1.
     raise Interrupted(number)
 
 

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""`tritonlora convert`."""
+"""The command convert."""
 
 from __future__ import annotations
 
@@ -19,17 +19,22 @@ app = typer.Typer()
 @app.command()
 def convert(
     adapter_dir: Annotated[Path, typer.Argument(help="The PEFT adapter's directory.")],
-    out_dir: Annotated[Path, typer.Argument(help="Where the two files go; made if need be.")],
+    out_dir: Annotated[Path, typer.Argument(help="The directory for the two files; made if need be.")],
     dtype: Annotated[
         str | None,
-        typer.Option("--dtype", help="bfloat16, float16 or float32; by default that of --base, else the adapter's."),
+        typer.Option(
+            "--dtype", help="bfloat16, float16 or float32; by default the dtype of --base, else the adapter's."
+        ),
     ] = None,
     base: Base = None,
     file_format: Annotated[str, typer.Option("--format", help="bin (raw) or npy.")] = "bin",
     allow_nonfinite: AllowNonfinite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Only convert: adapter_model.bin and adapter_config.bin, or model.lora_weights.npy and model.lora_config.npy."""
+    """Convert an adapter to adapter_model.bin and adapter_config.bin, without a repository.
+
+    With --format npy the files are model.lora_weights.npy and model.lora_config.npy.
+    """
     with stderr.status(f"converting {adapter_dir}"):
         import_torch()
         from tritonlora.conversion import convert as conversion  # with torch

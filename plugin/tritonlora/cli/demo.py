@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""`tritonlora demo`."""
+"""The command demo."""
 
 from __future__ import annotations
 
@@ -22,5 +22,5 @@ def demo(
     keep: Annotated[Path | None, typer.Option("--keep", help="Leave the model repository in this directory.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Do the whole job on this machine: no GPU, no account."""
+    """Serve example adapters on this machine and ask each one the same questions. It needs no GPU and no account."""
     flow.run(base=base, keep=keep, as_json=as_json)

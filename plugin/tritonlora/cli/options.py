@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""The options and arguments that several commands have."""
+"""Options and arguments that several commands share."""
 
 from __future__ import annotations
 
@@ -18,11 +18,14 @@ REPO_VARIABLE = "TRITONLORA_REPO"
 
 
 class Interrupted(BaseException):
-    """A signal asked for the end. Everything on the way out cleans up after itself."""
+    """A signal, its number in `args`, asked the command to end. Each caller cleans up as the exception passes."""
 
 
 def some_path(text: str) -> Path:
-    """An empty one, as of a shell variable that is not set, would be the current directory."""
+    """The path in `text`. Raises typer.BadParameter for "".
+
+    A shell variable that is not set gives "", and Path("") would be the current directory.
+    """
     if not text:
         raise typer.BadParameter("it is empty; give a directory")
     return Path(text)
@@ -53,7 +56,7 @@ MetricsPort = Annotated[int, typer.Option("--metrics-port", min=1, max=65535)]
 
 
 def _nbytes(text: str) -> int:
-    """The bytes that "85899345920", "80GB" or "80GiB" says."""
+    """The number of bytes in a text like "85899345920", "80GB" or "80GiB". Raises typer.BadParameter."""
     match = re.fullmatch(r"(?P<number>\d+(?:\.\d+)?) ?(?P<unit>[kKMGT]?i?)B?", text.strip(), re.ASCII)
     unit = match["unit"].upper() if match else ""
     nbytes = (
@@ -69,7 +72,7 @@ GpuMemory = Annotated[
     typer.Option(
         "--gpu-memory",
         metavar="BYTES",
-        help="What is free of each GPU's memory once the engine's weights are loaded; also as 80GiB.",
+        help="Free memory of each GPU once the engine's weights are loaded, like 85899345920 or 80GiB.",
         parser=_nbytes,
         show_default=False,
     ),
@@ -78,7 +81,10 @@ Url = Annotated[str, typer.Option("--url", metavar="HOST:PORT", help="The server
 
 
 def repository_of(argument: Path | None, option: Path | None) -> Path:
-    """REPO, from the argument, from --repo, or from the environment."""
+    """REPO, from the argument, from --repo, or from TRITONLORA_REPO.
+
+    Raises typer.BadParameter if REPO is not given, or is given as an argument and with --repo.
+    """
     if argument is not None and option is not None:
         raise typer.BadParameter("give REPO once: as the first argument, or with --repo")
     found = argument or option or from_environment()
@@ -88,17 +94,17 @@ def repository_of(argument: Path | None, option: Path | None) -> Path:
 
 
 def from_environment() -> Path | None:
-    """REPO as TRITONLORA_REPO says it; None where that is not set."""
+    """REPO as set in TRITONLORA_REPO; None where the variable is not set or empty."""
     text = os.environ.get(REPO_VARIABLE)
     return Path(text) if text else None
 
 
 def repository_and(words: list[str], option: Path | None, count: int | None) -> tuple[Path, list[str]]:
-    """REPO, and the `count` words that follow it; None: any number of them.
+    """REPO, and the `count` words after it. With None for `count`, any number of words from one on.
 
-    REPO is the first word unless --repo says it. Where TRITONLORA_REPO is set, it may be left out: it is there if there
-    is one word too many. Of any number of adapters' names nobody can say that, so it is there if the first word has a
-    slash, which no name has.
+    REPO is the first word, unless --repo gives it. If TRITONLORA_REPO is set, the first word is REPO only if there are
+    more than `count` words. Any number of words leaves no such test: the first word is then REPO if it has a slash,
+    since no adapter's name has one. Raises typer.BadParameter if REPO or the number of words is wrong.
     """
     if option is None:
         option = from_environment()
@@ -113,7 +119,7 @@ def repository_and(words: list[str], option: Path | None, count: int | None) -> 
 
 
 def import_torch() -> None:
-    """Import all of it: an interrupt in its midst is lost in some of its modules, and leaves others half there."""
+    """Import torch with interrupts held. Some torch modules lose an interrupt; it leaves others half imported."""
     extras.require("convert")
     with interrupts.held():
         import torch  # noqa: F401  it takes seconds

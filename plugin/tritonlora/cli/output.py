@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""How results look: on a terminal, in a pipe, and as JSON. Data goes to stdout, everything else to stderr."""
+"""Print results on a terminal, into a pipe, and as JSON. Data goes to stdout, everything else to stderr."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ stdout = Console(emoji=False)
 stderr = Console(emoji=False, stderr=True)
 
 NAMES_SHOWN = 20
-GPU_NOT_CHECKED = "not checked: the engine's LoRA cache in GPU memory, which --gpu-memory BYTES tells"
+GPU_NOT_CHECKED = "not checked: the engine's LoRA cache in GPU memory; give --gpu-memory BYTES to check it"
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def print_json(value: object) -> None:
-    """A value on stdout, dataclasses as objects."""
+    """Print a value as JSON on stdout. Dataclasses become objects; other unknown values become strings."""
     sys.stdout.write(json.dumps(value, indent=2, default=_jsonable) + "\n")
 
 
@@ -41,17 +41,17 @@ def _jsonable(value: Any) -> Any:
 
 
 def print_note(note: str) -> None:
-    """Something to know, on stderr."""
+    """Print "note: …" on stderr."""
     stderr.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table: drawn on a terminal, tab-separated lines in a pipe."""
+    """Print a table: drawn on a terminal, tab-separated lines in a pipe."""
     if not stdout.is_terminal:
         sys.stdout.write("".join("\t".join(row) + "\n" for row in [columns, *rows]))
         return
     table = Table()
-    for number, column in enumerate(columns):  # the name is what a user copies
+    for number, column in enumerate(columns):  # names in the first column stay whole, so that they can be copied
         table.add_column(column, no_wrap=number == 0, overflow="ellipsis" if number else "ignore")
     for row in rows:
         table.add_row(*row)
@@ -59,7 +59,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def print_diff(change: FileChange) -> None:
-    """What a command does to a file, as a unified diff; code that comes or goes, which is our own, as a line."""
+    """Print a file's change as a unified diff. A new or removed .py file, which is our own code, is one line."""
     styles = {"+": "green", "-": "red", "@": "cyan"}
     if change.path.suffix == ".py" and None in (change.before, change.after):
         mark, what = ("+", "new") if change.before is None else ("-", "removed")
@@ -76,7 +76,7 @@ def print_diff(change: FileChange) -> None:
 
 
 def size(nbytes: float) -> str:
-    """Bytes in the unit that people read."""
+    """A number of bytes as text, in B, KiB, MiB or GiB."""
     for unit in ("B", "KiB", "MiB"):
         if nbytes < 1024:
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
@@ -85,7 +85,7 @@ def size(nbytes: float) -> str:
 
 
 def print_listing(listing: Mapping[str, Mapping[str, Any]]) -> None:
-    """What a server says of its adapters: `listing.describe`. Of a malformed entry it says the state alone."""
+    """Print the adapters of a server, as `client.adapters` returns them. A malformed entry has only a state."""
     columns = ("lora_name", "lora_task_id", "rank", "modules", "lora_weights", "aliases", "state")
     print_table(columns, [_listing_row(name, about) for name, about in sorted(listing.items())])
 
@@ -113,7 +113,7 @@ def print_plan(
     *,
     has_gpu: bool,
 ) -> None:
-    """A plan; of its adapters only the `registered` ones get a row. `applied`: the parameters that were set."""
+    """Print a plan, with a row for each of the `registered` adapters. `applied`: the parameters that were set."""
     names = set(registered)
     columns = ("lora_name", "rank", "modules", "size", "pages", "start")
     print_table(columns, [_plan_row(one) for one in plan.adapters if one.name in names])
@@ -121,7 +121,7 @@ def print_plan(
 
 
 def print_room(room: KeptAdapters, table: AdapterTable) -> None:
-    """The adapters of an engine that reads them by itself, and how many of them it keeps."""
+    """Print the adapters of an engine that reads them from disk itself, and its capacity for them."""
     rows = [
         (name, ",".join(map(str, entry.adapter_sizes)), ",".join(entry.modules), size(entry.lora_weights_nbytes))
         for name, entry in sorted(table.entries.items())

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""The commands on a repository as a whole: init, plan and check."""
+"""The commands init, plan and check, for a repository as a whole."""
 
 from __future__ import annotations
 
@@ -56,26 +56,26 @@ def init(
         str | None, typer.Option("--target", help="The engine's model; by default tensorrt_llm.", show_default=False)
     ] = None,
     served_at: Annotated[
-        str | None, typer.Option("--served-at", metavar="PATH", help="Where the server sees REPO, if not here.")
+        str | None, typer.Option("--served-at", metavar="PATH", help="The path of REPO on the server, if it differs.")
     ] = None,
     topology: Annotated[
         str | None,
         typer.Option(
             "--topology",
             metavar="forward|resolve",
-            help="Whether tokens go through the router (forward) or past it; by default as now, else past it.",
+            help="forward: tokens go through the router; resolve: past it. Default: as it is now, else resolve.",
         ),
     ] = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", metavar="DIR", help="Leave REPO as it is, and do this to a copy of it in DIR."),
     ] = None,
-    undo: Annotated[bool, typer.Option("--undo", help="Take it all out; every file as it was before.")] = False,
+    undo: Annotated[bool, typer.Option("--undo", help="Restore every file as it was before init.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the changes as a diff; write nothing.")] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Name every file.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Lead the ensembles of a model repository to the engine by adapter name. Never touches an engine."""
+    """Make the ensembles of a model repository take an adapter's name. Never touches an engine."""
     root = repository_of(repo, repo_option)
     if undo and (target, served_at, topology, output) != (None, None, None, None):
         raise typer.BadParameter("--undo goes without --target, --served-at, --topology and --output")
@@ -114,7 +114,7 @@ _TOPOLOGIES = {
 
 
 def _summary(root: Path, changes: Sequence[FileChange], *, verbose: bool) -> Iterator[str]:
-    """A line for each file; without `verbose`, one for each model of ours."""
+    """A line for each file. Without `verbose`, the files of a model of tritonlora's share one line."""
     groups: dict[tuple[str, str], list[FileChange]] = {}
     for change in changes:
         groups.setdefault((change.kind, _model_of(root, change)), []).append(change)
@@ -145,7 +145,7 @@ def plan(
         typer.Option(
             "--weights",
             metavar="FILE",
-            help="Say which adapters to keep warm: lines `name: weight`, or the "
+            help="Choose the adapters to keep warm by traffic: lines `name: weight`, or the "
             "text of the server's /metrics; '-' reads standard input.",
         ),
     ] = None,
@@ -153,7 +153,7 @@ def plan(
     base: Base = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say which pages of the engine's LoRA cache each adapter takes, and whether all fit."""
+    """Show how many pages of the engine's LoRA cache each adapter takes, and whether all adapters fit."""
     opened = open_repository(repository_of(repo, repo_option))
     state = read_state(opened)
     config, table, kind = state.config, state.table, state.kind
@@ -197,7 +197,7 @@ def plan(
 
 
 def _rank_and_count(text: str) -> tuple[int, int]:
-    """The numbers of "rank=16,count=200"."""
+    """(rank, count) of a text like "rank=16,count=200". Raises typer.BadParameter."""
     given = dict(part.strip().split("=", 1) for part in text.split(",") if "=" in part)
     numbers = [int(given.get(key, "")) if given.get(key, "").isdecimal() else 0 for key in ("rank", "count")]
     if len(given) != 2 or min(numbers) < 1 or max(numbers) > MOST_WHAT_IF:
@@ -210,18 +210,21 @@ def check(
     repo: Repo = None,
     repo_option: RepoOption = None,
     deep: Annotated[
-        bool, typer.Option("--deep", help="Compare the files' SHA-256, and look for layers that change nothing, too.")
+        bool,
+        typer.Option(
+            "--deep", help="Also compare the files' SHA-256, and look for layers in which an adapter changes nothing."
+        ),
     ] = False,
-    fix: Annotated[bool, typer.Option("--fix", help="Put right what is generated, then check.")] = False,
+    fix: Annotated[bool, typer.Option("--fix", help="Write the generated files again, then check.")] = False,
     http_port: HttpPort = 8000,
     grpc_port: GrpcPort = 8001,
     metrics_port: MetricsPort = 8002,
     gpu_memory: GpuMemory = None,
     as_json: AsJson = False,
 ) -> None:
-    """Find everything that would make the server fail to load, or answer wrongly.
+    """Find everything that would keep the server from loading or make its responses wrong.
 
-    Exit code 1 on any error, and when --fix could not put everything right.
+    The exit code is 1 on any error, and when --fix could not repair everything.
     """
     opened = open_repository(repository_of(repo, repo_option))
     failed = False
@@ -231,7 +234,7 @@ def check(
                 put_right()
             except TritonLoraError as error:
                 failed = True
-                print_note(f"not everything could be put right: {error}")
+                print_note(f"not everything could be repaired: {error}")
     ports = Ports(http_port, grpc_port, metrics_port)
     findings = checks.check(opened, deep=deep, ports=ports, gpu_memory=gpu_memory)
     if gpu_memory is None and has_gpu_cache(read_config(opened.config_path)):

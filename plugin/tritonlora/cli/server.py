@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""The commands on a server: serve and generate."""
+"""The commands serve and generate, for a server."""
 
 from __future__ import annotations
 
@@ -44,24 +44,33 @@ def serve(
     grpc_port: GrpcPort = 8001,
     metrics_port: MetricsPort = 8002,
     address: Annotated[
-        str, typer.Option("--address", help="Listen here, with all endpoints; 0.0.0.0: on every interface.")
+        str, typer.Option("--address", help="The address that all endpoints listen on; 0.0.0.0: every interface.")
     ] = "127.0.0.1",
-    timeout: Annotated[float, typer.Option("--ready-timeout", help="Seconds to wait until it is ready.")] = 3600.0,
+    timeout: Annotated[
+        float, typer.Option("--ready-timeout", help="Seconds to wait until the server is ready.")
+    ] = 3600.0,
     world_size: Annotated[
-        int | None, typer.Option("--world-size", min=1, help="Processes of the engine; by default what it says.")
+        int | None,
+        typer.Option("--world-size", min=1, help="Processes of the engine; by default as its config.json says."),
     ] = None,
     verify: Annotated[
-        bool, typer.Option("--verify", help="When ready, ask every warm adapter once, and one that nobody registered.")
+        bool,
+        typer.Option(
+            "--verify", help="When ready, send a request to every warm adapter, and one for an unregistered id."
+        ),
     ] = False,
     keep_going: Annotated[
         bool,
-        typer.Option("--keep-going", help="When a model's process dies, say so and keep the server; else end it."),
+        typer.Option(
+            "--keep-going",
+            help="When a model's process dies, print it and keep the server running; else stop the server.",
+        ),
     ] = False,
     print_command: Annotated[
-        bool, typer.Option("--print-command", help="Print what would be run; run nothing.")
+        bool, typer.Option("--print-command", help="Print the command that would be run; run nothing.")
     ] = False,
 ) -> None:
-    """Start tritonserver on the repository and say which adapters are ready. What follows -- goes to tritonserver."""
+    """Start tritonserver on the repository and print which adapters are ready. Options after -- go to tritonserver."""
     first = [word for word in (words or [])[:1] if not word.startswith("-")]
     root, extra = repository_of(some_path(first[0]) if first else None, repo), (words or [])[len(first) :]
     tritonserver.check_extra(extra)
@@ -117,13 +126,15 @@ def serve(
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="The text to send; '-' reads standard input.")],
-    lora_name: Annotated[str | None, typer.Option("--lora-name", help="The adapter; none: the base model.")] = None,
+    lora_name: Annotated[
+        str | None, typer.Option("--lora-name", help="The adapter's name; without it: the base model.")
+    ] = None,
     url: Url = "localhost:8000",
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1)] = 64,
     model: Annotated[str, typer.Option("--model", help="The model to ask.")] = "ensemble",
     as_json: AsJson = False,
 ) -> None:
-    """Ask a running server, streaming the answer to the terminal."""
+    """Send a prompt to a running server and print the response as it arrives."""
     text = text_of(sys.stdin) if prompt == "-" else prompt
     pieces = client.generate(text, lora_name=lora_name, max_tokens=max_tokens, url=url, model=model)
     if as_json:

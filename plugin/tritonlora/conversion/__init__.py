@@ -1,3 +1,3 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""A PEFT adapter to lora_weights and lora_config, and back."""
+"""Convert a PEFT adapter to lora_weights and lora_config, and back."""

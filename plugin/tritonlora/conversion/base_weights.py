@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""The base model's weights that an adapter with DoRA needs, found in its checkpoint. None is read yet."""
+"""Find the base model's weights that a DoRA adapter needs in the base model's checkpoint. No weight is read yet."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from tritonlora.peft.adapter import Adapter
 from tritonlora.peft.checkpoint import load_checkpoint
 from tritonlora.peft.stored_tensor import StoredTensor
 
-# What quantised checkpoints store are not weights without their scales; float8 counts as floating-point in torch, too.
+# A quantised tensor is no weight without its scales. torch counts float8 as floating-point, so the dtypes are named.
 _UNQUANTISED = ("float64", "float32", "bfloat16", "float16")
 
 
 def base_weights(adapter: Adapter, conv1d: Collection[str], base: Path) -> dict[str, StoredTensor]:
-    """Path of each DoRA module -> the base model's weight in the checkpoint `base`: (out, in), or (in, out) where the
-    path is one of `conv1d`.
+    """Path of each DoRA module -> the base model's weight in the checkpoint `base`.
 
-    Raises UnsupportedAdapter naming each weight that is not there, or not as the adapter needs it.
+    A weight's shape is (out, in), or (in, out) for a path in `conv1d`. Raises UnsupportedAdapter, which names each
+    weight that is missing, ambiguous, quantised or of another shape.
     """
     try:
         tensors = load_checkpoint(base, "model.safetensors", "pytorch_model.bin")
@@ -34,7 +34,7 @@ def base_weights(adapter: Adapter, conv1d: Collection[str], base: Path) -> dict[
         names = _candidates(tensors, path)
         if len(names) != 1:
             problems.append(
-                f"{path!r}: {'several weights fit: ' + ', '.join(names) if names else 'no weight is there'}"
+                f"{path!r}: {'several weights fit: ' + ', '.join(names) if names else 'no weight has its name'}"
             )
             continue
         weight = tensors[names[0]]
@@ -46,7 +46,7 @@ def base_weights(adapter: Adapter, conv1d: Collection[str], base: Path) -> dict[
     if problems:
         raise UnsupportedAdapter(
             one_message(
-                f"{str(base)!r} is not the unquantised base model of this DoRA adapter; give that one",
+                f"{str(base)!r} is not the unquantised base model of this DoRA adapter; give its base model",
                 merge_layers(problems),
             )
         )
@@ -54,7 +54,7 @@ def base_weights(adapter: Adapter, conv1d: Collection[str], base: Path) -> dict[
 
 
 def _candidates(tensors: Collection[str], path: str) -> list[str]:
-    """The checkpoint's names for the weight of `path`; what stands before its layers may differ."""
+    """The names in the checkpoint that may be the weight of `path`. Prefixes before the layer number may differ."""
     exact = f"{path}.weight"
     if exact in tensors:
         return [exact]
@@ -62,4 +62,4 @@ def _candidates(tensors: Collection[str], path: str) -> list[str]:
     number = next(position for position, part in enumerate(parts) if part.isdecimal())
     tail = ".".join(parts[number - 1 :]) + ".weight"
     same_tail = (name for name in tensors if name == tail or name.endswith(f".{tail}"))
-    return [name for name in same_tail if locate(name.removesuffix(".weight"))]  # not a vision tower's
+    return [name for name in same_tail if locate(name.removesuffix(".weight"))]  # leaves out a vision tower's

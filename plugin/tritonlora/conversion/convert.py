@@ -1,9 +1,9 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""Only the conversion: a PEFT adapter's directory to the two files, without a model repository.
+"""Convert a PEFT adapter's directory to two files, lora_weights and lora_config, without a model repository.
 
-The raw files are those of a model_warmup sample; the .npy files have the names that TensorRT-LLM's lora_prefetch_dir
-and Triton's OpenAI frontend read.
+The raw files have the format of a model_warmup sample's files. The .npy files have the names that TensorRT-LLM's
+lora_prefetch_dir and Triton's OpenAI frontend read.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NAMES = {
 
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """The two files, and what is in them."""
+    """The two files that a conversion wrote: paths, dtype of lora_weights, and shapes."""
 
     weights_path: Path
     config_path: Path
@@ -49,12 +49,13 @@ def convert(
     file_format: str = "bin",
     allow_nonfinite: bool = False,
 ) -> Converted:
-    """Write both files of the adapter into `out_directory`, whole or not at all.
+    """Write lora_weights and lora_config of the adapter into `out_directory`: both files whole, or neither.
 
-    Temporary files there, which a killed conversion has left, are deleted.
+    `dtype` defaults to the dtype of the base model in `base`. Without `base` it defaults to the adapter's own dtype, if
+    all the adapter's tensors share one. With `base` the adapter is checked against the base model. Temporary files that
+    a killed conversion left in `out_directory` are deleted.
 
-    `dtype` defaults to that of the base model in `base`, else to the adapter's own, when all its tensors share one.
-    With `base` the adapter is checked against that model. Raises AdapterError, or RepositoryError when it cannot write.
+    Raises AdapterError where the adapter cannot be converted, and RepositoryError where the files cannot be written.
     """
     if file_format not in NAMES:
         raise UnsupportedAdapter(f"format {file_format!r} is not one of {', '.join(NAMES)}")
@@ -95,7 +96,7 @@ def convert(
                     adapter, layout, weights, header=weights_header, base=base, allow_nonfinite=allow_nonfinite
                 )
                 rows.write_bytes(config_header + lora_config.tobytes())
-                with held():  # whenever this ends, the two that are there belong together
+                with held():  # stopped at any instant, both files are of one conversion
                     config_path.unlink(missing_ok=True)
                     publish(weights, weights_path, for_all=False)
                     publish(rows, config_path, for_all=False)
@@ -106,7 +107,7 @@ def convert(
 
 @contextlib.contextmanager
 def _directory(path: Path) -> Iterator[None]:
-    """Make `path`; what was made for it goes again when nothing comes of it."""
+    """Make the directory `path`. If the body raises, remove the directories that were made and are empty."""
     missing = [directory for directory in (path, *path.parents) if not directory.exists()]
     path.mkdir(parents=True, exist_ok=True)
     try:

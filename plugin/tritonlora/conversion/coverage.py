@@ -1,9 +1,10 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""Layers in which an adapter changes nothing: those that have no tensors, and those whose LoRA is zero.
+"""Find layers in which an adapter changes nothing: layers without tensors, and layers whose LoRA is zero.
 
-PEFT allows both, and it may be meant. It may also be a file that was cut down, or saved by one of several processes, or
-training that went wrong. In these layers the responses are the base model's, so the user is told.
+PEFT allows both, and the user may want them. Other causes are a file that was cut down, a file that only one of several
+processes saved, or training that went wrong. These layers compute what the base model computes, so a remark tells the
+user.
 """
 
 from __future__ import annotations
@@ -22,17 +23,17 @@ _LAYER = re.compile(r"(?P<stem>.+?)\.(?P<layer>[0-9]+)\.(?P<tail>.+)")
 
 
 def coverage_remarks(adapter: Adapter, families: Collection[str], profile: EngineProfile | None) -> Iterator[str]:
-    """Remarks on layers of the base model that the config targets and that have no tensors.
+    """Remarks on layers of the base model that adapter_config.json targets and that have no tensors.
 
-    `families` are those that the base model may belong to. Without a profile only gaps between the adapter's own layers
-    are seen.
+    `families` are the families that the base model may belong to. Without a profile the number of layers is not known:
+    only gaps between the adapter's own layers are found.
     """
     if LAYERS_DIFFER.issuperset(families) or (profile is not None and profile.architecture in LAYERS_DIFFER):
         return
     found = [match for path in adapter.modules if (match := _LAYER.fullmatch(path))]
     stems = {match["stem"] for match in found}
     tails = {match["tail"] for match in found}
-    if len(families) == 1:  # so that a name means one layer
+    if len(families) == 1:  # a layer's name means one thing only within one family
         family = next(family for family in FAMILIES if family.name in families)
         known = family.rare.union(*(family.leaves[tail].modules for tail in tails if tail in family.leaves))
         tails |= {tail for tail, leaf in family.leaves.items() if known.isdisjoint(leaf.modules)}
@@ -47,12 +48,12 @@ def coverage_remarks(adapter: Adapter, families: Collection[str], profile: Engin
         if layer < count
     }
     missing = targeted(config, candidates) - adapter.modules.keys()
-    # Names that have no tensor at all are named by the adapter's own remarks.
+    # The adapter's own remarks report a target that has no tensor in any layer.
     missing = {path for path in missing if _seen(path, adapter, config)}
     if missing:
         yield (
             f"there are no tensors of {layer_names(candidates[path] for path in missing)}, which adapter_config.json "
-            "targets: in these layers its responses are the base model's"
+            "targets: the adapter changes nothing in these layers"
         )
 
 
@@ -63,8 +64,10 @@ def _seen(path: str, adapter: Adapter, config: AdapterConfig) -> bool:
 
 
 def targeted(config: AdapterConfig, paths: Iterable[str]) -> set[str]:
-    """The `paths` that target_modules names and exclude_modules does not, by PEFT's rule
-    (`check_target_module_exists` in src/peft/tuners/tuners_utils.py). None for a pattern that is not supported here.
+    """The `paths` that target_modules names and exclude_modules does not name.
+
+    Source: PEFT's `check_target_module_exists` in src/peft/tuners/tuners_utils.py. A pattern that tritonlora does not
+    support matches no path.
     """
     paths = list(paths)
     return _matching(config.target_modules, paths) - _matching(config.exclude_modules, paths)
@@ -80,15 +83,16 @@ def _matching(names: str | tuple[str, ...], paths: list[str]) -> set[str]:
 
 
 def zero_remarks(zero: Collection[tuple[str, int]], *, others: bool, dora: bool) -> tuple[str, ...]:
-    """A remark on the layers, pairs of a name and a number, of which lora_A or lora_B is zero.
+    """A remark on the layers `zero`, (name, layer number), whose lora_A or lora_B is zero; () if there are none.
 
-    `others`: whether there are layers in which neither is. `dora`: whether one of the layers has a magnitude.
+    `others`: whether the adapter has further layers, in which neither is zero. `dora`: whether one of the layers `zero`
+    has a magnitude.
     """
     if not zero:
         return ()
     where = layer_names(zero)
     if others:
-        return (f"lora_A or lora_B is zero in {where}: in these layers it changes nothing",)
+        return (f"lora_A or lora_B is zero in {where}: the adapter changes nothing in these layers",)
     if dora:
         return (f"lora_A or lora_B is zero in all layers ({where}): it changes the magnitudes at most",)
     return (
@@ -98,19 +102,20 @@ def zero_remarks(zero: Collection[tuple[str, int]], *, others: bool, dora: bool)
 
 
 def row_remarks(rows: Iterable[tuple[str, int]], profile: EngineProfile) -> tuple[str, ...]:
-    """A remark on the layers in which a module has no row, where it has one in other layers; from stored rows, which
-    do not say what the adapter's config targets.
+    """A remark on modules that have a row in some layers and none in others.
+
+    `rows` are (module, layer) of the stored lora_config, which does not say what adapter_config.json targets.
     """
     present = set(rows)
     modules = {module for module, _ in present}
     missing = {(module, layer) for module in modules for layer in range(profile.num_layers)} - present
     if not missing or profile.architecture in LAYERS_DIFFER:
         return ()
-    return (f"it has no rows of {layer_names(missing)}: in these layers its responses are the base model's",)
+    return (f"it has no rows of {layer_names(missing)}: the adapter changes nothing in these layers",)
 
 
 def is_zero(values: bytes, itemsize: int) -> bool:
-    """Whether all of these floats, little-endian, of `itemsize` bytes each, are zero."""
+    """Whether all floats in `values` are zero, of either sign. They are little-endian, `itemsize` bytes each."""
     import numpy
 
-    return not (numpy.frombuffer(values, f"<u{itemsize}") << 1).any()  # without the sign
+    return not (numpy.frombuffer(values, f"<u{itemsize}") << 1).any()  # shifts the sign bit out

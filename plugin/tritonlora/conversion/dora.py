@@ -1,10 +1,10 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""DoRA's magnitudes as the engine takes them: divided by the row norms of the adapted weight.
+"""Normalise DoRA's magnitudes for the engine: divide them by the row norms of the adapted weight.
 
-The engine multiplies `W0 x + scaling B A x` by them (`norm_dora_magnitude` in TensorRT-LLM
-tensorrt_llm/lora_manager.py), so they can be made only with the base model's weights at hand. One of these is in memory
-at a time.
+The engine multiplies `W0 x + scaling B A x` by the normalised magnitudes (`norm_dora_magnitude` in TensorRT-LLM
+tensorrt_llm/lora_manager.py). The row norms need the base model's weights, W0. One of these weights is in memory at a
+time.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ _ROWS_AT_A_TIME = 1024
 
 
 def normalised_magnitude(module: AdapterModule, weight: torch.Tensor) -> torch.Tensor:
-    """magnitude / norm of each row of (W0 + scaling * B @ A), float32, (out,). `weight` is W0, (out, in)."""
+    """The module's magnitude divided by the norm of each row of (W0 + scaling * B @ A): float32, (out,).
+
+    `weight` is W0, (out, in). Raises ValueError where the module has no magnitude.
+    """
 
     if module.magnitude is None:
         raise ValueError(f"{module.path!r} has no magnitude")

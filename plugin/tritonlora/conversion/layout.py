@@ -1,13 +1,15 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""Which rows an adapter becomes, decided from shapes alone, and every reason why it cannot.
+"""Plan the rows that an adapter becomes, from shapes alone, or list every reason why it cannot be converted.
 
-One row for each (layer, module), sorted by (layer, module id). A fused layer of the base model becomes the engine's
-fused row where its target modules have one, else one row for each part: these share A and divide the rows of B, which
-is exact. Layers that the base model has apart become the engine's fused row where it has only that: their A are put one
-below the other, and their B on the diagonal, which is exact, too. With tensor parallelism the engine gives each rank
-one contiguous piece of a fused row, so its parts are interleaved by rank (`interleave_fused_lora_weights_for_tp` in
-TensorRT-LLM tensorrt_llm/lora_manager.py).
+There is one row for each (layer, module), sorted by (layer, module id).
+
+- A fused layer of the base model becomes one fused row, where the engine has LoRA for the fused module. Otherwise it
+  becomes one row for each part: the rows share A and divide the rows of B. The result is exact.
+- Separate layers of the base model become one fused row, where the engine has LoRA only for the fused module. Their A
+  are put one below the other, and their B on the diagonal. The result is exact, too.
+- With tensor parallelism the engine gives each rank one contiguous piece of a fused row. The parts of the row are
+  therefore interleaved by rank (`interleave_fused_lora_weights_for_tp` in TensorRT-LLM tensorrt_llm/lora_manager.py).
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ _MAX_NBYTES = 1 << 37  # of lora_weights: rank 512 for all layers of a model of 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What one row of lora_config says."""
+    """One row of lora_config: module, layer, rank, and whether the row carries DoRA."""
 
     module: LoraModule
     layer: int
@@ -56,12 +58,12 @@ class Piece:
         return (self.last - self.first) * (self.stop - self.start)
 
     def ranges(self, outputs: int) -> Iterator[tuple[int, int]]:
-        """(start, stop) of those taken, of all `outputs`."""
+        """(start, stop) of each range that the piece takes, in order, from a layer with `outputs` outputs."""
         width = outputs // self.groups
         return ((group * width + self.start, group * width + self.stop) for group in range(self.first, self.last))
 
     def share(self, rank: int, ranks: int) -> Piece:
-        """The `rank`-th of `ranks` equal shares of a piece that spans all groups."""
+        """Share number `rank`, from 0, of `ranks` equal shares. The piece has to span all groups."""
         if self.groups > 1:
             groups = self.groups // ranks
             return Piece(self.groups, rank * groups, (rank + 1) * groups, self.start, self.stop)
@@ -72,54 +74,54 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class RowSource:
-    """Where a row's values come from."""
+    """The module, and the outputs of it, that a row takes its values from."""
 
     path: str  # of the AdapterModule
-    pieces: tuple[Piece, ...] = ()  # the outputs taken, in order; empty: all of them as they are
-    in_features: int = 0  # what the engine takes the inputs to be, where they are fewer: zeros follow A; 0: as they are
+    pieces: tuple[Piece, ...] = ()  # the outputs taken, in order; empty: all outputs, in the module's own order
+    in_features: int = 0  # the engine's number of inputs, if larger than the module's: zeros follow A; 0: the module's
 
     def ranges(self, outputs: int) -> list[tuple[int, int]]:
-        """(start, stop) of the outputs taken, in order, of all `outputs`."""
+        """(start, stop) of each range of outputs taken, in order, from a module with `outputs` outputs."""
         return [taken for piece in self.pieces for taken in piece.ranges(outputs)] or [(0, outputs)]
 
 
 @dataclass(frozen=True, slots=True)
 class JoinedSource:
-    """Where the values of a row for several layers come from: A one below the other, and B on the diagonal."""
+    """The modules that a fused row joins: their A one below the other, and their B on the diagonal."""
 
     parts: tuple[tuple[str, tuple[tuple[int, int], ...]], ...]  # (path, (start, stop) of its outputs in the row's B)
     out_features: int  # of the row's B
 
     @property
     def path(self) -> str:
-        """All paths, for messages."""
+        """The paths of all parts, separated by commas, for messages."""
         return ", ".join(path for path, _ in self.parts)
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The shape of an adapter's two tensors, known before a byte of weights is read."""
+    """The rows, shapes and dtype of an adapter's lora_weights and lora_config, known before any weights are read."""
 
     rows: tuple[Row, ...]
     width: int  # W: elements in a row
     dtype: str  # "bfloat16", "float16", "float32"
     sources: tuple[RowSource | JoinedSource, ...] = ()  # one for each row
-    conv1d: frozenset[str] = frozenset()  # paths of modules whose weight the base model has as (in, out)
-    remarks: tuple[str, ...] = ()  # what the user should know of the adapter, beside what its values tell
+    conv1d: frozenset[str] = frozenset()  # paths of modules whose weight is (in, out) in the base model
+    remarks: tuple[str, ...] = ()  # for the user; remarks on the adapter's values are not among them
 
     @property
     def weights_shape(self) -> tuple[int, int]:
-        """(n, W)."""
+        """The shape of lora_weights, (n, W)."""
         return (len(self.rows), self.width)
 
     @property
     def config_shape(self) -> tuple[int, int]:
-        """(n, 3), or (n, 4) where a row carries DoRA."""
+        """The shape of lora_config: (n, 3), or (n, 4) where a row carries DoRA."""
         return (len(self.rows), 4 if any(row.dora for row in self.rows) else 3)
 
     @property
     def weights_nbytes(self) -> int:
-        """Bytes of lora_weights."""
+        """The size of lora_weights in bytes."""
         return len(self.rows) * self.width * DTYPES[self.dtype].itemsize
 
 
@@ -131,10 +133,10 @@ def plan_layout(
     base: Path | None = None,
     engine_reads: bool = False,
 ) -> Layout:
-    """The rows `adapter` becomes.
+    """Plan the rows that `adapter` becomes, in `dtype`, for the engine of `profile`.
 
-    `base` is the base model's checkpoint, which only DoRA needs. Where the `engine_reads` the adapter by itself, it
-    alone has to know what its layers are, so that a base model which has others under these names is no error.
+    `base` is the base model's checkpoint, which only DoRA needs. `engine_reads`: the engine reads the adapter from disk
+    itself and maps the layers' names itself. A base model that has other layers under these names is then no error.
 
     Raises UnsupportedAdapter or EngineMismatch with every reason why the adapter cannot be converted.
     """
@@ -212,14 +214,14 @@ def plan_layout(
     remarks = [*adapter.remarks, *coverage_remarks(adapter, families, profile)]
     if profile is not None and not engine_reads and families_of(profile.architecture).isdisjoint(families):
         remarks.append(
-            f"its layers have the names of {' or '.join(sorted(families))}, and the model is a {profile.architecture}, "
-            "which is stored so, too: by their sizes they are of the same model"
+            f"the adapter's layers have the names of {' or '.join(sorted(families))}; checkpoints of the model, a "
+            f"{profile.architecture}, are stored under these names, too, and the sizes fit"
         )
     if apart and profile is not None:
         fused_modules = " and ".join(sorted({fused for _, fused in apart}))
         remarks.append(
-            f"the engine has LoRA only for {fused_modules}: several layers' LoRAs became one, whose rank is the sum of "
-            "theirs, and which takes as much more memory"
+            f"the engine has LoRA only for {fused_modules}: the LoRAs of several layers were joined into one, whose "
+            "rank is the sum of theirs, and which takes as much more memory"
         )
     layout = Layout(rows, width, dtype, sources, transposed, tuple(remarks))
     if base is not None and layout.config_shape[1] == 4:
@@ -228,7 +230,7 @@ def plan_layout(
 
 
 def _leaf_of(module: AdapterModule, families: frozenset[str], profile: EngineProfile | None) -> Leaf | str:
-    """What `module` is in `families`, or why that cannot be said."""
+    """The leaf that `module` is in `families`, or, as a text, the reason why it is not known."""
     leaves = list(dict.fromkeys(leaf for family, leaf in module.leaves.items() if family in families))
     if not leaves:
         model = profile.architecture if profile is not None else "the base model"
@@ -236,7 +238,7 @@ def _leaf_of(module: AdapterModule, families: frozenset[str], profile: EnginePro
             f"{model} has no such layer that a LoRA can be sent for; the adapter was most likely trained on another "
             "base model"
         )
-    # All ways to fuse q, k and v are one where there is one key-value head, and none is of use without the number.
+    # With one key-value head, all orders of a fused q, k and v are the same. Without a profile, no order can be used.
     if len({leaf.modules for leaf in leaves}) == 1 and (profile is None or profile.num_kv_heads <= 1):
         return leaves[0]
     if len(leaves) > 1:
@@ -250,8 +252,10 @@ def _leaf_of(module: AdapterModule, families: frozenset[str], profile: EnginePro
 
 
 def _is_conv1d(module: AdapterModule, families: frozenset[str], adapter: Adapter) -> bool:
-    """Whether the base model's layer is a Conv1D. As PEFT does, go by the layer: where that is quantised, or not of the
-    kind that it says, `fan_in_fan_out` has no effect, and may be wrong.
+    """Whether the base model's layer is a Conv1D, whose weight is (in, out).
+
+    The families decide it where they agree, as in PEFT the layer's own type does. `fan_in_fan_out` may be wrong: PEFT
+    ignores it on a quantised layer and on a layer of the other type.
     """
     kinds = {family in CONV1D for family in families.intersection(module.leaves)}
     return kinds.pop() if len(kinds) == 1 else adapter.config.fan_in_fan_out
@@ -273,7 +277,7 @@ def _rows_of(
         return
     if profile is not None and leaf.fused in profile.modules:
         shares = [parts[name] for name in leaf.fused_order]
-        # Heads are not cut in two; an engine with fewer key-value heads than ranks repeats them, which slices cannot.
+        # A head is never split. With fewer key-value heads than ranks the engine repeats heads; slices cannot do that.
         divisible = out_features // 2 if leaf.fused == "mlp_gate_up" else profile.num_kv_heads
         if divisible % profile.tp_size:
             reason = f"its parts do not divide by the engine's tp_size, {profile.tp_size}"
@@ -287,7 +291,7 @@ def _rows_of(
 
 
 def _wider_in(name: str, profile: EngineProfile | None) -> int:
-    """The inputs that the engine's LoRA takes the layer to have, where the layer has fewer; else 0."""
+    """The engine's number of inputs for the module `name`, if it differs from the layer's own number; else 0."""
     if profile is None or name not in profile.modules:
         return 0
     inputs = profile.modules[name].in_features
@@ -295,7 +299,7 @@ def _wider_in(name: str, profile: EngineProfile | None) -> int:
 
 
 def _only_fused(name: str, profile: EngineProfile) -> str:
-    """The engine's fused module of which `name` is a part, where the engine has LoRA for that alone; else ""."""
+    """The engine's fused module that `name` is a part of, if the engine has LoRA only for the fused one; else ""."""
     if name in profile.modules:
         return ""
     return next((fused for fused, parts in FUSED.items() if name in parts and fused in profile.modules), "")
@@ -304,7 +308,7 @@ def _only_fused(name: str, profile: EngineProfile) -> str:
 def _joined(
     layer: int, fused: str, modules: Mapping[str, AdapterModule], profile: EngineProfile, misfits: Misfits
 ) -> tuple[Row, JoinedSource]:
-    """The one row for the parts `modules` of the engine's module `fused`."""
+    """The row of the engine's module `fused`, joined from its parts, `modules`; reasons against it go to `misfits`."""
     dims, ranks, names = profile.modules[fused], profile.tp_size, ", ".join(modules)
     sizes = dict.fromkeys(FUSED[fused], profile.head_size * profile.num_kv_heads)
     if fused == "mlp_gate_up":
@@ -348,7 +352,7 @@ def _apart(fused: str) -> str:
 
 
 def _parts(leaf: Leaf, out_features: int, profile: EngineProfile | None) -> dict[str, Piece] | str:
-    """The outputs of a fused layer by module, or why they cannot be told apart."""
+    """Module -> its outputs within a fused layer, or, as a text, the reason why they cannot be told apart."""
     if leaf.fused == "mlp_gate_up":
         if out_features % 2:
             return f"lora_B has {out_features} outputs, expected two equal halves"
@@ -387,8 +391,8 @@ def _check_row(row: Row, module: AdapterModule, out_features: int, profile: Engi
         misfits.add(name, reason, row.layer)
     elif expected != (dims.in_features, dims.out_features) and (profile.tp_size > 1 or row.dora):
         reason = (
-            "TensorRT-LLM's LoRA takes this layer of the first Qwen to be twice as wide as it is, so that it would cut "
-            "its weights, or find its magnitudes, in the wrong places; use an engine with tp_size 1, without DoRA"
+            "TensorRT-LLM's LoRA takes this layer of the first Qwen to be twice as wide as it is: it would split the "
+            "weights, or read the magnitudes, in the wrong places; use an engine with tp_size 1, without DoRA"
         )
         misfits.add(name, reason, row.layer)
     if row.adapter_size > profile.rank_limit:
@@ -407,13 +411,13 @@ def _tail(module: AdapterModule) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Misfits:
-    """What does not fit the engine. One reason is one line, for however many modules and layers."""
+    """The reasons why modules do not fit the engine. Modules and layers with the same reason share one line."""
 
     reasons: dict[str, dict[str, set[int]]] = field(default_factory=dict)  # reason -> module or layer's name -> layers
     disabled: dict[str, set[int]] = field(default_factory=dict)  # modules that the engine has no LoRA for -> layers
 
     def add(self, name: str, reason: str, layer: int) -> None:
-        """Note `reason` for the layer `name` ("" for a reason that names its modules itself) of a layer."""
+        """Note `reason` for the module or layer `name`, in `layer`. `name` is "" if `reason` names the modules."""
         self.reasons.setdefault(reason, {}).setdefault(name, set()).add(layer)
 
     def lines(self, profile: EngineProfile | None, *, engine_reads: bool) -> list[str]:
@@ -441,7 +445,7 @@ def _lines(reason: str, names: Mapping[str, set[int]]) -> Iterator[str]:
 
 
 def _enable(modules: Iterable[str], *, engine_reads: bool) -> str:
-    """How an engine gets LoRA for `modules`; for none in particular where there are none."""
+    """The remedy that enables LoRA for `modules`. Without modules, it names examples."""
     names = sorted(modules, key=lambda name: BY_NAME[name].id)
     if engine_reads:
         return f"name them in lora_target_modules of model.yaml: {', '.join(names) or 'attn_q, attn_k, attn_v, …'}"
@@ -464,8 +468,9 @@ def _likely_cause(name: str, in_features: int, out_features: int, profile: Engin
 
 
 def _other_models(architectures: Iterable[str], name: str) -> Iterator[str]:
-    """Why the base model is one that has other layers under the names of those that are known here: by what is known of
-    its architecture ("": nothing), and only where that is nothing, by its own name.
+    """The reason why the base model cannot have LoRA here: it has other layers under names that tritonlora knows.
+
+    The `architectures` decide it ("": not known). If none of them is known, the base model's `name` does.
     """
     known = [architecture for architecture in architectures if architecture]
     for architecture in known:
@@ -480,15 +485,17 @@ def _other_models(architectures: Iterable[str], name: str) -> Iterator[str]:
 
 
 def _disagreements(dims: Mapping[str, tuple[int, int]]) -> Iterator[str]:
-    """What in one layer's dims, module -> (in, out), is not as in any model that TensorRT-LLM has LoRA for: a layer is
-    something else than what its name says. Where the engine is known, so are all dims.
+    """Name dims of one layer that differ here and are equal in every model that TensorRT-LLM has LoRA for.
+
+    `dims`: module -> (in, out). A difference means that a layer is not what its name says. With an engine's profile
+    this check is not needed: each of the dims is compared with the engine's.
     """
     for one, side, other, other_side in _EQUAL:
         if one in dims and other in dims and dims[one][side] != dims[other][other_side]:
             yield (
                 f"{one} has {dims[one][side]} {_SIDES[side]}, and {other} {dims[other][other_side]} "
-                f"{_SIDES[other_side]}, which are the same where TensorRT-LLM has LoRA for them; give the base model's "
-                "config.json (--base), or merge the adapter into it"
+                f"{_SIDES[other_side]}, and these are equal in every model that TensorRT-LLM has LoRA for; give the "
+                "base model's config.json (--base), or merge the adapter into it"
             )
 
 

@@ -1,8 +1,8 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""A PEFT adapter, checked, as the directory that TensorRT-LLM's LLM API reads it from.
+"""Copy a checked PEFT adapter to the directory that TensorRT-LLM's LLM API reads.
 
-The tensors are the adapter's own, bit for bit, in one safetensors file under PEFT's names: the reader takes neither
+The tensors are the adapter's own, bit for bit, in one safetensors file under PEFT's names. The LLM API reads neither
 shards nor other spellings (TensorRT-LLM tensorrt_llm/lora_manager.py, `load_from_hf` and HF_LORA_PATTERN).
 """
 
@@ -20,13 +20,13 @@ from tritonlora.peft.stored_tensor import StoredTensor, bytes_of
 
 
 def check_for_llm_api(adapter: Adapter) -> None:
-    """Refuse what the LLM API's reader would take for something else; UnsupportedAdapter lists all of it."""
+    """Refuse an adapter that the LLM API would read wrongly. Raises UnsupportedAdapter, which lists every reason."""
     config = adapter.config
     problems = []
     if config.use_dora:
         problems.append(
-            "it uses DoRA, whose magnitudes the LLM API takes for normalised ones, which PEFT's are not; merge the "
-            "adapter into the base model"
+            "it uses DoRA: the LLM API expects normalised magnitudes, and PEFT stores magnitudes that are not; merge "
+            "the adapter into the base model"
         )
     alphas = []
     for path, module in adapter.modules.items():
@@ -45,7 +45,7 @@ def check_for_llm_api(adapter: Adapter) -> None:
 def copy_adapter(adapter: Adapter, weights: Path, config: Path) -> None:
     """Write adapter_model.safetensors to `weights` and adapter_config.json to `config`.
 
-    InvalidAdapter when either has changed since the adapter was read.
+    Raises InvalidAdapter when either file has changed since the adapter was read.
     """
     source = adapter.directory / "adapter_config.json"
     content = read_json_bytes(source)
@@ -61,7 +61,7 @@ def copy_adapter(adapter: Adapter, weights: Path, config: Path) -> None:
 
 
 def _save_safetensors(path: Path, tensors: dict[str, StoredTensor]) -> None:
-    """One safetensors file: 8 bytes of header length, the header as JSON, then the tensors, each in C order."""
+    """Write one safetensors file: 8 bytes of header length, the header as JSON, the tensors, each in C order."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, tensor in tensors.items():

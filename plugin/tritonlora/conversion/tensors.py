@@ -1,17 +1,17 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""Adapter -> lora_weights in a file, and lora_config, and back.
+"""Convert an adapter to lora_weights, in a file, and lora_config, and unpack both again.
 
     row[0          : r*in      ] = A, row-major, (r, in)          as PEFT stores it
     row[r*in       : r*(in+out)] = scaling * B, row-major, (out, r)
     row[r*(in+out) : +out      ] = DoRA's normalised magnitude, only where the fourth column of lora_config is 1
     row[           : W         ] = 0
 
-Source: what the engine reads, `LoraCache::copyToPages` in TensorRT-LLM cpp/tensorrt_llm/runtime/loraCache.cpp. Weights
-are full, not split by tensor-parallel rank. A is only cast; B is scaled in float32 and rounded once.
+Source: `LoraCache::copyToPages` in TensorRT-LLM cpp/tensorrt_llm/runtime/loraCache.cpp reads rows of this form. Weights
+are full, not split by tensor-parallel rank. A is only cast. B is scaled in float32 and rounded once.
 
-Strategy: one row after the other is put together, checked with one sum and written with one call, all while it is in
-the processor's cache. Padding is never written: it is a hole in the file.
+Strategy: each row is filled, checked with one sum and written with one call, while it is in the processor's cache.
+Padding is never written: it is a hole in the file.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from tritonlora.serving.dtypes import DTYPES
 
 
 def lora_config(layout: Layout) -> torch.Tensor:
-    """lora_config, int32, shape `layout.config_shape`."""
+    """lora_config of the layout: int32, of shape `layout.config_shape`."""
     columns = layout.config_shape[1]
     rows = [(row.module.id, row.layer, row.adapter_size, int(row.dora))[:columns] for row in layout.rows]
     return torch.tensor(rows, dtype=torch.int32).view(layout.config_shape)
@@ -57,11 +57,12 @@ def convert_file(
 ) -> tuple[str, ...]:
     """Write `header` and then lora_weights, raw and little-endian, to the file `path`, which is created or emptied.
 
-    Gives remarks on the values. The file is written in place: give a temporary name, and rename it when this returns.
-    `base` is the base model's
-    checkpoint, for DoRA. Raises InvalidAdapter naming each tensor with NaN or infinite values (unless
-    `allow_nonfinite`), UnsupportedAdapter naming each that is too large for `layout.dtype`, or vanishes in it, and
-    OSError with the file's name (a full disk).
+    Returns remarks on the values. The file is written in place: give a temporary name, and rename the file when this
+    returns. `base` is the base model's checkpoint, for DoRA.
+
+    Raises InvalidAdapter, which names each tensor with NaN or infinite values, unless `allow_nonfinite`. Raises
+    UnsupportedAdapter, which names each tensor that is too large for `layout.dtype` or becomes zero in it. Raises
+    OSError with the file's name, for example on a full disk.
     """
     rows = _Rows(adapter, layout, base)
     try:
@@ -76,7 +77,7 @@ def convert_file(
 
 
 def check_values(adapter: Adapter, layout: Layout, *, allow_nonfinite: bool = False) -> tuple[str, ...]:
-    """Refuse the values that `convert_file` refuses, without writing any, and give the same remarks."""
+    """Raise the errors that `convert_file` raises on values, and return its remarks, without writing a file."""
     rows, place = _Rows(adapter, layout, None), _Place(torch.empty(layout.width, dtype=getattr(torch, layout.dtype)))
     with _threads(layout):
         for index in range(len(layout.rows)):
@@ -86,14 +87,14 @@ def check_values(adapter: Adapter, layout: Layout, *, allow_nonfinite: bool = Fa
 
 
 def npy_header(shape: Sequence[int], dtype: str) -> bytes:
-    """What stands before the raw bytes in a .npy file (version 1.0, C order) of `shape` and `dtype`.
+    """The header of a .npy file (version 1.0, C order) of `shape` and `dtype`; the raw bytes follow it.
 
-    Raises UnsupportedAdapter for bfloat16, which .npy cannot say.
+    Raises UnsupportedAdapter for bfloat16, which .npy cannot express.
     """
     if not DTYPES[dtype].numpy:
         raise UnsupportedAdapter(
-            f".npy has no {dtype}: TensorRT-LLM's loadNpy (lora_prefetch_dir) reads neither that nor the raw type that "
-            "numpy writes for it; convert to float16 for an engine of float16, or use the raw format"
+            f".npy has no {dtype}, and TensorRT-LLM's loadNpy (lora_prefetch_dir) does not read the raw type that "
+            "numpy writes instead; convert to float16 for an engine of float16, or use the raw format"
         )
     sizes = ", ".join(str(size) for size in shape) + ("," if len(shape) == 1 else "")
     text = f"{{'descr': '{DTYPES[dtype].numpy}', 'fortran_order': False, 'shape': ({sizes}), }}"
@@ -105,7 +106,7 @@ def npy_header(shape: Sequence[int], dtype: str) -> bytes:
 def unpack(
     lora_weights: torch.Tensor, lora_config: torch.Tensor, modules: Mapping[int, ModuleDims]
 ) -> dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]]:
-    """(layer, module name) -> (A (r, in), scaled B (out, r)), views of `lora_weights` (n, W)."""
+    """(layer, module name) -> (A (r, in), scaled B (out, r)), which are views of `lora_weights` (n, W)."""
     found = {}
     for row, (module_id, layer, rank) in zip(lora_weights, lora_config[:, :3].tolist(), strict=True):
         dims = modules[module_id]
@@ -120,7 +121,7 @@ def unpack(
 def unpack_magnitudes(
     lora_weights: torch.Tensor, lora_config: torch.Tensor, modules: Mapping[int, ModuleDims]
 ) -> dict[tuple[int, str], torch.Tensor]:
-    """(layer, module name) -> DoRA's normalised magnitude (out,), a view, for the rows that carry one."""
+    """(layer, module name) -> DoRA's normalised magnitude (out,), a view of `lora_weights`, for rows that have one."""
     found = {}
     if lora_config.shape[1] == 4:
         for row, (module_id, layer, rank, dora) in zip(lora_weights, lora_config.tolist(), strict=True):
@@ -133,7 +134,7 @@ def unpack_magnitudes(
 
 @contextlib.contextmanager
 def _threads(layout: Layout) -> Iterator[None]:
-    """One thread, unless DoRA's norms of the base weights are computed: it is not worth waking more for one row."""
+    """Limit torch to one thread, unless DoRA's norms are computed. More threads do not pay off for a single row."""
     threads = torch.get_num_threads()
     torch.set_num_threads(threads if layout.config_shape[1] == 4 else 1)
     try:
@@ -143,14 +144,14 @@ def _threads(layout: Layout) -> Iterator[None]:
 
 
 class _Part(NamedTuple):
-    """Some elements of a row, twice: as a tensor, and as bytes to read to and to write from."""
+    """Some elements of a row, as a tensor and as the same memory in bytes."""
 
     values: torch.Tensor
     memory: memoryview
 
 
 class _Place:
-    """Memory for one row after the other. Its parts are kept: cutting a tensor takes as long as copying 20 KiB."""
+    """Memory that rows are filled into in turn. Slices are kept: making one takes as long as copying 20 KiB."""
 
     def __init__(self, row: torch.Tensor) -> None:
         self._row = _Part(row, bytes_of(row))
@@ -167,7 +168,7 @@ class _Place:
 
 
 class _Rows:
-    """The rows of one adapter, filled in turn, and the values among them that cannot be carried over."""
+    """Fills the rows of one adapter in turn, and notes the tensors whose values cannot be converted."""
 
     def __init__(self, adapter: Adapter, layout: Layout, base: Path | None) -> None:
         self._adapter = adapter
@@ -175,8 +176,9 @@ class _Rows:
         weights: Mapping[str, StoredTensor] = {}
         if base is not None and layout.config_shape[1] == 4:
             weights = base_weights(adapter, layout.conv1d, base)
-        # The rows of a fused layer share its magnitudes, for which all of the base model's weight is read. Between gate
-        # and up is at most one row of another layer. Not a method: in a cycle, the files would stay open.
+        # The rows of a fused layer share its magnitudes, and computing these reads the whole weight of the base model.
+        # maxsize=2: at most one row of another layer comes between the rows of gate and up. The function is no method:
+        # a reference cycle would keep the files open.
         self._magnitude_of = functools.lru_cache(maxsize=2)(
             functools.partial(_normalised_magnitude, adapter, layout, weights)
         )
@@ -184,11 +186,11 @@ class _Rows:
         self._nonfinite: set[str] = set()
         self._too_large: set[str] = set()
         self._vanished: set[str] = set()
-        self._zero: set[str] = set()  # paths of modules whose LoRA adds nothing
+        self._zero: set[str] = set()  # paths of modules with a row in which A or B is zero
         self._nonzero: set[str] = set()
 
     def fill(self, index: int, place: _Place) -> memoryview:
-        """Put the row's values at the start of `place`, and give their bytes."""
+        """Fill row number `index` into the start of `place`, and return the bytes of the row without its padding."""
         source = self._layout.sources[index]
         if isinstance(source, JoinedSource):
             return self._fill_joined(source, place)
@@ -210,7 +212,7 @@ class _Rows:
             end += outputs
             row_magnitude, taken = place.part(b_end, end), torch.cat([magnitude[start:stop] for start, stop in ranges])
             row_magnitude.values.copy_(taken)
-        if self._layout.dtype == "float16":  # what is less than 3e-8 is zero in it
+        if self._layout.dtype == "float16":  # values below 3e-8 become zero in float16
             self._look_for("lora_A", module.path, row_a.values, lambda: _taken(lora_a, [(0, module.r)]))
             self._look_for("lora_B", module.path, row_b.values, lambda: _taken(lora_b, ranges).float() * module.scaling)
         row = place.part(0, end)
@@ -222,7 +224,7 @@ class _Rows:
         return row.memory
 
     def _fill_joined(self, source: JoinedSource, place: _Place) -> memoryview:
-        """Put the row of several layers at the start of `place`: A one below the other, B block-diagonal."""
+        """Fill a row joined from several modules into `place`: A one below the other, B block-diagonal."""
         modules = [(self._adapter.modules[path], outputs) for path, outputs in source.parts]
         rank = sum(module.r for module, _ in modules)
         start, column = 0, 0
@@ -250,7 +252,10 @@ class _Rows:
         return row.memory
 
     def raise_unfit(self, *, allow_nonfinite: bool) -> None:
-        """One error with every tensor so far that is not finite (unless allowed), does not stay so, or vanishes."""
+        """Raise one error that names every tensor so far that is not finite, is too large, or becomes zero.
+
+        With `allow_nonfinite`, a tensor that was not finite in the adapter is no reason.
+        """
         nonfinite = frozenset() if allow_nonfinite else self._nonfinite
         problems = [f"{tensor} has NaN or infinite values (--allow-nonfinite converts them)" for tensor in nonfinite]
         problems += [
@@ -263,7 +268,7 @@ class _Rows:
             raise kind(one_message(heading, merge_layers(sorted(problems))))
 
     def remarks(self) -> tuple[str, ...]:
-        """What the user should know of the values so far: layers to which the LoRA adds nothing."""
+        """Remarks on the rows filled so far: modules whose LoRA is zero."""
         modules = self._adapter.modules
         zero = [modules[path] for path in self._zero - self._nonzero]
         return zero_remarks(
@@ -273,9 +278,9 @@ class _Rows:
         )
 
     def _read(self, stored: StoredTensor, ranges: Sequence[tuple[int, int]], part: _Part) -> torch.Tensor:
-        """The rows `ranges` of a matrix, flat: in `part` if that is of the matrix' dtype.
+        """Read the rows `ranges` of a matrix, flat: into `part`, if `part` has the matrix's dtype.
 
-        Else in memory that the next call takes again: fresh memory costs a fault for every page.
+        Otherwise into memory that the next call overwrites: new memory would cost a page fault for every page.
         """
         values, memory = part
         if stored.dtype.name != self._layout.dtype:
@@ -299,14 +304,14 @@ class _Rows:
             self._too_large.add(f"{what} of {path!r}")
 
     def _look_for(self, what: str, path: str, converted: torch.Tensor, original: Callable[[], torch.Tensor]) -> None:
-        """Remember `converted` where nothing of `original`, which is not all zero, is left in it."""
-        # The sum is what is fast.
+        """Note the tensor if all its values became zero in `converted`, and `original` has a value that is not."""
+        # The sum is fast, so it comes first.
         if not converted.sum() and not converted.any() and original().any():
             self._vanished.add(f"{what} of {path!r}")
 
 
 def _taken(stored: StoredTensor, ranges: Sequence[tuple[int, int]]) -> torch.Tensor:
-    """The rows `ranges` of a matrix, flat, as they are stored."""
+    """The rows `ranges` of a matrix, flat, in the stored dtype."""
     rows = stored.load()
     return torch.cat([rows[start:stop] for start, stop in ranges]).view(-1)
 
@@ -321,7 +326,7 @@ def _normalised_magnitude(
 
 
 def _multiply(tensor: torch.Tensor, scaling: float, out: torch.Tensor) -> None:
-    """`out` = `tensor` * `scaling`, rounded once; `tensor` may be `out`, and does not keep its values."""
+    """Set `out` to `tensor` * `scaling`, rounded once. `tensor` may be `out`; its values may be overwritten."""
     # A tensor times a number is computed in float32 and rounded once, to the tensor's own dtype.
     if tensor.dtype is out.dtype:
         torch.mul(tensor, scaling, out=out)
@@ -329,15 +334,15 @@ def _multiply(tensor: torch.Tensor, scaling: float, out: torch.Tensor) -> None:
         out.copy_(tensor.float().mul_(scaling))
 
 
-# Handing a batch over takes as long as writing about a hundred KiB; what is larger leaves the processor's cache before
-# it is written. Three: one is filled, one is written, one waits.
+# Handing a batch over takes as long as writing about a hundred KiB, so a batch is much larger. A much larger batch
+# would leave the processor's cache before it is written. Of three batches, one is filled, one is written, one waits.
 _BATCH_NBYTES = 2 << 20
 _BATCHES = 3
 _Batch: TypeAlias = "list[_Place]"
 
 
 def _write_rows(rows: _Rows, layout: Layout, descriptor: int, start: int) -> None:
-    """Fill the rows here, some at a time, while another thread is in the kernel with those before."""
+    """Fill the rows, a batch at a time, while another thread writes the batch before."""
     count, row_nbytes = len(layout.rows), layout.width * DTYPES[layout.dtype].itemsize
     size = max(1, min(count, _BATCH_NBYTES // row_nbytes))
     free: SimpleQueue[_Batch] = SimpleQueue()
@@ -378,11 +383,12 @@ def _write_rows(rows: _Rows, layout: Layout, descriptor: int, start: int) -> Non
 
 
 def _is_zero(tensor: torch.Tensor) -> bool:
-    return not tensor[0] and not tensor.any()  # the first element tells nearly always
+    return not tensor[0] and not tensor.any()  # the first element nearly always decides
 
 
 def _all_finite(tensor: torch.Tensor) -> bool:
-    # NaN and infinities survive a sum, which is far cheaper than looking at each value; a sum may overflow by itself.
+    # NaN and infinities survive a sum, and a sum is far cheaper than a look at each value. The sum of finite values may
+    # overflow, so each value decides in that case.
     return math.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())
 
 

@@ -1,6 +1,8 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""Ask a running server for text by adapter name, over Triton's generate extension (HTTP, server-sent events).
+"""Send requests for text, by adapter name, to a running server.
+
+The requests use Triton's generate extension: HTTP, with server-sent events as responses.
 
 Source: triton-inference-server/server, docs/protocol/extension_generate.md.
 """
@@ -33,7 +35,7 @@ _NO_MODEL = re.compile(r"unknown model|is not found|is not ready|no available ve
 
 
 def request_body(prompt: str, lora_name: str | None, max_tokens: int, inputs: Mapping[str, Any]) -> bytes:
-    """The JSON body of a request. It holds the adapter's name, and nothing else of the adapter."""
+    """The JSON body of a request. Of the adapter it holds only the name."""
     name = {} if lora_name is None else {"lora_name": lora_name}
     return json.dumps({"text_input": prompt, "max_tokens": max_tokens, **name, **inputs}).encode()
 
@@ -48,12 +50,14 @@ def generate(
     inputs: Mapping[str, Any] | None = None,
     timeout: float = TIMEOUT_SECONDS,
 ) -> Iterator[str]:
-    """Ask for text; yields the pieces of the response as the server sends them.
+    """Send a request for text, and yield the pieces of the response as the server sends them.
 
-    `url` is HOST:PORT of the HTTP endpoint; `inputs` are further inputs of `model`, by name. An engine that is not
-    decoupled cannot stream: the whole text comes as one piece. Each request has an id of its own, unless `inputs` name
-    one as `id`: the server joins the pieces of a streamed character by it. Raises ServerError with the server's
-    message, or if the server cannot be reached. Closing the iterator cancels the request.
+    `url` is HOST:PORT of the HTTP endpoint. `inputs` are further inputs of `model`, by name. `timeout`, in seconds, is
+    for each wait on the connection. An engine that is not decoupled cannot stream: the whole text comes as one piece.
+
+    Each request has an id of its own, unless `inputs` has an `id`. By the id the server joins the pieces of a streamed
+    character. Closing the iterator cancels the request. Raises ServerError with the server's message, or if the server
+    cannot be reached.
     """
     for stream in (True, False):
         own: dict[str, Any] = {"id": uuid.uuid4().hex, "stream": stream}
@@ -69,7 +73,7 @@ def generate(
 
 
 def ask(model: str, inputs: Mapping[str, Any], *, url: str = DEFAULT_URL, timeout: float = TIMEOUT_SECONDS) -> int:
-    """Send one request to any model and read its responses; returns their number. Raises as `generate` does."""
+    """Send one request to any model, and return the number of its responses. Raises ServerError as `generate` does."""
     return sum(1 for _ in _answers(url, model, json.dumps(inputs).encode(), timeout))
 
 
@@ -101,7 +105,7 @@ def _answers(url: str, model: str, body: bytes, timeout: float) -> Iterator[dict
 
 
 def _events(url: str, path: str, body: bytes, timeout: float) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a stream of server-sent events."""
+    """The JSON objects of a stream of server-sent events. Raises ServerError."""
     connection = _connection(url, timeout)
     try:
         connection.request("POST", path, body, {"Content-Type": "application/json"})
@@ -143,7 +147,7 @@ def _json_object(text: str | bytes) -> dict[str, Any]:
 
 
 def _error_text(response: http.client.HTTPResponse) -> str:
-    """Triton's own words for an error status; generate_stream sends these as an event, too."""
+    """Triton's own message for an error status. generate_stream may send the message as an event, too."""
     body = response.read().decode(errors="replace").removeprefix("data:")
     try:
         return str(json.loads(body)["error"])

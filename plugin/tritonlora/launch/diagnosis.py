@@ -1,8 +1,8 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""Connect a server with a repository's adapters: its processes, why it did not start, whether every adapter responds.
+"""Tell what a repository's adapters mean for its server: the processes, causes of a failed start, missing responses.
 
-`server` runs a tritonserver and knows nothing of adapters.
+The module `server` runs a tritonserver and has no code for adapters.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from tritonlora.targets import target_of
 
 VERIFY_TIMEOUT_SECONDS = 120.0
 
-# core, src/backend_model_instance.cc: a sample whose files are wrong, and one that the model refused. And what the LLM
-# API's helpers.py says, which its model also writes into the log.
+# Messages in the log. core, src/backend_model_instance.cc: a sample that the model refused, and a sample with wrong
+# files. The LLM API's helpers.py: a path that does not exist.
 _FAILED_SAMPLE = re.compile(r"failed to run warmup sample '(?P<sample>[^']+)': (?P<error>.*)")
 _BAD_FILE = re.compile(
     r"(?P<error>(?:warmup setting expects|failed to open)"
@@ -51,20 +51,20 @@ _ELSE = "tritonlora check may say why; without it the server starts: tritonlora 
 
 
 def world_of(repository: Repository, config: ModelConfig, size: int | None = None) -> World:
-    """The processes that serve the engine: `size`, else what the engine was built for, else one."""
+    """The processes that serve the engine: `size`, else the number that the engine was built for, else one."""
     if size is None and target_of(config).SERVER_FOR_EACH_PROCESS:
         try:
             profile = engine_profile(repository, config)
-        except TritonLoraError:  # `check` explains that; here it must not keep anybody from serving
+        except TritonLoraError:  # `check` reports the error; a server may start without the profile
             profile = None
         size = profile.tp_size * profile.pp_size if profile else 1
     return World(size or 1, repository.target)
 
 
 def refuse_cached_responses(repository: Repository) -> None:
-    """ServerError, naming each file, where Triton's response cache is on for a model that adapters depend on.
+    """Raise ServerError, which names each file, if the response cache is on for a model that adapters depend on.
 
-    A config.pbtxt that cannot be read is none of them: Triton says what is wrong with it.
+    A config.pbtxt that cannot be read is left out: Triton reports what is wrong with it.
     """
     configs = _readable_configs(repository)
     if found := [f"{one.where}: {one.remedy}" for one in cached_responses(configs, repository.target)]:
@@ -72,7 +72,7 @@ def refuse_cached_responses(repository: Repository) -> None:
 
 
 def version_notes(repository: Repository, config: ModelConfig, version: str | None) -> list[str]:
-    """What a server of that version, such as "2.51.0", does wrong with the repository's models; None: unknown."""
+    """Notes on what a server of `version`, such as "2.51.0", does wrong with the repository's models. None: unknown."""
     numbers = re.match(r"(\d+)\.(\d+)", version or "")
     if numbers and (int(numbers[1]), int(numbers[2])) >= LETS_GO_VERSION:
         return []
@@ -90,7 +90,7 @@ def _readable_configs(repository: Repository) -> dict[str, ModelConfig]:
 
 
 def explain(log: Sequence[str], table: AdapterTable) -> str | None:
-    """Which adapter or missing package kept the server from starting, by its log, and what to do; None if neither."""
+    """The adapter or the missing package that kept the server from starting, with the remedy, from its log; or None."""
     for line in log:
         lacking = _NO_MODULE.search(line)
         if lacking and (extra := extras.extra_of(lacking["module"])):
@@ -112,16 +112,16 @@ def explain(log: Sequence[str], table: AdapterTable) -> str | None:
 
 
 def first_error(findings: Sequence[Finding]) -> str | None:
-    """The first of the findings that is an error, with its remedy; None if none is."""
+    """The first error among the findings, with its remedy; None if there is no error."""
     errors = (one for one in findings if one.severity == "error")
     return next((f"{one.where}: {one.problem}\n  remedy: {one.remedy}" for one in errors), None)
 
 
 def verify(url: str, repository: Repository, config: ModelConfig, table: AdapterTable) -> list[str]:
-    """Ask for every warm adapter once, and for one that nobody registered; the problems found.
+    """Send a request for every warm adapter, and one for an unregistered task id; return the problems found.
 
-    An engine that holds adapters is asked itself, by task id and without weights, so that only what its warmup loaded
-    can answer.
+    An engine that gets adapters as tensors gets these requests directly, with a task id and no weights. It can then
+    only respond with an adapter that its warmup loaded.
     """
     kind = target_of(config)
     model = repository.target if kind.WIRE.sends_weights else ROUTER
@@ -143,12 +143,12 @@ def verify(url: str, repository: Repository, config: ModelConfig, table: Adapter
     except ServerError as error:
         if kind.WIRE.sends_weights and meaning_of(str(error)) is not Meaning.MISS:
             problems.append(
-                f"{kind.WIRE.task_id} {unregistered}, which nobody registered, was refused with another error than a "
+                f"{kind.WIRE.task_id} {unregistered}, which is not registered, was refused with another error than a "
                 f"cache miss: {error}"
             )
     else:
         problems.append(
-            f"{model!r} answered {kind.WIRE.task_id} {unregistered}, which nobody registered: it ignores adapters, and "
+            f"{model!r} answered {kind.WIRE.task_id} {unregistered}, which is not registered: it ignores adapters, and "
             f"answers from the base model; {kind.ENABLE_LORA}"
         )
     return problems

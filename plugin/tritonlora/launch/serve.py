@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""A tritonserver on a repository with a router: as its engine needs it, and with words for why it did not start."""
+"""Run a tritonserver on a repository with a router, with the options that its engine needs."""
 
 from __future__ import annotations
 
@@ -39,10 +39,12 @@ def serve(
 ) -> Server:
     """The server of a repository. It runs while its `with` block does; call `wait_until_ready` inside.
 
-    `ports` default to free ones, and `address`, in numbers, to this machine only. `world_size`, the processes of the
-    engine, defaults to what the engine was built for. `extra` are further options of tritonserver. `on_log` gets each
-    line of its log, from a thread of its own. Raises ServerError when it cannot start. `wait_until_ready` raises it
-    when an adapter cannot be loaded, and names the adapter and a remedy.
+    `ports` default to free ports, and `address`, a numeric address, to this machine only. `world_size`, the number of
+    the engine's processes, defaults to the number that the engine was built for. `extra` are further options of
+    tritonserver. `on_log` is called with each line of the server's log, in a thread of its own.
+
+    Raises ServerError when the server cannot start. `wait_until_ready` raises ServerError when an adapter cannot be
+    loaded, and names the adapter and a remedy.
     """
     state = read_state(repository)
     settings, table = _settings(state, extra, world_size), state.table
@@ -57,9 +59,10 @@ def serve(
 def command_line(
     repository: Repository, ports: Ports, *, address: str = LOCAL, extra: Sequence[str] = (), world_size: int | None
 ) -> str:
-    """What `serve` would run, as a line for a shell; where no tritonserver is installed, for a machine that has one.
+    """The command that `serve` would run, as a line for a shell.
 
-    `serve` adds some digits to the prefix of the server's regions in /dev/shm, to find them again.
+    If no tritonserver is installed here, the line is for a machine that has tritonserver on PATH. `serve` itself adds
+    digits to the prefix of the server's regions in /dev/shm, so that it can delete these regions.
     """
     settings = _settings(read_state(repository), extra, world_size)
     try:
@@ -72,7 +75,7 @@ def command_line(
 
 
 def _settings(state: State, extra: Sequence[str], world_size: int | None) -> dict[str, Any]:
-    """What the repository and its engine ask of tritonserver."""
+    """Arguments of `Server` and of `server_command` that the repository and its engine decide."""
     check_extra(extra)
     repository = state.repository
     config = state.models.served_config(repository.target)
@@ -85,9 +88,9 @@ def _settings(state: State, extra: Sequence[str], world_size: int | None) -> dic
 
 
 def needed_models(state: State, extra: Sequence[str]) -> list[str]:
-    """Options that load the engine's model in explicit model-control mode, where models that ask it by BLS are loaded.
+    """Options that load the engine's model in explicit model-control mode, if `extra` loads a model that needs it.
 
-    Triton loads the models that an ensemble names, and knows nothing of BLS.
+    Triton loads the models of an ensemble's steps by itself. It does not load a model that another one calls by BLS.
     """
     named = {*values_of(extra, "--load-model")}
     if control_mode(extra) != "explicit" or "*" in named:

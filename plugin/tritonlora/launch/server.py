@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A running tritonserver: launch it on a model repository, wait until it is ready, stop it.
 
-Rule: whoever launches stops. A `Server` is a context manager. Leaving it, for whatever reason, leaves no process and no
-shared-memory region behind.
+A `Server` is a context manager. However its `with` block ends, no process of the server and none of its shared-memory
+regions are left.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ from tritonlora.machine import LOCAL, SHARED_MEMORY, Ports, free_ports, host_and
 LOG_LINES_KEPT = 400
 LOG_LINES_SHOWN = 50
 READY_POLL_SECONDS = 0.05
-STUBS_POLL_SECONDS = 1.0  # looking at the processes of a large machine takes some 10 ms
+STUBS_POLL_SECONDS = 1.0  # listing the processes of a large machine takes some 10 ms
 ASK_TIMEOUT_SECONDS = 5.0
 LOAD_TIMEOUT_SECONDS = 60.0
-GRACE_SECONDS = 10  # beyond its timeout, for a server to unload its models before it is killed
-_ANY = {"0.0.0.0": LOCAL, "::": "::1"}  # noqa: S104  every interface -> where this machine reaches it
+GRACE_SECONDS = 10  # beyond the exit timeout, for a server to unload its models
+_ANY = {"0.0.0.0": LOCAL, "::": "::1"}  # noqa: S104  every interface -> the address to reach it on here
 # core, src/model_lifecycle.cc: "loading: lora_router:1", "successfully loaded 'lora_router'"
 _LOADING = re.compile(r"\bloading: (?P<begun>[^:\s\"]+):\d+|successfully loaded '(?P<done>[^']+)'")
-# glog's error lines, and the last words of a process that crashes. Other output past the log has no level.
+# glog's error lines, and the output of a process that crashes. Other output that bypasses the log has no level.
 _ERROR = re.compile(r"E\d{4} |terminate called|  what\(\): |Signal \(")
 
 
-# A shell that does what `Server.stop` does, once this process is gone without having done it: the other end of its
-# stdin is closed then. A server that is still loading dies of SIGTERM at once, and leaves stubs and regions behind.
+# A shell script that stops the server if this process ends without `Server.stop`: the script's stdin is closed then. A
+# server that is still loading dies of SIGTERM at once, and leaves stubs and regions behind.
 _WATCH = """
 read -r _
 kill -TERM "$1"
@@ -78,10 +78,12 @@ class Server:
     ) -> None:
         """Prepare the command; entering the `with` block launches it.
 
-        `ports` default to free ones. `address`, in numbers, defaults to this machine only. When the server is stopped,
-        requests under way have `exit_timeout` seconds to end. With `complete_configs`, models may complete their
-        config.pbtxt. `on_log` gets every line of the server's log, from a thread of its own. `explain` turns the log of
-        a server that did not start into the reason, or None.
+        `ports` default to free ports. `address`, a numeric address, defaults to this machine only. When the server is
+        stopped, requests under way have `exit_timeout` seconds to end. With `complete_configs`, models may complete
+        their config.pbtxt. `on_log` is called with every line of the server's log, in a thread of its own. `explain`
+        turns the log of a server that did not start into the reason, or None.
+
+        Raises ServerError if there is no tritonserver, or no mpirun for an engine of several processes.
         """
         tritonserver = find_tritonserver()
         if world is not None and world.size > 1 and shutil.which(installed.MPIRUN) is None:
@@ -113,12 +115,12 @@ class Server:
         self._stopped = False
 
     def __enter__(self) -> Server:
-        """Launch; `wait_until_ready` is for the caller to call."""
+        """Launch the server without waiting for it; the caller calls `wait_until_ready`."""
         self._started = time.monotonic()
         process = None
         try:
             with held():
-                # A session of its own: Ctrl-C on the terminal reaches us alone, and we end the server in order.
+                # A session of its own: Ctrl-C on the terminal reaches only us, and we stop the server in order.
                 process = self._process = subprocess.Popen(
                     self.command,
                     env=self._environment,
@@ -138,7 +140,7 @@ class Server:
                     stderr=subprocess.DEVNULL,
                     start_new_session=True,
                 )
-        except BaseException:  # there is no __exit__ yet that would do it
+        except BaseException:  # __exit__ is not called if __enter__ raises
             if process:
                 self.stop()
             raise
@@ -152,7 +154,7 @@ class Server:
 
     @property
     def pid(self) -> int:
-        """Process id of tritonserver, which is also the id of its process group."""
+        """The process id of tritonserver, which is also the id of its process group."""
         return self._process.pid
 
     @property
@@ -171,23 +173,23 @@ class Server:
         return host_and_port(self._reached_at, self.ports.metrics)
 
     def log(self) -> list[str]:
-        """The last lines of the server's log."""
+        """The last LOG_LINES_KEPT lines of the server's log."""
         return list(self._log)
 
     def _read_log(self) -> None:
-        if self._process.stdout is None:  # it is a pipe, always: this narrows the type
+        if self._process.stdout is None:  # stdout is always a pipe: this narrows the type
             return
         with self._process.stdout as lines:
             for line in lines:
                 self._log.append(line.rstrip("\n"))
                 if self._on_log:
-                    # Whoever listens may have gone (rich answers a broken pipe with SystemExit). A server whose log
-                    # nobody reads is killed by SIGPIPE.
+                    # `_on_log` may fail: rich raises SystemExit on a broken pipe. The log must be read further, as
+                    # SIGPIPE kills a server whose log is not read.
                     with contextlib.suppress(Exception, SystemExit):
                         self._on_log(line.rstrip("\n"))
 
     def models(self) -> dict[str, bool]:
-        """Whether each model that the server has begun to load is ready, by the log so far."""
+        """Model -> whether it is ready, for each model that the server has begun to load, by the log so far."""
         found = (match for line in list(self._log) if (match := _LOADING.search(line)))
         states: dict[str, bool] = {}
         for match in found:
@@ -197,10 +199,10 @@ class Server:
     def wait_until_ready(
         self, timeout: float = 600.0, on_progress: Callable[[str, int, int], None] = lambda *_: None
     ) -> None:
-        """Return when every model is ready. If the server exits or times out: ServerError with the end of its log.
+        """Return when every model is ready. Raises ServerError with the end of the log on an exit or a timeout.
 
-        `timeout` is in seconds. `on_progress` is called again and again meanwhile: (what the server is loading, and for
-        how many seconds; models that are ready; models that it has begun to load).
+        `timeout` is in seconds from the launch. `on_progress` is called again and again meanwhile, with a text on what
+        is loading and for how long, the number of models that are ready, and the number of models begun.
         """
         next_look = 0.0
         while not self._is_ready():
@@ -228,13 +230,13 @@ class Server:
         return self._ask("GET", "/v2/health/ready") is not None
 
     def version(self) -> str | None:
-        """The server's version, such as "2.51.0"; None where it does not say."""
+        """The server's version, such as "2.51.0"; None if the server gives no version."""
         answer = self._ask("GET", "/v2")
         version = answer.get("version") if isinstance(answer, dict) else None
         return version if isinstance(version, str) else None
 
     def model_states(self) -> dict[str, str] | None:
-        """The state of each model, such as "READY" or "UNAVAILABLE"; None where the server does not say.
+        """Model -> its state, such as "READY" or "UNAVAILABLE"; None if the server gives no states.
 
         A model with several versions is READY when one of them is.
         """
@@ -248,10 +250,11 @@ class Server:
         return states
 
     def reload(self, model: str) -> bool:
-        """Unload a model and load it; whether the server did. It refuses unless in explicit model-control mode.
+        """Unload a model and load it again; return whether the server did both.
 
-        Loading alone keeps the instances of a model whose files are as they were, also those whose process has died.
-        Ensembles that lead to the model go and come with it.
+        The server refuses unless it is in explicit model-control mode. A load alone keeps the instances of a model with
+        unchanged files, even an instance whose process has died. Ensembles that lead to the model are unloaded and
+        loaded with it.
         """
         path = f"/v2/repository/models/{urllib.parse.quote(model, safe='')}"
         return all(
@@ -259,7 +262,7 @@ class Server:
         )
 
     def _ask(self, method: str, path: str, *, timeout: float = ASK_TIMEOUT_SECONDS) -> Any:
-        """What the HTTP endpoint answers: JSON, or "" for anything else. None for another status than 200."""
+        """The HTTP response: its JSON, or "" for anything else. None without a response of status 200."""
         connection = http.client.HTTPConnection(self._reached_at, self.ports.http, timeout=timeout)
         try:
             connection.request(method, path)
@@ -279,7 +282,7 @@ class Server:
         self.stop()
         log = self.log()
         heading, lines = "the end of its log", log
-        if self._on_log:  # who listens has seen it all, and may not have found what matters
+        if self._on_log:  # `_on_log` got every line, so the message repeats only errors
             heading, lines = "the errors in its log", [line for line in log if _ERROR.match(line)]
         message = f"tritonserver (pid {self.pid}) {what}"
         if lines:
@@ -288,21 +291,21 @@ class Server:
         return ServerError(f"{message}\n{reason}" if reason else message)
 
     def wait(self, timeout: float | None = None) -> int | None:
-        """Wait for the server to end by itself; its exit status, or None if it runs after `timeout` seconds."""
+        """Wait for the server to end by itself. Returns its exit status; None if it runs after `timeout` seconds."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             return self._process.wait(timeout)
         return None
 
     def send_signal(self, number: int) -> None:
-        """Pass a signal on to tritonserver."""
+        """Send the signal `number` to tritonserver."""
         self._process.send_signal(number)
 
     def stop(self, patience: float | None = None) -> None:
-        """End the server: in order, then by force. Safe to call twice.
+        """Stop the server with SIGTERM, then kill it after `patience` seconds. A second call does nothing.
 
-        It is killed after `patience` seconds; by default requests have `exit_timeout`, and models a little more.
+        `patience` defaults to `exit_timeout` for requests, plus GRACE_SECONDS to unload models.
         """
-        if self._stopped:  # its process group's id may be somebody else's by now
+        if self._stopped:  # another process group may have its id by now
             return
         try:
             if self._process.poll() is None:
@@ -310,7 +313,7 @@ class Server:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self._process.wait(self._patience if patience is None else patience)
         finally:
-            # Python backend stubs share the server's process group, and outlive it when it was killed.
+            # Python backend stubs are in the server's process group, and outlive a server that was killed.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()

@@ -1,16 +1,16 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""The stub processes of a server's Python-backend models, and which of them have died.
+"""Watch the stub processes of a server's Python-backend models, and find the stubs that have died.
 
-The Python backend runs each instance of a model in a process of its own, a child of tritonserver. Triton 2.51 goes on
-saying that a model is ready when such a process is killed, and starts no other one.
+The Python backend runs each instance of a model in a process of its own, a stub, which is a child of tritonserver. When
+a stub is killed, Triton 2.51 still reports its model as ready, and starts no new stub.
 
-How a death differs from an end that Triton asked for:
+A death differs from an end that Triton asked for:
 
 - Triton collects the exit status of a stub that it has ended itself, at once. A stub that was killed stays a zombie.
-- Newer Python backends also collect the status of a killed stub, when somebody asks whether its model is ready
+- Newer Python backends also collect the status of a killed stub, when a client asks whether its model is ready
   (StubLauncher::StubActive, main branch of July 2026). Then the model is READY in the repository index, and no stub of
-  it is left.
+  the model is left.
 - Triton starts the new stubs of a model that is loaded again before it ends the old ones.
 """
 
@@ -33,7 +33,7 @@ READY = "READY"
 
 @dataclass(frozen=True, slots=True)
 class Stub:
-    """One process of a Python-backend model."""
+    """The process of one instance of a Python-backend model."""
 
     pid: int
     version_directory: Path  # REPO/lora_router/1
@@ -45,53 +45,53 @@ class Stub:
         return self.version_directory.parent.name
 
     def is_same_instance(self, other: Stub) -> bool:
-        """Whether both run, or ran, the same instance of the same version of a model."""
+        """Whether both stubs run, or ran, the same instance of the same version of a model."""
         return (self.version_directory, self.instance) == (other.version_directory, other.instance)
 
 
 @dataclass(frozen=True, slots=True)
 class Death:
-    """A stub that ended though Triton did not end it."""
+    """A stub that ended without Triton ending it."""
 
     stub: Stub
     how: str  # "was killed by SIGKILL"
 
     def __str__(self) -> str:
-        """What happened, as a clause."""
+        """The stub and how it ended, as a clause for a message."""
         return f"the process of model {self.stub.model!r} ({self.stub.instance}, pid {self.stub.pid}) {self.how}"
 
 
 @dataclass(frozen=True, slots=True)
 class _Process:
-    """What /proc says of a process."""
+    """The fields of /proc/PID/stat that are needed of a process."""
 
     parent: int
     is_zombie: bool
-    wait_status: int  # of a zombie
+    wait_status: int  # exit status of a zombie, as os.wait gives it
 
 
 class Stubs:
-    """The stubs of one server, from look to look."""
+    """The stubs of one server, remembered from one call to the next."""
 
     def __init__(self, server_pid: int, states: Callable[[], Mapping[str, str] | None]) -> None:
-        """`states` asks the server for the state of each model; None where it does not say."""
+        """`states` asks the server for the state of each model, and returns None if the server gives no states."""
         self._server_pid = server_pid
         self._states = states
         self._seen: dict[int, Stub] = {}
         self._suspects: set[int] = set()
 
     def note(self) -> None:
-        """Remember the stubs that run now. A zombie no longer has the command line that names its model."""
+        """Remember the stubs that run now, since a zombie has no command line left that names its model."""
         self._note(_descendants(self._server_pid))
 
     def runs(self, stub: Stub) -> bool:
-        """Whether some process runs the instance that `stub` ran."""
+        """Whether a process runs the instance of `stub`."""
         return any(one.is_same_instance(stub) for one in self._note(_descendants(self._server_pid)).values())
 
     def deaths(self) -> list[Death]:
-        """The stubs that died since the last call. Each is told once.
+        """The stubs that died since the last call. Each death is returned once.
 
-        A stub counts as dead when two calls in a row find it so: Triton needs a moment to collect one that it ended.
+        A stub counts as dead if two calls in a row find it so: Triton needs a moment to collect a stub that it ended.
         """
         processes = _descendants(self._server_pid)
         running = self._note(processes)
@@ -121,12 +121,12 @@ class Stubs:
 
 
 def _is_well(stub: Stub, running: Mapping[int, Stub], states: Mapping[str, str] | None, *, is_zombie: bool) -> bool:
-    """Whether nobody waits for the lost `stub`: another one runs its instance, or its model was changed on purpose."""
+    """Whether the lost `stub` is no death: another stub runs its instance, or its model was changed on purpose."""
     if any(other.is_same_instance(stub) for other in running.values()):
         return True
     if states is not None and states.get(stub.model, "UNAVAILABLE") == "UNAVAILABLE":
         return True
-    return not is_zombie and any(other.model == stub.model for other in running.values())  # it has fewer instances now
+    return not is_zombie and any(other.model == stub.model for other in running.values())  # fewer instances now
 
 
 def _how(process: _Process | None) -> str:
@@ -140,7 +140,7 @@ def _how(process: _Process | None) -> str:
 
 
 def _descendants(pid: int) -> dict[int, _Process]:
-    """The processes below `pid`: the stubs of tritonserver, or of those that mpirun has started."""
+    """Pid -> process for all processes below `pid`, which is tritonserver or an mpirun that started several."""
     everybody = {pid: _process(pid) for pid in map(int, (path.name for path in _PROC.glob("[0-9]*")))}
     children: dict[int, list[int]] = {}
     for one, process in everybody.items():
@@ -157,7 +157,7 @@ def _descendants(pid: int) -> dict[int, _Process]:
 
 
 def _process(pid: int) -> _Process | None:
-    """What /proc says of a process; None for a process that has ended meanwhile."""
+    """The process `pid`, from /proc; None if the process has ended meanwhile."""
     try:
         fields = stat_of(pid)
     except OSError:

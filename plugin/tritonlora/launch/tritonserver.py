@@ -1,10 +1,10 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""Find a tritonserver, and the command line that serves a model repository with it.
+"""Find a tritonserver, and build the command line that serves a model repository with it.
 
-A tritonserver on PATH wins. Otherwise the one inside the PyPI wheel `nvidia-pytriton` is used. That wheel keeps the
-server, its shared libraries and a Python backend stub for each Python version in separate places, so a directory of
-symbolic links puts them together first.
+A tritonserver on PATH takes precedence. Otherwise the tritonserver inside the PyPI wheel `nvidia-pytriton` is used. The
+wheel keeps the server, its shared libraries and a Python backend stub for each Python version in separate places. A
+directory of symbolic links therefore puts them together first.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from tritonlora.machine import ENDPOINTS, LOCAL, Ports, is_ipv6
 
 MPIRUN = "mpirun"
 CONTROL_MODE = "--model-control-mode"
-REGIONS = "tritonlora_"  # with which the names of a server's regions in /dev/shm begin
-EXIT_TIMEOUT_SECONDS = 30  # tritonserver's own default: what is being answered may be answered to its end
-_IPV6_SPELT = {"http": "ipv6:{}", "grpc": "[{}]", "metrics": "ipv6:{}"}  # by libevhtp and by gRPC
+REGIONS = "tritonlora_"  # names of a server's regions in /dev/shm begin with this
+EXIT_TIMEOUT_SECONDS = 30  # tritonserver's own default, for requests under way
+_IPV6_SPELT = {"http": "ipv6:{}", "grpc": "[{}]", "metrics": "ipv6:{}"}  # http and metrics: libevhtp; grpc: gRPC
 _OUR_OPTIONS = {
     **{f"--{kind}-port": f"give --{kind}-port before the --" for kind in ENDPOINTS},
     **{f"--{kind}-address": "give --address before the --" for kind in ENDPOINTS},
@@ -41,7 +41,7 @@ _OUR_OPTIONS = {
         "adapters lie in the repository that has lora_router; put the other models into it",
     ),
 }
-"""What tritonlora tells tritonserver itself, as it must know it -> what to do instead of telling it, too."""
+"""Option that tritonlora itself gives tritonserver, since it has to know the value -> what the user does instead."""
 _POLL = (
     "poll: Triton would load a second engine beside the first one at each change of config.pbtxt, as `add` makes it; "
     "leave it out, as new adapters are served without it"
@@ -50,7 +50,7 @@ _POLL = (
 
 @dataclass(frozen=True, slots=True)
 class Tritonserver:
-    """An installed tritonserver: what to execute, and what that one needs."""
+    """An installed tritonserver: the executable, with the arguments and environment variables that it needs."""
 
     executable: Path
     arguments: tuple[str, ...] = ()
@@ -58,7 +58,7 @@ class Tritonserver:
 
 
 def find_tritonserver() -> Tritonserver:
-    """The tritonserver on PATH, else the one in the wheel `nvidia-pytriton`; ServerError when there is neither."""
+    """The tritonserver on PATH, else in the wheel `nvidia-pytriton`. Raises ServerError if there is neither."""
     on_path = shutil.which("tritonserver")
     if on_path:
         return Tritonserver(Path(on_path))
@@ -72,13 +72,13 @@ def find_tritonserver() -> Tritonserver:
 
 
 def _embedded(package: Path) -> Tritonserver:
-    """The tritonserver of the wheel whose `pytriton` package directory is `package`."""
+    """The tritonserver in the wheel whose `pytriton` package is in the directory `package`. Raises ServerError."""
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     triton = package / "tritonserver"
     backend = triton / "backends" / "python"
     members = {path.name: path for path in backend.glob("*") if path.is_file()}
     members["triton_python_backend_stub"] = triton / "python_backend_stubs" / version / "triton_python_backend_stub"
-    # Its stub reads numpy's structs by the layout of numpy 1: under numpy 2 every output tensor silently arrives empty.
+    # The stub reads numpy's structs by numpy 1's layout: under numpy 2 every output tensor silently arrives empty.
     numpy_version = importlib.metadata.version("numpy")
     if int(numpy_version.split(".", 1)[0]) >= 2:
         raise ServerError(
@@ -93,7 +93,7 @@ def _embedded(package: Path) -> Tritonserver:
     backends = platformdirs.user_cache_path("tritonlora") / "backends" / key
     for name, path in members.items():
         _link(backends / "python" / name, path.resolve())
-    # The stub embeds libpython, and takes its prefix from the first python3 on PATH: the environment that runs us.
+    # The stub embeds libpython, which takes its prefix from the first python3 on PATH: here the one that runs this.
     libraries = [str(package.parent / "nvidia_pytriton.libs"), str(sysconfig.get_config_var("LIBDIR"))]
     return Tritonserver(
         executable=triton / "bin" / "tritonserver",
@@ -106,7 +106,7 @@ def _embedded(package: Path) -> Tritonserver:
 
 
 def _link(link: Path, target: Path) -> None:
-    """Make `link` point to `target`, also while another process does the same."""
+    """Make `link` point to `target`, atomically: another process may do the same at the same time."""
     if link.is_symlink() and link.readlink() == target:
         return
     link.parent.mkdir(parents=True, exist_ok=True)
@@ -117,7 +117,7 @@ def _link(link: Path, target: Path) -> None:
 
 
 def check_extra(extra: Sequence[str]) -> None:
-    """ServerError when the user's own arguments for tritonserver are at odds with what tritonlora does."""
+    """Raise ServerError, which names each of the user's tritonserver arguments that tritonlora has to set itself."""
     names = [word.partition("=")[0] for word in extra]
     problems = [f"{name!r}: {_OUR_OPTIONS[name]}" for name in names if name in _OUR_OPTIONS]
     if control_mode(extra) == "poll":
@@ -127,22 +127,22 @@ def check_extra(extra: Sequence[str]) -> None:
 
 
 def values_of(extra: Sequence[str], option: str) -> list[str]:
-    """The values that arguments give an option, as --option=value or as two words."""
+    """The values of an option among the arguments, written as --option=value or as two words."""
     found = ((word.partition("="), after) for word, after in itertools.pairwise([*extra, ""]))
     return [value if equals else after for (name, equals, value), after in found if name == option]
 
 
 def control_mode(extra: Sequence[str]) -> str:
-    """The model-control mode that the arguments ask for; none by default."""
+    """The model-control mode that the arguments set; "none" by default, as in Triton."""
     return next(reversed(values_of(extra, CONTROL_MODE)), "none")
 
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """The processes of one engine: a tritonserver for each, of which the first loads all models and answers."""
+    """The processes of one engine, each a tritonserver. The first one loads all models and takes the requests."""
 
     size: int = 1  # tensor-parallel times pipeline-parallel
-    target: str = "tensorrt_llm"  # the only model that the others load
+    target: str = "tensorrt_llm"  # the only model that the other processes load
 
 
 def server_command(
@@ -157,10 +157,10 @@ def server_command(
     extra: Sequence[str] = (),
     world: World | None = None,
 ) -> list[str]:
-    """The command line that serves `repository` at `address`, in numbers; `extra` comes last, to have the last word.
+    """The command line that serves `repository` at `address`, a numeric address.
 
-    Like TensorRT-LLM's scripts/launch_triton_server.py it switches the completion of configs off, unless
-    `complete_configs`, and starts one server for each process of an engine that has several, by mpirun.
+    As in TensorRT-LLM's scripts/launch_triton_server.py, the completion of configs is off, unless `complete_configs`,
+    and mpirun starts one server for each process of an engine with several. `extra` comes last and overrides.
     """
     world = world or World()
     spelt = _IPV6_SPELT if is_ipv6(address) else dict.fromkeys(ENDPOINTS, "{}")

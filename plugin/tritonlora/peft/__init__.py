@@ -1,3 +1,3 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""A PEFT adapter's directory, read strictly."""
+"""Read a PEFT adapter's directory, and refuse every field and tensor that is not understood."""

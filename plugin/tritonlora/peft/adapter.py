@@ -3,7 +3,8 @@
 """Read a PEFT adapter directory into an `Adapter`.
 
 Rules: a tensor or a field that is not understood is refused, because dropping it would change the responses. One error
-lists all of them. Matrices are never transposed: PEFT stores A as (r, in) and B as (out, r), for Conv1D layers too.
+lists all such tensors and fields. Matrices are never transposed: PEFT stores A as (r, in) and B as (out, r), for Conv1D
+layers, too.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from tritonlora.peft.formats import Format, format_of_directory, format_of_tenso
 from tritonlora.peft.stored_tensor import StoredTensor
 from tritonlora.serving.dtypes import LORA_DTYPES
 
-# The largest layers that are known have 106,496 outputs. All elements of a row are in memory at one time.
+# The largest known layers have 106,496 outputs. All elements of a row are in memory at one time, so they are bounded.
 _MAX_FEATURES = 1 << 20
 _MAX_ELEMENTS = 1 << 27
 
@@ -35,34 +36,34 @@ class AdapterModule:
 
     path: str  # in the base model: "model.layers.0.self_attn.q_proj"
     layer: int
-    leaves: Mapping[str, Leaf]  # what the layer is in each family that has one of this name
+    leaves: Mapping[str, Leaf]  # family -> the layer of this name, in each family that has one
     lora_A: StoredTensor  # noqa: N815  (r, in); PEFT's name
     lora_B: StoredTensor  # noqa: N815  (out, r)
-    scaling: float
+    scaling: float  # the factor of B @ A
     magnitude: StoredTensor | None = None  # (out,), DoRA
 
     @property
     def r(self) -> int:
-        """The rank."""
+        """The rank of lora_A and lora_B."""
         return self.lora_A.shape[0]
 
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """A PEFT adapter that was checked: every field and tensor of it is understood."""
+    """A checked PEFT adapter: all its fields and tensors are understood."""
 
     directory: Path
     config: AdapterConfig
     modules: Mapping[str, AdapterModule]  # by path
-    remarks: tuple[str, ...] = ()  # what the user should know, and no reason to refuse the adapter
+    remarks: tuple[str, ...] = ()  # for the user; none is a reason to refuse the adapter
 
 
 def load_adapter(path: Path, base: Path | None = None) -> Adapter:
     """Read the adapter in the directory `path`; the tensors stay in their files.
 
-    `base` is the base model's checkpoint, which only embeddings that were saved whole are compared with.
-    Raises InvalidAdapter if the adapter is broken, and UnsupportedAdapter if it is sound but cannot be carried over.
-    Either lists every problem.
+    `base` is the base model's checkpoint. Only embeddings that were saved whole are compared with it.
+    Raises InvalidAdapter if the adapter is broken, and UnsupportedAdapter if it is sound but cannot be converted.
+    Either error lists every problem.
     """
     directory = _adapter_directory(path)
     if not any(os.path.lexists(directory / name) for name in _FILES - {"adapter_config.json"}):
@@ -80,7 +81,7 @@ def load_adapter(path: Path, base: Path | None = None) -> Adapter:
     embeddings = {key: one for key, one in tensors.items() if EMBEDDING.fullmatch(key)}
     tensors = {key: one for key, one in tensors.items() if key not in embeddings}
     _compare_embeddings(embeddings, base, problems, remarks)
-    # The config's problems already name another peft_type: do not list each of its tensors, too.
+    # If the config has another peft_type, that is a problem already: do not list each of the tensors, too.
     if not any(problems.values()) or any(map(_lora_key, tensors)):
         modules = _modules(tensors, config, problems, remarks)
     if config is None or any(problems.values()):
@@ -92,7 +93,7 @@ def load_adapter(path: Path, base: Path | None = None) -> Adapter:
 def _compare_embeddings(
     saved: Mapping[str, StoredTensor], base: Path | None, problems: Problems, remarks: list[str]
 ) -> None:
-    """A remark where no row of the base model was changed in the embeddings `saved`; else problems."""
+    """Add a remark if the embeddings `saved` change no row of the base model, else problems."""
     if not saved:
         return
     if base is None:
@@ -126,7 +127,7 @@ def _refuse_format(directory: Path, found: Format | None) -> None:
 def _modules(
     tensors: Mapping[str, StoredTensor], config: AdapterConfig | None, problems: Problems, remarks: list[str]
 ) -> dict[str, AdapterModule]:
-    """Sort a PEFT state dict into modules. Without a config (a problem already) only look for more problems."""
+    """Path -> module of a PEFT state dict. Without a config, which is a problem already, only add more problems."""
     groups: dict[str, _Group] = {}
     wrappers: set[str] = set()
     for key in sorted(tensors):
@@ -156,8 +157,8 @@ def _modules(
     if wrappers:
         named = ", ".join(f"{name} ({_WRAPPERS[name]})" for name in sorted(wrappers))
         remarks.append(
-            f"the names of its tensors contain what wraps a model in training, {named}; it was taken out of them, and "
-            "PEFT itself would load none of these tensors"
+            f"the names of its tensors contain names of training wrappers, {named}; these were removed here, and PEFT "
+            "itself would load none of these tensors"
         )
     modules = {}
     for path, group in groups.items():
@@ -196,8 +197,8 @@ _WHY_NOT_KEY = (
     (r"\.lora_embedding_[AB]", f"LoRA on an embedding; {MERGE}, or train again without it"),
     (
         r"(^|\.)(score|classifier|qa_outputs|v_head|value_head)\.",
-        "a head that gives classes or scores, which no engine that generates text has: the adapter cannot be served by "
-        "one; serve it with its base model in transformers, for example",
+        "a head that gives classes or scores, which no engine that generates text has; serve the adapter with its "
+        "base model in transformers, for example",
     ),
     (r"\.base_layer\.bias$", f"a trained bias; {MERGE}, or train again with bias='none'"),
     (r"\.base_layer\.", "the base model's own weight; save with save_embedding_layers=False"),
@@ -218,8 +219,8 @@ _WHY_NOT_KEY = (
 )
 
 
-# What wraps a model, or a part of it, while it is trained. Where the weights were not gathered by the trainer's own
-# function, its name is a part of every tensor's name.
+# Name in a path -> the wrapper around a model, or a part of it, in training. The name is a part of every tensor's name
+# if the weights were not gathered by the trainer's own function.
 _WRAPPERS = {
     "_orig_mod": "torch.compile",
     "module": "DDP or DeepSpeed",
@@ -237,7 +238,7 @@ class _Group:
 
 
 def _lora_key(key: str) -> re.Match[str] | None:
-    """The parts of the name of a LoRA tensor, with wrappers taken out of it."""
+    """The parts of a LoRA tensor's name, without wrappers; None if `key` is no such name."""
     if len(key) > _MAX_KEY:
         return None
     return _LORA_KEY.fullmatch(".".join(part for part in key.split(".") if part not in _WRAPPERS))
@@ -290,23 +291,23 @@ def _tensor_problems(
 
 
 def _order_problems(modules: Mapping[str, AdapterModule], stated: Mapping[str, Stated]) -> list[str]:
-    """Problems of alphas, where the ranks show that the patterns were saved in another order than in training.
+    """Problems of alphas, if the ranks show that the patterns were saved in another order than in training.
 
-    The first pattern that matches counts. If a tensor's rank is not that of the first pattern, the order in the file is
-    not to be trusted for any module. PEFT itself cannot load such an adapter.
+    In PEFT the first matching pattern counts. If a tensor's rank is not the first pattern's rank, the order in the file
+    cannot be trusted for any module. PEFT itself cannot load such an adapter.
     """
     if all(module.r == stated[path].ranks[0] for path, module in modules.items()):
         return []
     return [
-        f"{path!r}: several patterns of alpha_pattern match, and PEFT's save_pretrained sorts them, so that nothing "
-        "tells which counted in training; write patterns of which only one matches"
+        f"{path!r}: several patterns of alpha_pattern match, and PEFT's save_pretrained sorts them: the pattern that "
+        "counted in training is not known; write patterns of which only one matches"
         for path in modules
         if len(set(stated[path].alphas)) > 1
     ]
 
 
 def _alpha_remarks(stated: Mapping[str, Stated]) -> list[str]:
-    """A remark where several patterns give a module different alphas: the file does not say which one trained it."""
+    """Remarks on modules to which several patterns give different alphas. The alpha of training is then not known."""
     doubtful = {path: one.alphas for path, one in stated.items() if len(set(one.alphas)) > 1}
     texts = [
         f"{path!r}: several patterns of alpha_pattern match: lora_alpha is {alphas[0]:g}, as PEFT loads it, and may "
@@ -317,7 +318,7 @@ def _alpha_remarks(stated: Mapping[str, Stated]) -> list[str]:
     return merge_layers(texts)
 
 
-# What an adapter was trained for, by its task_type, where an engine that generates text is of no use for it.
+# task_type -> the result that the adapter was trained to give. An engine that generates text does not give it.
 _OTHER_TASKS = {
     "SEQ_CLS": "the classes of a text",
     "TOKEN_CLS": "the classes of tokens",
@@ -339,17 +340,17 @@ def _config_remarks(config: AdapterConfig, modules: Mapping[str, AdapterModule])
     ]
     if unused:
         yield (
-            f"target_modules lists {', '.join(sorted(unused))}, of which there are no tensors: in these layers its "
-            "responses are the base model's"
+            f"target_modules lists {', '.join(sorted(unused))}, of which there are no tensors: the "
+            "adapter changes nothing in these layers"
         )
 
 
 def matches_name(paths: Iterable[str], name: str) -> bool:
-    """Whether `name`, one of target_modules, is that of a layer at one of the `paths`, by PEFT's rule."""
+    """Whether `name`, one of target_modules, names the layer at one of the `paths`, by PEFT's rule."""
     return any(path == name or path.endswith(f".{name}") for path in paths)
 
 
-# The files of which one says which directory is meant.
+# A path to one of these files stands for the file's directory.
 _FILES = frozenset(
     {
         *("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"),
@@ -359,8 +360,10 @@ _FILES = frozenset(
 
 
 def _adapter_directory(path: Path) -> Path:
-    """The directory of the adapter that `path` stands for: the directory itself, a file of the adapter, a directory
-    that holds one adapter, or a model's directory in the cache of Hugging Face.
+    """The directory of the adapter that `path` stands for. Raises InvalidAdapter if there is none, or several.
+
+    `path` is the adapter's directory, a file of the adapter, a directory that holds one adapter, or a model's directory
+    in the cache of Hugging Face.
     """
     if path.name in _FILES and path.is_file():
         path = path.parent
@@ -370,7 +373,7 @@ def _adapter_directory(path: Path) -> Path:
     path = _snapshot(path)
     if os.path.lexists(path / "adapter_config.json"):
         return path
-    # save_pretrained puts an adapter that is not called "default" into a directory of its name.
+    # save_pretrained puts an adapter that is not called "default" into a directory with the adapter's name.
     inner = inner_adapters(path)
     if len(inner) == 1:
         return inner[0]
@@ -387,19 +390,19 @@ def _adapter_directory(path: Path) -> Path:
 
 
 def inner_adapters(path: Path) -> list[Path]:
-    """The directories in `path` that hold an adapter; of links, those that lead to a directory inside `path`."""
+    """The directories in `path` that hold an adapter, sorted. Links out of `path` are left out."""
     home = path.resolve()
     return sorted(
         one
         for one in path.iterdir()
-        if not one.name.startswith(".")  # a Kubernetes volume has all its files once more below `..data`
+        if not one.name.startswith(".")  # a Kubernetes volume has each file a second time, below `..data`
         and (one / "adapter_config.json").is_file()
         and one.resolve().is_relative_to(home)
     )
 
 
 def _snapshot(path: Path) -> Path:
-    """The revision that was fetched, for `models--OWNER--NAME` of a Hugging Face cache; any other path as it is."""
+    """The fetched revision, for `models--OWNER--NAME` of a Hugging Face cache; any other path unchanged."""
     snapshots = path / "snapshots"
     if not path.name.startswith("models--") or not snapshots.is_dir():
         return path

@@ -1,8 +1,8 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""Read adapter_config.json: take the fields that decide the weights, and refuse the others unless they are harmless.
+"""Read adapter_config.json: keep the fields that decide the weights, and refuse other fields unless they are harmless.
 
-Rule: a field that is not known is refused unless it is empty, so that no feature of a later PEFT is dropped silently.
+Rule: an unknown field is refused unless it is empty, so that no feature of a later PEFT is dropped silently.
 Source: PEFT src/peft/tuners/lora/{config,layer}.py.
 """
 
@@ -31,16 +31,16 @@ class AdapterConfig:
     fan_in_fan_out: bool = False
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    base_model_class: str = ""  # "LlamaForCausalLM", which PEFT notes where it was given no task_type
+    base_model_class: str = ""  # "LlamaForCausalLM"; PEFT writes it if no task_type was given
     task_type: str = ""  # "CAUSAL_LM"
-    target_modules: str | tuple[str, ...] = ()  # a regular expression, or names
+    target_modules: str | tuple[str, ...] = ()  # a regular expression (str), or names
     exclude_modules: str | tuple[str, ...] = ()
     layers_to_transform: tuple[int, ...] = ()  # empty: all
 
     def stated(self, paths: Sequence[str]) -> dict[str, Stated]:
         """The ranks and alphas of the modules at `paths` ("model.layers.0.self_attn.q_proj").
 
-        Raises InvalidAdapter if the patterns are more than any model needs.
+        Raises InvalidAdapter if there are too many patterns to match them within seconds.
         """
         ranks, alphas = matches(self.rank_pattern, paths), matches(self.alpha_pattern, paths)
         return {
@@ -48,15 +48,15 @@ class AdapterConfig:
         }
 
     def scaling(self, rank: int, alpha: float) -> float:
-        """The factor that PEFT multiplies B @ A with: alpha / r, or alpha / sqrt(r) with rsLoRA."""
+        """The factor that PEFT multiplies B @ A by: alpha / r, or alpha / sqrt(r) with rsLoRA."""
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
 
 @dataclass(frozen=True, slots=True)
 class Stated:
-    """The ranks and alphas that the config gives one module; PEFT takes the first of each.
+    """The ranks and alphas that the config gives one module, in the file's order. PEFT uses the first of each.
 
-    There are several if several patterns match. PEFT saves patterns in another order than training used.
+    There are several if several patterns match. PEFT may save patterns in another order than training used.
     """
 
     ranks: tuple[int, ...]
@@ -66,8 +66,8 @@ class Stated:
 def parse_config(text: bytes) -> AdapterConfig:
     """Read adapter_config.json.
 
-    Raises InvalidAdapter where it is broken, else UnsupportedAdapter; either names every field that is malformed or
-    cannot be carried over.
+    Raises InvalidAdapter if the file is broken, else UnsupportedAdapter. Either error names every field that is
+    malformed or cannot be converted.
     """
     try:
         raw, repeated = strict_json.parse(text, parse_int=_integer, parse_float=_number)
@@ -110,8 +110,8 @@ def parse_config(text: bytes) -> AdapterConfig:
     )
 
 
-# Fields that choose which layers have a LoRA (the tensors say it too), that matter in training alone, or that the
-# dataclass above holds. `modules_to_save` is here because what it saved are tensors, and those are refused by name.
+# Fields that choose the layers with a LoRA (the tensors show these, too), that matter only in training, or that the
+# dataclass above holds. `modules_to_save` is here because it saves tensors, and these are refused by their names.
 _HARMLESS = frozenset(
     {
         *("peft_type", "task_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision"),
@@ -121,8 +121,8 @@ _HARMLESS = frozenset(
         *("eva_config", "corda_config", "lora_ga_config", "qalora_group_size"),
     }
 )
-# What can be done with the other kinds. PEFT can approximate those of the second group by LoRA
-# (`supports_lora_conversion` in its layers), and those of the third choose between adapters for each token or task.
+# Other values of peft_type -> the remedy. PEFT can approximate the second group by LoRA (`supports_lora_conversion` in
+# its layers). The third group chooses between adapters for each token or task.
 _TYPES: tuple[tuple[frozenset[str], str], ...] = (
     (
         frozenset(
@@ -131,7 +131,7 @@ _TYPES: tuple[tuple[frozenset[str], str], ...] = (
                 "CARTRIDGE",
             }
         ),
-        "it is a trained prompt, not weights of layers, so that it cannot be merged either; train a LoRA adapter",
+        "it is a trained prompt, not weights of layers, so it cannot be merged either; train a LoRA adapter",
     ),
     (
         frozenset(
@@ -153,8 +153,8 @@ MERGE = "merge the adapter into the base model"
 _REFUSED: Mapping[str, str] = {
     "bias": f"the engine does not take trained biases; {MERGE}, or train again with bias='none'",
     "lora_bias": f"the engine does not take a bias of lora_B; {MERGE}, or train again with lora_bias=False",
-    "loftq_config": "LoftQ replaced the base weights by quantised ones; where the engine is built from those that were "
-    "saved with it, take this out of adapter_config.json, else train on a quantised base without LoftQ (QLoRA)",
+    "loftq_config": "LoftQ replaced the base weights by quantised ones; if the engine is built from the weights saved "
+    "with LoftQ, take this out of adapter_config.json, else train on a quantised base without LoftQ (QLoRA)",
     "layer_replication": f"the engine's layers are not those of the adapter; {MERGE}",
     "target_parameters": f"LoRA on bare parameters (expert layers) cannot be sent; {MERGE}, or train again with "
     "`target_modules` that name other layers only (`exclude_modules` does not exclude these)",
@@ -182,14 +182,14 @@ def _refused_fields(raw: Mapping[str, Any]) -> list[str]:
             refused.append(f"{key!r} is {_short(value)}: {_REFUSED[key]}")
         else:
             refused.append(
-                f"{key!r} is {_short(value)}: not a field that is known here, and it may change the weights; if it "
-                f"mattered in training alone, take it out of adapter_config.json, else {MERGE}"
+                f"{key!r} is {_short(value)}: this field is not known here, and it may change the weights; if it "
+                f"matters only in training, take it out of adapter_config.json, else {MERGE}"
             )
     return refused
 
 
 def _is_empty(value: object) -> bool:
-    """Whether the value means "not used". 0 does not: it is a number, which may mean something."""
+    """Whether the value means "not used". The number 0 may mean something, so it does not."""
     return value is None or value is False or value in ([], {}, "")
 
 
@@ -206,7 +206,7 @@ def _refused_init(value: object) -> list[str]:
     if value == "loftq":
         return [
             "'init_lora_weights' is 'loftq', which replaced the base weights by quantised ones; merge the adapter into "
-            "those, or train on a quantised base without LoftQ (QLoRA)"
+            "the quantised weights, or train on a quantised base without LoftQ (QLoRA)"
         ]
     changed = "changed" if str(value).startswith(_MODIFIED_BASE_INITS) else "may have changed"
     return [
@@ -246,12 +246,12 @@ def _broken_fields(raw: Mapping[str, Any]) -> list[str]:
 
 
 def _integer(digits: str) -> int | float:
-    """The integer, or infinity if it is too long for Python to read; every field refuses infinity."""
+    """The integer, or infinity if it has more digits than Python reads. Every field refuses infinity."""
     return int(digits) if len(digits) <= sys.int_info.str_digits_check_threshold else float(digits)
 
 
 def _number(digits: str) -> int | float:
-    """The number; 8 for "8.0", which some trainers write for an integer."""
+    """The number. "8.0" gives the integer 8, since some trainers write integers so."""
     number = float(digits)
     return int(number) if number.is_integer() and abs(number) < 1 << 53 else number
 
@@ -261,9 +261,9 @@ def _base_model_class(auto_mapping: object) -> str:
     return name if isinstance(name, str) else ""
 
 
-# No model has as many linear layers: each of them has its own pattern at most.
+# No model has as many linear layers, and a layer has at most one pattern of its own.
 _MAX_PATTERNS = 4096
-_MAX_CHARACTERS = 64 * _MAX_PATTERNS  # to read one takes up to 15 us
+_MAX_CHARACTERS = 64 * _MAX_PATTERNS  # parsing takes up to 15 us per character
 
 
 def _pattern_error(key: str) -> str:
@@ -279,7 +279,7 @@ def _is_rank(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and type(value) is not bool and abs(value) < 1e30  # so it is finite
+    return isinstance(value, (int, float)) and type(value) is not bool and abs(value) < 1e30  # not NaN, nor infinity
 
 
 def _is_switch(value: object) -> bool:
@@ -311,7 +311,7 @@ def _layers(value: int | list[int] | None) -> tuple[int, ...]:
     return () if value is None else tuple(value) if isinstance(value, list) else (value,)
 
 
-# What the fields are that decide the weights or the layers.
+# (fields that decide the weights or the layers, check of a value, the expected value in words)
 _EXPECTED: tuple[tuple[tuple[str, ...], Callable[[object], bool], str], ...] = (
     (("r",), _is_rank, "a positive integer"),
     (("lora_alpha",), _is_number, "a number"),

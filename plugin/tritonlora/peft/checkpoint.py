@@ -2,9 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Open checkpoints, whole or in shards: safetensors, or pickles of plain tensors.
 
-Tensors are read when they are used, where the format allows it. A link out of the directory is refused, except into the
-`blobs` of a Hugging Face download cache. Links inside it are followed: a Kubernetes volume has its files in `..data`.
-No code of a pickle runs.
+Tensors are read when they are used, if the format allows it. No code of a pickle runs.
+
+A link out of the directory is refused, except into the `blobs` of a Hugging Face download cache. A link inside the
+directory is followed: a Kubernetes volume has its files in `..data`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _LFS_POINTER = b"version https://git-lfs"
 
 
 def load_checkpoint(directory: Path, safetensors_name: str, pickle_name: str) -> dict[str, StoredTensor]:
-    """All tensors of the checkpoint in `directory`; safetensors are preferred to pickles. Raises InvalidAdapter."""
+    """Name -> tensor of the checkpoint in `directory`. Safetensors are preferred to pickles. Raises InvalidAdapter."""
     for name, load in ((safetensors_name, load_tensors), (pickle_name, load_pickle)):
         if os.path.lexists(directory / name):
             return load(file_inside(directory, name))
@@ -45,27 +46,27 @@ def load_pickle(path: Path) -> dict[str, StoredTensor]:
 
     try:
         with open(open_file(path), "rb") as file:  # noqa: PTH123  a descriptor
-            is_zip = file.read(2) == b"PK"  # the format before torch 1.6 is not, and cannot be mapped
+            is_zip = file.read(2) == b"PK"  # a file of the format before torch 1.6 is no zip, and cannot be mapped
             nbytes = os.fstat(file.fileno()).st_size
             if not is_zip and nbytes > _MAX_UNMAPPED_BYTES:
                 raise InvalidAdapter(
                     f"{str(path)!r} has {nbytes} bytes in the format before torch 1.6, expected at most "
                     f"{_MAX_UNMAPPED_BYTES}; save it as safetensors"
                 )
-            # What torch.load maps it takes as it stands, whether it is compressed or not.
+            # torch.load maps the bytes of a compressed entry as if they were not compressed.
             if is_zip and any(entry.compress_type != zipfile.ZIP_STORED for entry in zipfile.ZipFile(file).infolist()):
                 raise InvalidAdapter(
                     f"{str(path)!r} is compressed, which torch.save never does; save the adapter as safetensors"
                 )
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what it would say of a strange file is said below
+            warnings.simplefilter("ignore")  # the errors below report a malformed file
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except InvalidAdapter:
         raise
     except Exception as error:
-        # A hostile pickle can raise anything; none of its code has run. What torch advises is to run it.
+        # A hostile pickle can raise anything; none of its code has run. torch's own message advises to run it.
         asked = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it asks for {asked[1]!r}" if asked else "it is cut short, or of another kind"
+        reason = f"it asks for {asked[1]!r}" if asked else "it is cut short, or of another format"
         raise InvalidAdapter(
             f"{str(path)!r} is not a checkpoint of plain tensors: {reason}; save the adapter as safetensors"
         ) from error
@@ -78,7 +79,7 @@ def load_pickle(path: Path) -> dict[str, StoredTensor]:
 
 
 def file_inside(directory: Path, name: str) -> Path:
-    """The path of the file `name` in `directory`. Raises InvalidAdapter if it is missing, or a link elsewhere."""
+    """The path of the file `name` in `directory`. Raises InvalidAdapter if it is missing, or a link out of it."""
     path = directory / name
     if Path(name).name != name or name in ("", ".", ".."):
         raise InvalidAdapter(f"{name!r} is not the name of a file in {str(directory)!r}")
@@ -109,7 +110,7 @@ def read_json_bytes(path: Path) -> bytes:
 def _load_shards(
     directory: Path, index: Path, load: Callable[[Path], dict[str, StoredTensor]]
 ) -> dict[str, StoredTensor]:
-    """The tensors of all shards. InvalidAdapter unless the shards hold exactly the tensors in the index."""
+    """The tensors of all shards. Raises InvalidAdapter unless the shards hold exactly the tensors in the index."""
     weight_map = _weight_map(index)
     tensors: dict[str, StoredTensor] = {}
     problems = []
@@ -134,7 +135,7 @@ def _load_shards(
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """The index: the shard's file name by tensor name. Raises InvalidAdapter."""
+    """Tensor name -> file name of its shard, from the index. Raises InvalidAdapter."""
     try:
         weight_map = json.loads(read_json_bytes(index))["weight_map"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -149,7 +150,7 @@ def _is_lfs_pointer(path: Path) -> bool:
         with open(open_file(path), "rb") as file:  # noqa: PTH123  a descriptor
             return file.read(len(_LFS_POINTER)) == _LFS_POINTER
     except OSError:
-        return False  # whoever reads it says why not
+        return False  # the caller that reads the file reports the error
 
 
 def _not_a_plain_tensor(key: object, value: object) -> str:

@@ -1,9 +1,10 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""Embeddings that PEFT saved whole beside the LoRA, compared with those of the base model.
+"""Compare embeddings that PEFT saved whole beside the LoRA with the base model's embeddings.
 
-PEFT does so by itself when the vocabulary was resized (`save_embedding_layers="auto"` in src/peft/utils/
-save_and_load.py), for a pad token, say. Where no row that the base model has was changed, the engine needs none of it.
+PEFT saves embeddings by itself when the vocabulary was resized, for example for a pad token
+(`save_embedding_layers="auto"` in src/peft/utils/save_and_load.py). If no row of the base model was changed, the engine
+does not need the saved embeddings.
 """
 
 from __future__ import annotations
@@ -18,19 +19,19 @@ from tritonlora.peft.stored_tensor import StoredTensor
 from tritonlora.serving.dtypes import LORA_DTYPES
 
 EMBEDDING = re.compile(r"(?:.*\.)?(?P<leaf>embed_tokens|wte|word_embeddings|embed_in|lm_head|embed_out)\.weight")
-_OUTPUT = frozenset({"lm_head", "embed_out"})  # may be the input embedding, too, and is then not stored
+_OUTPUT = frozenset({"lm_head", "embed_out"})  # may share the input embedding's weight, and is then not stored
 _NBYTES_AT_A_TIME = 64 << 20
 WITHOUT_BASE = (
-    "an embedding, saved whole; --base with the base model's checkpoint shows whether its rows are the base model's, "
-    "and then it is not needed; otherwise load the adapter with PEFT, which takes the base model's memory, and save it "
-    "with save_embedding_layers=False"
+    "an embedding, saved whole; --base with the base model's checkpoint shows whether its rows are the base model's: "
+    "then it is not needed; or load the adapter with PEFT, which takes the base model's memory, and save it with "
+    "save_embedding_layers=False"
 )
 
 
 def load_embeddings(base: Path) -> dict[str, StoredTensor]:
-    """The embeddings in the checkpoint `base`, by the last part of their names; the text model's, where it has several.
+    """Last part of the name -> embedding, for the text model's embeddings in the checkpoint `base`.
 
-    Raises InvalidAdapter where `base` holds no checkpoint.
+    Raises InvalidAdapter if `base` holds no checkpoint.
     """
     found: dict[str, StoredTensor] = {}
     for key, tensor in load_checkpoint(base, "model.safetensors", "pytorch_model.bin").items():
@@ -41,10 +42,10 @@ def load_embeddings(base: Path) -> dict[str, StoredTensor]:
 
 
 def new_rows(key: str, saved: StoredTensor, base: Mapping[str, StoredTensor]) -> int:
-    """How many rows the embedding `saved` has beyond those of the base model, all of which are unchanged in it.
+    """The number of rows that the embedding `saved` has beyond the base model's rows.
 
-    `base` is what `load_embeddings` gives. Raises InvalidAdapter with the reason where a row differs, or nothing is
-    there to compare with.
+    `base` comes from `load_embeddings`. Raises InvalidAdapter with the reason if a row of the base model is changed in
+    `saved`, or if `base` has no embedding to compare with.
     """
     match = EMBEDDING.fullmatch(key)
     leaf = match["leaf"] if match else ""
@@ -53,7 +54,7 @@ def new_rows(key: str, saved: StoredTensor, base: Mapping[str, StoredTensor]) ->
         inputs = [tensor for name, tensor in base.items() if name not in _OUTPUT]
         before = inputs[0] if len(inputs) == 1 else None
     if before is None or {saved.dtype.name, before.dtype.name} - {*LORA_DTYPES}:
-        raise InvalidAdapter("an embedding, saved whole, and the checkpoint given with --base has none to compare with")
+        raise InvalidAdapter("an embedding, saved whole, and the checkpoint of --base has none to compare it with")
     if len(saved.shape) != 2 or len(before.shape) != 2 or saved.shape[1] != before.shape[1]:
         raise InvalidAdapter(
             f"an embedding of {saved.shape}, and the base model's is {before.shape}; give the base model that the "
@@ -70,7 +71,7 @@ def new_rows(key: str, saved: StoredTensor, base: Mapping[str, StoredTensor]) ->
 
 
 def _changed_rows(saved: StoredTensor, before: StoredTensor, rows: int) -> int:
-    """How many of the first `rows` rows differ, once the base model's values are rounded as the saved ones were."""
+    """How many of the first `rows` rows differ. The base model's values are first rounded to the saved dtype."""
     import torch
 
     width = saved.shape[1]

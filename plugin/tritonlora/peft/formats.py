@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""Recognise what people give that is not a PEFT adapter, by the names of its files and of its tensors."""
+"""Recognise other formats than a PEFT adapter, by the names of their files and of their tensors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """Something else than a PEFT adapter, and what can be done with it."""
+    """A format that is not a PEFT adapter, and the remedy for a user who gives it."""
 
     what: str
     remedy: str
@@ -20,7 +20,7 @@ class Format:
     key: str = ""  # a regular expression for names of tensors that only this format has
 
     def __str__(self) -> str:
-        """One sentence."""
+        """The format and the remedy, for a message."""
         return f"{self.what}; {self.remedy}"
 
 
@@ -34,7 +34,7 @@ FORMATS = (
         r"^(model|language_model|transformer)\..*\.lora_[ab]$",
     ),
     Format(
-        "an adapter of mistral-finetune, whose rows of q and k stand in another order than Hugging Face's",
+        "an adapter of mistral-finetune, whose rows of q and k are in another order than Hugging Face's",
         "merge it with mistral-finetune's utils/merge_lora.py, convert that with transformers' "
         "convert_mistral_weights_to_hf.py, and build an engine of it",
         ("lora.safetensors",),
@@ -73,11 +73,11 @@ FORMATS = (
 
 
 def format_of_directory(directory: Path) -> Format | None:
-    """The format of the files in `directory`, which holds no PEFT adapter; None if nothing tells."""
+    """The format of the files in `directory`, which holds no PEFT adapter; None if no file name shows it."""
     return next((one for one in FORMATS if any(any(directory.glob(name)) for name in one.files)), None)
 
 
 def format_of_tensors(keys: Iterable[str]) -> Format | None:
-    """The format in which tensors have these names; None for PEFT's, and where nothing tells."""
+    """The format whose tensors have names like `keys`; None for PEFT's names and for unknown names."""
     keys = [key for key in keys if len(key) < 1000]
     return next((one for one in FORMATS if one.key and any(re.search(one.key, key) for key in keys)), None)

@@ -2,15 +2,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Match the regular expressions of rank_pattern and alpha_pattern with layers' paths, in bounded time.
 
-PEFT's rule (`get_pattern_key` in src/peft/utils/other.py): a pattern matches a path when it matches its end, from the
-beginning or from a dot on. Python's `re` tries one way after the other, and a short pattern can have billions of ways.
+PEFT's rule (`get_pattern_key` in src/peft/utils/other.py): a pattern matches a path if it matches the whole path, or
+everything after one of its dots. Python's `re` tries one way after the other, and a short pattern can have billions of
+ways.
 
 Strategy: join all paths into one text. A set of positions in it is an integer with a bit for each position. Each part
 of a pattern maps the positions before it to the positions after it, for all paths at once, in a few operations on
 integers. The time is at most (length of the pattern) x (length of all paths).
 
-This tells whether a pattern matches, not which characters each group took. What needs the latter is refused: references
-to groups, conditions on groups, and possessive repetitions.
+The result says whether a pattern matches, not which characters each group took. A pattern that needs to know the
+characters of a group is refused: references to groups, conditions on groups, and possessive repetitions.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ from tritonlora.errors import InvalidAdapter
 _T = TypeVar("_T")
 MAX_LENGTH = 1000  # characters of a pattern
 MAX_DEPTH = 50  # groups within groups
-_MAX_PAIRS = 4096 * 4096  # patterns and paths: a model has less than that many linear layers, and a pattern for each
-_MAX_WORK = 100_000_000_000  # characters of patterns times characters of paths; seconds
+_MAX_PAIRS = 4096 * 4096  # patterns times paths: a model has fewer than 4096 linear layers, each with a pattern
+_MAX_WORK = 100_000_000_000  # cost of the patterns times characters of the paths: takes seconds
 
 
 @dataclass(frozen=True, slots=True)
 class _Characters:
-    """As many characters as `least` to `most` that `atom`, a regular expression for one character, matches."""
+    """From `least` to `most` characters that match `atom`, a regular expression for one character."""
 
     atom: str
     least: int = 1
@@ -45,21 +46,21 @@ class _Characters:
 
 @dataclass(frozen=True, slots=True)
 class _Anchor:
-    """A place, which takes no character: "^", "$", or one that is written with a backslash."""
+    """A condition on a place, which takes no character: "^", "$", or one written with a backslash."""
 
     name: str
 
 
 @dataclass(frozen=True, slots=True)
 class _Choice:
-    """One of several sequences."""
+    """A choice between several sequences."""
 
     options: tuple[tuple[_Node, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class _Look:
-    """A place from which `inner` matches, or, with `negated`, does not: what follows, or what stands `before`."""
+    """A lookahead, or with `before` a lookbehind: `inner` matches at this place, or with `negated` does not."""
 
     inner: _Choice
     before: bool
@@ -95,7 +96,7 @@ def parse(pattern: str) -> _Choice:
         raise ValueError("a repeated group, flags, or too long; write the layers' names")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what it says of sets that may be nested in Pythons to come
+            warnings.simplefilter("ignore")  # a FutureWarning about nested sets
             re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
         reason = error.msg if isinstance(error, re.error) else error
@@ -104,9 +105,9 @@ def parse(pattern: str) -> _Choice:
 
 
 def _parsed(pattern: str) -> _Choice:
-    """`pattern`, which Python's `re` takes."""
-    groups: list[list[list[_Node]]] = [[[]]]  # those that are open: their options so far
-    looks: list[str] = []  # how each of them began
+    """The syntax tree of `pattern`, which Python's `re` has compiled. Raises ValueError if it is not supported."""
+    groups: list[list[list[_Node]]] = [[[]]]  # the open groups, each with its options so far
+    looks: list[str] = []  # the opening token of each open group
     position = 0
     while position < len(pattern):
         match = _TOKEN.match(pattern, position)
@@ -136,7 +137,7 @@ def _parsed(pattern: str) -> _Choice:
 
 
 def _repeated(node: _Node, match: re.Match[str]) -> _Node:
-    if not isinstance(node, _Characters):  # a group is there or not: more is refused
+    if not isinstance(node, _Characters):  # a group with `?`; `parse` refuses other repeated groups
         return _Choice(((), (node,)))
     if match["least"] is None:
         least, most = {"*": (0, math.inf), "+": (1, math.inf), "?": (0, 1)}[match[0][0]]
@@ -147,13 +148,13 @@ def _repeated(node: _Node, match: re.Match[str]) -> _Node:
 
 
 class Paths:
-    """The paths of layers, none of which has a line break, to be matched with many patterns."""
+    """The paths of layers, prepared to be matched with many patterns."""
 
     def __init__(self, paths: Sequence[str]) -> None:
-        """The paths are ASCII, and none has a line break."""
+        """Prepare the `paths`, which are ASCII and have no line breaks."""
         self._paths = paths
         self._longest = max(map(len, paths), default=0)
-        self._row = "".join(f"{path}\n" for path in paths).encode("ascii")  # the line break is where a path ends
+        self._row = "".join(f"{path}\n" for path in paths).encode("ascii")  # a line break ends each path
         self._masks: dict[str, int] = {}  # atom -> the places of the characters that it matches
         self._letters: dict[int, int] = {}  # character -> its places
         ends = self._places_of(ord("\n"))
@@ -161,7 +162,7 @@ class Paths:
         starts = (ends << 1 | 1) & self._all
         words = self._mask(r"\w")
         boundaries = words ^ words << 1
-        self._beginnings = starts | self._mask(r"\.") << 1  # where PEFT lets a pattern begin
+        self._beginnings = starts | self._mask(r"\.") << 1  # the places where a match may begin by PEFT's rule
         self._anchors = {
             **dict.fromkeys(("^", r"\A"), starts),
             **dict.fromkeys(("$", r"\Z", r"\z"), ends),
@@ -170,14 +171,14 @@ class Paths:
         }
 
     def matched_by(self, pattern: str) -> list[int]:
-        """The numbers of the paths that `pattern`, which `parse` takes, matches."""
+        """The indices of the paths that match `pattern`. Raises ValueError if `parse` refuses the pattern."""
         found = self._through(parse(pattern), self._beginnings, backwards=False) & self._anchors["$"]
         if not found:
             return []
         return [self._number_at[match.start()] for match in re.finditer("1", f"{found:b}"[::-1])]
 
     def cost(self, pattern: str) -> int:
-        """How many operations on all places `matched_by` takes."""
+        """The number of operations on all places that `matched_by` takes for `pattern`."""
         return self._cost(parse(pattern))
 
     @functools.cached_property
@@ -186,11 +187,11 @@ class Paths:
         return {place - 1: number for number, place in enumerate(places)}
 
     def _through(self, node: _Node, places: int, *, backwards: bool) -> int:
-        """The places to which `node` leads from `places`; or from which it leads there."""
+        """The places after `node` if it starts at one of `places`; `backwards`: before `node` if it ends at one."""
         if isinstance(node, _Anchor):
             return places & self._anchors[node.name]
         if isinstance(node, _Look):
-            # What follows must be known for each place by itself: all from which it leads anywhere.
+            # Each place is decided on its own: `seen` are all places at which `inner` matches.
             seen = self._through(node.inner, self._all, backwards=not node.before)
             return places & (~seen if node.negated else seen)
         if isinstance(node, _Choice):
@@ -212,9 +213,9 @@ class Paths:
         return places
 
     def _run(self, places: int, mask: int, backwards: bool) -> int:
-        """The places to which any number of steps leads: 1, 2, 4, … at a time."""
+        """The places that any number of steps reaches, found with steps of 1, 2, 4, … characters."""
         length = 1
-        way = mask if backwards else mask << 1  # where one may come to
+        way = mask if backwards else mask << 1  # the places that a run may reach
         while length <= self._longest:
             places |= (places >> length if backwards else places << length) & way
             way &= way >> length if backwards else way << length
@@ -233,7 +234,7 @@ class Paths:
         return 2 * min(node.least, self._longest + 1) + runs
 
     def _mask(self, atom: str) -> int:
-        """The places at which a character stands that `atom` matches."""
+        """The places of the characters that `atom` matches."""
         if atom not in self._masks:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -254,9 +255,9 @@ def _step(places: int, mask: int, backwards: bool) -> int:
 
 
 def matches(patterns: Mapping[str, _T], paths: Sequence[str]) -> dict[str, list[_T]]:
-    """For each path that a pattern matches: the values of all patterns that match it, in the patterns' order.
+    """Path -> the values of all patterns that match it, in the patterns' order; without paths that match none.
 
-    Raises InvalidAdapter if there are so many patterns and paths that matching would take more than seconds.
+    Raises InvalidAdapter if matching so many patterns and paths would take more than seconds.
     """
     found: dict[str, list[_T]] = {}
     if not patterns or not paths:

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""Open safetensors files: the header is read at once, a tensor when it is used.
+"""Open safetensors files. The header is read at once, a tensor's bytes when the tensor is used.
 
 Rule: every byte of the data must belong to exactly one tensor. So no header can point outside the file, share bytes
 between tensors, or hide bytes. Loaders of trusted files check less.
@@ -26,7 +26,7 @@ _FIELDS = frozenset({"dtype", "shape", "data_offsets"})
 
 
 class TensorEntry(NamedTuple):
-    """One tensor of a header; `start` and `stop` are bytes from the end of the header."""
+    """One tensor of a header. `start` and `stop` are in bytes from the end of the header."""
 
     dtype: Dtype
     shape: tuple[int, ...]
@@ -35,7 +35,7 @@ class TensorEntry(NamedTuple):
 
 
 def parse_header(header: bytes, data_nbytes: int) -> dict[str, TensorEntry]:
-    """The tensors that `header` (the JSON alone) lays out over `data_nbytes` bytes of data.
+    """Name -> entry of each tensor in `header` (the JSON only), which describes `data_nbytes` bytes of data.
 
     Raises InvalidAdapter with every problem: duplicate names, unknown dtypes, impossible shapes, tensors that overlap,
     leave a gap or lie outside the data.
@@ -112,7 +112,7 @@ def _misplaced(entries: Mapping[str, TensorEntry], data_nbytes: int) -> Iterable
     end = 0
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
         if entry.stop > data_nbytes:
-            yield f"{name!r} ends at byte {entry.stop} of {data_nbytes}: the file is cut short, or the header lies"
+            yield f"{name!r} ends at byte {entry.stop} of {data_nbytes}: the file is cut short, or the header is wrong"
         elif entry.start < end:
             yield f"{name!r} starts at byte {entry.start}, inside the tensor before it, which ends at {end}"
         elif entry.start > end:

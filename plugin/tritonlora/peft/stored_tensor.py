@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A tensor in a file: its dtype and shape, and a function that reads its bytes.
 
-Bytes are read into memory of the caller, not mapped. Reading costs no page faults, and a file that becomes shorter
-meanwhile is an error; with a mapping it would end the process.
+Bytes are read into the caller's memory, not mapped. Reading costs no page faults. A file that becomes shorter meanwhile
+is an error; with a mapping it would end the process.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ class StoredTensor(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """The bytes of all elements."""
+        """The size of all elements in bytes."""
         return self.numel * self.dtype.itemsize
 
     def load_bytes(self) -> bytes:
-        """The bytes of all elements, read. Raises InvalidAdapter."""
+        """Read the bytes of all elements, row-major. Raises InvalidAdapter."""
         content = bytearray(self.nbytes)
         self.read_at(0, memoryview(content))
         return bytes(content)
 
     def load(self) -> torch.Tensor:
-        """The tensor, in memory of its own. Raises InvalidAdapter."""
+        """Read the tensor into new memory. Raises InvalidAdapter."""
         import torch
 
         tensor = torch.empty(self.shape, dtype=getattr(torch, self.dtype.name))
@@ -58,19 +58,19 @@ class StoredTensor(NamedTuple):
 
 
 class StoredFile:
-    """A file of tensors. It is opened when the first one is read, and closed when no tensor of it is left.
+    """A file of tensors, opened when the first tensor is read and closed when no tensor refers to it any more.
 
-    So of many adapters, only those that are being converted have open files.
+    So only the adapters that are being converted have open files.
     """
 
     def __init__(self, path: Path, found: os.stat_result) -> None:
-        """`found`: the file's status when its header was read. A file that changed since is an error."""
+        """`found`: the file's status when its header was read. Reading a file that changed since is InvalidAdapter."""
         self._path = path
         self._version = version_of(found)
         self._descriptor: int | None = None
 
     def tensor(self, dtype: Dtype, shape: tuple[int, ...], start: int) -> StoredTensor:
-        """The tensor whose bytes begin at `start`."""
+        """The tensor whose bytes begin at byte `start` of the file."""
         return StoredTensor(dtype, shape, partial(self._read_at, start))
 
     def _read_at(self, base: int, start: int, memory: memoryview) -> None:
@@ -96,7 +96,7 @@ class StoredFile:
 
 
 def in_memory(tensor: torch.Tensor) -> StoredTensor:
-    """`tensor`, already in memory, as a StoredTensor."""
+    """A StoredTensor that copies from `tensor`, which is in memory."""
 
     def copy(start: int, memory: memoryview) -> None:
         memory[:] = bytes_of(tensor.detach().contiguous())[start : start + len(memory)]
@@ -107,7 +107,7 @@ def in_memory(tensor: torch.Tensor) -> StoredTensor:
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous tensor."""
+    """The memory of a contiguous tensor, as bytes."""
     import torch
 
     return tensor.view(-1).view(torch.uint8).numpy().data
