@@ -77,7 +77,7 @@ def test_layers_of_models_that_transformers_has_not_are_what_their_own_code_says
         ("transformer.encoder.layers.0.self_attention.core", "not a linear layer"),  # ChatGLM's decoder
         ("model.layers.-1.self_attn.q_proj", "not a linear layer"),
         ("model.layers.0.self_attn.q_proj.base_layer", "not a linear layer"),
-        ("base_model.model.model.layers.0.self_attn.q_proj", "saved through PEFT twice (base_model.model.), so that"),
+        ("base_model.model.model.layers.0.self_attn.q_proj", "saved through PEFT twice (base_model.model.), so"),
     ],
 )
 def test_other_paths_are_refused_with_a_reason(path: str, reason: str) -> None:
