@@ -6,6 +6,7 @@ tritonserver: the client sees time, and no error of the cache.
 
 from __future__ import annotations
 
+import http.client
 import itertools
 import threading
 from collections.abc import Callable
@@ -76,11 +77,12 @@ def test_who_waits_for_too_long_is_told_so(tmp_path: Path, launch: Launch) -> No
     wanted = "LoRA adapter 'cold1': it does not fit beside the adapters in use; waited 0.5 s; ask again"
     assert wanted in answer["error"]
     assert expected(table, "cold0", tokens=60) == first + "".join(busy)
-    for answered in iter(lambda: post(server, "/v2/models/ensemble/generate", body), None):
-        if answered[0] == 200:
+    for _ in range(100):
+        status, answer = post(server, "/v2/models/ensemble/generate", body)
+        if status == http.client.OK:
             break
-        assert wanted in answered[1]["error"]
-    assert expected(table, "cold1", tokens=4) == answered[1]["text_output"]
+        assert wanted in answer["error"]
+    assert expected(table, "cold1", tokens=4) == answer["text_output"]
 
 
 @pytest.mark.parametrize("model", ["tensorrt_llm", "lora_resolver"])

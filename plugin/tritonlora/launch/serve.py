@@ -95,7 +95,7 @@ def needed_models(state: State, extra: Sequence[str]) -> list[str]:
     named = {*values_of(extra, "--load-model")}
     if control_mode(extra) != "explicit" or "*" in named:
         return []
-    for _ in named and state.models.names():  # an ensemble may be a step of another one
+    for _ in state.models.names():  # an ensemble may be a step of another one
         configs = [config for name in named if (config := state.models.present(name))]
         named |= {step.model_name for config in configs for step in config.steps}
     target = state.repository.target

@@ -33,12 +33,7 @@ from tritonlora.interrupts import held
 from tritonlora.pbtxt.model_config import ModelConfig, config_of
 from tritonlora.peft.adapter import Adapter, load_adapter
 from tritonlora.repository import generated, model_configs, undo
-from tritonlora.repository.paths import (
-    RESOLVER,
-    ROUTER,
-    Repository,
-    plan_entries,
-)
+from tritonlora.repository.paths import Repository, cache_pages, plan_entries
 from tritonlora.repository.state import State, read_state
 from tritonlora.serving.adapter_table import (
     AdapterEntry,
@@ -450,7 +445,8 @@ def set_parameters(repository: Repository, parameters: Mapping[str, str]) -> Non
     with locked(repository.table_path.parent):
         state = read_state(repository)
         document = model_configs.set_parameters(state.document, parameters)
-        _, in_step = generated.models_in_step(state, config_of(document))
+        pages = cache_pages(config_of(document), lambda: state.profile)
+        in_step = generated.cache_in_step(state.models, pages)
         undo.write(repository.root, {repository.config_path: document.text.encode(), **in_step})
 
 
@@ -473,15 +469,9 @@ def apply_plan(
         planned = cache_plan.plan_cache(entries, profile, {**state.config.parameters, **changed})
         pages = {adapter.name: adapter.pages for adapter in planned.adapters}
         sized = {name: replace(entry, pages=pages[name]) for name, entry in state.table.entries.items()}
-        cache_pages = {"cache_pages": str(planned.tightest.host_pages)}
-        parameters = {repository.target: changed} | {
-            model: cache_pages for model in (ROUTER, RESOLVER) if state.models.path(model).is_file()
-        }
-        documents = {
-            state.models.path(model): model_configs.set_parameters(state.models.document(model), values)
-            for model, values in parameters.items()
-        }
-        contents = {path: document.text.encode() for path, document in documents.items()}
+        document = model_configs.set_parameters(state.document, changed)
+        in_step = generated.cache_in_step(state.models, planned.tightest.host_pages)
+        contents = {repository.config_path: document.text.encode(), **in_step}
         if sized != state.table.entries:
             contents[repository.table_path] = render(replace(state.table, entries=sized)).encode()
         undo.write(repository.root, contents)

@@ -14,14 +14,14 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
-from tritonlora.engine.cache_plan import host_pages
-from tritonlora.errors import ConfigError, RepositoryError, TritonLoraError
+from tritonlora.errors import ConfigError, RepositoryError
 from tritonlora.files import delete
 from tritonlora.pbtxt.model_config import ModelConfig, config_of
 from tritonlora.pbtxt.text_format import Document
 from tritonlora.repository import ensemble_edits, model_configs, undo, warmup
-from tritonlora.repository.paths import RESOLVER, ROUTER, half_written
+from tritonlora.repository.paths import RESOLVER, ROUTER, cache_pages, half_written
 from tritonlora.repository.state import Models, State, outlived
 from tritonlora.serving.adapter_table import AdapterEntry, AdapterTable
 from tritonlora.serving.adapter_table_json import render
@@ -60,9 +60,11 @@ def rendered(state: State, table: AdapterTable, known: Rendered | None = None) -
         _keep_foreign_files(state, files)
     except ConfigError as error:
         raise RepositoryError(f"{repository.config_path}: {error}") from None
-    detour, after_detour = models_in_step(state, config)
+    detour, changed = _types_in_step(state, config)
+    pages = cache_pages(config, lambda: state.profile)
+    after_detour = {**_contents(state.models, changed), **cache_in_step(state.models, pages, changed)}
     paths = {repository.warmup_directory / name: content for name, content in files.items()}
-    return Rendered(table.entries, paths, text, detour, after_detour)
+    return Rendered(table.entries, paths, text, _contents(state.models, detour), after_detour)
 
 
 def _without_digests(entries: Mapping[str, AdapterEntry]) -> dict[str, AdapterEntry]:
@@ -80,39 +82,39 @@ def _keep_foreign_files(state: State, files: Mapping[str, bytes]) -> None:
         )
 
 
-def models_in_step(state: State, engine: ModelConfig) -> tuple[Contents, Contents]:
-    """The changes of the router, the resolver and the ensembles that follow from the engine model's config.
+def _types_in_step(state: State, engine: ModelConfig) -> tuple[dict[str, Document], dict[str, Document]]:
+    """Give the resolver's lora_weights the engine's type: models' config.pbtxt to write before the engine's, and after.
 
-    Returns the files to write before the engine model's config, and those to write after it. The router and the
-    resolver get the size of the engine's cache. The resolver's lora_weights get the engine's type. Triton refuses an
-    ensemble that connects tensors of different types, so the ensembles lead to the router meanwhile. If the command is
-    stopped in between, the repository still loads, and `tritonlora init --topology resolve` completes the change.
+    Triton refuses an ensemble that connects tensors of different types, so the ensembles lead to the router meanwhile.
+    If the command is stopped in between, the repository still loads, and `tritonlora init --topology resolve` completes
+    the change.
     """
     weights, models = engine.input("lora_weights"), state.models
-    detour: dict[str, Document] = {}
-    changed: dict[str, Document] = {}
     resolver = models.present(RESOLVER) if weights else None
     now = resolver.output("lora_weights") if resolver else None
-    if weights and now and now.data_type != weights.data_type:
-        changed[RESOLVER] = declare_output(models.document(RESOLVER), "lora_weights", str(weights.data_type))
-        resolving = [name for name, config in models.configs().items() if config.leads_to(RESOLVER)]
-        target = state.repository.target
-        detour = {name: ensemble_edits.rewire_to_forward(models.document(name), target=target) for name in resolving}
-        changed |= {name: models.document(name) for name in resolving}
-    if weights and (pages := _cache_pages(state, engine)):
-        for model in (model for model in (ROUTER, RESOLVER) if models.path(model).is_file()):
-            before = changed.get(model, models.document(model))
+    if weights is None or now is None or now.data_type == weights.data_type:
+        return {}, {}
+    resolving = {name: models.document(name) for name, config in models.configs().items() if config.leads_to(RESOLVER)}
+    target = state.repository.target
+    detour = {name: ensemble_edits.rewire_to_forward(one, target=target) for name, one in resolving.items()}
+    declared = declare_output(models.document(RESOLVER), "lora_weights", str(weights.data_type))
+    return detour, {RESOLVER: declared, **resolving}
+
+
+def cache_in_step(
+    models: Models, pages: int | None, documents: Mapping[str, Document] = MappingProxyType({})
+) -> Contents:
+    """The config.pbtxt of the router and of the resolver, if `pages` of the engine's cache is new to them.
+
+    `documents` are those that are written anyway. Without a known size nothing changes.
+    """
+    changed: dict[str, Document] = {}
+    for model in (ROUTER, RESOLVER) if pages else ():
+        if models.path(model).is_file():
+            before = documents.get(model) or models.document(model)
             after = model_configs.set_parameters(before, {"cache_pages": str(pages)})
             changed |= {model: after} if after is not before else {}
-    return _contents(models, detour), _contents(models, changed)
-
-
-def _cache_pages(state: State, engine: ModelConfig) -> int | None:
-    """The pages of the engine's cache; None when they are not known. `check` reports the problems of an engine."""
-    try:
-        return host_pages(state.profile, engine.parameters) if state.profile else None
-    except TritonLoraError:
-        return None
+    return _contents(models, changed)
 
 
 def _contents(models: Models, documents: Mapping[str, Document]) -> Contents:

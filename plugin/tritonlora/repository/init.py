@@ -16,8 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import tritonlora
-from tritonlora.engine.cache_plan import host_pages
-from tritonlora.errors import ConfigError, RepositoryError, TritonLoraError, one_message
+from tritonlora.errors import ConfigError, RepositoryError, one_message
 from tritonlora.files import (
     delete,
     locked,
@@ -41,6 +40,7 @@ from tritonlora.repository.paths import (
     RESOLVER,
     ROUTER,
     SERVING,
+    cache_pages,
     dead_links,
     half_written,
     read_text,
@@ -182,12 +182,8 @@ def _topology_of(models: Models) -> str | None:
 
 def _cache_parameters(models: Models, target: str, engine_config: ModelConfig) -> dict[str, str]:
     """The parameter cache_pages of the router and the resolver, if the size of the engine's cache is known."""
-    kind = target_of(engine_config)
-    try:
-        profile = kind.profile(engine_config, models.path(target).parent) if kind.WIRE.sends_weights else None
-        pages = host_pages(profile, engine_config.parameters) if profile else None
-    except TritonLoraError:  # `check` reports the problems of the engine
-        return {}
+    directory = models.path(target).parent
+    pages = cache_pages(engine_config, lambda: target_of(engine_config).profile(engine_config, directory))
     return {"cache_pages": str(pages)} if pages else {}
 
 

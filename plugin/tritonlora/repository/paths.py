@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tritonlora.engine.cache_plan import CachePlan, Entry, plan_cache
+from tritonlora.engine.cache_plan import CachePlan, Entry, host_pages, plan_cache
 from tritonlora.engine.cpu_engine_settings import is_cpu_engine
 from tritonlora.engine.profile import EngineProfile
-from tritonlora.errors import AdapterTableError, ConfigError, RepositoryError
+from tritonlora.errors import AdapterTableError, ConfigError, RepositoryError, TritonLoraError
 from tritonlora.files import TEMPORARY_SUFFIX, is_abandoned
 from tritonlora.pbtxt.model_config import ModelConfig, parse_config
 from tritonlora.repository import warmup
@@ -150,6 +151,18 @@ def read_table(repository: Repository) -> AdapterTable:
 def engine_profile(repository: Repository, config: ModelConfig) -> EngineProfile | None:
     """What the target's engine accepts; None when the engine's config.json is not on this machine."""
     return target_of(config).profile(config, repository.target_directory)
+
+
+def cache_pages(config: ModelConfig, profile: Callable[[], EngineProfile | None]) -> int | None:
+    """The pages of the engine's LoRA cache; None when they are not known, or the target keeps adapters by itself.
+
+    `profile` reads the engine's profile. `check` reports the problems of an engine that cannot be read.
+    """
+    try:
+        found = profile() if target_of(config).WIRE.sends_weights else None
+        return host_pages(found, config.parameters) if found else None
+    except TritonLoraError:
+        return None
 
 
 def has_gpu_cache(config: ModelConfig) -> bool:

@@ -20,6 +20,7 @@ import itertools
 import secrets
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -46,7 +47,7 @@ class Engine:
         files: AdapterFiles,
         *,
         inputs: Collection[str],
-        outputs: Collection[str],
+        outputs: AbstractSet[str],
         decoupled: bool,
         batching: bool,
         gives: Callable[[Route], None],
@@ -56,13 +57,13 @@ class Engine:
         It raises AdapterUnavailable when the id is bound to other content.
         """
         self.wire = wire
+        self.gives = gives
         self.decoupled = decoupled
         self.batching = batching
         self.stop = wire.stop if wire.stop in inputs else ""
         self._target = target
         self._files = files
-        self._outputs = frozenset(outputs)
-        self._gives = gives
+        self._outputs = outputs
         self._own_ids = itertools.count(secrets.randbits(62))
         self._kept = new_kept_weights()
         # A thread of the stub drops its reference to a stream. If that is the last reference, the thread waits for the
@@ -71,7 +72,7 @@ class Engine:
         self._naming_tensors: dict[int, list[pb_utils.Tensor]] = {}  # by lora_task_id
 
     def request(
-        self, request: pb_utils.InferenceRequest, parameters: dict[str, Any], wanted: Collection[str], silence: Silence
+        self, request: pb_utils.InferenceRequest, parameters: dict[str, Any], wanted: AbstractSet[str], silence: Silence
     ) -> Callable[[Sequence[pb_utils.Tensor], Route | None], Outgoing]:
         """A function (tensors, adapter) -> the request to the engine for those rows of a client's request.
 
@@ -85,7 +86,7 @@ class Engine:
             make = functools.partial(
                 pb_utils.InferenceRequest,
                 model_name=self._target,
-                requested_output_names=sorted(self._outputs & {*wanted}),
+                requested_output_names=sorted(self._outputs & wanted),
                 request_id=request.request_id() or own_id,
                 correlation_id=request.correlation_id(),
                 timeout=request.timeout(),
@@ -113,10 +114,6 @@ class Engine:
         weights, config = kept.tensor(self._files.weights(route)), self._files.config(route)
         self.gives(route)
         return [weights, pb_utils.Tensor("lora_config", config)], kept.sent
-
-    def gives(self, route: Route) -> None:
-        """Bind the adapter's lora_task_id to its content, which the engine is about to get."""
-        self._gives(route)
 
     def responses(self, request: pb_utils.InferenceRequest) -> Responses:
         """Send a request and return the engine's responses. Read all of them: Triton hangs on an abandoned request."""

@@ -24,7 +24,7 @@ from .errors import InvalidRequest
 from .stream_state import SequenceState, WholeTexts
 
 OWN_OUTPUTS = {"previous_ids", "all_outputs", "text_diff"}
-TOKENS = ("output_ids", "sequence_length")
+_TOKENS = ("output_ids", "sequence_length")
 _NO_TOKENS = (np.zeros((1, 1, 0), np.int32), np.zeros((1, 1), np.int32))
 # Outputs that tell which row and sequence the tokens belong to, and how likely they were. The response that ends a
 # sequence repeats them.
@@ -97,11 +97,10 @@ class RowOutputs(Generic[T]):
         if self._row is not None:  # the engine got a batch of one row
             tensors = [tensor for tensor in tensors if tensor.name() != "batch_index"]
             tensors.append(self._make("batch_index", np.array([[self._row]], np.int32)))
-        by_name = {tensor.name(): tensor for tensor in tensors}
         if self._wanted.previous_ids:
-            tensors = [*tensors, *self._previous_ids(by_name)]
+            tensors = [*tensors, *self._previous_ids({tensor.name(): tensor for tensor in tensors})]
         if self._wanted.text_diff:
-            texts = by_name["text_output"].as_numpy()
+            texts = next(tensor for tensor in tensors if tensor.name() == "text_output").as_numpy()
             new = np.array(self._texts.new(texts.reshape(-1).tolist()), np.object_)
             tensors = [*tensors, self._make("text_diff", new.reshape(texts.shape))]
         return self._wanted_of(tensors)
@@ -112,7 +111,7 @@ class RowOutputs(Generic[T]):
         The detokeniser may have held back a character that is not complete.
         """
         for _, sequence in sorted(self._sequences.items()):
-            tensors = [self._make(name, array) for name, array in zip(TOKENS, _NO_TOKENS, strict=True)]
+            tensors = [self._make(name, array) for name, array in zip(_TOKENS, _NO_TOKENS, strict=True)]
             previous_ids = self._make("previous_ids", sequence.previous_ids.ids())
             yield self._wanted_of([*tensors, *sequence.repeated, previous_ids])
 
@@ -121,7 +120,7 @@ class RowOutputs(Generic[T]):
 
         With previous_ids and no new tokens, a response would mean the end of a sequence. `of_end` sends that response.
         """
-        output_ids, sequence_length = (tensors[name].as_numpy() for name in TOKENS)
+        output_ids, sequence_length = (tensors[name].as_numpy() for name in _TOKENS)
         if max(self._beam_width, output_ids.shape[1]) > 1:
             return []
         index = 0
