@@ -31,6 +31,8 @@ TRANSLATES = (
     "resolver_model.py",
     "listing_model.py",
     "own_requests.py",
+    "publishing.py",
+    "resolver_client.py",
     "text_models.py",
     "triton.py",
 )

@@ -287,11 +287,6 @@ PLANTED: dict[str, tuple[Callable[[Repository], object], str, str]] = {
         "lora_router/config.pbtxt: it has 63 instances, which forward one request each at a time, and the engine takes "
         "64: further requests of ensemble wait",
     ),
-    "the router believes in another cache": (
-        lambda opened: edit(opened.root / "lora_router" / "config.pbtxt", *map(CACHE_PAGES.format, (100, 7))),
-        "warning",
-        "lora_router/config.pbtxt: cache_pages is 7, and the engine's cache has 100",
-    ),
     "the resolver believes in another cache": (
         lambda opened: _resolve(opened, *map(CACHE_PAGES.format, (100, 7))),
         "warning",

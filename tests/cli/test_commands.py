@@ -400,7 +400,7 @@ def test_plan_says_whether_all_fit_and_sets_what_it_recommends(capsys: pytest.Ca
     assert "\nlora_cache_max_adapter_size = 8 stays; the least host cache the engine loads with: " in out
 
     assert json.loads(run(capsys, "plan", "--repo", repo, "--apply", "--json")[1])["applied"]
-    pages = paths.read_config(repo / "lora_router" / "config.pbtxt").parameters["cache_pages"]
+    pages = paths.read_config(repo / "lora_resolver" / "config.pbtxt").parameters["cache_pages"]
     assert f"\nall adapters fit: 2 of {pages} pages" in run(capsys, "plan", "--repo", repo)[1]
 
 

@@ -43,7 +43,7 @@ def contents(root: Path) -> dict[str, str]:
     }
 
 
-OURS = {"forward": ("lora_router", "lora_adapters"), "resolve": ("lora_router", "lora_adapters", "lora_resolver")}
+OURS = ("lora_router", "lora_adapters", "lora_resolver")
 STEPS = {
     "forward": ["preprocessing", "lora_router", "postprocessing"],
     "resolve": ["preprocessing", "tensorrt_llm", "postprocessing", "lora_resolver"],
@@ -70,8 +70,8 @@ def test_init_puts_its_models_between_the_ensemble_and_the_engine(
     assert engine.max_batch_size == router.max_batch_size
     assert engine.model_transaction_policy.decoupled == router.model_transaction_policy.decoupled
     changed = {name for name in after if before.get(name) != after[name]}
-    assert {"ensemble/config.pbtxt"} == {name for name in changed if not name.startswith(OURS[topology])}
-    for model in OURS[topology]:
+    assert {"ensemble/config.pbtxt"} == {name for name in changed if not name.startswith(OURS)}
+    for model in OURS:
         assert code_of(model).keys() <= changed
 
 
@@ -101,13 +101,13 @@ def test_init_keeps_what_somebody_has_tuned(tmp_path: Path) -> None:
     root = upstream_repository(tmp_path / "repo", "v0.18.0")
     init.init(root)
     config = root / "lora_router" / "config.pbtxt"
-    tuned = with_parameter(config, "load_timeout_seconds", "7")
+    tuned = with_parameter(config, "stall_timeout_seconds", "7")
     config.write_text(tuned.replace("count: 4", "count: 5"))
     (root / "lora_router" / "adapters.json").write_text("mine")
     init.init(root)
 
     found = parse_config(config.read_text())
-    assert ("7", 5) == (found.parameters["load_timeout_seconds"], found.instance_count)
+    assert ("7", 5) == (found.parameters["stall_timeout_seconds"], found.instance_count)
     assert "mine" == (root / "lora_router" / "adapters.json").read_text()
 
 
@@ -329,7 +329,7 @@ def test_init_leads_the_ensemble_past_the_router_when_asked_to(tmp_path: Path, v
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_the_topology_can_be_changed_there_and_back(tmp_path: Path, version: str) -> None:
-    """The resolver comes and goes with it."""
+    """The models stay: the router asks the resolver, and the resolver reads the router's table."""
     root = upstream_repository(tmp_path / "repo", version)
     init.init(root, topology="forward")
     forward = contents(root)
@@ -341,8 +341,7 @@ def test_the_topology_can_be_changed_there_and_back(tmp_path: Path, version: str
     after = contents(root)
 
     assert planned == done
-    assert not (root / "lora_resolver").exists()
-    assert {"changed", "removed"} == {change.kind for change in done}
+    assert {"changed"} == {change.kind for change in done}
     written = "lora_router/1/originals/written.json"
     assert {"ensemble/config.pbtxt", written} >= {name for name in after if after[name] != forward.get(name)}
     assert protobuf(forward["ensemble/config.pbtxt"]) == protobuf(after["ensemble/config.pbtxt"])
@@ -395,13 +394,13 @@ def configs(files: dict[str, str]) -> dict[str, str]:
 
 
 def test_init_keeps_what_somebody_has_tuned_in_the_resolver(tmp_path: Path) -> None:
-    """And tells it what the router knows of the cache."""
+    """And asks for the size of the cache where it is not known."""
     root = upstream_repository(tmp_path / "repo", "v0.18.0")
     init.init(root, topology="resolve")
     assert any("run tritonlora plan --apply" in note for note in init.notes(root))
     for model, key, value in (
         ("lora_resolver", "cache_full_timeout_seconds", "7"),
-        ("lora_router", "cache_pages", "12"),
+        ("lora_resolver", "cache_pages", "12"),
     ):
         config = root / model / "config.pbtxt"
         config.write_text(with_parameter(config, key, value))
@@ -420,6 +419,15 @@ def test_the_resolve_topology_is_refused_where_it_cannot_be(tmp_path: Path) -> N
     with pytest.raises(RepositoryError, match="the resolve topology needs an ensemble with a step for 'tensorrt_llm'"):
         init.init(root, topology="resolve")
     assert before == contents(root)
+
+    optional = upstream_repository(tmp_path / "optional", "v0.18.0")
+    engine = optional / "tensorrt_llm" / "config.pbtxt"
+    declared = 'name: "request_output_len"'
+    engine.write_text(engine.read_text().replace(declared, f"{declared} optional: true"))
+    init.init(optional)
+    assert "forward" == init.topology_of(optional)
+    with pytest.raises(RepositoryError, match="the input request_output_len, which must not be optional"):
+        init.init(optional, topology="resolve")
 
     llm_api = llm_api_repository(tmp_path / "llm", tmp_path)
     init.init(llm_api)

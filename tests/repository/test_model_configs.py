@@ -31,7 +31,6 @@ output [ { name: "output_ids" data_type: TYPE_INT32 dims: [ -1, -1 ] } ]
 
 
 NEEDS = "'engine' needs a max_batch_size above 0, and the input request_output_len, which must not be optional"
-OPTIONAL_LENGTH = '{ name: "request_output_len" data_type: TYPE_INT32 dims: [ 1 ] optional: true }'
 
 
 def as_on_the_wire(tensor: Any) -> Any:
@@ -72,11 +71,9 @@ def test_router_config_carries_its_parameters() -> None:
     assert [3] == [group.count for group in router.instance_group]
     assert {
         "target": "engine",
-        "cache_full_timeout_seconds": "30",
-        "load_timeout_seconds": "120",
+        "resolver": "lora_resolver",
         "first_answer_timeout_seconds": "3600",
         "stall_timeout_seconds": "300",
-        "cache_pages": "0",
         "FORCE_CPU_ONLY_INPUT_TENSORS": "yes",
     } == {key: value.string_value for key, value in router.parameters.items()}
 
@@ -130,18 +127,9 @@ def test_router_config_refuses_a_target_that_routes_by_name_itself() -> None:
     ("text", "message"),
     [
         ('name: "x" max_batch_size: 4', "'x' declares no input 'lora_task_id', 'lora_weights', 'lora_config'"),
-        (TARGET, "'engine' needs a max_batch_size above 0, and the input request_output_len"),
-        (
-            TARGET.replace("size: 0", "size: 4"),
-            "'engine' needs a max_batch_size above 0, and the input request_output_len",
-        ),
-        (
-            TARGET.replace("size: 0", "size: 4").replace("input [", f"input [ {OPTIONAL_LENGTH},"),
-            "the input request_output_len, which must not be optional",
-        ),
         (TARGET.replace("size: 0", "size: ${size}"), "the config of 'engine' is not complete"),
     ],
-    ids=["no LoRA", "no batches", "no request_output_len", "optional request_output_len", "a template"],
+    ids=["no LoRA", "a template"],
 )
 def test_resolver_config_needs_a_target_that_it_can_stand_before(text: str, message: str) -> None:
     """The reason is named."""

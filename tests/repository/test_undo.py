@@ -154,15 +154,15 @@ def test_an_adapter_that_is_added_while_init_is_at_work_is_undone(root: Path, mo
     adapter = synthetic_adapter(root.parent / "adapter")
     opened = paths.open_repository(root)
     adding = threading.Thread(target=add.add, args=(opened, "pirate", adapter, add.Options(dtype="bfloat16")))
-    record = undo.record
+    write = undo.write
 
     def add_meanwhile(*arguments: Any) -> None:
         if not adding.ident:
             adding.start()
             adding.join(0.5)  # it waits, if it can
-        record(*arguments)
+        write(*arguments)
 
-    monkeypatch.setattr("tritonlora.repository.undo.record", add_meanwhile)
+    monkeypatch.setattr("tritonlora.repository.undo.write", add_meanwhile)
     init.init(root, topology="resolve")
     adding.join()
     assert ["pirate"] == list(paths.read_table(opened).entries)

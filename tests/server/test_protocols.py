@@ -246,6 +246,6 @@ def test_a_request_that_has_waited_too_long_is_unavailable(servers: Servers, dec
     asked = answering_ways(decoupled)
     with full_cache(server, "pirate"), ThreadPoolExecutor(STREAMS - 1) as pool:
         answers = list(pool.map(lambda way: way.ask(server, asked_for("haiku")), asked))
-    reason = f"LoRA adapter 'haiku' does not fit beside the adapters in use; tried for {FULL_SECONDS} s"
+    reason = f"LoRA adapter 'haiku': it does not fit beside the adapters in use; waited {FULL_SECONDS} s; ask again"
 
     assert [way.refusal("UNAVAILABLE", reason) for way in asked] == answers

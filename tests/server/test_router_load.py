@@ -96,19 +96,27 @@ def test_clients_that_leave_do_not_disturb_the_others(server: Server) -> None:
     assert ["" if number % 6 == 5 else expected(name) for number, name in enumerate(names)] == answers
 
 
-def test_weights_that_were_sent_are_only_in_shared_memory(tmp_path: Path, launch: Launch) -> None:
-    """Of a large adapter: in each instance, memory of its own would be as much again."""
+def test_weights_that_were_sent_are_only_in_the_resolver_s_shared_memory(tmp_path: Path, launch: Launch) -> None:
+    """Of a large adapter: memory of its own would be as much again, and in each instance of the router, many times."""
     opened = scratch.large_adapters(tmp_path / "repo", layers=4)
     server = launch(opened.root)
     nbytes = read_table(opened).entries["n1"].lora_weights_nbytes
     for number in range(2 * scratch.FEW_STREAMS * scratch.LARGE_ADAPTERS):
         name = f"n{1 + number % scratch.LARGE_ADAPTERS}"
         "".join(client.generate("x", lora_name=name, max_tokens=TOKENS, url=server.http_url))
-    router = [Path(f"/proc/{pid}/status").read_text().splitlines() for pid in processes_of(server.pid)[ROUTER]]
-    sizes = [{line.split(":")[0]: line.split()[1:2] for line in lines} for lines in router]
+    processes = processes_of(server.pid)
+    router, [resolver] = ([memory_of(pid) for pid in processes[model]] for model in (ROUTER, "lora_resolver"))
 
-    assert scratch.FEW_STREAMS == len(sizes)
-    for size in sizes:
-        own, shared = (int(size[field][0]) * 1024 for field in ("RssAnon", "RssShmem"))
-        assert shared > 0.9 * nbytes
-        assert own < nbytes
+    assert scratch.FEW_STREAMS == len(router)
+    assert max(own + shared for own, shared in router) < nbytes
+    own, shared = resolver
+    assert 0.9 * nbytes < shared < 2.1 * nbytes
+    assert own < nbytes
+
+
+def memory_of(pid: int) -> tuple[int, int]:
+    """Bytes of a process: its own, and shared ones."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    size = {line.split(":")[0]: line.split()[1:2] for line in lines}
+    own, shared = (int(size[field][0]) * 1024 for field in ("RssAnon", "RssShmem"))
+    return own, shared

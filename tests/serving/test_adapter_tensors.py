@@ -7,7 +7,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import shutil
 from pathlib import Path
 from time import time
 from typing import Any
@@ -34,13 +33,7 @@ REGISTERED = Route(
 @pytest.fixture
 def files(tmp_path: Path) -> AdapterFiles:
     """Those of a repository in `tmp_path`."""
-    (tmp_path / "digests").mkdir()
-    return opened(tmp_path)
-
-
-def opened(root: Path) -> AdapterFiles:
-    """Those of a repository, whose digests are kept in it, too."""
-    return AdapterFiles(root, os.open(root / "digests", os.O_RDONLY))
+    return AdapterFiles(tmp_path)
 
 
 def _write_tensors(root: Path, weights: bytes = WEIGHTS, config: bytes = CONFIG) -> None:
@@ -92,7 +85,7 @@ def test_no_file_stays_open(files: AdapterFiles, tmp_path: Path) -> None:
     _read(files)
 
     held = {os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()}
-    assert {str(tmp_path / "digests")} == {path for path in held if path.startswith(str(tmp_path))}
+    assert [] == [path for path in held if path.startswith(str(tmp_path))]
     assert str(tmp_path) not in Path("/proc/self/maps").read_text()
 
 
@@ -224,15 +217,19 @@ def test_files_that_the_engine_reads_by_itself_have_their_own_size(tmp_path: Pat
         check_files(tmp_path, route)
 
 
-@pytest.mark.parametrize("of", ["this process", "another"])
-def test_a_file_is_digested_once(of: str, files: AdapterFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_digested_once(files: AdapterFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An adapter that is sent again costs no more than its bytes: what is looked at is whether the file is the same."""
     monkeypatch.setattr("tritonlora.serving.file_version.time.time", lambda: time() + 1)
     _write_tensors(tmp_path)
     _read(files)
+    entry = REGISTERED.entry
+    files.forget_all_but({entry.lora_weights_file, entry.lora_config_file})
     monkeypatch.delattr("tritonlora.serving.adapter_tensors.hashlib.sha256")
 
-    _read(files if of == "this process" else opened(tmp_path))
+    _read(files)
+    files.forget_all_but({entry.lora_config_file})
+    with pytest.raises(AttributeError):
+        _read(files)
 
 
 def test_an_altered_file_with_the_times_of_the_one_before_is_seen(
@@ -257,17 +254,6 @@ def test_the_digest_of_a_file_that_has_just_changed_is_not_kept(
     """It may change again within a tick of the clock, and look as it did."""
     monkeypatch.setattr("tritonlora.serving.adapter_tensors.version_of", lambda _: ("a clock that stands still",))
     _write_tensors(tmp_path)
-    _read(files)
-    _write_tensors(tmp_path, WEIGHTS[::-1])
-
-    with pytest.raises(AdapterUnavailable, match="was altered on the server"):
-        _read(files)
-
-
-def test_lost_digests_are_computed_again(files: AdapterFiles, tmp_path: Path) -> None:
-    """What the processes share is in memory, where anything may happen to it."""
-    _write_tensors(tmp_path)
-    shutil.rmtree(tmp_path / "digests")
     _read(files)
     _write_tensors(tmp_path, WEIGHTS[::-1])
 

@@ -9,7 +9,7 @@ import random
 
 import pytest
 
-from tritonlora.serving.admission import Admission, Ticket
+from tritonlora.serving.admission import Admission, Load, Ticket
 from tritonlora.serving.engine_cache import EngineCache
 from virtual_time import Clients, Engine, Outcome, Resolver, World, run
 
@@ -112,7 +112,7 @@ def test_200_adapters_over_8_pages(pace: float, is_cyclic: bool) -> None:
     assert {"ok"} == outcome.responses.keys()
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(60))
 def test_no_request_is_refused_whatever_the_engine_and_the_clients_are(seed: int) -> None:
     """Random sizes, paces that change, engines with a queue, weights that take their time, clients who come and go."""
     chance = random.Random(seed)  # noqa: S311
@@ -122,7 +122,8 @@ def test_no_request_is_refused_whatever_the_engine_and_the_clients_are(seed: int
     engine = Engine(
         world, pages, lambda now: paces[int(now) % 20] if chance.random() < 0.9 else 0.05, chance.choice([8, 64, 512])
     )
-    resolver = Resolver(world, engine, pages, {}, sending=chance.choice([0, 0.001, 0.1]), patience=math.inf)
+    sending, routed = chance.choice([0, 0.001, 0.1]), chance.choice([0, 0, 0.5, 1])
+    resolver = Resolver(world, engine, pages, {}, sending=sending, patience=math.inf, routed=routed)
     clients = Clients(
         adapters=chance.randint(1, 120),
         streams=streams,
@@ -150,6 +151,50 @@ def test_an_engine_that_is_loaded_again_is_found_out_within_two_seconds(pages: i
     assert outcome.errors_at
     assert max(outcome.errors_at) < 15.3 + 2
     assert resolver.counts["unexpected miss"] <= 1
+
+
+def test_the_router_s_clients_see_nothing_of_an_engine_that_was_loaded_again_before_they_asked() -> None:
+    """Nor of somebody else who evicts their adapters: the router asks again."""
+    world = World()
+    engine = Engine(world, 8, lambda _: PACE)
+    resolver = Resolver(world, engine, 8, {}, routed=1)
+    clients = Clients(adapters=8, streams=8, tokens=4, think=1)
+    for number in range(20):
+        world.after(1 + number, engine.submit, 1000 + number, 1, True, lambda *_: None)
+    outcome = run(world, resolver.ask, clients, 30)
+
+    assert {"ok"} == outcome.responses.keys()
+    assert resolver.counts["lost"] > 3
+
+
+def test_the_router_s_requests_go_by_id_where_the_size_of_the_cache_is_not_known() -> None:
+    """Each adapter is loaded once, if all fit. Where they do not, a miss brings it back."""
+    for pages, most_loads in ((64, 40), (8, math.inf)):
+        world = World()
+        engine = Engine(world, pages, lambda _: PACE)
+        resolver = Resolver(world, engine, 0, {}, routed=1)
+        outcome = run(world, resolver.ask, Clients(adapters=30, streams=6, tokens=8), 30)
+
+        assert {"ok"} == outcome.responses.keys()
+        assert resolver.counts["load ok"] <= most_loads
+
+
+def test_a_request_whose_router_has_ended_is_bounded_like_an_ensemble_s() -> None:
+    """The engine may still work on it."""
+    cache = EngineCache(1, {}, 0.0)
+    admission = Admission(cache, 0.0)
+    ticket = Ticket({1: 1}, 4, 0.0, 30, takes_weights=False, is_routers=True)
+    assert not admission.ask(ticket, 0.0)
+    load = admission.step(0.0)
+    assert isinstance(load, Load)
+    admission.loaded(load, 0.0, 0.1)
+    admission.sent(ticket, 0.1)
+    admission.left_behind(ticket, 0.2)
+    assert [1] == cache.in_use
+    for number in range(20):
+        admission.responded(1.0 + number, 1.1 + number)
+
+    assert [] == cache.in_use
 
 
 def test_an_engine_that_was_loaded_again_while_nobody_asked_refuses_nobody() -> None:

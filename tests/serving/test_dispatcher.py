@@ -122,6 +122,26 @@ def test_a_held_adapter_goes_by_id_and_another_takes_its_weights_along(start: Ca
     assert ["by id", "with weights"] == [held.get(), new.get()]
 
 
+def test_the_router_may_tell_the_end_of_a_request_as_soon_as_it_is_passed_on(start: Callable[..., Dispatcher]) -> None:
+    """Before the thread that passed it on goes on. The adapter is not in use then, and is still believed."""
+    dispatcher = start(warm=(1,))
+    of_router = Ticket({1: 1}, 4, time.monotonic(), WAIT_SECONDS, takes_weights=False, is_routers=True)
+    answers = Answers(meanwhile=lambda: dispatcher.end(of_router, had_it=True))
+    dispatcher.ask(of_router, answers)
+
+    assert "by id" == answers.get()
+    assert ([], {1: True}, []) == (dispatcher.in_use(), dispatcher.states(), dispatcher.waiting())
+
+
+def test_a_request_of_the_router_s_that_cannot_be_passed_on_uses_nothing(start: Callable[..., Dispatcher]) -> None:
+    dispatcher, answers = start(warm=(1,)), Answers()
+    answers.pass_on = lambda **_: 1 // 0  # type: ignore[assignment, method-assign]
+    dispatcher.ask(Ticket({1: 1}, 4, time.monotonic(), WAIT_SECONDS, is_routers=True), answers)
+
+    assert isinstance(answers.get(), ZeroDivisionError)
+    assert [] == dispatcher.in_use()
+
+
 def test_who_takes_no_weights_along_waits_for_the_load(start: Callable[..., Dispatcher], engine: Engine) -> None:
     dispatcher, answers = start(), [Answers(), Answers()]
     for one in answers:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import fake_pb_utils
-from fake_pb_utils import Client, InferenceRequest, InferenceResponse, Tensor, TritonError, load_model
+from fake_pb_utils import Client, InferenceRequest, InferenceResponse, Tensor, TritonError, import_model
 
 TEXT_MODELS = "tritonlora.serving.text_models"
 FINAL = fake_pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
@@ -111,14 +111,14 @@ def arguments(**parameters: str) -> dict[str, str]:
 
 def test_text_model_says_that_it_has_no_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers in bytes where words were meant would be hard to explain otherwise."""
-    load_model(monkeypatch, TEXT_MODELS).Preprocessing().initialize(arguments())
+    import_model(monkeypatch, TEXT_MODELS).Preprocessing().initialize(arguments())
 
     assert [("warn", "text: no tokenizer_dir is set, so each UTF-8 byte is a token")] == fake_pb_utils.LOG
 
 
 def test_text_model_with_bad_parameters_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
     """The server prints the exception's text."""
-    model = load_model(monkeypatch, TEXT_MODELS).Postprocessing()
+    model = import_model(monkeypatch, TEXT_MODELS).Postprocessing()
 
     with pytest.raises(
         fake_pb_utils.TritonModelException, match="skip_special_tokens must be 'true' or 'false', got '7'"
@@ -129,7 +129,7 @@ def test_text_model_with_bad_parameters_does_not_load(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("name", ["preprocessing", "postprocessing"])
 def test_text_model_keeps_its_tracebacks_to_the_log(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """A request that breaks it is answered with INTERNAL, and those beside it with what they asked for."""
-    model = getattr(load_model(monkeypatch, TEXT_MODELS), name.capitalize())()
+    model = getattr(import_model(monkeypatch, TEXT_MODELS), name.capitalize())()
     model.initialize(arguments())
     one = np.array([[1]], np.int32)
     inputs: dict[str, dict[str, Any]] = {
@@ -157,7 +157,7 @@ def test_an_error_of_the_engine_in_mid_stream_ends_it_apart(monkeypatch: pytest.
         def receive(self, response: InferenceResponse | None, *, final: bool) -> None:
             received.append((None if response is None else response.has_error(), final))
 
-    module = load_model(monkeypatch, "tritonlora.cpu_engine.triton_model")
+    module = import_model(monkeypatch, "tritonlora.cpu_engine.triton_model")
     for pieces in (0, 1):
         row = module.RowAnswers(module.Reply(Watched().request()), 0, 1)
         for _ in range(pieces):

@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,39 +11,33 @@ import pytest
 
 from table import TABLE, entry
 from tritonlora.serving.adapter_table import AdapterTable, Problem, with_adapter, with_alias
-from tritonlora.serving.listing import describe
-from tritonlora.serving.residency import Residency, open_residency
-from tritonlora.serving.routing import content_of
+from tritonlora.serving.bindings import content_of
+from tritonlora.serving.listing import Engine, describe
+
+NOTHING = Engine({}, {})
 
 
-@pytest.fixture
-def residency(tmp_path: Path) -> Iterator[Residency]:
-    """Of instances that have just begun."""
-    with closing(open_residency(tmp_path / "shared", {})) as residency:
-        yield residency
-
-
-def test_an_adapter_is_listed_with_its_aliases(tmp_path: Path, residency: Residency) -> None:
+def test_an_adapter_is_listed_with_its_aliases(tmp_path: Path) -> None:
     """An alias has no line of its own: it is the same adapter."""
     table = with_alias(with_alias(TABLE, "prod", "pirate"), "canary", "pirate")
-    found = describe(table, tmp_path, residency)
+    found = describe(table, tmp_path, NOTHING)
 
     assert {"pirate": ["canary", "prod"], "haiku": []} == {name: about["aliases"] for name, about in found.items()}
 
 
-def test_a_malformed_entry_is_listed_with_the_reason(tmp_path: Path, residency: Residency) -> None:
+def test_a_malformed_entry_is_listed_with_the_reason(tmp_path: Path) -> None:
     """And without what was got, which may be a path."""
     table = replace(TABLE, unavailable={"broken": (Problem("'dtype' must be one of …", "'/etc'"),)})
-    about = describe(table, tmp_path, residency)["broken"]
+    about = describe(table, tmp_path, NOTHING)["broken"]
 
     assert "unavailable" == about["state"]
     assert about["reason"].endswith("is malformed: 'dtype' must be one of …")
 
 
 @pytest.mark.parametrize("name", ["meta-llama/Llama-3.1-8B", "google/gemma_2", "a/b", "01-ai/Yi-34B"])
-def test_a_base_model_is_listed_by_its_name_on_the_hub(tmp_path: Path, residency: Residency, name: str) -> None:
+def test_a_base_model_is_listed_by_its_name_on_the_hub(tmp_path: Path, name: str) -> None:
     """As PEFT noted it."""
-    assert name == listed_base(tmp_path, residency, name)
+    assert name == listed_base(tmp_path, name)
 
 
 @pytest.mark.parametrize(
@@ -57,26 +49,26 @@ def test_a_base_model_is_listed_by_its_name_on_the_hub(tmp_path: Path, residency
         "models--meta-llama--Llama-3/snapshots", "x" * 97 + "/y", "a/-b", "$HOME/llama", "base", "a/é",
     ],
 )  # fmt: skip
-def test_no_path_of_a_base_model_is_listed(tmp_path: Path, residency: Residency, path: str) -> None:
+def test_no_path_of_a_base_model_is_listed(tmp_path: Path, path: str) -> None:
     """Nor anything else that may be one."""
-    assert listed_base(tmp_path, residency, path) is None
+    assert listed_base(tmp_path, path) is None
 
 
 def test_a_path_that_looks_like_a_name_is_not_listed_where_it_leads_somewhere(
-    tmp_path: Path, residency: Residency, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From where the server was started."""
     (tmp_path / "models" / "llama").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
 
-    assert listed_base(tmp_path, residency, "models/llama") is None
-    assert "models/mistral" == listed_base(tmp_path, residency, "models/mistral")
+    assert listed_base(tmp_path, "models/llama") is None
+    assert "models/mistral" == listed_base(tmp_path, "models/mistral")
 
 
-def listed_base(root: Path, residency: Residency, noted: str) -> object:
+def listed_base(root: Path, noted: str) -> object:
     """What the listing says of an adapter whose base model PEFT noted so."""
     table = with_adapter(AdapterTable(), "pirate", entry(base_model_name_or_path=noted))
-    return describe(table, root, residency)["pirate"]["base_model_name_or_path"]
+    return describe(table, root, NOTHING)["pirate"]["base_model_name_or_path"]
 
 
 def write_files(root: Path) -> None:
@@ -91,37 +83,26 @@ def write_files(root: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("cache_pages", "states"),
+    ("states", "listed"),
     [
-        (2, {"pirate": "warm", "haiku": "loaded"}),
-        (1, {"pirate": "cold", "haiku": "loaded"}),
-        (0, {"pirate": "unknown", "haiku": "loaded"}),
+        ({1: True, 2: True}, {"pirate": "warm", "haiku": "loaded"}),
+        ({2: True}, {"pirate": "cold", "haiku": "loaded"}),
+        ({1: False, 2: True}, {"pirate": "unknown", "haiku": "loaded"}),
     ],
 )
-def test_no_more_adapters_are_listed_as_held_than_the_cache_holds(
-    tmp_path: Path, cache_pages: int, states: dict[str, str]
-) -> None:
-    """Of a cache whose size is not known, the one that was used last; what is not certain is said to be unknown."""
+def test_the_state_is_what_the_resolver_knows(tmp_path: Path, states: dict[int, bool], listed: dict[str, str]) -> None:
+    """Warm is who is loaded at the start; what is not certain is said to be unknown."""
     write_files(tmp_path)
-    with closing(open_residency(tmp_path / "shared", {1: 1}, cache_pages)) as mine:
-        mine.accepted(2, 1)
-        mine.ended()
+    found = describe(TABLE, tmp_path, Engine(states, {}))
 
-        assert states == {name: about["state"] for name, about in describe(TABLE, tmp_path, mine).items()}
+    assert listed == {name: about["state"] for name, about in found.items()}
 
 
-def test_an_adapter_whose_id_was_given_to_another_is_listed_as_unavailable(
-    tmp_path: Path, residency: Residency
-) -> None:
+def test_an_adapter_whose_id_was_given_to_another_is_listed_as_unavailable(tmp_path: Path) -> None:
     """As requests for it are refused, whatever the engine holds under its id."""
     write_files(tmp_path)
-    for name in ("haiku", "pirate"):
-        one = TABLE.entries[name]
-        residency.accepted(one.lora_task_id, 1)
-        residency.ended()
-        residency.gives(one.lora_task_id, "another" if name == "haiku" else content_of(one))
-
-    found = describe(TABLE, tmp_path, residency)
+    contents = {1: content_of(TABLE.entries["pirate"]), 2: "another"}
+    found = describe(TABLE, tmp_path, Engine({1: True, 2: True}, contents))
 
     assert {"pirate": "warm", "haiku": "unavailable"} == {name: about["state"] for name, about in found.items()}
     assert "lora_task_id 2 was given to other weights" in found["haiku"]["reason"]

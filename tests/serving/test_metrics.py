@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from tritonlora.serving import metrics
-from tritonlora.serving.counters import BASE, COLUMNS, OTHERS, Counts
+from tritonlora.serving.counters import BASE, COLUMNS, Counts
 
 
 def row(**counted: float) -> dict[str, float]:
@@ -35,7 +35,7 @@ def test_each_count_becomes_a_sample_with_its_labels() -> None:
 
 
 def test_a_counter_never_falls_and_what_is_counted_no_more_does_not_run() -> None:
-    """As when somebody removes what the router's instances share."""
+    """Whatever the counts do."""
     published: dict[metrics.Key, float] = {}
 
     def publish(counts: Counts) -> dict[tuple[str, str], float]:
@@ -53,19 +53,10 @@ def test_a_counter_never_falls_and_what_is_counted_no_more_does_not_run() -> Non
 
 
 def test_the_gateway_is_told_what_runs_and_what_waits() -> None:
-    """In the words of its protocol. The base model is no adapter, nor are all those that there was no room for, and
-    what waits does not run.
-    """
-    counts = {
-        BASE: row(running=1),
-        OTHERS: row(running=3),
-        "pirate": row(running=2),
-        "haiku": row(running=1),
-        "bard": row(OK=1),
-    }
+    """In the words of its protocol. What waits does not run."""
 
     assert {
         "max_lora": "4",
         "running_lora_adapters": "pirate",
         "waiting_lora_adapters": "haiku",
-    } == metrics.info_labels(counts, ["haiku", "haiku"], 4)
+    } == metrics.info_labels(["pirate", "haiku", "pirate"], ["haiku", "haiku"], 4)

@@ -5,22 +5,17 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
 
 import fake_pb_utils
-from fake_pb_utils import Client, InferenceRequest, InferenceResponse, Tensor, TritonError, load_model
-from repositories import synthetic_adapter, synthetic_repository
-from tritonlora.repository import add
-from tritonlora.repository.paths import Repository, read_table
-from tritonlora.serving.counters import BASE, STATISTICS, read_statistics
-from tritonlora.serving.residency import open_inside
+from fake_pb_utils import Client, InferenceRequest, InferenceResponse, Tensor, TritonError, import_model
+from scripted_resolver import ScriptedResolver
 
 OUTPUTS = ("output_ids", "sequence_length")
 TOKENS = 6
@@ -65,39 +60,27 @@ class CancellableAnswers(Answers):
         return bool(self.cancelled) or super().is_over()
 
 
-@pytest.fixture(scope="module")
-def opened(tmp_path_factory: pytest.TempPathFactory) -> Repository:
-    """One adapter."""
-    return synthetic_repository(tmp_path_factory.mktemp("model") / "repo", cold=["pirate"])
+@pytest.fixture
+def resolver() -> ScriptedResolver:
+    """It knows one adapter."""
+    return ScriptedResolver(pirate=1)
 
 
 @pytest.fixture
-def router(opened: Repository, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def router(resolver: ScriptedResolver, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """An instance that looks after its client before every answer."""
-    module = load_model(monkeypatch, "tritonlora.serving.router_model")
+    module = import_model(monkeypatch, "tritonlora.serving.router_model")
     monkeypatch.setattr(sys.modules["tritonlora.serving.reply"], "LOOK_SECONDS", 0.0)
     config = {
         "max_batch_size": 8,
         "model_transaction_policy": {"decoupled": True},
         "input": [{"name": "input_ids"}, {"name": "lora_task_id"}, {"name": "lora_name"}],
         "output": [{"name": name} for name in OUTPUTS],
-        "parameters": {
-            name: {"string_value": value}
-            for name, value in {
-                "target": "tensorrt_llm",
-                "cache_full_timeout_seconds": "30",
-                "load_timeout_seconds": "30",
-            }.items()
-        },
+        "parameters": {"target": {"string_value": "tensorrt_llm"}},
     }
+    fake_pb_utils.serve("lora_resolver", resolver)
     model = module.TritonPythonModel()
-    model.initialize(
-        {
-            "model_name": "router-without-triton",
-            "model_repository": str(opened.root / "lora_router"),
-            "model_config": json.dumps(config),
-        }
-    )
+    model.initialize({"model_config": json.dumps(config)})
     yield model
     model.finalize()
     fake_pb_utils.clear()
@@ -137,31 +120,95 @@ def test_a_stream_that_cannot_be_cancelled_is_read_to_its_end(router: Any, name:
     assert (TOKENS, True) == (answers.read, answers.ended)
 
 
-def test_the_requests_of_clients_that_stay_and_leave_are_counted_apart(router: Any) -> None:
-    """By outcome."""
-    for patience in (TOKENS + 1, 1, 2):
+def test_the_resolver_is_told_the_outcome_of_each_request(router: Any, resolver: ScriptedResolver) -> None:
+    """Of clients that stay and leave, and of requests for the base model."""
+    for patience in (TOKENS + 1, 1):
         client = Client()
         ask(router, client, "pirate", lambda request, client=client, patience=patience: Answers(client, patience))
-    counts = read_statistics(open_inside(router._residency.descriptor, STATISTICS))["pirate"]
+    ask(router, Client(), None, lambda request: Answers(Client(), TOKENS + 1))
 
-    assert (1, 2, 0) == (counts["OK"], counts["CANCELLED"], counts["running"])
+    assert [("OK", True), ("CANCELLED", True), ("OK", True)] == resolver.outcomes
 
 
-def test_a_request_that_waits_for_room_is_not_sent_when_its_client_has_left(router: Any) -> None:
-    """It leaves the line."""
-    client, sent = Client(), []
+def test_the_engine_is_asked_by_the_id_that_the_resolver_gives(router: Any) -> None:
+    """And not by name."""
+    sent: list[dict[str, Any]] = []
 
-    def full(request: InferenceRequest) -> list[InferenceResponse]:
+    def served(request: InferenceRequest) -> Answers:
+        sent.append({tensor.name(): tensor.as_numpy().tolist() for tensor in request.inputs()})
+        return Answers(Client(), TOKENS + 1)
+
+    ask(router, Client(), "pirate", served)
+    ask(router, Client(), None, served)
+
+    assert [{"input_ids": [[1]], "lora_task_id": [[1]]}, {"input_ids": [[1]]}] == sent
+
+
+def test_a_client_that_leaves_while_it_waits_is_gone_at_once(router: Any, resolver: ScriptedResolver) -> None:
+    """The resolver is told, and the engine never asked. The resolver counts what it refuses itself."""
+    client, sent = Client(), list[InferenceRequest]()
+    resolver.holds_up = True
+
+    def served(request: InferenceRequest) -> list[InferenceResponse]:
         sent.append(request)
+        return []
+
+    with ThreadPoolExecutor(1) as pool:
+        answers = pool.submit(ask, router, client, "pirate", served)
+        assert resolver.waits.wait(30)
+        client.cancelled.set()
+
+        assert [TritonError.CANCELLED] == answers.result()
+    assert (["enter", "leave"], []) == (resolver.done, sent)
+
+
+def test_a_request_whose_adapter_the_engine_lacks_is_sent_again(router: Any, resolver: ScriptedResolver) -> None:
+    """Once the resolver has had it loaded."""
+    missed = InferenceResponse(
+        error=TritonError("LoRA task 1 not found in cache. Please send LoRA weights with request")
+    )
+    streams: list[Any] = [[missed], Answers(Client(), TOKENS + 1)]
+
+    assert [1, 2, 3, 4, 5, 6] == ask(router, Client(), "pirate", lambda request: streams.pop(0))
+    assert ["enter", "lost", "end"] == resolver.done
+
+
+def test_who_has_left_is_sent_for_no_more(router: Any, resolver: ScriptedResolver) -> None:
+    """Nor is the adapter loaded for it."""
+    client = Client()
+
+    def full(_: InferenceRequest) -> list[InferenceResponse]:
         client.cancelled.set()
         return [InferenceResponse(error=TritonError("There are no done tasks to evict"))]
 
     assert [TritonError.CANCELLED] == ask(router, client, "pirate", full)
-    assert len(sent) == 1
-    assert [] == router._residency.waiting()
+    assert (["enter", "end"], [("CANCELLED", True)]) == (resolver.done, resolver.outcomes)
 
 
-def test_a_request_whose_error_cannot_be_told_is_an_error(router: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_resolver_refuses_is_the_client_s_with_its_code(router: Any, resolver: ScriptedResolver) -> None:
+    """Also in the midst of a request."""
+    resolver.on_lost = lambda: {"refused": ["the engine lost it", "UNAVAILABLE"]}
+    full = [InferenceResponse(error=TritonError("There are no done tasks to evict"))]
+
+    assert [TritonError.NOT_FOUND] == ask(router, Client(), "nobody", lambda request: [])
+    assert [TritonError.UNAVAILABLE] == ask(router, Client(), "pirate", lambda request: full)
+    assert [("UNAVAILABLE", True)] == resolver.outcomes
+
+
+def test_without_a_resolver_a_request_is_unavailable(router: Any, resolver: ScriptedResolver) -> None:
+    """Whoever it is for: the router does not know. The next one is served as ever."""
+    fake_pb_utils._MODELS.clear()
+    answers = [ask(router, Client(), name, lambda request: Answers(Client(), TOKENS + 1)) for name in ("pirate", None)]
+    fake_pb_utils.serve("lora_resolver", resolver)
+
+    assert [[TritonError.UNAVAILABLE]] * 2 == answers
+    assert "'lora_resolver', which this model asks for adapters, is not loaded" in fake_pb_utils.LOG[0][1]
+    assert [1, 2, 3, 4, 5, 6] == ask(router, Client(), "pirate", lambda request: Answers(Client(), TOKENS + 1))
+
+
+def test_a_request_whose_error_cannot_be_told_is_an_error(
+    router: Any, resolver: ScriptedResolver, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And the next one is answered as ever."""
     with monkeypatch.context() as broken:
         broken.setattr(router.execute.__globals__["Reply"], "fail", lambda *_: 1 // 0)
@@ -171,8 +218,7 @@ def test_a_request_whose_error_cannot_be_told_is_an_error(router: Any, monkeypat
         client = Client()
         assert [1, 2, TritonError.INTERNAL] == ask(router, client, None, lambda request: Failing(client))
 
-    counts = read_statistics(open_inside(router._residency.descriptor, STATISTICS))[BASE]
-    assert (0, 2) == (counts["OK"], counts["INTERNAL"])
+    assert [("INTERNAL", True)] == resolver.outcomes
     assert [TritonError.NOT_FOUND] == ask(router, Client(), "nobody", lambda request: Answers(Client(), TOKENS + 1))
 
 
@@ -242,25 +288,3 @@ def test_a_stream_has_a_state_for_each_sequence_of_each_row(router: Any) -> None
     ]
 
     assert wanted == found
-
-
-def test_no_file_of_an_adapter_stays_in_use(router: Any, opened: Repository) -> None:
-    """Of one that was removed, the space would stay taken."""
-    weights = opened.root / read_table(opened).entries["pirate"].lora_weights_file
-    ask(router, Client(), "pirate", lambda request: Answers(Client(), TOKENS + 1))
-
-    assert str(weights) not in Path("/proc/self/maps").read_text()
-    assert str(weights) not in [os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()]
-
-
-def test_weights_that_cannot_be_sent_are_given_to_no_id(router: Any, opened: Repository, tmp_path: Path) -> None:
-    """A digest that was mistyped in the table, and is put right, is no other content."""
-    add.add(opened, "mistyped", synthetic_adapter(tmp_path / "mistyped", 8))
-    text = opened.table_path.read_text()
-    digest = read_table(opened).entries["mistyped"].lora_weights_sha256
-    opened.table_path.write_text(text.replace(digest, digest[::-1]))
-    wrong = ask(router, Client(), "mistyped", lambda request: Answers(Client(), TOKENS + 1))
-    opened.table_path.write_text(text)
-
-    assert [TritonError.UNAVAILABLE] == wrong
-    assert [1, 2, 3, 4, 5, 6] == ask(router, Client(), "mistyped", lambda request: Answers(Client(), TOKENS + 1))

@@ -18,7 +18,7 @@ from tritonlora.errors import AdapterTableError, AdapterUnavailable, InvalidRequ
 from tritonlora.serving.adapter_table import AdapterTable, Problem, with_adapter, with_alias
 from tritonlora.serving.adapter_table_json import render
 from tritonlora.serving.parameters import MOST_JSON_CHARACTERS, check_parameters, parameters_of
-from tritonlora.serving.routing import Route, check_id, resolve, resolve_rows, warmed_contents
+from tritonlora.serving.routing import Route, resolve, resolve_rows
 from tritonlora.serving.table_file import TableFile
 
 PIRATE = Route("pirate", TABLE.entries["pirate"])
@@ -213,15 +213,6 @@ def test_a_table_that_is_put_right_is_the_same_for_all(tmp_path: Path, failures:
     _replace(path, render(TABLE))
 
     assert TABLE == file.table()
-
-
-def test_an_id_that_is_another_content_s_is_unavailable() -> None:
-    """Who knows is asked of both parts of the content."""
-    check_id(PIRATE, lambda *what: what == (1, f"{'a' * 64}-{'b' * 64}"))
-    with pytest.raises(AdapterUnavailable, match="'pirate': lora_task_id 1 was given to other .* tritonlora add"):
-        check_id(PIRATE, lambda *_: False)
-
-    assert {1: f"{'a' * 64}-{'b' * 64}"} == warmed_contents(TABLE)
 
 
 def test_there_must_be_a_good_table_to_begin_with(tmp_path: Path, failures: list[str]) -> None:

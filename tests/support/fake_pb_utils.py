@@ -38,6 +38,9 @@ NAMES = (
     "TritonModelException",
     "get_input_tensor_by_name",
     "get_output_tensor_by_name",
+    "is_model_ready",
+    "load_model",
+    "triton_string_to_numpy",
     "using_decoupled_model_transaction_policy",
 )
 
@@ -361,6 +364,18 @@ def get_output_tensor_by_name(inference_response: InferenceResponse, name: str) 
     return next((tensor for tensor in inference_response.output_tensors() if tensor.name() == name), None)
 
 
+def is_model_ready(model_name: str, model_version: str = "") -> bool:
+    return model_name in _MODELS and model_version in ("", "1")
+
+
+def load_model(model_name: str, config: str = "", files: dict[str, bytes] | None = None) -> None:
+    raise TritonModelException(f"failed to load '{model_name}', explicit model load / unload is not allowed")
+
+
+def triton_string_to_numpy(triton_type_string: str) -> type[Any]:
+    return {"TYPE_BOOL": np.bool_, "TYPE_INT32": np.int32, "TYPE_STRING": np.object_}[triton_type_string]
+
+
 def using_decoupled_model_transaction_policy(model_config: dict[str, Any]) -> bool:
     decoupled: bool = model_config.get("model_transaction_policy", {"decoupled": False})["decoupled"]
     return decoupled
@@ -427,7 +442,7 @@ def _log(level: str, message: str) -> None:
     LOG.append((level, message))
 
 
-def load_model(monkeypatch: pytest.MonkeyPatch, name: str) -> ModuleType:
+def import_model(monkeypatch: pytest.MonkeyPatch, name: str) -> ModuleType:
     """The module `name`, which a model runs, imported anew with this fake in the place of the real module."""
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", module())
     for importing in [name, *(known for known, one in sys.modules.items() if hasattr(one, "pb_utils"))]:

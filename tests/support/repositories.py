@@ -68,6 +68,7 @@ def synthetic_repository(
         adapter = synthetic_adapter(root.parent / f"{root.name}-adapters" / name, number)
         add.add(opened, name, adapter, add.Options(warm=number < len(tuple(warm))))
     set_cache_pages(opened, pages)
+    let_all_be_warmed(opened)
     return opened
 
 
@@ -123,8 +124,8 @@ def set_streams(opened: Repository, streams: int) -> None:
 
 
 def set_cache_full_timeout(opened: Repository, seconds: float) -> None:
-    """How long the router waits for room in the engine's cache."""
-    path = opened.root / "lora_router" / "config.pbtxt"
+    """How long a request waits for capacity in the engine's cache."""
+    path = opened.root / "lora_resolver" / "config.pbtxt"
     text = paths.read_text(path)
     assert text.count('"30"') == 1
     write_text(path, text.replace('"30"', f'"{seconds:g}"'))
@@ -142,11 +143,9 @@ def set_cache_pages(opened: Repository, pages: int) -> None:
 
 
 def forget_cache_pages(opened: Repository) -> None:
-    """Do not tell the models before the engine what its cache is, as on a machine without the engine's config.json."""
-    for model in ("lora_router", "lora_resolver"):
-        path = opened.root / model / "config.pbtxt"
-        if path.exists():
-            write_text(path, set_parameters(parse(paths.read_text(path)), {"cache_pages": "0"}).text)
+    """Do not tell the resolver how large the engine's cache is, as on a machine without the engine's config.json."""
+    path = opened.root / "lora_resolver" / "config.pbtxt"
+    write_text(path, set_parameters(parse(paths.read_text(path)), {"cache_pages": "0"}).text)
 
 
 def set_decoupled(opened: Repository, decoupled: bool) -> None:
@@ -195,11 +194,9 @@ def resolving(
     root: Path, warm: Iterable[str], cold: Iterable[str], *, pages: int, decoupled: bool = True
 ) -> Repository:
     """A synthetic repository whose ensembles lead past the router."""
-    opened = synthetic_repository(
+    return synthetic_repository(
         root, warm=warm, cold=cold, pages=pages, decoupled=decoupled, streams=1, topology="resolve"
     )
-    let_all_be_warmed(opened)
-    return opened
 
 
 def written_by_0_1_0(directory: Path, when: str) -> Path:

@@ -134,12 +134,18 @@ class Resolver:
         *,
         sending: float = 0.0,
         patience: float = 30,
+        routed: float = 0.0,
     ) -> None:
-        """`sending`: the seconds that weights take on their way. `patience`: the seconds that a request may wait."""
+        """`sending`: the seconds that weights take on their way. `patience`: the seconds that a request may wait.
+
+        `routed`: the share of requests that come from the router, which tells their ends and asks again after a miss.
+        """
         self._world = world
         self._engine = engine
         self._sending = sending
         self._patience = patience
+        self._routed = routed
+        self._chance = random.Random(2)  # noqa: S311
         self.admission = Admission(EngineCache(pages, warm, world.now), world.now)
         self._requests: dict[Ticket, tuple[float, Respond]] = {}
         self._outgoing: deque[Ticket] = deque()  # behind weights that are under way
@@ -149,7 +155,31 @@ class Resolver:
 
     def ask(self, task_id: int, tokens: float, most: float, respond: Respond) -> None:
         """A request of `tokens` tokens whose client allows for `most`."""
-        ticket = Ticket({task_id: 1}, most, self._world.now, self._patience)
+        if self._chance.random() < self._routed:
+            self._ask_for_router(task_id, tokens, respond, self._world.now)
+        else:
+            self._ask(Ticket({task_id: 1}, most, self._world.now, self._patience), tokens, respond)
+
+    def _ask_for_router(
+        self, task_id: int, tokens: float, respond: Respond, arrived_at: float, misses: int = 0
+    ) -> None:
+        ticket = Ticket(
+            {task_id: 1}, math.inf, arrived_at, self._patience, takes_weights=False, is_routers=True, misses=misses
+        )
+
+        def forward(what: str, is_last: bool) -> None:
+            if what in ("miss", "full") and misses < 3:
+                self.counts["lost"] += 1
+                self.admission.lost(ticket, self._world.now)
+                self._ask_for_router(task_id, tokens, respond, arrived_at, misses + 1)
+                return
+            if is_last and what != "refused":
+                self.admission.ended(ticket, self._world.now, had_it=what == "ok")
+            respond(what, is_last)
+
+        self._ask(ticket, tokens, forward)
+
+    def _ask(self, ticket: Ticket, tokens: float, respond: Respond) -> None:
         self._requests[ticket] = (tokens, respond)
         try:
             goes = self.admission.ask(ticket, self._world.now)

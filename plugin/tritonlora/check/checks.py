@@ -315,11 +315,11 @@ def _cache(subject: Subject) -> Iterator[Finding]:
         )
     if found is None:
         return
-    for model in (one for one in (ROUTER, RESOLVER) if one in subject.configs):
-        believed = subject.configs[model].parameters.get("cache_pages", "0")
+    if RESOLVER in subject.configs:
+        believed = subject.configs[RESOLVER].parameters.get("cache_pages", "0")
         if believed not in ("0", str(found.tightest.host_pages)):
             yield _warning(
-                f"{model}/config.pbtxt",
+                f"{RESOLVER}/config.pbtxt",
                 f"cache_pages is {believed}, and the engine's cache has {found.tightest.host_pages}",
                 "tritonlora plan --apply",
             )

@@ -21,7 +21,7 @@ from tritonlora.files import delete
 from tritonlora.pbtxt.model_config import ModelConfig, config_of
 from tritonlora.pbtxt.text_format import Document
 from tritonlora.repository import ensemble_edits, model_configs, undo, warmup
-from tritonlora.repository.paths import RESOLVER, ROUTER, cache_pages, half_written
+from tritonlora.repository.paths import RESOLVER, cache_pages, half_written
 from tritonlora.repository.state import Models, State, outlived
 from tritonlora.serving.adapter_table import AdapterEntry, AdapterTable
 from tritonlora.serving.adapter_table_json import render
@@ -109,7 +109,7 @@ def cache_in_step(
     `documents` are those that are written anyway. Without a known size nothing changes.
     """
     changed: dict[str, Document] = {}
-    for model in (ROUTER, RESOLVER) if pages else ():
+    for model in (RESOLVER,) if pages else ():
         if models.path(model).is_file():
             before = documents.get(model) or models.document(model)
             after = model_configs.set_parameters(before, {"cache_pages": str(pages)})
@@ -136,9 +136,9 @@ def write(state: State, table: AdapterTable, files: Rendered | None) -> State:
     config = {repository.config_path: files.config_text.encode()}
     only_removes = table.entries.keys() < state.table.entries.keys()
     contents = {**files.warmup_files, **(config | contents if only_removes else contents | config)}
-    for step in (files.detour, contents, files.after_detour):
-        if step:
-            undo.write(repository.root, step)
+    steps = [files.detour, contents, files.after_detour] if files.detour else [{**contents, **files.after_detour}]
+    for step in steps:
+        undo.write(repository.root, step)
     return state.after(table, {repository.target, *(path.parent.name for path in files.after_detour)})
 
 

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Put the router and the resolver into a model repository, and lead its ensembles to one of them.
 
-The models are written before the ensembles that lead to them, and removed after the ensembles lead elsewhere. So the
-repository loads even if the command is stopped at any instant.
+The models are written before the ensembles that lead to them. So the repository loads even if the command is stopped at
+any instant.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ from tritonlora.repository.state import Models
 from tritonlora.repository.undo import OURS, FileChange
 from tritonlora.serving.adapter_table import AdapterTable
 from tritonlora.serving.adapter_table_json import render
+from tritonlora.serving.wire import REQUIRED
 from tritonlora.targets import target_of
 
 PACKAGE = Path(tritonlora.__file__).resolve().parent
@@ -140,19 +141,20 @@ def plan_init(
         tuned = models.present(ROUTER)
         streams = {"max_streams": tuned.instance_count} if tuned and isinstance(tuned.instance_count, int) else {}
         router_config = model_configs.router_config(
-            engine_config, name=ROUTER, target_name=target, previous_ids=takes_previous_ids, **streams
+            engine_config,
+            name=ROUTER,
+            target_name=target,
+            resolver=RESOLVER,
+            previous_ids=takes_previous_ids,
+            **streams,
         )
-        known = _cache_parameters(models, target, engine_config)
-        known |= {REPOSITORY_PATH: served_at} if served_at else {}
-        files[f"{ROUTER}/config.pbtxt"] = _with_parameters(router_config, _tuned_parameters(tuned) | known)
+        known = {REPOSITORY_PATH: served_at} if served_at else {}
+        files[f"{ROUTER}/config.pbtxt"] = _with_parameters(router_config, _kept_parameters(tuned) | known)
         ensemble = model_configs.one_step_ensemble(engine_config, parse_config(router_config), name=ENSEMBLE)
-        if resolves:
-            router = parse_config(files[f"{ROUTER}/config.pbtxt"])
-            files[f"{RESOLVER}/config.pbtxt"] = _resolver_config(models, target, engine_config, router)
+        files[f"{RESOLVER}/config.pbtxt"] = _resolver_config(models, target, engine_config)
     except ConfigError as error:
         raise RepositoryError(f"{models.path(target)}: {error}") from None
-    ours = [model for model in OURS if resolves or model != RESOLVER]
-    for model in ours:
+    for model in OURS:
         files |= code_of(model)
     if not (root / ROUTER / "adapters.json").exists():
         files[f"{ROUTER}/adapters.json"] = render(AdapterTable())
@@ -161,10 +163,8 @@ def plan_init(
     for name, content in files.items():
         path = root / name
         changes.append(FileChange(path, read_text(path) if path.exists() else None, content))
-    if present == RESOLVE and not resolves:
-        changes += [FileChange(path, read_text(path), None) for path in undo.files_of(root, RESOLVER)]
     # Files that an earlier version wrote into these models, and this version does not write.
-    unused = [root / name for name in undo.recorded(root) if name not in files and Path(name).parts[0] in ours]
+    unused = [root / name for name in undo.recorded(root) if name not in files and Path(name).parts[0] in OURS]
     changes += [FileChange(path, read_text(path), None) for path in unused if path.is_file()]
     return [change for change in changes if change.before != change.after]
 
@@ -187,17 +187,22 @@ def _cache_parameters(models: Models, target: str, engine_config: ModelConfig) -
     return {"cache_pages": str(pages)} if pages else {}
 
 
-def _resolver_config(models: Models, target: str, engine_config: ModelConfig, router: ModelConfig) -> str:
-    """The resolver's config.pbtxt, with the parameters that the user has tuned, and the router's cache_pages."""
-    tuned = models.present(RESOLVER)
+def _resolver_config(models: Models, target: str, engine_config: ModelConfig) -> str:
+    """The resolver's config.pbtxt, with the parameters that the user has tuned, and the size of the engine's cache."""
     text = model_configs.resolver_config(engine_config, name=RESOLVER, target_name=target, router=ROUTER)
-    known = {"cache_pages": router.parameters["cache_pages"]}
-    made = parse_config(text).parameters
-    kept = {key: value for key, value in _tuned_parameters(tuned).items() if key in _RESOLVER_TUNABLE & made.keys()}
-    return _with_parameters(text, kept | known)
+    tuned = _tuned_parameters(models.present(ROUTER)) | _tuned_parameters(models.present(RESOLVER))
+    kept = {key: value for key, value in tuned.items() if key in _RESOLVER_TUNABLE}
+    return _with_parameters(text, kept | _cache_parameters(models, target, engine_config))
 
 
-_RESOLVER_TUNABLE = {"cache_full_timeout_seconds", "load_timeout_seconds"}
+# The router of an earlier version had the first three.
+_ROUTER_HAD = {"cache_full_timeout_seconds", "load_timeout_seconds", "cache_pages"}
+_RESOLVER_TUNABLE = {*_ROUTER_HAD, "refresh_seconds"}
+
+
+def _kept_parameters(router: ModelConfig | None) -> dict[str, str]:
+    """The parameters of a present router that stay."""
+    return {key: value for key, value in _tuned_parameters(router).items() if key not in _ROUTER_HAD}
 
 
 def _with_parameters(text: str, parameters: Mapping[str, str]) -> str:
@@ -239,8 +244,8 @@ def init(
     `served_at` is the path of the repository on the server, if it differs from `root`, as in a container. With
     `dry_run` nothing is written.
 
-    A model is added in one step, before the ensembles that lead to it, and removed in one step after them. So the
-    repository loads even if the command is stopped at any instant.
+    A model is added in one step, before the ensembles that lead to it. So the repository loads even if the command is
+    stopped at any instant.
     """
     require_directory(root)
     changes = plan_init(root, target, served_at=served_at, topology=topology)
@@ -258,10 +263,7 @@ def init(
                 _add_model(model, root, planned)
         ordered = sorted(planned, key=_step)
         undo.write(root, {one.path: one.after.encode() for one in ordered if one.after is not None})
-        gone = [change.path for change in planned if change.after is None]
-        if present_after := [path for path in gone if path.is_relative_to(root / RESOLVER)]:
-            undo.take_out(root, [RESOLVER])
-        undo.delete_recorded(root, [path for path in gone if path not in present_after])
+        undo.delete_recorded(root, [change.path for change in planned if change.after is None])
     return changes
 
 
@@ -329,7 +331,8 @@ def notes(root: Path) -> list[str]:
     target = router.parameters.get("target", DEFAULT_TARGET)
     found = _ensembles_of(models, target)
     lines = [] if found else [f"no ensemble has a step for {target!r}: clients send their tokens to {ROUTER!r}"]
-    if _topology_of(models) == RESOLVE and router.parameters.get("cache_pages", "0") == "0":
+    resolver = models.present(RESOLVER)
+    if _topology_of(models) == RESOLVE and resolver and resolver.parameters.get("cache_pages", "0") == "0":
         lines.append(
             "the size of the engine's cache is not known, so each request waits for a load of its own: run tritonlora "
             "plan --apply where the engine's config.json is"
@@ -409,7 +412,8 @@ def _ensembles_of(models: Models, target: str) -> dict[str, ModelConfig]:
 
 def _tuned_parameters(config: ModelConfig | None) -> dict[str, str]:
     """The parameters of a present model that stay: all except those that `init` sets. {} without such a model."""
-    return {key: value for key, value in config.parameters.items() if key not in ("target", "router")} if config else {}
+    parameters = config.parameters if config else {}
+    return {key: value for key, value in parameters.items() if key not in ("target", "router", "resolver")}
 
 
 def _first_step(models: Models, ensemble: ModelConfig, has: Callable[[ModelConfig], bool]) -> str | None:
@@ -424,4 +428,10 @@ def _why_not_resolve(target: str, engine: ModelConfig, ensembles: Mapping[str, M
         return f"the resolve topology needs an ensemble with a step for {target!r}, and there is none"
     if not target_of(engine).WIRE.sends_weights:
         return f"{target!r} reads adapters by itself, so it needs the forward topology"
+    required = engine.input(REQUIRED)
+    if engine.max_batch_size == 0 or required is None or required.optional:
+        return (
+            f"the resolve topology needs {target!r} to have a max_batch_size above 0, and the input {REQUIRED}, which "
+            "must not be optional"
+        )
     return ""

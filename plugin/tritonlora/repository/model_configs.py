@@ -78,6 +78,7 @@ def router_config(
     *,
     name: str = "lora_router",
     target_name: str = "tensorrt_llm",
+    resolver: str = "lora_resolver",
     previous_ids: bool = False,
     max_streams: int = 4,
 ) -> str:
@@ -113,11 +114,9 @@ def router_config(
         own.append(TensorSpec("all_outputs", "TYPE_BOOL", (1,)))
     parameters = {
         "target": target_name,
-        "cache_full_timeout_seconds": "30",
-        "load_timeout_seconds": "120",
+        "resolver": resolver,
         "first_answer_timeout_seconds": "3600",
         "stall_timeout_seconds": "300",
-        "cache_pages": "0",  # of the engine's LoRA cache, set by `init`, `add` and `plan --apply`; 0: not known
         "FORCE_CPU_ONLY_INPUT_TENSORS": "yes",
     }
     return _ROUTER.format(
@@ -142,22 +141,19 @@ def resolver_config(
     """The complete config.pbtxt of the Python-backend resolver for `target`, which reads the table of `router`.
 
     The resolver's outputs are request_output_len and the target's LoRA inputs. Raises ConfigError when the target has
-    no LoRA inputs, takes no batches or does not require request_output_len, or when its config has placeholders.
+    no LoRA inputs, or when its config has placeholders.
     """
     kind = require_kind(target)
     _require_complete(target, target_name)
     declared = {spec.name: spec for spec in target.inputs}
-    if target.max_batch_size == 0 or REQUIRED not in declared or declared[REQUIRED].optional:
-        raise ConfigError(
-            f"{target_name!r} needs a max_batch_size above 0, and the input {REQUIRED}, which must not be optional"
-        )
     inputs = [declared[name] for name in (REQUIRED, INPUT_LENGTHS) if name in declared]
     inputs += [TensorSpec("lora_name", "TYPE_STRING", (1,)), declared[kind.WIRE.task_id]]
     inputs.append(TensorSpec(CONTROL, "TYPE_STRING", (1,)))
     outputs = [
         # lora_config has one more column for adapters with DoRA.
         replace(declared[name], dims=(-1, -1) if name == "lora_config" else declared[name].dims)
-        for name in (REQUIRED, *kind.WIRE.inputs)
+        for name in (REQUIRED, *kind.WIRE.resolved)
+        if name in declared
     ]
     outputs.append(TensorSpec(STATE, "TYPE_STRING", (1,)))
     parameters = {
@@ -168,6 +164,7 @@ def resolver_config(
         "cache_full_timeout_seconds": "30",
         "load_timeout_seconds": "120",
         "cache_pages": "0",  # of the engine's LoRA cache, set by `init`, `add` and `plan --apply`; 0: not known
+        "refresh_seconds": "0.5",  # between two times that metrics are published
         "FORCE_CPU_ONLY_INPUT_TENSORS": "yes",
     }
     return _RESOLVER.format(

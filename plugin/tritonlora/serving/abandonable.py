@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
 
-LOOK_SECONDS = 0.5  # between two checks whether the task is stuck
+LOOK_SECONDS = 0.1  # between two checks whether the task is stuck
 
 Task = Callable[[], None]
 

@@ -3,8 +3,7 @@
 """An adapter's files in the model repository, as the tensors of a request.
 
 A file is sent only if its SHA-256 is the registered one. Computing a SHA-256 takes ten times as long as copying the
-file. So the processes of a router share the digests in a directory in memory: each version of a file has a symbolic
-link whose target is the digest. A symbolic link is created atomically, and takes no page of memory.
+file. So the digest of the last version of each file is remembered.
 
 Files are read into the memory that they are sent from, and are not mapped. Reading costs no page faults. A file that
 becomes shorter meanwhile is an error here. With a mapping it would be a signal, which ends the process, and Triton 2.51
@@ -18,7 +17,7 @@ import errno
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,10 +27,9 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import AdapterUnavailable
-from .file_version import is_settled, open_file, version_of
+from .file_version import Version, is_settled, open_file, version_of
 from .routing import Route
 
-DIGESTS = "digests"  # the digests' directory, inside the directory that the instances share
 PARALLEL_NBYTES = 4 << 20  # one thread reads fewer bytes than these before a second thread has begun
 
 Memory: TypeAlias = "npt.NDArray[np.uint8]"  # flat
@@ -76,10 +74,9 @@ class Weights:
 class AdapterFiles:
     """The files of a repository's adapters."""
 
-    def __init__(self, repository: Path, digests: int) -> None:
-        """`digests` is a descriptor of the directory in which the router's processes share digests."""
+    def __init__(self, repository: Path) -> None:
         self.repository = repository
-        self._digests = digests
+        self._digests: dict[str, tuple[Version, str]] = {}  # file -> its last version, and the SHA-256 of that
 
     def weights(self, route: Route) -> Weights:
         """lora_weights (1, n, W) of an adapter, in its dtype. No file is read yet."""
@@ -103,9 +100,9 @@ class AdapterFiles:
         with _reasons(route, path), open(open_file(path), "rb") as opened:  # noqa: PTH123  a descriptor
             found = os.fstat(opened.fileno())
             _check_size(path, found, len(memory))
-            version, may_share = version_of(found), is_settled(found)
-            link = "-".join(map(str, version))
-            digest, is_same = self._known_digest(link), True
+            version, may_remember = version_of(found), is_settled(found)
+            known, digest = self._digests.get(file, (None, ""))
+            digest, is_same = digest if known == version else "", True
             if digest in ("", sha256):
                 _read_ranges(opened.fileno(), memory, ranges)
                 with contextlib.suppress(OSError):
@@ -113,9 +110,8 @@ class AdapterFiles:
                 is_same = version_of(os.fstat(opened.fileno())) == version
             if not digest or not is_same:  # maybe only the times changed: `add` touches the files that it replaces
                 digest = hashlib.sha256(memory.data).hexdigest()
-                if may_share and is_same:
-                    with contextlib.suppress(OSError):
-                        os.symlink(digest, link, dir_fd=self._digests)
+                if may_remember and is_same:
+                    self._digests[file] = version, digest
             if digest != sha256:
                 if not is_same:
                     raise _being_written()
@@ -123,11 +119,9 @@ class AdapterFiles:
                     f"{path.name} was altered on the server: its SHA-256 is not the registered one"
                 )
 
-    def _known_digest(self, link: str) -> str:
-        """The digest of a version of a file, by the name of its link; "" when it is not known."""
-        with contextlib.suppress(OSError):
-            return os.readlink(link, dir_fd=self._digests)
-        return ""
+    def forget_all_but(self, files: Collection[str]) -> None:
+        """Forget the digests of all other files."""
+        self._digests = {file: known for file, known in self._digests.items() if file in files}
 
 
 def _check_size(path: Path, found: os.stat_result, nbytes: int) -> None:

@@ -19,6 +19,10 @@ OVERTAKING_SECONDS.
 Order matters, because weights that reach the engine evict an adapter. Requests that were sent by id before them must
 have arrived by then. So a thread that sends weights waits until `is_due`.
 
+The router's requests differ. They never carry weights. The router tells when they end. If the engine lacks the adapter
+after all, the router asks again, and its client sees nothing of it. So they go on when the engine is believed to hold
+the adapter, even if that is not certain.
+
 Times are seconds of any one clock. This module uses no Triton, no threads and no files.
 """
 
@@ -38,6 +42,7 @@ BELIEF_SECONDS = 1.0  # between two probes of adapters that the engine is believ
 ASKED_SECONDS = 3.0  # after the last request, such probes stop
 RETRY_SECONDS = 0.005  # between two tries to load an adapter while the cache is full
 PROBE_TOKENS = 2, 16  # of the shortest probe, and of the longest
+LATER_AFTER_A_MISS = 4  # times as long as before is a request given to reach the engine, after each miss
 MOST_WAITING = 10_000  # requests in the queue
 CAUTION_SECONDS = 10.0  # after the engine lacked an adapter that it was believed to hold, no weights go along
 PROMPT_TOKENS_A_STEP = 64  # prompt tokens that an engine certainly reads in the time of one output token
@@ -52,8 +57,10 @@ class Ticket:
     arrived_at: float
     patience: float  # seconds that it may wait
     takes_weights: bool = True  # the request may carry weights
-    must_take_weights: bool = False  # the router loads adapters too, so nothing is certain
+    is_routers: bool = False  # the router tells its end, and asks again after a miss
+    misses: int = 0  # how often the engine lacked the adapter when the router sent the request
     number: int = -1
+    sent_at: float = math.inf
     with_weights: bool = False
 
     @property
@@ -106,14 +113,15 @@ class Admission:
 
         A resolver that starts beside a running engine does not know which requests are under way there.
         """
-        self._cache = cache
+        self.cache = cache
         self._groups: OrderedDict[frozenset[int], _Group] = OrderedDict()  # the queue
         self._waiting = 0  # tickets in the queue
         self._released: list[list[Ticket]] = []
         self._numbers = itertools.count()
         self._unsent: dict[int, None] = {}  # numbers of requests and loads that have not arrived yet, ascending
         self._under_way: deque[tuple[float, int]] = deque()  # (time of arrival, number) of requests that were sent
-        self._asked_at = self._belief_probed_at = now
+        self._asked_at = -math.inf  # the engine may be loaded after the resolver, and is probed after the first request
+        self._belief_probed_at = now
         self._probe_tokens = PROBE_TOKENS[0]
         self._probes_warm = False  # whether the last probe of a held adapter could be of a warm one
         self._retry_at = self._probe_at = -math.inf
@@ -129,10 +137,11 @@ class Admission:
         """
         self._asked_at = now
         key, must_wait = frozenset(ticket.adapters), self._must_wait(now)
-        is_held = not must_wait and self._cache.are_held(ticket.adapters, now)
-        has_capacity = not must_wait and key not in self._groups and self._may_carry([ticket], now)
-        if ticket.must_take_weights or is_held or has_capacity:
-            self._begin(ticket, with_weights=ticket.must_take_weights or not is_held)
+        is_held = self.cache.are_held(ticket.adapters, now) or (
+            ticket.is_routers and self.cache.are_believed(ticket.adapters)
+        )
+        if not must_wait and (is_held or (key not in self._groups and self._may_carry([ticket], now))):
+            self._begin(ticket, with_weights=not is_held)
             return True
         if self._waiting >= MOST_WAITING:
             raise AdapterUnavailable(f"{self._waiting} requests wait for LoRA adapters to be loaded; ask again")
@@ -171,9 +180,38 @@ class Admission:
     def sent(self, ticket: Ticket, now: float) -> None:
         """Note that the request was sent to the engine."""
         self._note_arrivals(now)
-        self._under_way.append((now + ARRIVAL_SECONDS, ticket.number))
+        ticket.sent_at = now
+        self._under_way.append((now + ARRIVAL_SECONDS * LATER_AFTER_A_MISS**ticket.misses, ticket.number))
+        tokens = None if ticket.is_routers else ticket.tokens
         for task_id in ticket.adapters:
-            self._cache.send(task_id, ticket.tokens, now, with_weights=ticket.with_weights)
+            self.cache.send(task_id, tokens, now, with_weights=ticket.with_weights)
+
+    def ended(self, ticket: Ticket, now: float, *, had_it: bool) -> None:
+        """Note that a request of the router's has ended. `had_it` tells whether the engine had its adapters."""
+        for task_id in ticket.adapters:
+            if had_it:
+                self.cache.confirm(task_id, ticket.sent_at)
+            self.cache.end(task_id, now)
+
+    def lost(self, ticket: Ticket, now: float) -> None:
+        """Note that the engine did not have the adapter of a request of the router's. The request has ended.
+
+        The engine may have lost others, too, so the next step is a probe of one that it is believed to hold.
+        """
+        for task_id in ticket.adapters:
+            self.cache.lose(task_id)
+            self.cache.end(task_id, now)
+        self._belief_probed_at = -math.inf
+
+    def left_behind(self, ticket: Ticket, now: float) -> None:
+        """Note that the router will not tell the end of a request of its own that was sent."""
+        for task_id in ticket.adapters:
+            self.cache.send(task_id, ticket.tokens, now, with_weights=False)
+
+    @property
+    def waiting(self) -> list[int]:
+        """The adapters that requests in the queue wait for, in its order."""
+        return [task_id for group in self._groups.values() for task_id in group.adapters]
 
     @property
     def under_way(self) -> int:
@@ -184,7 +222,7 @@ class Admission:
         """Note that the request could not be sent."""
         del self._unsent[ticket.number]
         for task_id in ticket.adapters:
-            self._cache.end(task_id, now)
+            self.cache.end(task_id, now)
 
     # The resolver's own requests: loads and probes
 
@@ -198,7 +236,7 @@ class Admission:
             return self._probe_belief(now)
         while self._groups:
             group = next(iter(self._groups.values()))
-            if self._cache.are_held(group.adapters, now):
+            if self.cache.are_held(group.adapters, now):
                 self._release(group)
             elif self._may_carry(group.tickets, now):
                 self._release(group, with_weights=True)
@@ -208,34 +246,34 @@ class Admission:
                 return self._load(group)
         if not may_probe:
             return Pause(self._probe_at - now)
-        if (unconfirmed := self._cache.unconfirmed) is not None:
-            self._cache.lose(unconfirmed)
+        if (unconfirmed := self.cache.unconfirmed) is not None:
+            self.cache.lose(unconfirmed)
             return self._probe(unconfirmed)
-        if self._cache.has_open and not self._cache.fits_all:
+        if self.cache.has_open and not self.cache.fits_all:
             return self._probe(None)
         return Pause(BELIEF_SECONDS)
 
     def responded(self, sent_at: float, now: float) -> None:
         """Note a response to a load or probe that was sent at `sent_at`: the engine has gone through an iteration."""
-        self._cache.heard(sent_at, now)
+        self.cache.heard(sent_at, now)
 
     def loaded(self, load: Load, sent_at: float, now: float) -> None:
         """Note that the engine has the adapter, and release the requests that waited for it."""
         del self._unsent[load.number]
-        self._cache.see(load.task_id, sent_at)
+        self.cache.see(load.task_id, sent_at)
         group = next(iter(self._groups.values()), None)
         if group is not None and load.task_id in group.adapters:
             group.loaded.add(load.task_id)
             if group.loaded.issuperset(group.adapters):
-                if len(group.adapters) == 1 or not self._cache.capacity or self._cache.are_held(group.adapters, now):
+                if len(group.adapters) == 1 or not self.cache.capacity or self.cache.are_held(group.adapters, now):
                     self._release(group)
                 group.loaded.clear()
-        self._cache.end(load.task_id, now)
+        self.cache.end(load.task_id, now)
 
     def full(self, load: Load, now: float) -> None:
         """Note that the engine refused the load, since all of its cached adapters are in use."""
         del self._unsent[load.number]
-        self._cache.end(load.task_id, now)
+        self.cache.end(load.task_id, now)
         self._retry_at = now + RETRY_SECONDS
 
     def failed(self, load: Load, now: float | None) -> list[Ticket]:
@@ -245,7 +283,7 @@ class Admission:
         """
         del self._unsent[load.number]
         if now is not None:
-            self._cache.end(load.task_id, now)
+            self.cache.end(load.task_id, now)
         tickets = []
         for group in [group for group in self._groups.values() if load.task_id in group.adapters]:
             tickets += group.tickets
@@ -254,30 +292,30 @@ class Admission:
 
     def let_go(self, load: Load, now: float) -> None:
         """Note that a load has ended now for which `failed` was called while the engine was silent."""
-        self._cache.end(load.task_id, now)
+        self.cache.end(load.task_id, now)
 
     def probed(self, probe: Probe, sent_at: float, now: float) -> None:
         """Note that the engine has responded to a probe, to its end."""
         if probe.task_id is not None:
-            self._cache.see(probe.task_id, sent_at)
-            self._cache.end(probe.task_id, now)
+            self.cache.see(probe.task_id, sent_at)
+            self.cache.end(probe.task_id, now)
 
     def missed(self, probe: Probe, now: float) -> bool:
         """Note that the engine does not have the adapter of a probe. True: it was believed to hold the adapter."""
         if probe.task_id is None:
             return False
-        is_unexpected = self._cache.miss(probe.task_id)
+        is_unexpected = self.cache.miss(probe.task_id)
         if is_unexpected:
             self._cautious_until = now + CAUTION_SECONDS
-        self._cache.end(probe.task_id, now)
+        self.cache.end(probe.task_id, now)
         return is_unexpected
 
     def not_probed(self, probe: Probe, now: float, pause: float) -> None:
         """Note that a probe had another error, or no response. The next probe comes after `pause` seconds."""
         self._probe_at = now + pause
         if probe.task_id is not None:
-            self._cache.lose(probe.task_id)
-            self._cache.end(probe.task_id, now)
+            self.cache.lose(probe.task_id)
+            self.cache.end(probe.task_id, now)
 
     # Parts
 
@@ -294,13 +332,13 @@ class Admission:
         [*adapters] = tickets[0].adapters.items()
         if len(adapters) > 1 or now < self._cautious_until or not all(ticket.takes_weights for ticket in tickets):
             return False
-        return self._cache.has_capacity(*adapters[0])
+        return self.cache.has_capacity(*adapters[0])
 
     def _begin(self, ticket: Ticket, *, with_weights: bool) -> None:
         ticket.number, ticket.with_weights = next(self._numbers), with_weights
         self._unsent[ticket.number] = None
         for task_id, pages in ticket.adapters.items():
-            self._cache.begin(task_id, pages, with_weights=with_weights)
+            self.cache.begin(task_id, pages, with_weights=with_weights)
 
     def _release(self, group: _Group, *, with_weights: bool = False) -> None:
         tickets = group.tickets
@@ -317,19 +355,19 @@ class Admission:
 
     def _load(self, group: _Group) -> Load:
         task_id = next(one for one in group.adapters if one not in group.loaded)
-        self._cache.begin(task_id, group.adapters[task_id], with_weights=True)
+        self.cache.begin(task_id, group.adapters[task_id], with_weights=True)
         load = Load(task_id, next(self._numbers))
         self._unsent[load.number] = None
         return load
 
     def _probe_belief(self, now: float) -> Probe:
         self._belief_probed_at, self._probes_warm = now, not self._probes_warm
-        return self._probe(self._cache.least_recent(warm=self._probes_warm))
+        return self._probe(self.cache.least_recent(warm=self._probes_warm))
 
     def _probe(self, task_id: int | None) -> Probe:
         shortest, longest = PROBE_TOKENS
         if task_id is not None:
-            self._cache.begin(task_id, 0, with_weights=False)
+            self.cache.begin(task_id, 0, with_weights=False)
             return Probe(task_id, shortest)
         self._probe_tokens = min(2 * self._probe_tokens, longest)
         return Probe(task_id, self._probe_tokens)

@@ -83,12 +83,13 @@ class Dispatcher:
         on_error: Callable[[str], None],
         on_load: Callable[[int, float], None] = lambda *_: None,
         on_miss: Callable[[int], None] = lambda _: None,
+        watch: Callable[[], None] = lambda: None,
     ) -> None:
         """Start the threads. A load or probe is abandoned after `load_timeout` seconds without a response.
 
         `on_error` is called with the text of each error of the threads. `on_load` is called with the lora_task_id of
         each adapter that was loaded, and the seconds that the load took. `on_miss` is called with the lora_task_id of
-        an adapter that the engine lacked, and was believed to hold.
+        an adapter that the engine lacked, and was believed to hold. `watch` is called again and again.
         """
         self._admission = admission
         self._engine = engine
@@ -96,6 +97,7 @@ class Dispatcher:
         self._on_error = on_error
         self._on_load = on_load
         self._on_miss = on_miss
+        self._watch = watch
         self._lock = threading.Condition()
         self._requests: dict[Ticket, Request] = {}  # those that have not been sent
         self._with_weights: SimpleQueue[list[Ticket] | None] = SimpleQueue()
@@ -131,6 +133,38 @@ class Dispatcher:
             if has_left:
                 del self._requests[ticket]
             return has_left
+
+    def end(self, ticket: Ticket, *, had_it: bool) -> None:
+        """Note that a request of the router's has ended. `had_it` tells whether the engine had its adapters."""
+        with self._lock:
+            self._admission.ended(ticket, time.monotonic(), had_it=had_it)
+            self._lock.notify_all()
+
+    def lost(self, ticket: Ticket) -> None:
+        """Note that the engine did not have the adapter of a request of the router's, which has ended."""
+        with self._lock:
+            self._admission.lost(ticket, time.monotonic())
+            self._lock.notify_all()
+
+    def leave_behind(self, ticket: Ticket) -> None:
+        """Note that the router will not tell the end of a request of its own that was sent."""
+        with self._lock:
+            self._admission.left_behind(ticket, time.monotonic())
+
+    def states(self) -> dict[int, bool]:
+        """See `EngineCache.states`."""
+        with self._lock:
+            return self._admission.cache.states()
+
+    def in_use(self) -> list[int]:
+        """The adapters that requests may use now."""
+        with self._lock:
+            return self._admission.cache.in_use
+
+    def waiting(self) -> list[int]:
+        """The adapters that requests in the queue wait for, in its order."""
+        with self._lock:
+            return self._admission.waiting
 
     def stop(self) -> None:
         """Refuse the requests that wait, and end the threads. A thread that waits for a silent engine is abandoned."""
@@ -168,17 +202,26 @@ class Dispatcher:
             request = self._requests.pop(ticket, None)
         if request is None:  # `stop` has refused it
             return None
+        if ticket.is_routers:  # the router may tell its end as soon as it is passed on
+            self._note_sent(ticket)
         try:
             request.pass_on(with_weights=ticket.with_weights)
         except Exception as error:  # noqa: BLE001  any error must become the request's response
             with self._lock:
-                self._admission.dropped(ticket, time.monotonic())
+                if ticket.is_routers:
+                    self._admission.ended(ticket, time.monotonic(), had_it=False)
+                else:
+                    self._admission.dropped(ticket, time.monotonic())
             request.fail(error)
             return error
+        if not ticket.is_routers:
+            self._note_sent(ticket)
+        return None
+
+    def _note_sent(self, ticket: Ticket) -> None:
         with self._lock:
             self._admission.sent(ticket, time.monotonic())
             self._lock.notify_all()
-        return None
 
     def _send_weights(self) -> None:
         while (tickets := self._with_weights.get()) is not None:
@@ -208,6 +251,7 @@ class Dispatcher:
     def _keep(self) -> None:
         while True:
             self._refuse_late()
+            self._watch()
             with self._lock:
                 if self._is_stopping:
                     return

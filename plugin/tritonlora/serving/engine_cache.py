@@ -8,8 +8,8 @@ cpp/tensorrt_llm/runtime/loraCache.cpp). Two rules follow:
     held        an adapter is still cached, if all adapters that may have been used after it fit beside it
     capacity    the engine has capacity for an adapter, if all adapters that may be in use fit beside it
 
-The resolver is a step of an ensemble, and does not see when a request ends. So it bounds the request's end by its own
-requests to the engine, which are loads and probes:
+The router tells when its requests end. A step of an ensemble does not see when a request ends. So the resolver bounds
+the request's end by its own requests to the engine, which are loads and probes:
 
 - The engine starts requests in the order in which they come. A request has started when an own request that was sent at
   least ARRIVAL_SECONDS later has had its first token.
@@ -80,9 +80,16 @@ class EngineCache:
 
     def are_held(self, task_ids: Collection[int], now: float) -> bool:
         """Whether the engine certainly has all of these adapters now."""
-        adapters = [self._adapters.get(task_id) for task_id in task_ids]
-        seen = [one for one in adapters if one is not None and one.seen_at is not None and self._is_recent(one, now)]
-        return len(seen) == len(adapters) and self._fit(seen)
+        seen = self._seen(task_ids)
+        return len(seen) == len(task_ids) and all(self._is_recent(one, now) for one in seen) and self._fit(seen)
+
+    def are_believed(self, task_ids: Collection[int]) -> bool:
+        """Whether the engine has all of these adapters, unless it was loaded again, or somebody else loads adapters.
+
+        If the size of the cache is not known, they may have been evicted, too.
+        """
+        seen = self._seen(task_ids)
+        return len(seen) == len(task_ids) and (not self.capacity or self._fit(seen))
 
     def has_capacity(self, task_id: int, pages: int) -> bool:
         """Whether the engine can certainly take the adapter now, evicting others if need be."""
@@ -104,6 +111,23 @@ class EngineCache:
     def unconfirmed(self) -> int | None:
         """The last adapter whose weights a request carried, if the engine may have refused that request."""
         return next(reversed(self._unconfirmed), None)
+
+    @property
+    def in_use(self) -> list[int]:
+        """The adapters that requests may use now."""
+        return [one.task_id for one in self._adapters.values() if one.is_in_use]
+
+    def states(self) -> dict[int, bool]:
+        """The adapters that the engine may have, and whether it certainly has them, unless it was loaded again.
+
+        The adapter that was used last was not evicted, even if the size of the cache is not known.
+        """
+        seen = [one for one in self._adapters.values() if one.seen_at is not None]
+        last = max(seen, key=lambda one: one.used_at, default=None)
+        found = {one.task_id: one is last or self._fit([one]) for one in seen}
+        if self.capacity and not self.has_open:  # all ends are known, so an adapter that does not fit was evicted
+            found = {task_id: is_certain for task_id, is_certain in found.items() if is_certain}
+        return dict.fromkeys(self._unconfirmed, False) | found
 
     def least_recent(self, *, warm: bool) -> int | None:
         """The held adapter that the engine evicts next; `warm` tells whether warm adapters count.
@@ -131,11 +155,16 @@ class EngineCache:
             self._count(adapter)
             adapter.seen_at = None  # until `see` tells that the engine has taken the weights
 
-    def send(self, task_id: int, tokens: float, now: float, *, with_weights: bool) -> None:
-        """Note that a request after `begin` was sent. It ends at most `tokens` iterations after its start."""
+    def send(self, task_id: int, tokens: float | None, now: float, *, with_weights: bool) -> None:
+        """Note that a request after `begin` was sent. It ends at most `tokens` iterations after its start.
+
+        None: `end` will tell when it has ended.
+        """
         adapter = self._adapters[task_id]
-        adapter.begun -= 1
         adapter.used_at = now
+        if tokens is None:
+            return
+        adapter.begun -= 1
         adapter.unstarted = max(adapter.unstarted, tokens + EXTRA_ITERATIONS)
         self._unstarted.pop(task_id, None)
         self._unstarted[task_id] = None
@@ -160,8 +189,13 @@ class EngineCache:
         adapter = self._adapters[task_id]
         if adapter.seen_at is not None and not adapter.is_warm:  # the request was sent by id, so the engine had it
             self._confirmed_at = max(self._confirmed_at, sent_at)
-        adapter.seen_at = sent_at
+        adapter.seen_at = max(adapter.seen_at or sent_at, sent_at)
         adapter.used_at = max(adapter.used_at, sent_at)
+
+    def confirm(self, task_id: int, sent_at: float) -> None:
+        """Note that the engine had the adapter, as believed, for a request by id that was sent at `sent_at`."""
+        if self._adapters[task_id].seen_at is not None:
+            self.see(task_id, sent_at)
 
     def lose(self, task_id: int) -> None:
         """Note that the engine may have lost the adapter."""
@@ -205,6 +239,10 @@ class EngineCache:
                 self._end(adapter, now)
 
     # Facts
+
+    def _seen(self, task_ids: Collection[int]) -> list[_Adapter]:
+        adapters = (self._adapters.get(task_id) for task_id in task_ids)
+        return [one for one in adapters if one is not None and one.seen_at is not None]
 
     def _adapter(self, task_id: int, pages: int) -> _Adapter:
         found = self._adapters.get(task_id)

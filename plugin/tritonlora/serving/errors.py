@@ -5,7 +5,7 @@
 * TritonLoraError
   - AdapterTableError         adapters.json is malformed
   - ModelConfigError          the config.pbtxt of one of our models asks for what the model cannot do
-  - SharedMemoryError         another user can write to the directory that the router's instances share in /dev/shm
+  - SharedMemoryError         the resolver's file in /dev/shm is not its own
   - RequestError              one inference request; `code` names the Triton error code of the response
     - InvalidRequest          INVALID_ARG
     - UnknownAdapter          NOT_FOUND
@@ -36,7 +36,7 @@ class ModelConfigError(TritonLoraError):
 
 
 class SharedMemoryError(TritonLoraError):
-    """The directory that the router's instances share in /dev/shm cannot be read, or another user can write to it."""
+    """The resolver's file in /dev/shm cannot be read, or another user can write to it."""
 
 
 class RequestError(TritonLoraError):

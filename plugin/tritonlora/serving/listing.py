@@ -6,8 +6,8 @@
 |---|---|
 | warm | the engine holds the adapter; its warmup loads it at every start |
 | loaded | the engine holds the adapter, since a request has loaded it |
-| unknown | the engine had the adapter, and may have evicted it: the router does not know the size of the cache |
-| cold | the engine does not hold the adapter; the next request for it carries the weights |
+| unknown | the engine was sent the adapter, and may have evicted it |
+| cold | the engine does not hold the adapter; it is loaded for the next request |
 | unavailable | requests for the adapter are refused; `reason` says why |
 """
 
@@ -16,30 +16,38 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .adapter_table import AdapterEntry, AdapterTable
 from .adapter_tensors import check_files
+from .bindings import check_content
 from .errors import AdapterUnavailable
-from .residency import Residency
-from .routing import Route, check_id, malformed
+from .routing import Route, malformed
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """What the resolver knows of the engine."""
+
+    states: Mapping[int, bool]  # lora_task_id -> whether the engine certainly has the adapter; False: it may have it
+    contents: Mapping[int, str]  # lora_task_id -> the content that the engine was started with or sent, see `bindings`
 
 
 def describe(
-    table: AdapterTable, repository: Path, residency: Residency, only: str | None = None
+    table: AdapterTable, repository: Path, engine: Engine, only: str | None = None
 ) -> dict[str, dict[str, Any]]:
     """lora_name -> the JSON fields of each adapter, or of the adapter `only`.
 
-    `residency` tells which adapters the engine holds. A malformed entry, and an alias of an unregistered adapter, have
-    a state and a reason alone.
+    A malformed entry, and an alias of an unregistered adapter, have a state and a reason alone.
     """
     names = table.entries if only is None else (only,)
-    aliases, held = table.aliases_by_name(), residency.certainty()
+    aliases = table.aliases_by_name()
     found = {}
     for name in names:
         route = Route(name, table.entries[name])
-        state = _state(repository, route, residency, held)
+        state = _state(repository, route, engine)
         found[name] = {**state, **_describe(route.entry), "aliases": aliases.get(name, [])}
     if only is None:
         for name in table.unavailable:
@@ -74,15 +82,15 @@ def public_base(name_or_path: str) -> str | None:
     return None if is_path else name_or_path
 
 
-def _state(repository: Path, route: Route, residency: Residency, held: Mapping[int, bool]) -> Mapping[str, str]:
+def _state(repository: Path, route: Route, engine: Engine) -> Mapping[str, str]:
     entry = route.entry
     try:
         check_files(repository, route)
-        check_id(route, residency.may_give)
+        check_content(route, engine.contents)
     except AdapterUnavailable as error:
         return {"state": "unavailable", "reason": str(error)}
-    if entry.lora_task_id not in held:
+    if entry.lora_task_id not in engine.states:
         return {"state": "cold"}
-    if not held[entry.lora_task_id]:
+    if not engine.states[entry.lora_task_id]:
         return {"state": "unknown"}
     return {"state": "warm" if entry.warm else "loaded"}

@@ -1,9 +1,9 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""The counts of the router's instances as Prometheus metrics.
+"""The resolver's counts as Prometheus metrics.
 
-The functions take values and return values: `samples` computes the value of each metric, and `listing_model` publishes
-the values.
+The functions take values and return values: `samples` computes the value of each metric, and `publishing` publishes the
+values.
 
 The Kubernetes Gateway API Inference Extension reads the gauge `lora_requests_info` to send a request to a server that
 has its adapter (docs/proposals/003-model-server-protocol). The labels of the gauge are the adapters that run and those
@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from .counters import BASE, LOADS, OTHERS, OUTCOMES, Counts
+from .counters import LOADS, OUTCOMES, Counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Sample:
 
 
 REQUESTS = Family("lora_requests_total", "Requests by lora_name (none: the base model) and outcome", is_counter=True)
-LOADED = Family("lora_loads_total", "Adapters that the router gave to the engine, by reason", is_counter=True)
+LOADED = Family("lora_loads_total", "Adapters that the engine was sent, by reason", is_counter=True)
 SECONDS = Family("lora_load_seconds_total", "Seconds from sending weights to the first token", is_counter=True)
 RUNNING = Family("lora_requests_running", "Requests under way, those that wait included", is_counter=False)
 MISSES = Family(
@@ -76,7 +76,7 @@ def samples(counts: Counts) -> Iterator[Sample]:
 def increments(published: Mapping[Key, float], counts: Counts) -> Iterator[Sample]:
     """The changes that bring the `published` values in step with `counts`.
 
-    A counter never falls, even if the instances' files were lost. A gauge without a count becomes 0.
+    A counter never falls. A gauge without a count becomes 0.
     """
     now = dict.fromkeys(published, 0.0) | {(sample.family, sample.labels): sample.value for sample in samples(counts)}
     for (family, labels), value in now.items():
@@ -85,13 +85,10 @@ def increments(published: Mapping[Key, float], counts: Counts) -> Iterator[Sampl
             yield Sample(family, labels, change)
 
 
-def info_labels(counts: Counts, waiting: Sequence[str], max_lora: int) -> dict[str, str]:
-    """The labels of INFO. An adapter of which a request waits for capacity counts as waiting, and not as running."""
-    stopped = set(waiting)
-    others = {BASE, OTHERS, *stopped}
-    running = [name for name, of_adapter in counts.items() if of_adapter["running"] and name not in others]
+def info_labels(in_use: Sequence[str], waiting: Sequence[str], max_lora: int) -> dict[str, str]:
+    """The labels of INFO. An adapter of which a request waits counts as waiting, and not as running."""
     return {
         "max_lora": str(max_lora),
-        "running_lora_adapters": ",".join(sorted(running)),
-        "waiting_lora_adapters": ",".join(sorted(stopped)),
+        "running_lora_adapters": ",".join(sorted({*in_use} - {*waiting})),
+        "waiting_lora_adapters": ",".join(sorted({*waiting})),
     }

@@ -27,12 +27,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from .abandonable import Silence
-from .adapter_tensors import AdapterFiles
-from .routing import Route
-from .triton import new_kept_weights
 from .wire import Wire
-
-MOST_NAMED = 256  # adapters whose naming tensors are kept, of a few hundred bytes each
 
 Responses: TypeAlias = "Iterator[pb_utils.InferenceResponse]"
 
@@ -44,42 +39,31 @@ class Engine:
         self,
         target: str,
         wire: Wire,
-        files: AdapterFiles,
         *,
         inputs: Collection[str],
         outputs: AbstractSet[str],
         decoupled: bool,
         batching: bool,
-        gives: Callable[[Route], None],
     ) -> None:
-        """`gives` binds an adapter's lora_task_id to its content, just before the engine gets that content.
-
-        It raises AdapterUnavailable when the id is bound to other content.
-        """
-        self.wire = wire
-        self.gives = gives
         self.decoupled = decoupled
         self.batching = batching
         self.stop = wire.stop if wire.stop in inputs else ""
         self._target = target
-        self._files = files
         self._outputs = outputs
         self._own_ids = itertools.count(secrets.randbits(62))
-        self._kept = new_kept_weights()
         # A thread of the stub drops its reference to a stream. If that is the last reference, the thread waits for the
         # GIL while it holds a mutex, which the next request needs while it holds the GIL. So we keep references, too.
         self._last_streams: deque[Any] = deque(maxlen=4)
-        self._naming_tensors: dict[int, list[pb_utils.Tensor]] = {}  # by lora_task_id
 
     def request(
         self, request: pb_utils.InferenceRequest, parameters: dict[str, Any], wanted: AbstractSet[str], silence: Silence
-    ) -> Callable[[Sequence[pb_utils.Tensor], Route | None], Outgoing]:
-        """A function (tensors, adapter) -> the request to the engine for those rows of a client's request.
+    ) -> Callable[[Sequence[pb_utils.Tensor]], Outgoing]:
+        """A function (tensors) -> the request to the engine for those rows of a client's request.
 
         `wanted` are the outputs to ask for. `silence` notes when the request is sent, and each response.
         """
 
-        def outgoing(tensors: Sequence[pb_utils.Tensor], route: Route | None) -> Outgoing:
+        def outgoing(tensors: Sequence[pb_utils.Tensor]) -> Outgoing:
             # The engine stops all requests with an id, so only a request with an id of its own can be stopped. Old
             # engines take numbers alone.
             own_id = str(next(self._own_ids)) if self.stop and not request.request_id() else ""
@@ -93,27 +77,9 @@ class Engine:
                 parameters=_carried(parameters) or None,  # None saves Triton's stub from writing JSON
                 trace=request.trace(),
             )
-            return Outgoing(self, make, tensors, route, silence, can_stop=bool(own_id))
+            return Outgoing(self, make, tensors, silence, can_stop=bool(own_id))
 
         return outgoing
-
-    def naming_tensors(self, route: Route) -> list[pb_utils.Tensor]:
-        """The tensors that name the adapter. They are kept: a tensor that was sent lies in shared memory already."""
-        found = self._naming_tensors.get(route.entry.lora_task_id)
-        if found is None:
-            values = self.wire.naming_inputs(self._files.repository, route)
-            found = [pb_utils.Tensor(name, value) for name, value in values.items()]
-            if len(self._naming_tensors) == MOST_NAMED:
-                self._naming_tensors.clear()
-            self._naming_tensors[route.entry.lora_task_id] = found
-        return found
-
-    def weights(self, route: Route) -> tuple[list[pb_utils.Tensor], Callable[[], None]]:
-        """lora_weights and lora_config, to be sent once, and a function to call after sending them."""
-        kept = self._kept  # this thread's: `left_behind` replaces self._kept
-        weights, config = kept.tensor(self._files.weights(route)), self._files.config(route)
-        self.gives(route)
-        return [weights, pb_utils.Tensor("lora_config", config)], kept.sent
 
     def responses(self, request: pb_utils.InferenceRequest) -> Responses:
         """Send a request and return the engine's responses. Read all of them: Triton hangs on an abandoned request."""
@@ -130,14 +96,6 @@ class Engine:
             cancel()
         return bool(cancel)
 
-    def forget_names(self) -> None:
-        """Drop the naming tensors, because the adapter table has changed."""
-        self._naming_tensors.clear()
-
-    def left_behind(self) -> None:
-        """Take a new weights tensor, because an abandoned thread may still send the old one."""
-        self._kept = new_kept_weights()
-
     def finalize(self) -> None:
         """Drop the last streams, because a stream that outlives the model's `finalize` crashes the stub."""
         self._last_streams.clear()
@@ -151,7 +109,6 @@ class Outgoing:
         engine: Engine,
         make: Callable[..., pb_utils.InferenceRequest],
         tensors: Sequence[pb_utils.Tensor],
-        route: Route | None,
         silence: Silence,
         *,
         can_stop: bool,
@@ -159,26 +116,14 @@ class Outgoing:
         self._engine = engine
         self._make = make
         self._tensors = tensors
-        self._route = route
         self._silence = silence
         self._can_stop = can_stop
 
-    def send(self, attach: bool) -> Responses:
-        """Send the request, with the adapter's weights if `attach`, and return the engine's responses."""
-        engine, route = self._engine, self._route
-        tensors = [*self._tensors, *(engine.naming_tensors(route) if route else ())]
-        sent: Callable[[], None] | None = None
-        if route and not engine.wire.sends_weights:
-            engine.gives(route)  # the engine may read the adapter's files at any time
-        elif route and attach:
-            weights, sent = engine.weights(route)
-            tensors += weights
-        request = self._make(inputs=tensors)
+    def send(self) -> Responses:
+        """Send the request, and return the engine's responses."""
+        request = self._make(inputs=self._tensors)
         self._silence.asked()
-        responses = engine.responses(request)
-        if sent:
-            sent()
-        for response in responses:
+        for response in self._engine.responses(request):
             self._silence.heard()
             yield response
         self._silence.ended()

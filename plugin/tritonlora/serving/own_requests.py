@@ -40,8 +40,9 @@ class Guard:
     ServerStopping when the server takes no more requests for this model.
     """
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, *, batching: bool) -> None:
         self._model = model
+        self._shape = (1, 1) if batching else (1,)
         self.key = secrets.token_hex(16)  # a value of lora_control that only this process knows
         self._arrivals: SimpleQueue[Any] = SimpleQueue()  # response senders, or None if the server has refused
 
@@ -63,7 +64,7 @@ class Guard:
             thread.join()
 
     def _ask(self) -> None:
-        control = pb_utils.Tensor(CONTROL, np.array([[self.key.encode()]], np.object_))
+        control = pb_utils.Tensor(CONTROL, np.array([self.key.encode()], np.object_).reshape(self._shape))
         request = pb_utils.InferenceRequest(model_name=self._model, inputs=[control], requested_output_names=[STATE])
         is_answered = False
         try:
@@ -82,14 +83,14 @@ class OwnRequests:
         sample: str,
         files: AdapterFiles,
         route_of: Callable[[int], Route | None],
-        gives: Callable[[Route], None],
+        bind: Callable[[Route], None],
         guard: Callable[[], AbstractContextManager[None]],
         *,
         decoupled: bool,
     ) -> None:
         """`sample` is JSON: input -> [its data type, its elements], of a batch of one.
 
-        `route_of` returns the adapter of a lora_task_id. `gives` binds the id to the adapter's content, just before the
+        `route_of` returns the adapter of a lora_task_id. `bind` binds the id to the adapter's content, just before the
         weights are sent.
         """
         self._target = target
@@ -99,7 +100,7 @@ class OwnRequests:
         }
         self._files = files
         self._route_of = route_of
-        self._gives = gives
+        self._bind = bind
         self._guard = guard
         self._decoupled = decoupled
         self._kept = new_kept_weights()
@@ -113,7 +114,7 @@ class OwnRequests:
             raise AdapterUnavailable(f"lora_task_id {task_id} is no longer registered")
         kept = self._kept
         weights, config = kept.tensor(self._files.weights(route)), self._files.config(route)
-        self._gives(route)
+        self._bind(route)
         return self._ask(1, [task_id_tensor([task_id]), weights, pb_utils.Tensor("lora_config", config)], heard, kept)
 
     def probe(self, task_id: int | None, tokens: int, heard: Callable[[], None]) -> str | None:

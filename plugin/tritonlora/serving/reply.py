@@ -14,10 +14,10 @@ from collections.abc import Sequence
 
 import triton_python_backend_utils as pb_utils
 
-from .counters import OUTCOMES
-from .engine_errors import is_unavailable, public
+from .engine_errors import public
 from .errors import RequestError
-from .routing import Route
+from .resolver_client import ResolverError
+from .triton import code_of
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 FAILED = "the router failed on this request; the server's log says why"
@@ -30,10 +30,10 @@ LOOK_SECONDS = 0.1
 class EngineError(Exception):
     """An error response of the engine, with a text that clients may see. `code` is a name in `pb_utils.TritonError`."""
 
-    def __init__(self, error: pb_utils.TritonError, route: Route | None) -> None:
-        adapter = f"LoRA adapter {route.lora_name!r}: " if route else ""
+    def __init__(self, error: pb_utils.TritonError, lora_name: str | None) -> None:
+        adapter = f"LoRA adapter {lora_name!r}: " if lora_name else ""
         super().__init__(adapter + public(error.message()))
-        self.code = "UNAVAILABLE" if is_unavailable(error.message()) else _name_of(error.code())
+        self.code = code_of(error)
 
 
 class Reply:
@@ -93,14 +93,14 @@ class Reply:
     def fail(self, error: Exception) -> None:
         """Note the error with which the reply ends; only the first one counts.
 
-        A RequestError or EngineError goes to the client as it is. Any other error goes to the log, and the client gets
-        INTERNAL.
+        A RequestError, EngineError or ResolverError goes to the client as it is. Any other error goes to the log, and
+        the client gets INTERNAL.
         """
         if self._error:
             return
         message = str(error).encode(errors="replace").decode()  # Triton takes no lone surrogates
         code = "INTERNAL"
-        if isinstance(error, (RequestError, EngineError)):
+        if isinstance(error, (RequestError, EngineError, ResolverError)):
             code = error.code
         else:
             pb_utils.Logger.log_error("".join(traceback.format_exception(error)))
@@ -127,9 +127,3 @@ class Reply:
                 if self._error:
                     self._sender.send(pb_utils.InferenceResponse(error=self._error))
                 self._sender.send(flags=FINAL)
-
-
-def _name_of(code: object) -> str:
-    """The name of a Triton error code."""
-    names = (name for name in OUTCOMES if getattr(pb_utils.TritonError, name, None) == code)
-    return next(names, "INTERNAL")

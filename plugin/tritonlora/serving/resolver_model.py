@@ -1,148 +1,251 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""The resolver: responds with the lora_task_id of a request's adapter, once the engine can serve the adapter.
+"""The resolver: responds with the inputs that name a request's adapter, once the engine can serve the adapter.
 
-It is a step of an ensemble, before the engine's model, so that tokens never pass through Python.
+It is a step of an ensemble, before the engine's model, so that tokens never pass through Python. The router asks it,
+too. So what the engine holds is believed in this one process.
 
-This module translates between Triton and the modules that decide: `routing`, `admission` and `dispatcher`. `execute`
-returns at once. Each request gets its response when it may go on.
+This module translates between Triton and the modules that decide: `routing`, `admission`, `dispatcher` and `leases`.
+`execute` returns at once. Each request gets its response when it may go on.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import threading
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from .adapter_tensors import DIGESTS, AdapterFiles
+from .adapter_table import AdapterTable
+from .adapter_tensors import AdapterFiles
 from .admission import PROMPT_TOKENS_A_STEP, Admission, Ticket
-from .counters import BASE, STATISTICS, Statistics
-from .dispatcher import Dispatcher
+from .bindings import Bindings, contents_of
+from .counters import BASE, OUTCOMES, Statistics
+from .dispatcher import Dispatcher, Request
 from .engine_cache import EngineCache
 from .errors import InvalidRequest, RequestError
-from .own_requests import Guard, OwnRequests, task_id_tensor
+from .holder import is_held
+from .leases import Key, Lease, Leases, Sender
+from .own_requests import Guard, OwnRequests
 from .parameters import check_parameters, parameters_of
-from .residency import open_inside, take_part
+from .publishing import Publishing
 from .response_cache import check_config
-from .routing import Route, check_id, resolve_rows
-from .server_process import STARTING_SECONDS, is_starting, started_at, warmed_at_start
+from .routing import Route, resolve_rows
+from .server_process import STARTING_SECONDS, is_starting, name_for, started_at, warmed_at_start
 from .table_file import TableFile
 from .triton import failure, inputs_of, new_kept_weights, parameters_in, values_of
-from .wire import CONTROL, ENGINE_MODEL, INPUT_LENGTHS, REQUIRED
+from .wire import CONTROL, INPUT_LENGTHS, REQUIRED, STATE, wire_of
 
 LONGEST_OUTPUT = 4096  # tokens of a request that does not tell its output length or its input length
-# The router loads adapters into the same engine. For so long after the router's last request, the resolver is certain
-# of nothing.
-ROUTER_SECONDS = 60.0
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 FAILED = "the resolver failed on this request; the server's log says why"
+NOT_FOR_CLIENTS = f"{CONTROL} is no input for clients; leave it out"
 
 
 class TritonPythonModel:
     """The only instance of the resolver."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Read the router's adapter table, and start the dispatcher. The model does not load without a valid table."""
+        """Read the adapter table, and start the dispatcher. The model does not load without a valid table."""
         config = json.loads(args["model_config"])
         check_config(config)
         parameters = parameters_in(config)
-        repository = Path(args["model_repository"]).parent
+        self._wire = wire_of([one["name"] for one in config["output"]])
+        self._repository = Path(args["model_repository"]).parent
         self._batching = config["max_batch_size"] > 0
         self._patience = float(parameters["cache_full_timeout_seconds"])
-        path = repository / parameters["router"] / "adapters.json"
-        table = TableFile(path, lambda _: None).table()  # the second TableFile below reports malformed entries
-        self._residency = take_part(parameters["router"], table)
-        shared = self._residency.descriptor
-        self._counting = threading.Lock()
-        self._statistics = Statistics(open_inside(shared, STATISTICS))
-        self._files = AdapterFiles(repository, open_inside(shared, DIGESTS))
-        self._kept = new_kept_weights()
+        self._capacity = int(parameters["cache_pages"])
+        path = self._repository / parameters["router"] / "adapters.json"
+        self._statistics = Statistics()
         self._table = TableFile(path, self._table_failed)
-        self._seen_table = self._table.table()
+        self._seen_table = table = self._table.table()
+        self._published_table = TableFile(path, lambda _: None)  # for the thread that publishes
+        self._files = AdapterFiles(self._repository)
+        self._kept = new_kept_weights()
         self._routes: dict[int, Route] = {}  # lora_task_id -> the adapter that requests asked for
         self._was_loaded: set[int] = set()
-        self._capacity = int(parameters["cache_pages"])
-        server, now = os.getppid(), time.monotonic()
+        server = os.getppid()
         is_fresh = is_starting(server)
-        warm = warmed_at_start(self._seen_table, started_at(server)) if is_fresh else {}
-        cache = EngineCache(self._capacity, warm, now, is_fresh=is_fresh)
-        self._guard = Guard(args["model_name"])
-        self._engine = OwnRequests(
-            parameters["target"],
-            parameters["engine_request"],
-            self._files,
-            self._routes.get,
-            self._gives,
-            self._guard,
-            decoupled=parameters["target_is_decoupled"] == "true",
+        self._bindings = Bindings(
+            Path("/dev/shm", name_for(args["model_name"])),  # noqa: S108
+            contents_of(table, only_warm=is_fresh),
         )
-        self._dispatcher = Dispatcher(
-            Admission(cache, now, cautious_for=0.0 if is_fresh else STARTING_SECONDS),
-            self._engine,
-            load_timeout=float(parameters["load_timeout_seconds"]),
-            on_error=pb_utils.Logger.log_error,
-            on_load=self._loaded,
-            on_miss=lambda task_id: self.count([self._routes[task_id].lora_name], "unexpected_misses"),
+        self._guard = Guard(args["model_name"], batching=self._batching)
+        self._engine: OwnRequests | None = None
+        self._dispatcher: Dispatcher | None = None
+        if self._wire.sends_weights:
+            now = time.monotonic()
+            warm = warmed_at_start(table, started_at(server)) if is_fresh else {}
+            self._engine = OwnRequests(
+                parameters["target"],
+                parameters["engine_request"],
+                self._files,
+                self._routes.get,
+                self._bindings.bind,
+                self._guard,
+                decoupled=parameters["target_is_decoupled"] == "true",
+            )
+            self._dispatcher = Dispatcher(
+                Admission(
+                    EngineCache(self._capacity, warm, now, is_fresh=is_fresh),
+                    now,
+                    cautious_for=0.0 if is_fresh else STARTING_SECONDS,
+                ),
+                self._engine,
+                load_timeout=float(parameters["load_timeout_seconds"]),
+                on_error=pb_utils.Logger.log_error,
+                on_load=self._loaded,
+                on_miss=lambda task_id: self._statistics.add(self._routes[task_id].lora_name, "unexpected_misses"),
+                watch=self._sweep,
+            )
+        self._sender: Sender = self._dispatcher or PassOn()
+        self._leases = Leases(self._sender, is_held)
+        self._publishing = Publishing(
+            self._statistics.counts, self._names_in, float(parameters.get("refresh_seconds", "0.5")), args["model_name"]
         )
 
     def execute(self, requests: list[pb_utils.InferenceRequest]) -> None:
         """Begin each request by itself: a bad request harms no other, and no request waits for another one."""
         for request in requests:
-            if values_of(inputs_of(request), CONTROL) == [self._guard.key.encode()]:
+            inputs = inputs_of(request)
+            control = (values_of(inputs, CONTROL) or [None])[0]
+            if control == self._guard.key.encode():
                 self._guard.arrive(request.get_response_sender())
                 continue
-            pending = PendingRequest(self, request)
+            call = Call(self, request)
             try:
-                self._begin(request, pending)
+                if CONTROL in inputs:
+                    self._answer_own(inputs, control, call)
+                else:
+                    self._begin(inputs, parameters_of(request), call)
             except Exception as error:  # noqa: BLE001  any error must become the request's response
-                pending.fail(error)
+                call.fail(error)
 
     def finalize(self) -> None:
-        """Refuse the requests that wait, and close the files that the router's instances share."""
-        self._dispatcher.stop()
-        self._engine.finalize()
-        self._residency.close()
+        """Refuse the requests that wait, and stop publishing."""
+        if self._dispatcher and self._engine:
+            self._dispatcher.stop()
+            self._engine.finalize()
+        self._publishing.stop()
+        self._bindings.close()
 
-    def _begin(self, request: pb_utils.InferenceRequest, pending: PendingRequest) -> None:
-        table = self._table.table()
-        if table is not self._seen_table:
-            self._seen_table = table
-            self.count([BASE], "table_reloads")
-        check_parameters(table, parameters_of(request))
-        inputs = inputs_of(request)
-        if CONTROL in inputs:
-            raise InvalidRequest(f"{CONTROL} is no input for clients; leave it out")
-        lora_names, lora_task_ids = (values_of(inputs, name) for name in ("lora_name", ENGINE_MODEL.task_id))
-        rows = next(iter(inputs.values())).shape()[0] if self._batching else 1
-        routes = resolve_rows(table, lora_names, lora_task_ids, rows)
-        pending.routes = [route for route in routes if route]
-        if not pending.routes:
-            pending.pass_on(with_weights=False)
+    # Requests
+
+    def _begin(self, inputs: Any, parameters: dict[str, Any], call: Call) -> None:
+        """Begin a request of an ensemble."""
+        call.routes = self._routes_of(inputs, parameters)
+        if not call.routes:
+            call.pass_on(with_weights=False)
             return
-        for route in pending.routes:
-            check_id(route, self._residency.may_give)
-            self._routes[route.entry.lora_task_id] = route
-        lengths = values_of(inputs, REQUIRED) or [LONGEST_OUTPUT]
-        prompts = values_of(inputs, INPUT_LENGTHS) or [LONGEST_OUTPUT]
         ticket = Ticket(
-            {route.entry.lora_task_id: route.entry.pages or self._capacity for route in pending.routes},
-            max(1, *lengths) + max(0, *prompts) / PROMPT_TOKENS_A_STEP,
+            {route.entry.lora_task_id: self._pages(route) for route in call.routes},
+            _longest(inputs),
             time.monotonic(),
             self._patience,
-            takes_weights=rows == 1,  # the engine takes them in a batch of one
-            must_take_weights=rows == 1 and self._residency.was_used_lately(ROUTER_SECONDS),
+            takes_weights=len(call.routes) == 1,  # the engine takes them in a batch of one
         )
-        self._dispatcher.ask(ticket, pending)
+        self._sender.ask(ticket, call)
+
+    def _answer_own(self, inputs: Any, control: bytes, call: Call) -> None:
+        """Respond to a message of the router or of `lora_adapters`."""
+        try:
+            message = json.loads(control or b"")
+            key: Key = (message["holder"], message["number"])
+            does = _OWN[message["do"]]
+        except (ValueError, KeyError, TypeError):
+            raise InvalidRequest(NOT_FOR_CLIENTS) from None
+        if not is_held(key[0]):
+            raise InvalidRequest(NOT_FOR_CLIENTS)
+        call.is_own = True
+        does(self, key, message, inputs, call)
+
+    def _enter(self, key: Key, message: dict[str, Any], inputs: Any, call: Call) -> None:
+        tokens, now = _longest(inputs), time.monotonic()
+
+        def new_ticket(route: Route, misses: int) -> Ticket:
+            pages = {route.entry.lora_task_id: self._pages(route)}
+            return Ticket(pages, tokens, now, self._patience, takes_weights=False, is_routers=True, misses=misses)
+
+        call.key = key
+        call.routes = self._routes_of(inputs, message["parameters"])
+        lease = call.lease = Lease(call.routes, new_ticket)
+        self._count(call.routes, "running")
+        self._leases.enter(key, lease, call)
+
+    def _row(self, key: Key, message: dict[str, Any], inputs: Any, call: Call) -> None:  # noqa: ARG002
+        call.lease = self._leases.find(key)
+        self._leases.row(key, message["row"], call)
+
+    def _lost(self, key: Key, message: dict[str, Any], inputs: Any, call: Call) -> None:  # noqa: ARG002
+        call.lease = self._leases.find(key)
+        self._leases.lost(key, call)
+
+    def _leave(self, key: Key, message: dict[str, Any], inputs: Any, call: Call) -> None:  # noqa: ARG002
+        self._leases.leave(key)
+        call.respond({})
+
+    def _end(self, key: Key, message: dict[str, Any], inputs: Any, call: Call) -> None:  # noqa: ARG002
+        outcome = message["outcome"] if message["outcome"] in OUTCOMES else "INTERNAL"
+        lease = self._leases.end(key, had_it=outcome == "OK", is_over=message["is_over"])
+        self._ended(lease, outcome)
+        call.respond({})
+
+    def _tell(self, key: Key, message: dict[str, Any], inputs: Any, call: Call) -> None:  # noqa: ARG002
+        states = self._dispatcher.states() if self._dispatcher else {}
+        call.respond({"states": states, "contents": self._bindings.contents()})
+
+    def _routes_of(self, inputs: Any, parameters: dict[str, Any]) -> list[Route]:
+        """The adapters of the rows; none for the base model."""
+        table = self._table.table()
+        if table is not self._seen_table:
+            self._new_table(table)
+        check_parameters(table, parameters)
+        lora_names, lora_task_ids = (values_of(inputs, name) for name in ("lora_name", self._wire.task_id))
+        rows = next(iter(inputs.values())).shape()[0] if self._batching else 1
+        routes = [route for route in resolve_rows(table, lora_names, lora_task_ids, rows) if route]
+        for route in routes:
+            if self._wire.sends_weights:
+                self._bindings.check(route)
+            else:
+                self._bindings.bind(route)  # the engine may read the adapter's files at any time
+            self._routes[route.entry.lora_task_id] = route
+        return routes
+
+    def _new_table(self, table: AdapterTable) -> None:
+        self._seen_table = table
+        self._statistics.add(BASE, "table_reloads")
+        entries = table.entries.values()
+        self._files.forget_all_but({file for one in entries for file in (one.lora_weights_file, one.lora_config_file)})
+
+    def _pages(self, route: Route) -> int:
+        return route.entry.pages or self._capacity
+
+    def _sweep(self) -> None:
+        for lease in self._leases.sweep():
+            self._ended(lease, "INTERNAL")
+
+    # What `Call` needs
+
+    def naming_tensors(self, routes: Sequence[Route]) -> list[pb_utils.Tensor]:
+        """The inputs of the engine's model that name these adapters, one for each row."""
+        values = self._wire.naming_inputs(self._repository, routes)
+        return [pb_utils.Tensor(name, value) for name, value in values.items()]
+
+    def state_tensor(self, state: dict[str, Any]) -> pb_utils.Tensor:
+        """lora_state (1, 1) string, or (1,) without batches: JSON."""
+        value = np.array([json.dumps(state).encode()], np.object_)
+        return pb_utils.Tensor(STATE, value[None] if self._batching else value)
 
     def weights_of(self, route: Route) -> list[pb_utils.Tensor]:
         """lora_weights and lora_config, to be sent once. Call `weights_sent` after sending them."""
         weights, config = self._kept.tensor(self._files.weights(route)), self._files.config(route)
-        self._gives(route)
+        self._bindings.bind(route)
         return [weights, pb_utils.Tensor("lora_config", config)]
 
     def weights_sent(self, route: Route) -> None:
@@ -150,28 +253,87 @@ class TritonPythonModel:
         self._kept.sent()
         self._loaded(route.entry.lora_task_id, 0.0)
 
-    def count(self, names: list[str], column: str, amount: float = 1.0) -> None:
-        """Add `amount` to a column, one of `counters.COLUMNS`, of these adapters."""
-        with self._counting:
-            for name in names:
-                self._statistics.add(name, column, amount)
+    def passed_on(self, call: Call) -> None:
+        """Count a request of an ensemble that has gone on."""
+        self._count(call.routes, "OK")
 
-    def _gives(self, route: Route) -> None:
-        check_id(route, self._residency.gives)
+    def failed(self, call: Call, code: str) -> None:
+        """Count a request that was refused. A later message of the router counts when its request ends."""
+        if not call.is_own:
+            self._count(call.routes, code)
+        elif call.key is not None:
+            self._leases.drop(call.key)
+            self._ended(call.lease, code)
+
+    # Counts
+
+    def _ended(self, lease: Lease | None, outcome: str) -> None:
+        if lease is not None:
+            self._count(lease.routes, "running", -1)
+        self._count(lease.routes if lease else (), outcome)
+
+    def _count(self, routes: Sequence[Route], column: str, amount: float = 1.0) -> None:
+        for name in [route.lora_name for route in routes] or [BASE]:
+            self._statistics.add(name, column, amount)
 
     def _loaded(self, task_id: int, seconds: float) -> None:
-        names = [self._routes[task_id].lora_name]
-        self.count(names, "evicted" if task_id in self._was_loaded else "first_use")
-        self.count(names, "load_seconds", seconds)
+        name = self._routes[task_id].lora_name
+        self._statistics.add(name, "evicted" if task_id in self._was_loaded else "first_use")
+        self._statistics.add(name, "load_seconds", seconds)
         self._was_loaded.add(task_id)
+
+    def _names_in(self) -> tuple[list[str], list[str], int]:
+        """The names of the adapters in use, and of those that requests wait for, and the number of all adapters."""
+        table = self._published_table.table()
+        in_use, waiting = (self._dispatcher.in_use(), self._dispatcher.waiting()) if self._dispatcher else ([], [])
+        used, awaited = ([name for one in ids if (name := table.name_of(one))] for ids in (in_use, waiting))
+        return used, awaited, len(table.entries)
 
     def _table_failed(self, problem: str) -> None:
         pb_utils.Logger.log_error(problem)
-        self.count([BASE], "table_failures")
+        self._statistics.add(BASE, "table_failures")
 
 
-class PendingRequest:
-    """A request from its arrival to its response. It implements `dispatcher.Request`."""
+_OWN = {
+    "enter": TritonPythonModel._enter,
+    "row": TritonPythonModel._row,
+    "lost": TritonPythonModel._lost,
+    "leave": TritonPythonModel._leave,
+    "end": TritonPythonModel._end,
+    "tell": TritonPythonModel._tell,
+}
+
+
+def _longest(inputs: Any) -> float:
+    """The most iterations of the engine that a request takes: its output, and its prompt in PROMPT_TOKENS_A_STEP."""
+    lengths = values_of(inputs, REQUIRED) or [LONGEST_OUTPUT]
+    prompts = values_of(inputs, INPUT_LENGTHS) or [LONGEST_OUTPUT]
+    return float(max(1, *lengths) + max(0, *prompts) / PROMPT_TOKENS_A_STEP)
+
+
+class PassOn:
+    """In the place of a dispatcher, for an engine that reads adapters by itself: each request goes on at once."""
+
+    def ask(self, ticket: Ticket, request: Request) -> None:  # noqa: ARG002
+        """Send the request on."""
+        request.pass_on(with_weights=False)
+
+    def leave(self, ticket: Ticket) -> bool:  # noqa: ARG002
+        """No request waits."""
+        return False
+
+    def end(self, ticket: Ticket, *, had_it: bool) -> None:
+        """Nothing is believed of the engine."""
+
+    def lost(self, ticket: Ticket) -> None:
+        """As `end`."""
+
+    def leave_behind(self, ticket: Ticket) -> None:
+        """As `end`."""
+
+
+class Call:
+    """A request to the resolver, from its arrival to its response. It implements `dispatcher.Request`."""
 
     def __init__(self, model: TritonPythonModel, request: pb_utils.InferenceRequest) -> None:
         self._model = model
@@ -181,18 +343,28 @@ class PendingRequest:
         # response, which must not mean the base model. An older ensemble neither sends nor requests this tensor.
         self._required = [(one.name(), one.as_numpy()) for one in request.inputs() if one.name() in asked]
         self.routes: list[Route] = []  # the adapters of its rows; empty for the base model
+        self.is_own = False  # a message of the router or of `lora_adapters`
+        self.key: Key | None = None  # of the router's request that this message begins
+        self.lease: Lease | None = None  # the router's request that the message belongs to
 
     def pass_on(self, *, with_weights: bool) -> None:
-        """Respond with the engine's LoRA inputs for the rows: lora_task_id, and the weights if `with_weights`."""
+        """Respond with the engine's LoRA inputs for the rows, with the weights if `with_weights`."""
         tensors = [pb_utils.Tensor(name, array) for name, array in self._required]
         if self.routes:
-            tensors.append(task_id_tensor([route.entry.lora_task_id for route in self.routes]))
+            tensors += self._model.naming_tensors(self.routes)
+        if self.is_own:
+            tensors.append(self._model.state_tensor({"lora_names": [route.lora_name for route in self.routes]}))
         if with_weights:
             tensors += self._model.weights_of(self.routes[0])
         self._sender.send(pb_utils.InferenceResponse(tensors), flags=FINAL)
         if with_weights:
             self._model.weights_sent(self.routes[0])
-        self._model.count(self._names(), "OK")
+        if not self.is_own:
+            self._model.passed_on(self)
+
+    def respond(self, state: dict[str, Any]) -> None:
+        """Respond with lora_state."""
+        self._sender.send(pb_utils.InferenceResponse([self._model.state_tensor(state)]), flags=FINAL)
 
     def fail(self, error: Exception) -> None:
         """Respond with the error. A RequestError goes to the client; any other error to the log, and as INTERNAL."""
@@ -201,15 +373,18 @@ class PendingRequest:
             code, message = error.code, self._about(error)
         else:
             pb_utils.Logger.log_error("".join(traceback.format_exception(error)))
-        self._sender.send(failure(message, code), flags=FINAL)
-        self._model.count(self._names(), code)
-
-    def _names(self) -> list[str]:
-        return [route.lora_name for route in self.routes] or [BASE]
+        if self.lease is not None:
+            self.lease.give_up()
+        self._model.failed(self, code)
+        if self.is_own:  # a response to a BLS request would lose the code (Triton 2.51)
+            self.respond({"refused": [message, code]})
+        else:
+            self._sender.send(failure(message, code), flags=FINAL)
 
     def _about(self, error: RequestError) -> str:
         """The error's text, with the adapter's name in front if the text does not have it."""
         message = str(error).encode(errors="replace").decode()  # Triton takes no lone surrogates
-        if not self.routes or "LoRA adapter" in message:
+        routes = self.routes or (self.lease.routes if self.lease else [])
+        if not routes or "LoRA adapter" in message:
             return message
-        return f"LoRA adapter {self.routes[0].lora_name!r}: {message}"
+        return f"LoRA adapter {routes[0].lora_name!r}: {message}"

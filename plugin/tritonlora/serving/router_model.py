@@ -4,8 +4,8 @@
 
 | module | does |
 |---|---|
-| `routing` | decides which adapter each row means |
-| `forwarding` | decides when a request carries weights, when it waits, and what follows from an engine's error |
+| `resolver_client` | asks the resolver which adapter each row means, and waits until the engine has it |
+| `forwarding` | sends a request again when the engine lacked the adapter |
 | `row_outputs` | decides which tensors of a response go to the client |
 | `outgoing` | sends requests to the engine's model through Triton |
 | `reply` | responds to the client through Triton |
@@ -24,26 +24,20 @@ import functools
 import gc
 import json
 from collections import deque
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
 
 import triton_python_backend_utils as pb_utils
 
 from .abandonable import Silence, Worker
-from .adapter_tensors import DIGESTS, AdapterFiles
-from .counters import BASE, STATISTICS, Statistics
 from .errors import ClientLeft, EngineSilent, InvalidRequest, RequestError
-from .forwarding import Forwarder
+from .forwarding import forward
 from .outgoing import Engine, Outgoing
-from .parameters import check_parameters, parameters_of
+from .parameters import parameters_of
 from .reply import EngineError, Reply
-from .residency import Residency, open_inside, take_part
+from .resolver_client import ResolverClient, ResolverError, RouterLease
 from .response_cache import check_config
-from .routing import Route, check_id, resolve_rows
 from .row_outputs import OWN_OUTPUTS, RowOutputs, wanted_outputs
-from .table_file import TableFile
-from .triton import Inputs, inputs_of, parameters_in, values_of
+from .triton import Inputs, error_of, inputs_of, parameters_in, values_of
 from .wire import wire_of
 
 
@@ -51,39 +45,22 @@ class TritonPythonModel:
     """One instance of the router."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Read the adapter table. The model does not load without a valid table."""
+        """Read the config. The router has no state of its own."""
         config = json.loads(args["model_config"])
         check_config(config)
         parameters = parameters_in(config)
-        directory = Path(args["model_repository"])
         inputs = [one["name"] for one in config["input"]]
-        wire = wire_of(inputs)
+        self._wire = wire_of(inputs)
         self._batching = config["max_batch_size"] > 0
         self._decoupled = pb_utils.using_decoupled_model_transaction_policy(config)
-        self._routing_inputs = ("lora_name", wire.task_id)
-        self._needed_outputs = wire.needed_outputs
-        self._name = args["model_name"]
-        self._cache_pages = int(parameters.get("cache_pages", "0"))
-        self._timeouts = {
-            "cache_full_timeout": float(parameters["cache_full_timeout_seconds"]),
-            "load_timeout": float(parameters["load_timeout_seconds"]),
-        }
-        self._table = TableFile(directory / "adapters.json", lambda _: None)  # the second one below reports problems
-        self._residency = self._take_part()
-        shared = self._residency.descriptor
-        self._statistics = Statistics(open_inside(shared, STATISTICS))
-        self._table = TableFile(directory / "adapters.json", self._table_failed)
-        self._seen_table = self._table.table()
-        self._forwarder = self._new_forwarder()
+        self._resolver = ResolverClient(parameters.get("resolver", "lora_resolver"), batching=self._batching)
         self._engine = Engine(
             parameters["target"],
-            wire,
-            AdapterFiles(directory.parent, open_inside(shared, DIGESTS)),
+            self._wire,
             inputs=inputs,
             outputs={output["name"] for output in config["output"]} - OWN_OUTPUTS,
             decoupled=self._decoupled,
             batching=self._batching,
-            gives=lambda route: check_id(route, self._residency.gives),
         )
         self._patience = (
             float(parameters.get("first_answer_timeout_seconds", "3600")),
@@ -98,40 +75,44 @@ class TritonPythonModel:
         for request in requests:
             reply = Reply(request, decoupled=self._decoupled)
             silence = Silence(*self._patience)
-            names: list[str] = []  # of the adapters of its rows; `_serve` fills it
-            serve = functools.partial(self._serve, request, reply, silence, names)
-            is_done = self._worker.do(serve, silence.is_too_long)
+            lease = self._resolver.lease(self._wire)
+
+            def is_stuck(reply: Reply = reply, silence: Silence = silence, lease: RouterLease = lease) -> bool:
+                if lease.waits and reply.has_left():
+                    lease.leave()
+                return silence.is_too_long()
+
+            is_done = self._worker.do(functools.partial(self._serve, request, reply, silence, lease), is_stuck)
             if not is_done:
                 reply.fail(EngineSilent(f"the engine's model has sent nothing for {silence.seconds():.3g} s"))
-            self._count(names, "running", -1)
-            self._count(names or [BASE], reply.outcome)
             reply.complete()
+            try:
+                lease.end(reply.outcome, is_over=is_done)
+            except ResolverError as error:
+                pb_utils.Logger.log_error(f"the resolver was not told the end of a request: {error}")
             self._last_replies.append(reply)
-            if not is_done:
-                self._leave_behind()
 
     def finalize(self) -> None:
-        """End the thread, and close the files that the instances share."""
+        """End the thread, and the proof that messages to the resolver come from here."""
         self._worker.end()
         self._engine.finalize()
         self._last_replies.clear()
-        self._residency.close()
+        self._resolver.close()
 
     # One request
 
-    def _serve(self, request: pb_utils.InferenceRequest, reply: Reply, silence: Silence, names: list[str]) -> None:
-        """Serve one request, and add the names of its rows' adapters to `names`."""
+    def _serve(self, request: pb_utils.InferenceRequest, reply: Reply, silence: Silence, lease: RouterLease) -> None:
         try:
             inputs, parameters = inputs_of(request), parameters_of(request)
-            routes = self._routes(inputs, parameters)
-            names += [route.lora_name if route else BASE for route in routes]
-            self._count(names, "running")
+            lease.enter(inputs, parameters)
             wanted = wanted_outputs(
-                request.requested_output_names(), self._needed_outputs, is_stream=self._is_stream(inputs)
+                request.requested_output_names(), self._wire.needed_outputs, is_stream=self._is_stream(inputs)
             )
             outgoing = self._engine.request(request, parameters, wanted.of_engine, silence)
             beam_widths, sequence_counts = (values_of(inputs, name) for name in ("beam_width", "num_return_sequences"))
-            for row, tensors in self._rows(inputs, routes):
+            for row, tensors in self._rows(inputs, lease):
+                if row and lease.names:
+                    lease.row(row)
                 outputs = RowOutputs(
                     wanted,
                     pb_utils.Tensor,
@@ -139,51 +120,48 @@ class TritonPythonModel:
                     beam_width=beam_widths[row or 0] if beam_widths else 1,
                     sequence_count=sequence_counts[row or 0] if sequence_counts else 1,
                 )
-                route = routes[row or 0]
-                if not self._answer(outgoing(tensors, route), route, outputs, reply):
+                name = lease.names[row or 0] if lease.names else None
+                if not self._answer(outgoing([*tensors, *lease.naming(row)]), name, lease, outputs, reply):
                     return
             reply.succeed()
         except Exception as error:  # noqa: BLE001  any error must become the request's response
             reply.fail(error)
 
-    def _routes(self, inputs: Inputs, parameters: dict[str, Any]) -> list[Route | None]:
-        """The adapter of each row; None for the base model."""
-        table = self._table.table()
-        if table is not self._seen_table:
-            self._seen_table = table
-            self._engine.forget_names()
-            self._statistics.add(BASE, "table_reloads")
-        if parameters:
-            check_parameters(table, parameters)
-        lora_names, lora_task_ids = (values_of(inputs, name) for name in self._routing_inputs)
-        rows = next(iter(inputs.values())).shape()[0] if self._batching else 1
-        return resolve_rows(table, lora_names, lora_task_ids, rows)
-
     def _is_stream(self, inputs: Inputs) -> bool:
         return self._decoupled and any(values_of(inputs, "streaming") or [])
 
-    def _rows(
-        self, inputs: Inputs, routes: Sequence[Route | None]
-    ) -> Iterator[tuple[int | None, list[pb_utils.Tensor]]]:
+    def _rows(self, inputs: Inputs, lease: RouterLease) -> Iterator[tuple[int | None, list[pb_utils.Tensor]]]:
         """(row, tensors) of each request to the engine.
 
         The rows of a batch go one by one if they name adapters or are streamed. Otherwise the batch goes as a whole,
         and its row is None.
         """
-        tensors = [tensor for name, tensor in inputs.items() if name not in self._routing_inputs]
-        if len(routes) == 1 or not (any(routes) or self._is_stream(inputs)):
+        tensors = [tensor for name, tensor in inputs.items() if name not in ("lora_name", self._wire.task_id)]
+        rows = next(iter(inputs.values())).shape()[0] if self._batching else 1
+        if rows == 1 or not (lease.names or self._is_stream(inputs)):
             yield None, tensors
             return
         if not self._decoupled:
             raise InvalidRequest("a batch of several rows for LoRA adapters needs a decoupled engine model")
-        for row in range(len(routes)):
+        for row in range(rows):
             yield row, [pb_utils.Tensor(one.name(), one.as_numpy()[row : row + 1]) for one in tensors]
 
     def _answer(
-        self, outgoing: Outgoing, route: Route | None, outputs: RowOutputs[pb_utils.Tensor], reply: Reply
+        self,
+        outgoing: Outgoing,
+        lora_name: str | None,
+        lease: RouterLease,
+        outputs: RowOutputs[pb_utils.Tensor],
+        reply: Reply,
     ) -> bool:
         """Pass on the engine's responses to one of its requests; False when the reply has ended with an error."""
-        responses = self._forwarder.forward(route, outgoing.send, reply.has_left)
+
+        def lost() -> None:
+            if reply.has_left():
+                raise ClientLeft("the client has left")
+            lease.lost()
+
+        responses = forward(outgoing.send, lost, _error_text) if lora_name else outgoing.send()
         is_answered = has_left = False
         try:
             for response in responses:
@@ -193,8 +171,8 @@ class TritonPythonModel:
                     if not has_left:
                         outgoing.cancel()
                     has_left = True
-                elif error := engine_error(response):
-                    raise EngineError(error, route)
+                elif error := error_of(response):
+                    raise EngineError(error, lora_name)
                 elif tensors := response.output_tensors():  # the last response may be the final flag alone
                     reply.send(outputs.of_response(tensors))
                     is_answered = True
@@ -211,40 +189,7 @@ class TritonPythonModel:
             reply.send(last)
         return True
 
-    # The files that the instances share
-
-    def _leave_behind(self) -> None:
-        """Release the locks of the abandoned request. Its thread keeps the old objects, in case that it goes on."""
-        self._engine.left_behind()
-        behind = self._residency
-        self._residency = self._take_part()
-        self._forwarder = self._new_forwarder()
-        behind.abandon()
-
-    def _take_part(self) -> Residency:
-        return take_part(self._name, self._table.table(), self._cache_pages)
-
-    def _new_forwarder(self) -> Forwarder[pb_utils.InferenceResponse]:
-        return Forwarder(self._residency, _error_text, on_load=self._loaded, **self._timeouts)
-
-    def _count(self, names: list[str], column: str, amount: float = 1) -> None:
-        for name in names:
-            self._statistics.add(name, column, amount)
-
-    def _loaded(self, route: Route, reason: str, seconds: float) -> None:
-        self._statistics.add(route.lora_name, reason)
-        self._statistics.add(route.lora_name, "load_seconds", seconds)
-
-    def _table_failed(self, problem: str) -> None:
-        pb_utils.Logger.log_error(problem)
-        self._statistics.add(BASE, "table_failures")
-
-
-def engine_error(response: pb_utils.InferenceResponse) -> pb_utils.TritonError | None:
-    """The error in a response of the engine, or None."""
-    return response.error() if response.has_error() else None
-
 
 def _error_text(response: pb_utils.InferenceResponse) -> str | None:
-    error = engine_error(response)
+    error = error_of(response)
     return error.message() if error else None

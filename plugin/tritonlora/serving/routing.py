@@ -8,7 +8,7 @@ does not use Triton.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .adapter_table import NAME_PATTERN, AdapterEntry, AdapterTable, available
@@ -94,35 +94,3 @@ def _check_legal(name: str) -> None:
         raise InvalidRequest("lora_name is empty; to ask the base model, leave it out")
     if not NAME_PATTERN.fullmatch(name):
         raise InvalidRequest(f"lora_name {name[:100]!r} is not a legal adapter name")
-
-
-def warmed(table: AdapterTable) -> dict[int, int]:
-    """lora_task_id -> pages of the adapters that the engine's warmup loads, in the order in which it loads them."""
-    return {entry.lora_task_id: entry.pages or 1 for entry in table.entries.values() if entry.warm}
-
-
-# Ids and the content that they are bound to
-
-
-def check_id(route: Route, is_its: Callable[[int, str], bool]) -> None:
-    """Raise AdapterUnavailable if the adapter's lora_task_id is bound to other content, according to `is_its`.
-
-    `is_its` takes the id and the adapter's content. An engine that holds other content under the id would respond with
-    that content.
-    """
-    task_id = route.entry.lora_task_id
-    if not is_its(task_id, content_of(route.entry)):
-        raise AdapterUnavailable(
-            f"LoRA adapter {route.lora_name!r}: lora_task_id {task_id} was given to other weights; the engine may hold "
-            f"them under it; give these a new id: tritonlora add {route.lora_name} ADAPTER_DIR --task-id N"
-        )
-
-
-def warmed_contents(table: AdapterTable) -> dict[int, str]:
-    """lora_task_id -> content of the adapters that the engine's warmup loads."""
-    return {entry.lora_task_id: content_of(entry) for entry in table.entries.values() if entry.warm}
-
-
-def content_of(entry: AdapterEntry) -> str:
-    """A string that identifies the content of the adapter's files: both SHA-256."""
-    return f"{entry.lora_weights_sha256}-{entry.lora_config_sha256}"

@@ -25,6 +25,17 @@ def start_ticks(pid: int) -> int:
     return int(stat_of(pid)[19])
 
 
+def name_for(model: str) -> str:
+    """A name that only processes of this model in this tritonserver have.
+
+    The server's process id and start time tell it from servers that have ended. The namespace tells apart containers,
+    which may share /dev/shm and have process ids of their own.
+    """
+    server = os.getppid()
+    namespace = Path("/proc/self/ns/pid").stat().st_ino
+    return f"tritonlora-{namespace}-{start_ticks(server)}-{server}-{model}"
+
+
 def started_at(pid: int) -> float:
     """When a process was started, in seconds since 1970 (btime of proc_stat(5))."""
     booted = next(line.split()[1] for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime "))

@@ -10,6 +10,8 @@ from typing import Any, TypeAlias
 
 import triton_python_backend_utils as pb_utils
 
+from .counters import OUTCOMES
+from .engine_errors import is_unavailable
 from .reused_tensor import KeptWeights
 
 Inputs: TypeAlias = "Mapping[str, pb_utils.Tensor]"  # of a request, by name
@@ -34,6 +36,19 @@ def parameters_in(config: Mapping[str, Any]) -> dict[str, str]:
 def failure(message: str, code: str = "INTERNAL") -> pb_utils.InferenceResponse:
     """An error response. `code` is a name in `pb_utils.TritonError`."""
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, getattr(pb_utils.TritonError, code)))
+
+
+def error_of(response: pb_utils.InferenceResponse) -> pb_utils.TritonError | None:
+    """The error in a response to a BLS request, or None."""
+    return response.error() if response.has_error() else None
+
+
+def code_of(error: pb_utils.TritonError) -> str:
+    """The name of an error's code in `pb_utils.TritonError`. UNAVAILABLE for a model that is not ready."""
+    if is_unavailable(error.message()):
+        return "UNAVAILABLE"
+    names = (name for name in OUTCOMES if getattr(pb_utils.TritonError, name, None) == error.code())
+    return next(names, "INTERNAL")
 
 
 def new_kept_weights() -> KeptWeights[pb_utils.Tensor]:

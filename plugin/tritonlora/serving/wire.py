@@ -11,7 +11,7 @@ PEFT directory, which every request names. The model reads the directory by itse
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,10 @@ class Wire:
     inputs: tuple[str, ...]  # a model that declares these is of this kind
     task_id: str  # the input with an adapter's lora_task_id
     router_only: tuple[str, ...]  # inputs that no client may send
-    # (repository, adapter) -> the tensors that name the adapter in each request for it
-    naming_inputs: Callable[[Path, Route], dict[str, npt.NDArray[Any]]]
+    # (repository, adapters of the rows) -> the inputs that name the adapters
+    naming_inputs: Callable[[Path, Sequence[Route]], dict[str, npt.NDArray[Any]]]
+    names: tuple[str, ...]  # the names of these inputs
+    resolved: tuple[str, ...]  # the inputs for which the resolver has outputs
     stop: str  # an input: a request with it ends the request with the same id; "": there is no such input
     needed_outputs: tuple[str, ...]  # the target refuses a request that does not ask for all of these
     sends_weights: bool  # requests carry weights into a cache of pages; False: the target reads adapters by itself
@@ -52,11 +54,12 @@ def wire_of(inputs: Collection[str]) -> Wire:
     return max(WIRES, key=lambda wire: 1 - len(wire.missing(inputs)) / len(wire.inputs))
 
 
-def _by_id(_repository: Path, route: Route) -> dict[str, npt.NDArray[Any]]:
-    return {"lora_task_id": np.array([[route.entry.lora_task_id]], np.uint64)}
+def _by_id(_repository: Path, routes: Sequence[Route]) -> dict[str, npt.NDArray[Any]]:
+    return {"lora_task_id": np.array([[route.entry.lora_task_id] for route in routes], np.uint64)}
 
 
-def _by_path(repository: Path, route: Route) -> dict[str, npt.NDArray[Any]]:
+def _by_path(repository: Path, routes: Sequence[Route]) -> dict[str, npt.NDArray[Any]]:
+    [route] = routes  # this target takes no batches
     path = repository / (route.entry.lora_path or "")
     return {
         "lora_id": np.array([route.entry.lora_task_id], np.uint64),
@@ -70,6 +73,8 @@ ENGINE_MODEL = Wire(
     task_id="lora_task_id",
     router_only=("lora_weights", "lora_config"),
     naming_inputs=_by_id,
+    names=("lora_task_id",),
+    resolved=("lora_task_id", "lora_weights", "lora_config"),
     stop="stop",
     needed_outputs=("output_ids", "sequence_length"),
     sends_weights=True,
@@ -81,6 +86,8 @@ LLM_API = Wire(
     task_id="lora_id",
     router_only=("lora_path", "lora_ckpt_source"),
     naming_inputs=_by_path,
+    names=("lora_id", "lora_name", "lora_path"),
+    resolved=("lora_id", "lora_name", "lora_path"),
     stop="",
     needed_outputs=("text_output",),
     sends_weights=False,

@@ -1,0 +1,157 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""Asks the resolver, from other models of tritonlora, by BLS requests that are not decoupled.
+
+`leases` has the messages of the router. `lora_adapters` has one more, `tell`, to which the resolver responds with what
+the engine holds.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from .engine_errors import is_unavailable
+from .holder import Holder
+from .triton import Inputs, code_of, error_of
+from .wire import CONTROL, INPUT_LENGTHS, REQUIRED, STATE, Wire
+
+ASKED = ("lora_name", REQUIRED, INPUT_LENGTHS)  # inputs of a client's request that the resolver needs, beside the id
+
+
+class ResolverError(Exception):
+    """The resolver has refused a request, or is not there. `code` is a name in `pb_utils.TritonError`."""
+
+    def __init__(self, message: str, code: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class ResolverClient:
+    """Sends messages to the model `name`."""
+
+    def __init__(self, name: str, *, batching: bool = True) -> None:
+        self._name = name
+        self._batching = batching
+        self._holder = Holder()
+        self._numbers = itertools.count()
+
+    def close(self) -> None:
+        """End the proof that messages come from here."""
+        self._holder.close()
+
+    def lease(self, wire: Wire) -> RouterLease:
+        """A new request of the router's."""
+        return RouterLease(self, wire, next(self._numbers))
+
+    def tell(self) -> dict[str, Any]:
+        """What the resolver knows of the engine: `states` and `contents`, see `listing.Engine`."""
+        return self.ask("tell", next(self._numbers))[0]
+
+    def ask(
+        self,
+        do: str,
+        number: int,
+        tensors: Sequence[pb_utils.Tensor] = (),
+        names: Sequence[str] = (),
+        **more: object,
+    ) -> tuple[dict[str, Any], dict[str, pb_utils.Tensor]]:
+        """Send a message, with `tensors`, and wait for the response: lora_state, and the outputs `names` that it has.
+
+        ResolverError when the resolver refuses, or is not there.
+        """
+        message = json.dumps({"holder": self._holder.token, "number": number, "do": do, **more}).encode()
+        rows = tensors[0].shape()[0] if tensors and self._batching else 1
+        control = np.array([message] * rows, np.object_)
+        request = pb_utils.InferenceRequest(
+            model_name=self._name,
+            inputs=[pb_utils.Tensor(CONTROL, control[:, None] if self._batching else control), *tensors],
+            requested_output_names=[*names, STATE],
+        )
+        found = {one.name(): one for one in self._responded(request).output_tensors()}
+        state: dict[str, Any] = json.loads(found.pop(STATE).as_numpy().reshape(-1)[0])
+        if "refused" in state:
+            raise ResolverError(*state["refused"])
+        return state, found
+
+    def _responded(self, request: pb_utils.InferenceRequest) -> pb_utils.InferenceResponse:
+        response = request.exec()
+        if (error := error_of(response)) and is_unavailable(error.message()) and self._load():
+            response = request.exec()
+        if error := error_of(response):
+            raise ResolverError(error.message(), code_of(error))
+        return response
+
+    def _load(self) -> bool:
+        """Have the server load the resolver, if it loads models when it is asked to. Whether the resolver is ready."""
+        if not pb_utils.is_model_ready(self._name):
+            try:
+                pb_utils.load_model(self._name)
+            except Exception as error:  # noqa: BLE001  its type differs between versions
+                pb_utils.Logger.log_error(f"{self._name!r}, which this model asks for adapters, is not loaded: {error}")
+        return bool(pb_utils.is_model_ready(self._name))
+
+
+class RouterLease:
+    """The use of the engine's adapters by one request of the router's. See `leases` for the messages."""
+
+    def __init__(self, client: ResolverClient, wire: Wire, number: int) -> None:
+        self.names: list[str] = []  # the adapters of its rows; empty for the base model
+        self._client = client
+        self._wire = wire
+        self._number = number
+        self._naming: dict[str, pb_utils.Tensor] = {}
+        self.waits = False  # whether a thread waits for the resolver
+        self._is_refused = False
+
+    def enter(self, inputs: Inputs, parameters: Mapping[str, object]) -> None:
+        """Begin: resolve the rows' adapters, and wait until the engine has that of the first row."""
+        tensors = [inputs[name] for name in (*ASKED, self._wire.task_id) if name in inputs]
+        # The resolver needs to know the number of rows.
+        tensors = tensors or [next(iter(inputs.values()))]
+        self.waits = True
+        try:
+            state, self._naming = self._client.ask(
+                "enter", self._number, tensors, self._wire.names, parameters=parameters
+            )
+        except BaseException:
+            self._is_refused = True
+            raise
+        finally:
+            self.waits = False
+        self.names = state["lora_names"]
+
+    def naming(self, row: int | None) -> list[pb_utils.Tensor]:
+        """The inputs that name the adapter of a row, or of the only row if None. None of them for the base model."""
+        if row is None:
+            return [*self._naming.values()]
+        return [pb_utils.Tensor(name, one.as_numpy()[row : row + 1]) for name, one in self._naming.items()]
+
+    def row(self, row: int) -> None:
+        """End the row before, and wait until the engine has the adapter of this row."""
+        self._wait("row", row=row)
+
+    def lost(self) -> None:
+        """Wait until the engine, which lacked the row's adapter, has it again."""
+        self._wait("lost")
+
+    def leave(self) -> None:
+        """Note that the client has left. The thread that waits gets an error with the code CANCELLED."""
+        self._client.ask("leave", self._number)
+
+    def end(self, outcome: str, *, is_over: bool) -> None:
+        """End. `outcome` is one of `counters.OUTCOMES`, and `is_over` is False if the engine may still work on it."""
+        if not self._is_refused:
+            self._client.ask("end", self._number, outcome=outcome, is_over=is_over)
+
+    def _wait(self, do: str, **more: object) -> None:
+        self.waits = True
+        try:
+            self._client.ask(do, self._number, (), (), **more)
+        finally:
+            self.waits = False
