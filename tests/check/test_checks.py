@@ -27,7 +27,7 @@ from tritonlora.files import TEMPORARY_SUFFIX
 from tritonlora.machine import SHARED_MEMORY, free_ports
 from tritonlora.repository import add, init, paths, warmup
 from tritonlora.repository.paths import Repository, read_table, read_text
-from tritonlora.serving.adapter_table import with_warm
+from tritonlora.serving.adapter_table import with_entry
 from tritonlora.serving.adapter_table_json import render
 from upstream_configs import fill, upstream, upstream_repository
 
@@ -93,7 +93,7 @@ def _engine(opened: Repository) -> Path:
 
 def _warm_both_in_a_cache_of_one(opened: Repository) -> None:
     table = read_table(opened)
-    opened.table_path.write_text(render(with_warm(table, "cold", True)))
+    opened.table_path.write_text(render(with_entry(table, "cold", replace(table.entries["cold"], warm=True))))
     add.repair(opened)
     set_cache_pages(opened, 1)
 
@@ -572,9 +572,10 @@ def test_an_altered_file_is_found_by_its_digest(opened: Repository) -> None:
     [
         (lambda name, one: one * 0 if "lora_B" in name else one, "zero in all layers (attn_q, attn_v in layers 0, 1):"),
         (lambda name, one: -one * 0 if ".0.self_attn" in name else one, "is zero in attn_q, attn_v in layer 0: the"),
-        (lambda name, one: None if ".1.self_attn.q" in name else one, "it has no rows of attn_q in layer 1: the"),
+        (lambda name, one: None if ".1.self_attn.q" in name else one, "there are no tensors of q_proj in layer 1, "),
+        (lambda name, one: None if "v_proj" in name else one, "target_modules lists v_proj, of which there are no "),
     ],
-    ids=["all", "layer", "missing"],
+    ids=["all", "layer", "missing", "listed"],
 )
 def test_layers_in_which_an_adapter_changes_nothing_are_found(
     change: Callable[[str, torch.Tensor], torch.Tensor | None], expected: str, opened: Repository, tmp_path: Path
@@ -589,12 +590,43 @@ def test_layers_in_which_an_adapter_changes_nothing_are_found(
     adapter = write_adapter(tmp_path / "adapter", changed, target_modules=["q_proj", "v_proj"])
     (remark,) = add.add(opened, "new", adapter).remarks
 
-    assert "there are no tensors of q_proj in layer 1" in remark or "is zero in" in remark
+    assert remark.startswith(
+        ("there are no tensors of q_proj in layer 1", "target_modules", "lora_A or lora_B is zero")
+    )
     assert [] == found(opened)
     ((severity, problem),) = found(opened, deep=True)
     assert "warning" == severity
     assert problem.startswith("adapter new: ")
     assert expected in problem
+
+
+def test_layers_that_were_left_out_on_purpose_are_no_finding(opened: Repository, tmp_path: Path) -> None:
+    """layers_to_transform names the layers that were trained."""
+    pair = lora_pair("model.layers.1.self_attn.q_proj", in_features=64, out_features=64)
+    adapter = write_adapter(tmp_path / "adapter", pair, target_modules=["q_proj"], layers_to_transform=[1])
+
+    assert () == add.add(opened, "new", adapter).remarks
+    assert [] == found(opened, deep=True)
+
+
+def test_the_remarks_of_a_table_that_an_older_version_wrote_come_with_the_same_adapter(
+    opened: Repository, tmp_path: Path
+) -> None:
+    """Such a table has no field for them. The same `add` again fills it in, and keeps the id."""
+    pair = lora_pair("model.layers.1.self_attn.q_proj", in_features=64, out_features=64)
+    adapter = write_adapter(tmp_path / "adapter", pair, target_modules=["q_proj"])
+    before = add.add(opened, "new", adapter).entry
+    document = json.loads(opened.table_path.read_text())
+    for entry in document["adapters"].values():
+        del entry["remarks"]
+    opened.table_path.write_text(json.dumps(document))
+
+    assert () == read_table(opened).entries["new"].remarks
+    assert [] == found(opened, deep=True)
+    assert before == add.add(opened, "new", adapter).entry
+    assert ["there are no tensors of q_proj in layer 0, "] == [one[:43] for one in before.remarks]
+    assert before.remarks == read_table(opened).entries["new"].remarks
+    assert 1 == len(found(opened, deep=True))
 
 
 @pytest.mark.parametrize(

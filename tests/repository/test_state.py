@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from tritonlora.pbtxt import text_format
 from tritonlora.repository import add, generated, init, paths, state, warmup
 from tritonlora.repository.paths import Repository
 from tritonlora.repository.state import read_state
-from tritonlora.serving.adapter_table import AdapterTable, with_warm
+from tritonlora.serving.adapter_table import AdapterTable, with_entry
 from upstream_configs import upstream_repository
 
 BFLOAT16 = add.Options(dtype="bfloat16")
@@ -145,7 +146,7 @@ def test_a_decision_is_a_table(opened: Repository, tmp_path: Path) -> None:
     """A command decides on the state that it has read. What follows from its table is one call, and writing another."""
     add.add(opened, "pirate", synthetic_adapter(tmp_path / "adapter"), BFLOAT16)
     found = read_state(opened)
-    table = with_warm(found.table, "pirate", False)
+    table = with_entry(found.table, "pirate", replace(found.table.entries["pirate"], warm=False))
     after = generated.write(found, table, generated.rendered(found, table))
 
     assert () == warmup.read_block(after.document.text)

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,7 +18,7 @@ from tritonlora.serving.adapter_table import (
     check_name,
     with_adapter,
     with_alias,
-    with_warm,
+    with_entry,
     without_adapter,
     without_alias,
 )
@@ -152,7 +154,11 @@ def test_an_adapter_that_has_aliases_is_not_removed() -> None:
 
 @pytest.mark.parametrize(
     "changed",
-    [with_adapter(PROD, "new", entry(3)), with_warm(PROD, "pirate", False), without_adapter(PROD, "haiku")],
+    [
+        with_adapter(PROD, "new", entry(3)),
+        with_entry(PROD, "pirate", replace(PROD.entries["pirate"], warm=False)),
+        without_adapter(PROD, "haiku"),
+    ],
 )
 def test_aliases_stay_when_something_else_changes(changed: AdapterTable) -> None:
     """Whatever else is written."""

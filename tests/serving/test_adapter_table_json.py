@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from table import TABLE
 from tritonlora.errors import AdapterTableError
-from tritonlora.serving.adapter_table import AdapterTable, with_alias, with_warm
+from tritonlora.serving.adapter_table import AdapterTable, with_alias, with_entry
 from tritonlora.serving.adapter_table_json import TableReader, parse, parse_sound, render, unavailable
 
 
@@ -142,7 +143,9 @@ def test_an_entry_that_has_not_changed_is_the_same_object() -> None:
     """Its line is not parsed again."""
     reader = TableReader()
     before = reader.read(render(TABLE))
-    after = reader.read(render(with_alias(with_warm(TABLE, "haiku", True), "prod", "pirate")))
+    after = reader.read(
+        render(with_alias(with_entry(TABLE, "haiku", replace(TABLE.entries["haiku"], warm=True)), "prod", "pirate"))
+    )
 
     assert before.entries["pirate"] is after.entries["pirate"]
     assert after.entries["haiku"].warm

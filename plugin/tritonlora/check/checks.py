@@ -201,17 +201,20 @@ def _alterations(repository: Repository, entry: AdapterEntry) -> Iterator[str]:
 
 
 def _remarks(repository: Repository, altered: Collection[str]) -> Iterator[Finding]:
-    """Layers in which an unaltered adapter changes nothing. Faults of files or the engine are left to other checks."""
+    """Layers in which an unaltered adapter changes nothing. Faults of files or the engine are left to other checks.
+
+    The table has the remark of `add` on layers without tensors: lora_config does not say which layers were targeted.
+    """
     state = read_state(repository)
     profile = None
     with contextlib.suppress(TritonLoraError):
         profile = state.profile
     for name, entry in state.table.entries.items():
-        remarks: tuple[str, ...] = ()
+        remarks = [*entry.remarks]
         if f"adapter {name}" in altered:
             continue
         with contextlib.suppress(TritonLoraError, OSError, KeyError):
-            remarks = state.kind.stored_remarks(repository.root, entry, profile)
+            remarks += state.kind.stored_remarks(repository.root, entry, profile)
         for remark in remarks:
             yield _warning(
                 f"adapter {name}",

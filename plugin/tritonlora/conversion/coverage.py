@@ -28,6 +28,12 @@ def coverage_remarks(adapter: Adapter, families: Collection[str], profile: Engin
     `families` are the families that the base model may belong to. Without a profile the number of layers is not known:
     only gaps between the adapter's own layers are found.
     """
+    config = adapter.config
+    if unused := _unused(adapter.modules, config):
+        yield (
+            f"target_modules lists {', '.join(sorted(unused))}, of which there are no tensors: the adapter changes "
+            "nothing in these layers"
+        )
     if LAYERS_DIFFER.issuperset(families) or (profile is not None and profile.architecture in LAYERS_DIFFER):
         return
     found = [match for path in adapter.modules if (match := _LAYER.fullmatch(path))]
@@ -38,7 +44,6 @@ def coverage_remarks(adapter: Adapter, families: Collection[str], profile: Engin
         known = family.rare.union(*(family.leaves[tail].modules for tail in tails if tail in family.leaves))
         tails |= {tail for tail, leaf in family.leaves.items() if known.isdisjoint(leaf.modules)}
     count = profile.num_layers if profile is not None else 1 + max(int(match["layer"]) for match in found)
-    config = adapter.config
     wanted = config.layers_to_transform or range(count)
     candidates = {
         f"{stem}.{layer}.{tail}": (tail.rpartition(".")[2], layer)
@@ -48,13 +53,21 @@ def coverage_remarks(adapter: Adapter, families: Collection[str], profile: Engin
         if layer < count
     }
     missing = targeted(config, candidates) - adapter.modules.keys()
-    # The adapter's own remarks report a target that has no tensor in any layer.
+    # A name that has no tensor in any layer is in the remark above.
     missing = {path for path in missing if _seen(path, adapter, config)}
     if missing:
         yield (
             f"there are no tensors of {layer_names(candidates[path] for path in missing)}, which adapter_config.json "
             "targets: the adapter changes nothing in these layers"
         )
+
+
+def _unused(modules: Collection[str], config: AdapterConfig) -> list[str]:
+    """The names in target_modules that name none of `modules`, the paths of the layers with tensors."""
+    if isinstance(config.target_modules, str):
+        return []
+    names = (name for name in config.target_modules if name not in config.exclude_modules)
+    return [name for name in names if not matches_name(modules, name)]
 
 
 def _seen(path: str, adapter: Adapter, config: AdapterConfig) -> bool:
@@ -99,19 +112,6 @@ def zero_remarks(zero: Collection[tuple[str, int]], *, others: bool, dora: bool)
         f"lora_A or lora_B is zero in all layers ({where}): its responses are the base model's; it was not trained, or "
         "its trained values were not saved",
     )
-
-
-def row_remarks(rows: Iterable[tuple[str, int]], profile: EngineProfile) -> tuple[str, ...]:
-    """A remark on modules that have a row in some layers and none in others.
-
-    `rows` are (module, layer) of the stored lora_config, which does not say what adapter_config.json targets.
-    """
-    present = set(rows)
-    modules = {module for module, _ in present}
-    missing = {(module, layer) for module in modules for layer in range(profile.num_layers)} - present
-    if not missing or profile.architecture in LAYERS_DIFFER:
-        return ()
-    return (f"it has no rows of {layer_names(missing)}: the adapter changes nothing in these layers",)
 
 
 def is_zero(values: bytes, itemsize: int) -> bool:

@@ -108,6 +108,7 @@ class Layout:
     sources: tuple[RowSource | JoinedSource, ...] = ()  # one for each row
     conv1d: frozenset[str] = frozenset()  # paths of modules whose weight is (in, out) in the base model
     remarks: tuple[str, ...] = ()  # for the user; remarks on the adapter's values are not among them
+    without_tensors: tuple[str, ...] = ()  # those of the remarks that name layers without tensors
 
     @property
     def weights_shape(self) -> tuple[int, int]:
@@ -211,7 +212,8 @@ def plan_layout(
         raise error_of(f"cannot convert the adapter in {str(adapter.directory)!r}{into}", problems)
     rows, sources = tuple(row for row, _ in planned), tuple(source for _, source in planned)
     transposed = frozenset(path for path, module in adapter.modules.items() if conv1d[id(module.leaves)])
-    remarks = [*adapter.remarks, *coverage_remarks(adapter, families, profile)]
+    without_tensors = tuple(coverage_remarks(adapter, families, profile))
+    remarks = [*adapter.remarks, *without_tensors]
     if profile is not None and not engine_reads and families_of(profile.architecture).isdisjoint(families):
         remarks.append(
             f"the adapter's layers have the names of {' or '.join(sorted(families))}; checkpoints of the model, a "
@@ -223,7 +225,7 @@ def plan_layout(
             f"the engine has LoRA only for {fused_modules}: the LoRAs of several layers were joined into one, whose "
             "rank is the sum of theirs, and which takes as much more memory"
         )
-    layout = Layout(rows, width, dtype, sources, transposed, tuple(remarks))
+    layout = Layout(rows, width, dtype, sources, transposed, tuple(remarks), without_tensors)
     if base is not None and layout.config_shape[1] == 4:
         base_weights(adapter, layout.conv1d, base)
     return layout

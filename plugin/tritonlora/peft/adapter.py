@@ -87,7 +87,7 @@ def load_adapter(path: Path, base: Path | None = None) -> Adapter:
     if config is None or any(problems.values()):
         merged = {kind: merge_layers(texts) for kind, texts in problems.items()}
         raise error_of(f"cannot use the adapter in {str(directory)!r}", merged)
-    return Adapter(directory, config, modules, (*remarks, *_config_remarks(config, modules)))
+    return Adapter(directory, config, modules, (*remarks, *_task_remarks(config)))
 
 
 def _compare_embeddings(
@@ -327,21 +327,11 @@ _OTHER_TASKS = {
 }
 
 
-def _config_remarks(config: AdapterConfig, modules: Mapping[str, AdapterModule]) -> Iterator[str]:
+def _task_remarks(config: AdapterConfig) -> Iterator[str]:
     if config.task_type in _OTHER_TASKS:
         yield (
             f"task_type is {config.task_type!r}: it was trained for {_OTHER_TASKS[config.task_type]}, and the engine "
             "generates text"
-        )
-    if isinstance(config.target_modules, str):
-        return
-    unused = [
-        name for name in config.target_modules if not matches_name(modules, name) and name not in config.exclude_modules
-    ]
-    if unused:
-        yield (
-            f"target_modules lists {', '.join(sorted(unused))}, of which there are no tensors: the "
-            "adapter changes nothing in these layers"
         )
 
 

@@ -41,7 +41,7 @@ from tritonlora.serving.adapter_table import (
     check_name,
     with_adapter,
     with_alias,
-    with_warm,
+    with_entry,
     without_adapter,
     without_alias,
 )
@@ -231,6 +231,7 @@ def _plan(
         _entry_of(state.repository, kind, _task_id(state, table, task_id), layout, warm=options.warm),
         base_model_name_or_path=_noted_base(adapter.config.base_model_name_or_path or ""),
         pages=_pages(name, layout, profile, state.config) if kind.WIRE.sends_weights else None,
+        remarks=layout.without_tensors,
     )
     remarks = (*remarks, *layout.remarks, *_other_base(table, name, entry.base_model_name_or_path))
     return _Planned(name, adapter, layout, entry, kind, options, remarks)
@@ -330,10 +331,10 @@ def _write_tensors(repository: Repository, planned: _Planned, known: AdapterEntr
         remarks = (*planned.remarks, *of_values)
         entry = replace(entry, lora_weights_sha256=sha256_of(weights), lora_config_sha256=sha256_of(rows))
         if known is not None and _content(known) == _content(entry) and _owns_its_files(repository, planned, known):
-            entry = replace(known, warm=options.warm)
+            entry = replace(known, warm=options.warm, remarks=entry.remarks)
             restored = _restore(repository, known, weights, rows)
             remarks = (*remarks, *(f"{file} was missing or altered, and is there again" for file in restored))
-            unchanged = known.warm == options.warm and not restored
+            unchanged = known == entry and not restored
             return Added(planned.name, entry, remarks, known=True, restored=restored, unchanged=unchanged)
         make_directory(weights_path.parent)
         publish(weights, weights_path)
@@ -367,10 +368,10 @@ def _after(before: AdapterTable, added: Added) -> Added:
 
 
 def _with(table: AdapterTable, added: Added) -> AdapterTable:
-    """`table` with the added adapter. If its content was registered already, only `warm` changes."""
+    """`table` with the added adapter. If its content was registered already, it keeps its lora_task_id."""
     known = table.entries.get(added.name)
     if known is not None and known.lora_task_id == added.entry.lora_task_id:
-        return with_warm(table, added.name, added.entry.warm)
+        return with_entry(table, added.name, added.entry)
     return with_adapter(table, added.name, added.entry)
 
 

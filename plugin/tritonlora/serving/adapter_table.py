@@ -45,6 +45,7 @@ class AdapterEntry:
     added_at: str  # ISO 8601, UTC
     pages: int | None = None  # that it takes in the engine's LoRA cache; None: the engine was not known
     lora_path: str | None = None  # the directory of both files, for a target that reads it by itself
+    remarks: tuple[str, ...] = ()  # of `add`, on layers that adapter_config.json targets and that have no tensors
 
     @property
     def lora_weights_nbytes(self) -> int:
@@ -142,9 +143,9 @@ def with_adapter(table: AdapterTable, name: str, entry: AdapterEntry) -> Adapter
     )
 
 
-def with_warm(table: AdapterTable, name: str, warm: bool) -> AdapterTable:
-    """`table` with the adapter `name` loaded when the server starts (`warm`), or else on its first request."""
-    return replace(table, entries={**table.entries, name: replace(table.entries[name], warm=warm)})
+def with_entry(table: AdapterTable, name: str, entry: AdapterEntry) -> AdapterTable:
+    """`table` with another entry of the registered adapter `name`, whose lora_task_id stays."""
+    return replace(table, entries={**table.entries, name: entry})
 
 
 def without_adapter(table: AdapterTable, name: str) -> AdapterTable:

@@ -272,10 +272,15 @@ _FIELD_CHECKS: dict[str, _Check] = {
         lambda value: value is None or _is_inside_repository(value),
         "a path relative to the model repository and inside it, or null",
     ),
+    # Absent before version 0.2.
+    "remarks": (
+        lambda value: value is None or (type(value) is list and all(map(_is_text, value))),
+        "a list of sentences, or null",
+    ),
 }
 
 
-_LISTS = ("lora_weights_shape", "lora_config_shape", "adapter_sizes", "modules")
+_LISTS = ("lora_weights_shape", "lora_config_shape", "adapter_sizes", "modules", "remarks")
 _ILLEGAL_NAME = Problem(f"the name is not legal; use {NAME_RULE}")
 
 _TABLE_CHECKS: dict[str, _Check] = {
@@ -312,6 +317,7 @@ def _entries(adapters: Mapping[str, Any]) -> tuple[dict[str, AdapterEntry], dict
             problems.setdefault(name, []).append(Problem("it must be an object", repr(fields)))
     for key in _LISTS:
         columns[key] = [tuple(value) if type(value) is list else value for value in columns[key]]
+    columns["remarks"] = [() if value is None else value for value in columns["remarks"]]
     entries = map(AdapterEntry, *columns.values())  # _FIELD_CHECKS has the order of AdapterEntry's fields
     return {name: entry for name, entry in zip(objects, entries, strict=True) if name not in problems}, problems
 

@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from tritonlora.architectures.lora_modules import BY_ID
-from tritonlora.conversion.coverage import is_zero, row_remarks, zero_remarks
+from tritonlora.conversion.coverage import is_zero, zero_remarks
 from tritonlora.conversion.layout import Layout
 from tritonlora.engine.cpu_engine_settings import is_cpu_engine, parse_settings, read_profile
 from tritonlora.engine.profile import EngineProfile, load_profile
@@ -112,10 +112,7 @@ def rows(root: Path, entry: AdapterEntry, profile: EngineProfile | None) -> Rows
 
 
 def stored_remarks(root: Path, entry: AdapterEntry, profile: EngineProfile | None) -> tuple[str, ...]:
-    """Remarks on layers without rows, and on rows of zeros.
-
-    There are none without the profile, which tells where lora_B begins in a row.
-    """
+    """A remark on rows of zeros. There is none without the profile, which tells where lora_B begins in a row."""
     if profile is None:
         return ()
     found = rows(root, entry, profile)
@@ -132,10 +129,7 @@ def stored_remarks(root: Path, entry: AdapterEntry, profile: EngineProfile | Non
                 dora = dora or any(columns)
             else:
                 others = True
-    return (
-        *row_remarks(pairs, profile),
-        *zero_remarks(zero, others=others, dora=dora),
-    )
+    return zero_remarks(zero, others=others, dora=dora)
 
 
 def declare(document: Document, entries: Collection[AdapterEntry]) -> Document:

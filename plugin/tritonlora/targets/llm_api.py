@@ -119,17 +119,16 @@ def rows(root: Path, entry: AdapterEntry, profile: EngineProfile | None) -> Rows
     return tuple((row.module.id, row.layer, row.adapter_size) for row in layout.rows)
 
 
-def stored_remarks(root: Path, entry: AdapterEntry, profile: EngineProfile | None) -> tuple[str, ...]:
-    """The remarks that `add` makes on the same directory."""
+def stored_remarks(root: Path, entry: AdapterEntry, profile: EngineProfile | None) -> tuple[str, ...]:  # noqa: ARG001
+    """A remark on layers whose lora_A or lora_B is zero."""
     adapter = load_adapter(root / (entry.lora_path or ""))
-    planned = plan_layout(adapter, dtype=entry.dtype, profile=profile, engine_reads=True)
     zero, others = set[tuple[str, int]](), False
     for module in adapter.modules.values():
         if any(is_zero(tensor.load_bytes(), tensor.dtype.itemsize) for tensor in (module.lora_A, module.lora_B)):
             zero.add((module.path.rpartition(".")[2], module.layer))
         else:
             others = True
-    return (*planned.remarks, *zero_remarks(zero, others=others, dora=False))
+    return zero_remarks(zero, others=others, dora=False)
 
 
 def declare(document: Document, entries: Collection[AdapterEntry]) -> Document:  # noqa: ARG001

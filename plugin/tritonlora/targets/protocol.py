@@ -99,7 +99,7 @@ class Target(Protocol):
         """One line for each problem of the adapter's files, all of which exist."""
 
     def stored_remarks(self, root: Path, entry: AdapterEntry, profile: EngineProfile | None) -> tuple[str, ...]:
-        """Remarks on a stored adapter, whose files are read as a whole. Raises TritonLoraError."""
+        """Remarks on a stored adapter's values, which are read as a whole. Raises TritonLoraError."""
 
     def rows(self, root: Path, entry: AdapterEntry, profile: EngineProfile | None) -> Rows:
         """The rows of a stored adapter. `profile` is None if the engine is not known. Raises TritonLoraError."""
