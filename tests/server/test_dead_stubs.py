@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+import tritonlora
 from repositories import resolving, synthetic_repository
 from serving_process import CRASH, start
 from tritonlora.errors import ServerError
@@ -159,6 +160,25 @@ def test_serve_ends_when_a_model_s_process_was_killed(
         "; the server was ended: start it again with tritonlora serve\n$"
     )
     assert not serving.server.is_running()
+
+
+def test_a_python_user_is_told_of_a_dead_process(opened: Repository) -> None:
+    """`tritonlora.serve` stops the server; `wait` and the end of the `with` block give the reason."""
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(tritonlora.serve(opened))
+        server.wait_until_ready(END_SECONDS)
+        stubs = [one for one in psutil.Process(server.pid).children() if "/lora_adapters/" in " ".join(one.cmdline())]
+        stubs[0].kill()
+        assert server.ends(END_SECONDS)
+
+        death = (
+            rf"'lora_adapters' \(lora_adapters_0_0, pid {stubs[0].pid}\) was killed by SIGKILL.*; the server was ended"
+        )
+        with pytest.raises(ServerError, match=death):
+            server.wait()
+        with pytest.raises(ServerError, match=death):
+            stack.close()
+    assert not psutil.pid_exists(server.pid)
 
 
 def test_serve_keeps_the_server_if_it_is_told_to(opened: Repository, processes: list[subprocess.Popen[str]]) -> None:

@@ -24,7 +24,7 @@ from tritonlora.cli.options import (
 )
 from tritonlora.cli.output import AsJson, print_json, print_note, stderr
 from tritonlora.errors import ServerError, one_message
-from tritonlora.launch import client, diagnosis, supervision, tritonserver
+from tritonlora.launch import client, diagnosis, tritonserver
 from tritonlora.launch import serve as serving
 from tritonlora.machine import Ports
 from tritonlora.repository.paths import open_repository
@@ -87,6 +87,8 @@ def serve(
         extra=extra,
         world_size=world_size,
         on_log=lambda line: stderr.print(line, markup=False, highlight=False, soft_wrap=True),
+        keep_going=keep_going,
+        on_note=print_note,
     )
     machine.check_ports(ports, address)
     state = read_state(opened)
@@ -114,7 +116,7 @@ def serve(
             sys.stdout.write("verified: each of them answers, and an unregistered lora_task_id is refused\n")
         sys.stdout.flush()
         try:
-            exit_status = supervision.wait(running, keep_going=keep_going, say=print_note)
+            exit_status = running.wait()
         except Interrupted as end:
             if end.args != (signal.SIGTERM,):
                 raise

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 
 from tritonlora.check.checks import check
 from tritonlora.errors import ServerError
-from tritonlora.launch import diagnosis
+from tritonlora.launch import diagnosis, supervision
 from tritonlora.launch.server import Server
 from tritonlora.launch.tritonserver import (
     REGIONS,
@@ -27,6 +29,8 @@ from tritonlora.repository.paths import RESOLVER, ROUTER, Repository
 from tritonlora.repository.state import State, read_state
 from tritonlora.targets import target_of
 
+_LOGGER = logging.getLogger(__name__)
+
 
 def serve(
     repository: Repository,
@@ -36,12 +40,19 @@ def serve(
     extra: Sequence[str] = (),
     world_size: int | None = None,
     on_log: Callable[[str], None] | None = None,
+    keep_going: bool = False,
+    on_note: Callable[[str], None] = _LOGGER.warning,
 ) -> Server:
     """The server of a repository. It runs while its `with` block does; call `wait_until_ready` inside.
 
     `ports` default to free ports, and `address`, a numeric address, to this machine only. `world_size`, the number of
     the engine's processes, defaults to the number that the engine was built for. `extra` are further options of
     tritonserver. `on_log` is called with each line of the server's log, in a thread of its own.
+
+    Triton does not notice when a model's process dies. Once the server is ready, a thread looks for such a death. It
+    loads the model again if it can. Otherwise it stops the server, and `Server.wait` and the end of the `with` block
+    raise ServerError with the reason. With `keep_going` the server runs on. `on_note` gets a sentence of each death
+    after which the server runs on; by default it is logged.
 
     Raises ServerError when the server cannot start. `wait_until_ready` raises ServerError when an adapter cannot be
     loaded, and names the adapter and a remedy.
@@ -53,7 +64,10 @@ def serve(
         # Triton 2.51 may crash before it says which warmup sample failed, and why.
         return diagnosis.explain(log, table) or diagnosis.first_error(check(repository))
 
-    return Server(repository.root, ports=ports, address=address, on_log=on_log, explain=explain, **settings)
+    watch = functools.partial(supervision.watch, keep_going=keep_going, say=on_note)
+    return Server(
+        repository.root, ports=ports, address=address, on_log=on_log, explain=explain, watch=watch, **settings
+    )
 
 
 def command_line(

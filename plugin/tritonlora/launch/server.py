@@ -40,6 +40,9 @@ STUBS_POLL_SECONDS = 1.0  # listing the processes of a large machine takes some 
 ASK_TIMEOUT_SECONDS = 5.0
 LOAD_TIMEOUT_SECONDS = 60.0
 GRACE_SECONDS = 10  # beyond the exit timeout, for a server to unload its models
+# Triton 2.51 needs its whole exit timeout when a stub has died. Requests that other processes can finish have this many
+# seconds.
+FAULT_PATIENCE_SECONDS = 5.0
 _ANY = {"0.0.0.0": LOCAL, "::": "::1"}  # noqa: S104  every interface -> the address to reach it on here
 # core, src/model_lifecycle.cc: "loading: lora_router:1", "successfully loaded 'lora_router'"
 _LOADING = re.compile(r"\bloading: (?P<begun>[^:\s\"]+):\d+|successfully loaded '(?P<done>[^']+)'")
@@ -75,13 +78,16 @@ class Server:
         world: World | None = None,
         on_log: Callable[[str], None] | None = None,
         explain: Callable[[Sequence[str]], str | None] = lambda _: None,
+        watch: Callable[[Server], None] | None = None,
     ) -> None:
         """Prepare the command; entering the `with` block launches it.
 
         `ports` default to free ports. `address`, a numeric address, defaults to this machine only. When the server is
         stopped, requests under way have `exit_timeout` seconds to end. With `complete_configs`, models may complete
         their config.pbtxt. `on_log` is called with every line of the server's log, in a thread of its own. `explain`
-        turns the log of a server that did not start into the reason, or None.
+        turns the log of a server that did not start into the reason, or None. `watch` is called in a thread of its own
+        once the server is ready. If it raises ServerError, the server is stopped, and `wait` and the end of the `with`
+        block raise the error.
 
         Raises ServerError if there is no tritonserver, or no mpirun for an engine of several processes.
         """
@@ -111,7 +117,11 @@ class Server:
         self._log: deque[str] = deque(maxlen=LOG_LINES_KEPT)
         self._on_log = on_log
         self._explain = explain
+        self._watch = watch
         self._watcher: subprocess.Popen[bytes] | None = None
+        self._fault: ServerError | None = None  # that `watch` raised
+        self._is_ending = threading.Event()
+        self._stopping = threading.Lock()  # so that one thread at a time stops the server
         self._stopped = False
 
     def __enter__(self) -> Server:
@@ -151,6 +161,8 @@ class Server:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+        if self._fault is not None and error is not self._fault and (error is None or isinstance(error, ServerError)):
+            raise self._fault from error
 
     @property
     def pid(self) -> int:
@@ -221,6 +233,19 @@ class Server:
                 next_look = now + STUBS_POLL_SECONDS
             time.sleep(READY_POLL_SECONDS)
         self.stubs.note()
+        if self._watch is not None:
+            threading.Thread(target=self._watched, args=(self._watch,), name="tritonserver-watch", daemon=True).start()
+
+    def _watched(self, watch: Callable[[Server], None]) -> None:
+        try:
+            watch(self)
+        except ServerError as error:
+            self._fault = error
+            self.stop(FAULT_PATIENCE_SECONDS)
+
+    def ends(self, timeout: float) -> bool:
+        """Whether the server is being stopped or has ended, now or within `timeout` seconds."""
+        return self._is_ending.wait(timeout) or self._process.poll() is not None
 
     def is_loaded(self, model: str) -> bool:
         """Whether a model is ready for requests."""
@@ -291,10 +316,17 @@ class Server:
         return ServerError(f"{message}\n{reason}" if reason else message)
 
     def wait(self, timeout: float | None = None) -> int | None:
-        """Wait for the server to end by itself. Returns its exit status; None if it runs after `timeout` seconds."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            return self._process.wait(timeout)
-        return None
+        """Wait for the server to end by itself. Returns its exit status; None if it runs after `timeout` seconds.
+
+        Raises the ServerError with which `watch` had the server stopped.
+        """
+        try:
+            status = self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            return None
+        if self._fault is not None:
+            raise self._fault
+        return status
 
     def send_signal(self, number: int) -> None:
         """Send the signal `number` to tritonserver."""
@@ -305,13 +337,17 @@ class Server:
 
         `patience` defaults to `exit_timeout` for requests, plus GRACE_SECONDS to unload models.
         """
-        if self._stopped:  # another process group may have its id by now
-            return
+        self._is_ending.set()
+        with self._stopping:
+            if not self._stopped:  # another process group may have its id after that
+                self._stop(self._patience if patience is None else patience)
+
+    def _stop(self, patience: float) -> None:
         try:
             if self._process.poll() is None:
                 self._process.send_signal(signal.SIGTERM)
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    self._process.wait(self._patience if patience is None else patience)
+                    self._process.wait(patience)
         finally:
             # Python backend stubs are in the server's process group, and outlive a server that was killed.
             with contextlib.suppress(ProcessLookupError):
