@@ -35,6 +35,7 @@ from tritonlora.repository import add, init, paths
 from tritonlora.repository.paths import read_table
 from upstream_configs import upstream_repository
 
+NO_RESTART, RESTART = (f"note: {text}\n" for text in (output.NO_RESTART, output.RESTART))
 COMMANDS = ("demo", "init", "add", "remove", "alias", "list", "plan", "check", "convert", "serve", "generate", "bench")
 
 
@@ -74,13 +75,26 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
     return code, captured.out, captured.err
 
 
-@pytest.mark.parametrize("command", [(), *[(command,) for command in COMMANDS], ("bench", "convert")])
-def test_every_command_has_help(capsys: pytest.CaptureFixture[str], command: Sequence[str]) -> None:
-    """On stdout, with exit code 0, naming its options."""
+@pytest.mark.parametrize("width", [60, 80])
+@pytest.mark.parametrize(
+    "command", [(), *[(command,) for command in COMMANDS], ("bench", "convert"), ("bench", "route")]
+)
+def test_every_command_has_help(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: Sequence[str], width: int
+) -> None:
+    """On stdout, with exit code 0. It fits the terminal, and no name of an option is cut off."""
+    monkeypatch.setenv("COLUMNS", str(width))
     code, out, _ = run(capsys, *command, "--help")
+    group: Any = typer.main.get_command(commands.app)
+    for name in command:
+        group = group.commands[name]
+    named = {one for parameter in group.params for one in parameter.opts if one.startswith("--")}
 
     assert code == 0
     assert "Usage" in out
+    assert max(map(len, out.splitlines())) <= width
+    assert named <= {*re.findall(r"--[a-z-]+", out)}
+    assert getattr(group, "commands", {}).keys() <= {*re.findall(r"^  (\w+) ", out, re.MULTILINE)}
 
 
 def test_every_command_is_in_the_docs() -> None:
@@ -275,7 +289,8 @@ def test_add_and_remove(capsys: pytest.CaptureFixture[str], repo: Path, adapter:
     )[:2]
     assert (0, "new added: lora_task_id 3, 8.0 KiB\n") == run(capsys, "add", "new", adapter, "--repo", repo)[:2]
     assert (0, "new is unchanged: lora_task_id 3, 8.0 KiB\n") == run(capsys, "add", "new", adapter, "--repo", repo)[:2]
-    for option, start in (("--no-warmup", "on its first request"), ("--warmup", "at start")):
+    starts = ("at start -> on its first request", "on its first request -> at start")
+    for option, start in zip(("--no-warmup", "--warmup"), starts, strict=True):
         assert (0, f"new is loaded {start}: lora_task_id 3, 8.0 KiB\n") == run(
             capsys, "add", "new", adapter, "--repo", repo, option
         )[:2]
@@ -289,7 +304,7 @@ def test_an_alias_is_given_switched_and_taken_away(capsys: pytest.CaptureFixture
     """A line for each; the adapters stay."""
     assert (0, "prod is adapter pirate\n") == run(capsys, "alias", "prod", "pirate", "--repo", repo)[:2]
     assert (0, "prod is adapter pirate\n") == run(capsys, "alias", "prod", "pirate", "--repo", repo)[:2]
-    assert (0, "prod is adapter haiku (was: pirate)\n") == run(capsys, "alias", "prod", "haiku", "--repo", repo)[:2]
+    assert (0, "prod: adapter pirate -> haiku\n") == run(capsys, "alias", "prod", "haiku", "--repo", repo)[:2]
     code, _, err = run(capsys, "remove", "haiku", "--repo", repo)
     assert (1, "error: adapter 'haiku' has aliases: prod;") == (code, err[:41])
     code, out, _ = run(capsys, "list", "--repo", repo, "--json")
@@ -318,12 +333,17 @@ def test_add_says_what_it_did_to_an_adapter_that_there_was(
     run(capsys, "add", "new", adapter, "--repo", repo)
     code, out, _ = run(capsys, "add", "new", adapter, "--repo", repo, "--dry-run")
     assert 0 == code
-    assert "(was: lora_task_id 3, and stays if its content is the same)\n" in out
+    assert out == "new would be added: lora_task_id 3 -> 4 (or 3 stays, if its content is the same), 8.0 KiB\n"
     (repo / "tensorrt_llm" / "warmup" / "adapter_model_3.bin").unlink()
     code, out, err = run(capsys, "add", "--all", adapter.parent, "--repo", repo)
 
     assert (0, "new is complete again: lora_task_id 3, 8.0 KiB\n") == (code, out)
-    assert "note: new: tensorrt_llm/warmup/adapter_model_3.bin was missing or altered, and is there again\n" == err
+    lost = "note: new: tensorrt_llm/warmup/adapter_model_3.bin was missing or altered, and is there again\n"
+    assert lost + NO_RESTART == err
+    other = synthetic_adapter(adapter.parent.parent / "other" / "new", 10)
+    assert (0, "new replaced: lora_task_id 3 -> 4, 8.0 KiB\n", NO_RESTART) == run(
+        capsys, "add", "new", other, "--repo", repo
+    )
 
 
 def test_add_all(capsys: pytest.CaptureFixture[str], repo: Path, tmp_path: Path) -> None:
@@ -359,8 +379,8 @@ def test_add_all_takes_what_add_takes_and_names_the_rest(
     assert 1 == code == dry[0]
     assert ["finished added", "one added"] == [line.split(":")[0] for line in out.splitlines()]
     assert out.replace(" added", " would be added") == dry[1]
-    assert err == dry[2]
-    reasons = dict(line.split(" refused: ") for line in err.splitlines())
+    assert err == dry[2] + NO_RESTART
+    reasons = dict(line.split(" refused: ") for line in dry[2].splitlines())
     assert reasons.keys() == {"empty", "merged", "two"}
     assert "is empty" in reasons["empty"]
     assert "is a whole model, and no adapter" in reasons["merged"]
@@ -396,10 +416,16 @@ def test_plan_says_whether_all_fit_and_sets_what_it_recommends(capsys: pytest.Ca
 
     assert code == 0
     assert "NOT all adapters fit: 2 of 1 pages" in out
-    assert "\nrecommended: lora_cache_optimal_adapter_size = " in out
+    recommended = re.search(r"^recommended: lora_cache_optimal_adapter_size: (\d+ -> \d+);", out, re.MULTILINE)
+    assert recommended
     assert "\nlora_cache_max_adapter_size = 8 stays; the least host cache the engine loads with: " in out
 
-    assert json.loads(run(capsys, "plan", "--repo", repo, "--apply", "--json")[1])["applied"]
+    code, out, err = run(capsys, "plan", "--repo", repo, "--apply")
+    assert (0, True) == (code, err.endswith(RESTART))
+    assert f"\nset lora_cache_optimal_adapter_size: {recommended[1]};" in out
+    assert "\nall adapters fit: 2 of " in out, "with what was set"
+    code, out, err = run(capsys, "plan", "--repo", repo, "--apply", "--json")
+    assert (0, {}, "") == (code, json.loads(out)["applied"], err), "nothing is left to set"
     pages = paths.read_config(repo / "lora_resolver" / "config.pbtxt").parameters["cache_pages"]
     assert f"\nall adapters fit: 2 of {pages} pages" in run(capsys, "plan", "--repo", repo)[1]
 
@@ -465,6 +491,14 @@ def test_check_is_silent_about_nothing_and_fails_on_errors(capsys: pytest.Captur
     assert code == 1
     assert out.startswith("error: warmup/input_ids: it is missing or altered")
     assert "\n  remedy: tritonlora check --fix\n" in out
+    config = repo / "lora_router" / "config.pbtxt"
+    config.write_text(config.read_text().replace("TYPE_INT32", "TYPE_INT64", 1))
+    code, out, err = run(capsys, "check", "--repo", repo, "--fix", "--json", *ports)
+    assert (0, "[]\n") == (code, out)
+    assert err == (
+        f"note: changed {config}\nnote:   input input_ids: TYPE_INT64 [-1] -> TYPE_INT32 [-1]\n"
+        f"note: wrote {repo}/tensorrt_llm/warmup/input_ids\n{RESTART}"
+    )
     assert (0, "[]\n", "") == run(capsys, "check", "--repo", repo, "--fix", "--json", *ports)
 
 
@@ -477,7 +511,8 @@ def test_init_shows_a_diff_and_then_says_what_it_wrote(capsys: pytest.CaptureFix
 
     assert code == 0
     assert {"-    data_type: TYPE_INT64", "+    data_type: TYPE_INT32"} <= set(out.splitlines())
-    assert (0, f"changed {config}\n", "") == run(capsys, "init", repo)
+    said = f"changed {config}\n  input input_ids: TYPE_INT64 [-1] -> TYPE_INT32 [-1]\n"
+    assert (0, said, RESTART) == run(capsys, "init", repo)
     assert text == config.read_text()
     assert (0, "nothing to do: names lead to the engine already\n", "") == run(capsys, "init", repo)
 
@@ -779,6 +814,32 @@ def test_the_first_column_of_a_table_is_whole_on_a_narrow_terminal(monkeypatch: 
     output.print_table(("lora_name", *"abcd"), [(name, *["modules,and,more"] * 4)])
 
     assert name in printed.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("width", "name", "expected"),
+    [
+        (60, "support", ["lora_name  id  modules", "support    3   attn_q, mlp_4h_to_h,", f"{'':15}attn_dense"]),
+        (80, "support" * 9, [*["support" * 9], "  id: 3", "  modules: attn_q,mlp_4h_to_h,attn_dense"]),
+    ],
+)
+def test_a_table_fits_the_terminal_and_leaves_out_what_is_empty(
+    monkeypatch: pytest.MonkeyPatch, width: int, name: str, expected: list[str]
+) -> None:
+    """As columns, whose lists wrap; or as blocks of lines where a name is too long for that. Nothing is cut off."""
+    printed = io.StringIO()
+    monkeypatch.setattr(output, "stdout", Console(width=width, force_terminal=True, color_system=None, file=printed))
+    modules = "attn_q,mlp_4h_to_h,attn_dense"
+    row = (name, "3", modules, "8.0 KiB", "on first use", "")
+    output.print_table(("lora_name", "lora_task_id", "modules", "size", "start", "aliases"), [row])
+    lines = printed.getvalue().splitlines()
+
+    assert expected == [line[: len(start)] for line, start in zip(lines, expected, strict=False)]
+    assert max(map(len, lines)) <= width
+    assert {name, *modules.split(","), "8.0", "KiB", "on", "first", "use"} <= {
+        *re.split(r"[\s,:]+", printed.getvalue())
+    }
+    assert "aliases" not in printed.getvalue()
 
 
 def test_shipped_files_are_read_in_any_locale(tmp_path: Path) -> None:

@@ -83,6 +83,44 @@ def errors(opened: Repository) -> list[Finding]:
 # Adding
 
 
+def test_add_says_which_settings_a_running_server_does_not_have_yet(
+    opened: Repository, adapters: Callable[[int], Path]
+) -> None:
+    """The declared type, in the engine's model and in the resolver; once it is right, nothing."""
+    init.init(opened.root, topology="resolve")
+    for name in ("tensorrt_llm", "lora_resolver"):
+        path = opened.root / name / "config.pbtxt"
+        path.write_text(read_text(path).replace("TYPE_BF16", "TYPE_FP16"))
+    expected = (
+        "tensorrt_llm/config.pbtxt: input lora_weights: TYPE_FP16 [-1, -1] -> TYPE_BF16 [-1, -1]",
+        "lora_resolver/config.pbtxt: output lora_weights: TYPE_FP16 [-1, -1] -> TYPE_BF16 [-1, -1]",
+    )
+
+    assert expected == add.add(opened, "pirate", adapters(0), dry_run=True).settings
+    assert expected == add.add(opened, "pirate", adapters(0)).settings
+    assert () == add.add(opened, "haiku", adapters(1)).settings
+
+
+def test_add_warns_where_the_python_backend_cannot_read_the_adapter(
+    tmp_path: Path, adapters: Callable[[int], Path]
+) -> None:
+    """Upstream's tensorrt_llm may be a Python model, which reads tensors through numpy; float16 it can read."""
+    root = upstream_repository(tmp_path / "repo", "v0.18.0")
+    config = root / "tensorrt_llm" / "config.pbtxt"
+    config.write_text(read_text(config).replace('backend: "tensorrtllm"', 'backend: "python"'))
+    init.init(root)
+    opened = paths.open_repository(root)
+    remarks = {
+        dtype: add.add(opened, "pirate", adapters(0), Options(dtype=dtype), dry_run=True).remarks
+        for dtype in ("bfloat16", "float16")
+    }
+
+    warnings = [one for one in remarks["bfloat16"] if one not in remarks["float16"]]
+    assert ["backend 'python' reads lora_weights through numpy, which has no bfloat16"] == [
+        one.partition(":")[0] for one in warnings
+    ]
+
+
 def test_an_added_adapter_is_on_disk_in_the_table_and_in_the_config(
     opened: Repository, adapters: Callable[[int], Path]
 ) -> None:

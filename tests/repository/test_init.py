@@ -219,6 +219,32 @@ def test_the_bls_model_is_not_led_through_the_router_and_init_says_so(tmp_path: 
     assert [] == init.notes(root)
 
 
+def test_init_says_which_inputs_of_an_ensemble_it_takes_away(tmp_path: Path) -> None:
+    """Upstream's ensembles take an adapter's tensors from v0.16 on; the note comes with that change alone."""
+    root = upstream_repository(tmp_path / "repo", "v0.18.0")
+    (note,) = [note for note in init.notes(root, init.init(root)) if "no longer takes" in note]
+
+    assert note.startswith("'ensemble' no longer takes lora_weights, lora_config: Triton refuses a request that sends")
+    assert "lora_name" in note
+    assert [] == [note for note in init.notes(root, init.init(root)) if "no longer takes" in note]
+
+
+def test_the_note_on_whisper_s_template_names_its_models(tmp_path: Path) -> None:
+    """whisper_bls asks tensorrt_llm by a name in its code, and no ensemble does."""
+    root = upstream_repository(tmp_path / "repo", "v0.18.0")
+    for model in ("ensemble", "preprocessing", "postprocessing", "tensorrt_llm_bls"):
+        shutil.rmtree(root / model)
+    (root / "whisper_bls").mkdir()
+    (root / "whisper_bls" / "config.pbtxt").write_text('name: "whisper_bls"\nbackend: "python"\n')
+    init.init(root)
+
+    assert [
+        "no ensemble has a step for 'tensorrt_llm': clients send their tokens to 'lora_router'",
+        "'whisper_bls' calls 'tensorrt_llm' itself and takes no lora_name: clients that want adapters ask "
+        "'lora_router'",
+    ] == init.notes(root)
+
+
 def test_stopped_while_it_makes_the_router_nothing_is_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The router's directory comes into its place whole; half-made, it stands where tritonserver sees no model."""
     root = upstream_repository(tmp_path / "repo", "v0.18.0")

@@ -18,7 +18,6 @@ from tritonlora.check.findings import Finding, Subject
 from tritonlora.check.findings import error as _error
 from tritonlora.check.findings import warning as _warning
 from tritonlora.engine.cache_plan import CachePlan, loadable_remedy, pipeline_problems
-from tritonlora.engine.cpu_engine_settings import is_cpu_engine
 from tritonlora.engine.profile import ENCODER_DECODER
 from tritonlora.errors import ConfigError, EngineMismatch, TritonLoraError
 from tritonlora.files import reading, sha256_of
@@ -112,14 +111,9 @@ def _engine(subject: Subject) -> Iterator[Finding]:
     if profile is not None and profile.modules and subject.kind.WIRE.sends_weights:
         for problem, remedy in profile.faults():
             yield _error("engine", problem, remedy)
-    dtypes = {entry.dtype for entry in subject.table.entries.values()}
-    by_numpy = config.backend == "python" and subject.kind.WIRE.sends_weights
-    if by_numpy and "bfloat16" in dtypes and not is_cpu_engine(config.parameters):
-        yield _error(
-            where,
-            "backend 'python' reads lora_weights through numpy, which has no bfloat16",
-            'use the C++ backend: backend: "tensorrtllm"',
-        )
+    for dtype in sorted({entry.dtype for entry in subject.table.entries.values()}):
+        if fault := subject.kind.backend_fault(config, dtype):
+            yield _error(where, *fault)
 
 
 def _reported(subject: Subject) -> Iterator[Finding]:

@@ -20,18 +20,29 @@ from tritonlora.cli.options import (
     Interrupted,
     Repo,
     RepoOption,
+    command_group,
     import_torch,
     repository_and,
     repository_of,
 )
-from tritonlora.cli.output import AsJson, print_json, print_listing, print_note, print_table, size, stderr
+from tritonlora.cli.output import (
+    NO_RESTART,
+    RESTART,
+    AsJson,
+    print_json,
+    print_listing,
+    print_note,
+    print_table,
+    size,
+    stderr,
+)
 from tritonlora.errors import RepositoryError
 from tritonlora.launch import client
 from tritonlora.repository import add as adding
 from tritonlora.repository.add import Added, Options
 from tritonlora.repository.paths import Repository, open_repository, read_table
 
-app = typer.Typer()
+app = command_group()
 
 
 @app.command()
@@ -80,6 +91,7 @@ def add(
         print_json(added)
         return
     sys.stdout.write(_what_was_done(added, dry_run=dry_run))
+    _print_restart([added], dry_run=dry_run)
 
 
 def _add_all(opened: Repository, directory: Path, options: Options, *, dry_run: bool, as_json: bool) -> None:
@@ -113,6 +125,8 @@ def _add_all(opened: Repository, directory: Path, options: Options, *, dry_run: 
             print_note(f"{one.name}: {remark}")
         if not as_json:
             sys.stdout.write(_what_was_done(one, dry_run=dry_run))
+    if not as_json:
+        _print_restart([one for one in results if isinstance(one, adding.Added)], dry_run=dry_run)
     if any(isinstance(one, adding.Refused) for one in results):
         raise typer.Exit(1)
 
@@ -123,13 +137,25 @@ def _what_was_done(added: Added, *, dry_run: bool = False) -> str:
     elif added.restored:
         did = "is complete again"
     elif added.known:
-        did = "is loaded at start" if added.entry.warm else "is loaded on its first request"
+        did = f"is loaded {_STARTS[not added.entry.warm]} -> {_STARTS[added.entry.warm]}"
     else:
-        did = "would be added" if dry_run else "added"
-    stays = ", and stays if its content is the same" if dry_run else ""
-    was = "" if added.was is None else f" (was: lora_task_id {added.was}{stays})"
+        did = "would be added" if dry_run else "added" if added.was is None else "replaced"
+    was = "" if added.was is None else f"{added.was} -> "
+    stays = f" (or {added.was} stays, if its content is the same)" if dry_run and added.was is not None else ""
     task_id, nbytes = added.entry.lora_task_id, added.entry.lora_weights_nbytes
-    return f"{added.name} {did}: lora_task_id {task_id}, {size(nbytes)}{was}\n"
+    return f"{added.name} {did}: lora_task_id {was}{task_id}{stays}, {size(nbytes)}\n"
+
+
+_STARTS = {True: "at start", False: "on its first request"}  # whether an adapter is warm
+
+
+def _print_restart(results: list[Added], *, dry_run: bool) -> None:
+    """Print the settings that changed, and whether a running server has to be started again."""
+    settings = list(dict.fromkeys(setting for one in results for setting in one.settings))
+    for setting in settings:
+        print_note(setting)
+    if not dry_run and not all(one.unchanged for one in results):
+        print_note(RESTART if settings else NO_RESTART)
 
 
 @app.command()
@@ -154,6 +180,7 @@ def remove(
             else f"lora_task_id {one.entry.lora_task_id} is retired"
         )
         sys.stdout.write(f"{one.name} removed: {what}\n")
+    print_note(NO_RESTART)
 
 
 @app.command()
@@ -174,8 +201,11 @@ def alias(
     if as_json:
         print_json(aliased)
         return
-    before = f" (was: {aliased.before})" if aliased.before not in (None, aliased.name) else ""
-    sys.stdout.write(f"{new} is adapter {aliased.name}{before}\n")
+    if aliased.before in (None, aliased.name):
+        sys.stdout.write(f"{new} is adapter {aliased.name}\n")
+    else:
+        sys.stdout.write(f"{new}: adapter {aliased.before} -> {aliased.name}\n")
+    print_note(NO_RESTART)
 
 
 @app.command("list")

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from tritonlora import extras
+from tritonlora.cli.options import command_group
 from tritonlora.cli.output import AsJson, print_json, print_table, stderr
 
 
@@ -28,8 +29,8 @@ def _drawable(plot: Path | None) -> Path | None:
 
 Plot = Annotated[Path | None, typer.Option("--plot", help="Draw the result into this PNG file.", callback=_drawable)]
 
-app = typer.Typer()
-bench = typer.Typer(help="Benchmarks: ratios taken in one run on one machine.", no_args_is_help=True)
+app = command_group()
+bench = command_group(help="Benchmarks: ratios taken in one run on one machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
 

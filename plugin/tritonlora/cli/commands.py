@@ -18,10 +18,9 @@ from types import FrameType
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from tritonlora import __version__, interrupts
-from tritonlora.cli.options import Interrupted
+from tritonlora.cli.options import Group, Interrupted, command_group
 from tritonlora.cli.output import stderr
 from tritonlora.errors import TritonLoraError
 
@@ -59,13 +58,13 @@ class _Commands(Mapping[str, Any]):
         return len(MODULES)
 
 
-class _Group(TyperGroup):
+class _Group(Group):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self.commands: Any = _Commands()
 
 
-app = typer.Typer(
+app = command_group(
     name="tritonlora",
     cls=_Group,
     help="Serve LoRA adapters by name with NVIDIA Triton and TensorRT-LLM.",

@@ -10,10 +10,10 @@ from typing import Annotated
 
 import typer
 
-from tritonlora.cli.options import AllowNonfinite, Base, import_torch
+from tritonlora.cli.options import AllowNonfinite, Base, command_group, import_torch
 from tritonlora.cli.output import AsJson, print_json, print_note, stderr
 
-app = typer.Typer()
+app = command_group()
 
 
 @app.command()

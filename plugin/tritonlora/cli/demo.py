@@ -9,11 +9,11 @@ from typing import Annotated
 
 import typer
 
-from tritonlora.cli.options import Base
+from tritonlora.cli.options import Base, command_group
 from tritonlora.cli.output import AsJson
 from tritonlora.demo import flow
 
-app = typer.Typer()
+app = command_group()
 
 
 @app.command()

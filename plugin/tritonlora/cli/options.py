@@ -7,9 +7,10 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Annotated, TextIO
+from typing import Annotated, Any, TextIO
 
 import typer
+from typer.core import TyperGroup
 
 from tritonlora import extras, interrupts
 from tritonlora.errors import TritonLoraError
@@ -19,6 +20,24 @@ REPO_VARIABLE = "TRITONLORA_REPO"
 
 class Interrupted(BaseException):
     """A signal, its number in `args`, asked the command to end. Each caller cleans up as the exception passes."""
+
+
+class Group(TyperGroup):
+    """A group of commands whose help has the first sentence of each command, also in a narrow terminal."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write the commands of the group and what each one does."""
+        commands = ((name, self.get_command(ctx, name)) for name in self.list_commands(ctx))
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, one.get_short_help_str(_WHOLE_SENTENCE)) for name, one in commands if one])
+
+
+_WHOLE_SENTENCE = 1000  # characters; the formatter breaks it into lines
+
+
+def command_group(**settings: Any) -> typer.Typer:
+    """A group of commands with plain help, in which no name is cut off. Help of rich cuts names at 60 columns."""
+    return typer.Typer(cls=settings.pop("cls", Group), rich_markup_mode=None, **settings)
 
 
 def some_path(text: str) -> Path:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from tritonlora.engine.cache_plan import AdapterPlan, CachePlan, WarmChoice
@@ -26,6 +27,9 @@ stderr = Console(emoji=False, stderr=True)
 
 NAMES_SHOWN = 20
 GPU_NOT_CHECKED = "not checked: the engine's LoRA cache in GPU memory; give --gpu-memory BYTES to check it"
+# The ends of what commands say that change something.
+NO_RESTART = "a running server takes this up with its next request; nothing has to be restarted"
+RESTART = "a running server has to be started again for this"
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -46,16 +50,39 @@ def print_note(note: str) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table: drawn on a terminal, tab-separated lines in a pipe."""
+    """Print a table: tab-separated lines in a pipe.
+
+    On a terminal, a column without any value is left out, and lists wrap between their elements. If the terminal is too
+    narrow for that, each row is a block of lines. No value is cut off, so that all can be copied.
+    """
     if not stdout.is_terminal:
         sys.stdout.write("".join("\t".join(row) + "\n" for row in [columns, *rows]))
         return
-    table = Table()
-    for number, column in enumerate(columns):  # names in the first column stay whole, so that they can be copied
-        table.add_column(column, no_wrap=number == 0, overflow="ellipsis" if number else "ignore")
+    shown = [number for number in range(len(columns)) if number == 0 or any(row[number] for row in rows)]
+    headings = [_SHORT.get(columns[number], columns[number]) for number in shown]
+    cells = [[row[number].replace(",", ", ") for number in shown] for row in rows]
+    table = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0))
+    needed = 0
+    for column, heading in enumerate(headings):
+        values = [one[column] for one in cells]
+        wraps = any(len(value.split()) > _WORDS_KEPT for value in values)
+        least = max(len(part) for value in (heading, *values) for part in (value.split() if wraps else [value]) or [""])
+        needed += least + _GAP
+        table.add_column(heading, no_wrap=not wraps, min_width=least)
+    if needed <= stdout.width:
+        for one in cells:
+            table.add_row(*map(Text, one))
+        stdout.print(table)
+        return
     for row in rows:
-        table.add_row(*row)
-    stdout.print(table)
+        named = zip(headings[1:], (row[number] for number in shown[1:]), strict=True)
+        lines = [row[0], *(f"  {heading}: {value}" for heading, value in named if value)]
+        stdout.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+
+
+_GAP = 2  # spaces between columns
+_WORDS_KEPT = 2  # "8.0 KiB" does not wrap
+_SHORT = {"lora_task_id": "id"}  # headings that are wider than the values below them
 
 
 def print_diff(change: FileChange) -> None:
@@ -149,10 +176,15 @@ def _plan_lines(
     plan: CachePlan, choice: WarmChoice | None, applied: Mapping[str, str] | None, has_gpu: bool
 ) -> Iterator[str]:
     tightest = plan.tightest
+    page = tightest.page_bytes
     yield (
         f"{'all adapters fit' if plan.fits else 'NOT all adapters fit'}: "
-        f"{tightest.pages} of {tightest.host_pages} pages of {size(tightest.page_bytes)}; "
-        f"{len(plan.adapters)} adapters, {size(sum(one.nbytes for one in plan.adapters))}"
+        f"{tightest.pages} of {tightest.host_pages} pages of {size(page)}; {len(plan.adapters)} adapters take "
+        f"{size(tightest.pages * page)} of the {size(tightest.host_pages * page)} of the engine's cache"
+    )
+    yield (
+        f"size is of files and requests, {size(sum(one.nbytes for one in plan.adapters))} in all: rows are padded to "
+        "the longest; the cache gives each adapter whole pages instead"
     )
     if tightest.refusal:
         yield f"the engine will not load: {tightest.refusal}"
@@ -173,7 +205,7 @@ def _plan_lines(
             yield f"{one.parameter} = {one.value} stays; {one.cost}: {size(one.cost_bytes)}"
         else:
             verb = "recommended:" if applied is None else "set"
-            yield f"{verb} {one.parameter} = {one.value} (was: {one.in_effect}); {one.cost}: {size(one.cost_bytes)}"
+            yield f"{verb} {one.parameter}: {one.in_effect} -> {one.value}; {one.cost}: {size(one.cost_bytes)}"
     if choice is not None:
         yield f"keep warm: {_listed(choice.warm)}"
         yield f"load on first use: {_listed(choice.cold)}"

@@ -5,8 +5,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -21,11 +22,13 @@ from tritonlora.cli.options import (
     MetricsPort,
     Repo,
     RepoOption,
+    command_group,
     repository_of,
     text_of,
 )
 from tritonlora.cli.output import (
     GPU_NOT_CHECKED,
+    RESTART,
     AsJson,
     print_diff,
     print_json,
@@ -41,11 +44,11 @@ from tritonlora.machine import Ports
 from tritonlora.repository import add
 from tritonlora.repository import init as init_module
 from tritonlora.repository import undo as undoing
-from tritonlora.repository.paths import has_gpu_cache, open_repository, plan_entries, read_config
+from tritonlora.repository.paths import Repository, has_gpu_cache, open_repository, plan_entries, read_config
 from tritonlora.repository.state import read_state
 from tritonlora.repository.undo import OURS, FileChange
 
-app = typer.Typer()
+app = command_group()
 
 
 @app.command()
@@ -90,7 +93,7 @@ def init(
         root = output
     else:
         changes = init_module.init(root, target, served_at=served_at, topology=topology, dry_run=dry_run)
-    notes = [] if undo or dry_run else init_module.notes(root)
+    notes = [] if undo or dry_run else init_module.notes(root, changes)
     if as_json:
         print_json([{"path": str(one.path), "change": one.kind} for one in changes])
     elif dry_run:
@@ -105,6 +108,8 @@ def init(
         sys.stdout.write("nothing to do: names lead to the engine already\n")
     for note in notes:
         print_note(note)
+    if changes and not dry_run and not output:
+        print_note(RESTART)
 
 
 _TOPOLOGIES = {
@@ -114,15 +119,23 @@ _TOPOLOGIES = {
 
 
 def _summary(root: Path, changes: Sequence[FileChange], *, verbose: bool) -> Iterator[str]:
-    """A line for each file. Without `verbose`, the files of a model of tritonlora's share one line."""
+    """A line for each file, and one for each setting of a config.pbtxt that is another now, old -> new.
+
+    Without `verbose`, the files of a model of tritonlora's share one line.
+    """
+    versions = init_module.versions(changes)
     groups: dict[tuple[str, str], list[FileChange]] = {}
     for change in changes:
         groups.setdefault((change.kind, _model_of(root, change)), []).append(change)
     for (kind, model), of_model in groups.items():
         if verbose or model not in OURS or len(of_model) == 1:
-            yield from (f"{kind} {change.path}" for change in of_model)
+            for change in of_model:
+                yield f"{kind} {change.path}"
+                yield from (f"  {line}" for line in change.settings())
         else:
-            yield f"{kind} {root / model} ({len(of_model)} files)"
+            code = f": the code of tritonlora {' -> '.join(versions[model])}" if model in versions else ""
+            yield f"{kind} {root / model} ({len(of_model)} files){code}"
+            yield from (f"  {line}" for change in of_model for line in change.settings())
 
 
 def _model_of(root: Path, change: FileChange) -> str:
@@ -177,23 +190,26 @@ def plan(
             f"no config.json at {location}; run plan where the engine is, "
             "or give the base model's directory with --base"
         )
-    entries = plan_entries(opened, table, config)
-    if what_if is None:
-        found = cache_plan.plan_cache(entries, profile, config.parameters, gpu_memory=gpu_memory)
-    else:
+    make_plan = functools.partial(cache_plan.plan_cache, plan_entries(opened, table, config), profile)
+    if what_if is not None:
         rank, count = _rank_and_count(what_if)
-        found = cache_plan.what_if(entries, profile, config.parameters, rank=rank, count=count, gpu_memory=gpu_memory)
+        make_plan = functools.partial(cache_plan.what_if, *make_plan.args, rank=rank, count=count)
+    found = make_plan(config.parameters, gpu_memory=gpu_memory)
     traffic = None if weights is None else parse_traffic(text_of(weights), table.entries)
-    choice = None if traffic is None else cache_plan.choose_warm(found, traffic)
     applied = None
     if apply:
         applied = add.apply_plan(opened, found.recommendations, profile)
+        after = make_plan({**config.parameters, **applied}, gpu_memory=gpu_memory)
+        found = dataclasses.replace(after, recommendations=found.recommendations, remarks=found.remarks)
+    choice = None if traffic is None else cache_plan.choose_warm(found, traffic)
     if as_json:
         print_json({**dataclasses.asdict(found), "fits": found.fits, "warm_choice": choice, "applied": applied or {}})
         return
     for remark in found.remarks:
         print_note(remark)
     print_plan(found, table.entries, choice, applied, has_gpu=has_gpu_cache(config))
+    if applied:
+        print_note(RESTART)
 
 
 def _rank_and_count(text: str) -> tuple[int, int]:
@@ -203,6 +219,27 @@ def _rank_and_count(text: str) -> tuple[int, int]:
     if len(given) != 2 or min(numbers) < 1 or max(numbers) > MOST_WHAT_IF:
         raise typer.BadParameter(f"{text!r} is not rank=R,count=N with whole numbers from 1 to {MOST_WHAT_IF}")
     return numbers[0], numbers[1]
+
+
+def _fix(opened: Repository) -> bool:
+    """Repair the repository, and print what was changed. Returns whether everything could be repaired."""
+    changes: list[FileChange] = []
+    repaired = True
+    repairs: tuple[Callable[[], list[FileChange]], ...] = (
+        lambda: init_module.init(opened.root),
+        lambda: add.repair(opened),
+    )
+    for put_right in repairs:
+        try:
+            changes += put_right()
+        except TritonLoraError as error:
+            repaired = False
+            print_note(f"not everything could be repaired: {error}")
+    for line in _summary(opened.root, changes, verbose=False):
+        print_note(line)
+    if any(change.path.suffix in (".pbtxt", ".py") for change in changes):
+        print_note(RESTART)
+    return repaired
 
 
 @app.command()
@@ -227,14 +264,7 @@ def check(
     The exit code is 1 on any error, and when --fix could not repair everything.
     """
     opened = open_repository(repository_of(repo, repo_option))
-    failed = False
-    if fix:
-        for put_right in (lambda: init_module.init(opened.root), lambda: add.repair(opened)):
-            try:
-                put_right()
-            except TritonLoraError as error:
-                failed = True
-                print_note(f"not everything could be repaired: {error}")
+    failed = fix and not _fix(opened)
     ports = Ports(http_port, grpc_port, metrics_port)
     findings = checks.check(opened, deep=deep, ports=ports, gpu_memory=gpu_memory)
     if gpu_memory is None and has_gpu_cache(read_config(opened.config_path)):

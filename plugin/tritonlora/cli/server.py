@@ -18,6 +18,7 @@ from tritonlora.cli.options import (
     MetricsPort,
     RepoOption,
     Url,
+    command_group,
     repository_of,
     some_path,
     text_of,
@@ -30,7 +31,7 @@ from tritonlora.machine import Ports
 from tritonlora.repository.paths import open_repository
 from tritonlora.repository.state import read_state
 
-app = typer.Typer()
+app = command_group()
 
 
 @app.command(context_settings={"ignore_unknown_options": True})

@@ -142,7 +142,7 @@ def _connection(url: str, timeout: float) -> http.client.HTTPConnection:
 def _json_object(text: str | bytes) -> dict[str, Any]:
     found = json.loads(text)
     if not isinstance(found, dict):
-        raise ValueError(f"{found!r:.100} is none")  # noqa: TRY004  as json.loads does
+        raise ValueError(f"got {found!r:.100}")  # noqa: TRY004  as json.loads does
     return found
 
 

@@ -46,6 +46,7 @@ from tritonlora.serving.adapter_table import (
     without_alias,
 )
 from tritonlora.serving.adapter_table_json import render
+from tritonlora.serving.file_version import has_content
 from tritonlora.targets import Target
 
 
@@ -72,8 +73,11 @@ class Added:
     remarks: tuple[str, ...]  # for the user
     known: bool = False  # whether the same content was registered under this name already
     restored: tuple[str, ...] = ()  # its files that were missing or altered, and were written again
-    unchanged: bool = False  # whether nothing was written
+    unchanged: bool = False  # whether it is as it was: its content, its files, and when it is loaded
     was: int | None = None  # the lora_task_id of the adapter that had the name before
+    settings: tuple[
+        str, ...
+    ] = ()  # of config.pbtxt files, old -> new; a running server has to be started again for them
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,12 +112,13 @@ def add(
         # Everything that can be refused is refused before a byte is written.
         files = generated.rendered(state, with_adapter(state.table, name, planned.entry))
         if dry_run:
-            return _after(state.table, Added(name, planned.entry, planned.remarks))
+            return _after(state.table, Added(name, planned.entry, planned.remarks), files)
         generated.sweep(state)
         added = _write_tensors(repository, planned, state.table.entries.get(name) if task_id is None else None)
         table = _with(state.table, added)
-        generated.write(state, table, generated.rendered(state, table, files))
-        return _after(state.table, added)
+        files = generated.rendered(state, table, files)
+        generated.write(state, table, files)
+        return _after(state.table, added, files)
 
 
 def add_all(
@@ -155,7 +160,7 @@ def add_all(
         files = generated.rendered(state, after)  # raises before any adapter is converted
         if dry_run:
             for one in planned:
-                results.append(_after(before, Added(one.name, one.entry, one.remarks)))
+                results.append(_after(before, Added(one.name, one.entry, one.remarks), files))
                 on_done(results[-1])
             return results
         generated.sweep(state)
@@ -166,13 +171,13 @@ def add_all(
         planned.clear()  # so that each adapter is freed, and its file closed, when it was converted
         try:
             for future in as_completed(futures):
-                on_done(_result_of(future, futures[future], before))
+                on_done(_result_of(future, futures[future], before, files))
         finally:
             with held():
                 pool.shutdown(cancel_futures=True)
                 for future, name in futures.items():
                     if not future.cancelled() and isinstance(future.exception(), TritonLoraError | None):
-                        results.append(_result_of(future, name, before))
+                        results.append(_result_of(future, name, before, files))
                 table = before
                 for result in results:
                     table = _with(table, result) if isinstance(result, Added) else table
@@ -180,9 +185,9 @@ def add_all(
     return results
 
 
-def _result_of(future: Future[Added], name: str, before: AdapterTable) -> Added | Refused:
+def _result_of(future: Future[Added], name: str, before: AdapterTable, files: generated.Rendered) -> Added | Refused:
     try:
-        return _after(before, future.result())
+        return _after(before, future.result(), files)
     except TritonLoraError as error:
         return Refused(name, str(error))
 
@@ -233,7 +238,11 @@ def _plan(
         pages=_pages(name, layout, profile, state.config) if kind.WIRE.sends_weights else None,
         remarks=layout.without_tensors,
     )
+    fault = kind.backend_fault(state.config, dtype)
     remarks = (*remarks, *layout.remarks, *_other_base(table, name, entry.base_model_name_or_path))
+    if fault:
+        problem, remedy = fault
+        remarks = (*remarks, f"{problem}: requests for the adapter will fail; {remedy}")
     return _Planned(name, adapter, layout, entry, kind, options, remarks)
 
 
@@ -334,7 +343,7 @@ def _write_tensors(repository: Repository, planned: _Planned, known: AdapterEntr
             entry = replace(known, warm=options.warm, remarks=entry.remarks)
             restored = _restore(repository, known, weights, rows)
             remarks = (*remarks, *(f"{file} was missing or altered, and is there again" for file in restored))
-            unchanged = known == entry and not restored
+            unchanged = known.warm == options.warm and not restored
             return Added(planned.name, entry, remarks, known=True, restored=restored, unchanged=unchanged)
         make_directory(weights_path.parent)
         publish(weights, weights_path)
@@ -360,11 +369,11 @@ def _restore(repository: Repository, entry: AdapterEntry, weights: Path, rows: P
     return tuple(restored)
 
 
-def _after(before: AdapterTable, added: Added) -> Added:
-    """`added`, with the lora_task_id that its name had in the table `before`."""
+def _after(before: AdapterTable, added: Added, files: generated.Rendered) -> Added:
+    """`added`, with the lora_task_id that its name had in the table `before`, and the settings that change."""
     known = before.entries.get(added.name)
     was = None if known is None or known.lora_task_id == added.entry.lora_task_id else known.lora_task_id
-    return replace(added, was=was)
+    return replace(added, was=was, settings=files.settings)
 
 
 def _with(table: AdapterTable, added: Added) -> AdapterTable:
@@ -427,15 +436,25 @@ def alias(repository: Repository, alias: str, name: str) -> Aliased:
         return Aliased(alias, table.aliases[alias], state.table.aliases.get(alias))
 
 
-def repair(repository: Repository) -> None:
+def repair(repository: Repository) -> list[undo.FileChange]:
     """Write the generated files again from adapters.json, and delete the files that stopped commands left behind.
 
-    RepositoryError names the files that could not be deleted.
+    Returns the files that were missing or altered, and the files that were deleted. RepositoryError names the files
+    that could not be deleted.
     """
     with locked(repository.table_path.parent):
         state = read_state(repository)
-        if problems := generated.sweep(generated.write(state, state.table, generated.rendered(state, state.table))):
+        files = generated.rendered(state, state.table)
+        changes = [
+            undo.FileChange(path, undo.text_of(path), content.decode(errors="replace"))
+            for path, content in files.files().items()
+            if not has_content(path, content)
+        ]
+        state = generated.write(state, state.table, files)
+        changes += [undo.FileChange(path, "", None) for path in generated.swept(state)]
+        if problems := generated.sweep(state):
             raise RepositoryError(one_message("not everything that was left behind can be deleted", problems))
+    return changes
 
 
 def set_parameters(repository: Repository, parameters: Mapping[str, str]) -> None:

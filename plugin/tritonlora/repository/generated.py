@@ -18,7 +18,8 @@ from types import MappingProxyType
 
 from tritonlora.errors import ConfigError, RepositoryError
 from tritonlora.files import delete
-from tritonlora.pbtxt.model_config import ModelConfig, config_of
+from tritonlora.pbtxt.differences import differences
+from tritonlora.pbtxt.model_config import ModelConfig, config_of, parse_config
 from tritonlora.pbtxt.text_format import Document
 from tritonlora.repository import ensemble_edits, model_configs, undo, warmup
 from tritonlora.repository.paths import RESOLVER, cache_pages, half_written
@@ -37,10 +38,18 @@ class Rendered:
     """The files that `rendered` makes of a table: whole files, in the order in which they are written."""
 
     entries: Mapping[str, AdapterEntry]  # of the table
+    config_path: Path  # of the engine's model
     warmup_files: Contents
     config_text: str  # of the engine's model
     detour: Contents  # ensembles that lead to the router while the type of the resolver's lora_weights changes
     after_detour: Contents  # config.pbtxt of the router and of the resolver, and the ensembles as they were before
+    settings: tuple[
+        str, ...
+    ]  # settings of config.pbtxt files that differ from now, "MODEL/config.pbtxt: what: old -> new"
+
+    def files(self) -> Contents:
+        """All files, as they are in the end."""
+        return {**self.warmup_files, self.config_path: self.config_text.encode(), **self.after_detour}
 
 
 def rendered(state: State, table: AdapterTable, known: Rendered | None = None) -> Rendered:
@@ -64,7 +73,14 @@ def rendered(state: State, table: AdapterTable, known: Rendered | None = None) -
     pages = cache_pages(config, lambda: state.profile)
     after_detour = {**_contents(state.models, changed), **cache_in_step(state.models, pages, changed)}
     paths = {repository.warmup_directory / name: content for name, content in files.items()}
-    return Rendered(table.entries, paths, text, _contents(state.models, detour), after_detour)
+    models = {path.parent.name: parse_config(content.decode()) for path, content in after_detour.items()}
+    settings = tuple(
+        f"{name}/config.pbtxt: {line}"
+        for name, after in {repository.target: config, **models}.items()
+        for line in differences(state.models.config(name), after)
+    )
+    detoured = _contents(state.models, detour)
+    return Rendered(table.entries, repository.config_path, paths, text, detoured, after_detour, settings)
 
 
 def _without_digests(entries: Mapping[str, AdapterEntry]) -> dict[str, AdapterEntry]:
@@ -133,7 +149,7 @@ def write(state: State, table: AdapterTable, files: Rendered | None) -> State:
     if files is None:
         undo.write(repository.root, contents)
         return state.after(table, ())
-    config = {repository.config_path: files.config_text.encode()}
+    config = {files.config_path: files.config_text.encode()}
     only_removes = table.entries.keys() < state.table.entries.keys()
     contents = {**files.warmup_files, **(config | contents if only_removes else contents | config)}
     steps = [files.detour, contents, files.after_detour] if files.detour else [{**contents, **files.after_detour}]
@@ -155,12 +171,17 @@ def sweep(state: State) -> list[str]:
     Returns one line for each file that could not be deleted. Such a file does no harm, and `check` reports it.
     """
     problems = []
-    for path in [*half_written(state.repository.root), *left_over(state)]:
+    for path in swept(state):
         try:
             delete(path)
         except OSError as error:
             problems.append(f"cannot delete {error.filename or path}: {error.strerror}")
     return problems
+
+
+def swept(state: State) -> list[Path]:
+    """The files that `sweep` deletes."""
+    return [*half_written(state.repository.root), *left_over(state)]
 
 
 def left_over(state: State) -> list[Path]:

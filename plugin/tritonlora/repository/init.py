@@ -55,6 +55,7 @@ from tritonlora.targets import target_of
 
 PACKAGE = Path(tritonlora.__file__).resolve().parent
 _BLS_TARGET = "tensorrt_llm_model_name"  # parameter of upstream's tensorrt_llm_bls: the model that it calls
+_CALL_THE_DEFAULT_TARGET = frozenset({"whisper_bls"})  # models of upstream that call DEFAULT_TARGET without a parameter
 ENSEMBLE = "ensemble"
 FORWARD, RESOLVE = TOPOLOGIES = ("forward", "resolve")
 
@@ -324,8 +325,19 @@ def _add_model(model: str, root: Path, changes: Sequence[FileChange]) -> None:
             sync_directory(root)
 
 
-def notes(root: Path) -> list[str]:
-    """Notes for the user after `init` on `root`, one line each."""
+def versions(changes: Sequence[FileChange]) -> dict[str, tuple[str, str]]:
+    """Model -> the version of tritonlora whose code the model ran before `changes`, and the version after them."""
+    found = {}
+    for change in changes:
+        if change.path.parts[-2:] == (SERVING, "__init__.py"):
+            old, new = (_VERSION.search(text or "") for text in (change.before, change.after))
+            if old and new and old[1] != new[1]:
+                found[change.path.parts[-4]] = (old[1], new[1])
+    return found
+
+
+def notes(root: Path, changes: Sequence[FileChange] = ()) -> list[str]:
+    """Notes for the user after `init` on `root`, one line each. `changes` are those that `init` made."""
     models = Models(root)
     router = models.config(ROUTER)
     target = router.parameters.get("target", DEFAULT_TARGET)
@@ -337,6 +349,7 @@ def notes(root: Path) -> list[str]:
             "the size of the engine's cache is not known, so each request waits for a load of its own: run tritonlora "
             "plan --apply where the engine's config.json is"
         )
+    lines += _inputs_gone(changes)
     return lines + [
         f"{name!r} calls {target!r} itself and takes no lora_name: clients that want adapters ask "
         + (" or ".join(map(repr, found)) or repr(ROUTER))
@@ -344,12 +357,30 @@ def notes(root: Path) -> list[str]:
     ]
 
 
+def _inputs_gone(changes: Sequence[FileChange]) -> list[str]:
+    """A line for each ensemble that lost inputs. Upstream's ensembles take an adapter's tensors from v0.16 on."""
+    lines = []
+    for change in changes:
+        if change.path.name == "config.pbtxt" and change.before is not None and change.after is not None:
+            before, after = parse_config(change.before), parse_config(change.after)
+            gone = [spec.name for spec in before.inputs if after.input(spec.name) is None]
+            if gone and after.steps:
+                lines.append(
+                    f"{change.path.parent.name!r} no longer takes {', '.join(gone)}: Triton refuses a request that "
+                    "sends them, and its generate endpoint drops them; clients that sent an adapter's weights send "
+                    "its lora_name, once it was registered with tritonlora add"
+                )
+    return lines
+
+
 def models_past_the_router(configs: Mapping[str, ModelConfig], target: str) -> list[str]:
     """The models that call the engine's model by BLS, and so do not go through the router.
 
     No config can lead upstream's tensorrt_llm_bls through the router: it does not forward the input lora_name.
+    Upstream's whisper_bls calls tensorrt_llm by this name, which is in its code.
     """
     called = {name: config.parameters.get(_BLS_TARGET) for name, config in configs.items()}
+    called |= dict.fromkeys(_CALL_THE_DEFAULT_TARGET & configs.keys(), "")
     return [
         name
         for name, value in called.items()

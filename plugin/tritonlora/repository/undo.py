@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tritonlora import strict_json
-from tritonlora.errors import RepositoryError, one_message
+from tritonlora.errors import ConfigError, RepositoryError, one_message
 from tritonlora.files import (
     TEMPORARY_SUFFIX,
     delete,
@@ -39,6 +39,7 @@ from tritonlora.files import (
     write_text,
     writing,
 )
+from tritonlora.pbtxt.differences import differences
 from tritonlora.pbtxt.model_config import parse_config
 from tritonlora.repository import ensemble_edits
 from tritonlora.repository.paths import (
@@ -79,6 +80,15 @@ class FileChange:
     def kind(self) -> str:
         """ "wrote", "changed" or "removed"."""
         return "wrote" if self.before is None else "changed" if self.after is not None else "removed"
+
+    def settings(self) -> list[str]:
+        """The settings of a changed config.pbtxt that differ, "what: old -> new"; [] for any other file."""
+        if self.path.name != "config.pbtxt" or self.before is None or self.after is None:
+            return []
+        try:
+            return [*differences(parse_config(self.before), parse_config(self.after))]
+        except ConfigError:  # the file before was malformed
+            return []
 
 
 # The record
@@ -339,6 +349,11 @@ def _original(root: Path, name: str) -> bytes | None:
     if path.resolve() != root.resolve() / ORIGINALS / name:
         raise RepositoryError(f"{path} is a link, or in a directory that is one; put the original itself there")
     return read_bytes(path)
+
+
+def text_of(path: Path) -> str | None:
+    """The text of a file, with marks for bytes that are not UTF-8; None when there is no such file."""
+    return _text(_content_of(path))
 
 
 def _content_of(path: Path) -> bytes | None:

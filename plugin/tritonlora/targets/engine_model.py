@@ -37,8 +37,8 @@ from tritonlora.targets.protocol import (
 
 WIRE = ENGINE_MODEL
 ORIGIN = (
-    "adapters by task id need the tensorrt_llm model of tensorrtllm_backend v0.9.0 to v1.x; take its config.pbtxt from "
-    "there"
+    "adapters by task id need the model tensorrt_llm of all_models/inflight_batcher_llm, from v0.9.0 to v1.x (in "
+    "tensorrtllm_backend, from v0.19 on in TensorRT-LLM's triton_backend); take its config.pbtxt from there"
 )
 ENABLE_LORA = "build it with trtllm-build --lora_plugin auto --lora_target_modules …"
 PLACES = AdapterPlaces("adapter_model_{id}.bin", "adapter_config_{id}.bin", None)
@@ -73,6 +73,16 @@ def sample_files(lora_name: str, entry: AdapterEntry, served: Path) -> dict[str,
 
 def check_adapter(adapter: Adapter) -> None:
     """Refuse nothing: `plan_layout` finds all adapters that this target cannot take."""
+
+
+def backend_fault(config: ModelConfig, dtype: str) -> tuple[str, str] | None:
+    """The fault of the Python backend with bfloat16. The CPU engine, which is a Python model, reads it otherwise."""
+    if config.backend != "python" or dtype != "bfloat16" or is_cpu_engine(config.parameters):
+        return None
+    return (
+        "backend 'python' reads lora_weights through numpy, which has no bfloat16",
+        'use the C++ backend: backend: "tensorrtllm"',
+    )
 
 
 def store(

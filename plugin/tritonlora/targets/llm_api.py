@@ -82,6 +82,11 @@ def check_adapter(adapter: Adapter) -> None:
     peft_directory.check_for_llm_api(adapter)
 
 
+def backend_fault(config: ModelConfig, dtype: str) -> tuple[str, str] | None:  # noqa: ARG001
+    """None: the model reads adapters from disk."""
+    return None
+
+
 def store(
     adapter: Adapter,
     layout: Layout,

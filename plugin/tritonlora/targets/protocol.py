@@ -87,6 +87,9 @@ class Target(Protocol):
     def check_adapter(self, adapter: Adapter) -> None:
         """Raise AdapterError when this kind of target cannot take the adapter, and the other kind may."""
 
+    def backend_fault(self, config: ModelConfig, dtype: str) -> tuple[str, str] | None:
+        """Why the model's backend cannot read adapters of `dtype`, and the remedy; None when it can."""
+
     def store(
         self, adapter: Adapter, layout: Layout, weights: Path, config: Path, base: Path | None, allow_nonfinite: bool
     ) -> tuple[str, ...]:
