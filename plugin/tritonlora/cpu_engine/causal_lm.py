@@ -22,6 +22,7 @@ from tritonlora.architectures.layers import families_of, locate
 from tritonlora.conversion.tensors import unpack, unpack_magnitudes
 from tritonlora.cpu_engine.request import GenerationRequest, LoraInputs
 from tritonlora.cpu_engine.sampling import choose_token
+from tritonlora.cpu_engine.wire_arrays import as_torch
 from tritonlora.engine.profile import EngineProfile
 from tritonlora.errors import EngineMismatch, one_message
 
@@ -73,12 +74,13 @@ class CausalLM:
         """Copy the adapter's layers out of the request's memory, in the dtype of the computation."""
         if lora.weights is None or lora.config is None:
             return {}
-        magnitudes = unpack_magnitudes(lora.weights[0], lora.config[0], self._modules)
+        weights, config = as_torch(lora.weights)[0], as_torch(lora.config)[0]
+        magnitudes = unpack_magnitudes(weights, config, self._modules)
         return {
             key: LoraLayer(
                 self._own(lora_A), self._own(lora_B), self._own(magnitudes[key]) if key in magnitudes else None
             )
-            for key, (lora_A, lora_B) in unpack(lora.weights[0], lora.config[0], self._modules).items()
+            for key, (lora_A, lora_B) in unpack(weights, config, self._modules).items()
         }
 
     def _own(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -9,15 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from tritonlora.cpu_engine.backend import Backend
+from tritonlora.cpu_engine.wire_arrays import WireArray, dtype_name
 from tritonlora.errors import InvalidRequest, one_message
 
-Tensors = Mapping[str, npt.NDArray[np.generic] | torch.Tensor]
+if TYPE_CHECKING:
+    import torch
+
+Tensors = Mapping[str, "WireArray | torch.Tensor"]
 Words = tuple[tuple[int, ...], ...]
 
 
@@ -26,8 +30,8 @@ class LoraInputs:
     """The three LoRA tensors of one request; each may be absent."""
 
     task_id: int | None = None
-    weights: torch.Tensor | None = None  # (1, n, W), a view of the request
-    config: torch.Tensor | None = None  # (1, n, 3 or 4) int32
+    weights: WireArray | torch.Tensor | None = None  # (1, n, W), a view of the request
+    config: WireArray | torch.Tensor | None = None  # (1, n, 3 or 4) int32
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +107,8 @@ def parse_requests(
     if "input_ids" not in tensors:
         raise InvalidRequest("A value is required for input_ids")
     _check_supported(tensors)
-    if not backend.reads_bfloat16 and _is_bfloat16(tensors.get("lora_weights")):
+    weights = tensors.get("lora_weights")
+    if not backend.reads_bfloat16 and weights is not None and dtype_name(weights) == "bfloat16":
         raise InvalidRequest(
             "Tensor dtype is BF16 and cannot be converted to NumPy. Use to_dlpack() and from_dlpack() instead."
         )
@@ -143,10 +148,6 @@ def _check_supported(tensors: Tensors) -> None:
         raise InvalidRequest(one_message("inputs that the CPU engine does not implement", problems))
 
 
-def _is_bfloat16(tensor: object) -> bool:
-    return isinstance(tensor, torch.Tensor) and tensor.dtype == torch.bfloat16
-
-
 @dataclass(frozen=True, slots=True)
 class _Row:
     """One row of a batch of tensors."""
@@ -178,10 +179,10 @@ class _Row:
         value = self.scalar(name)
         return None if value is None else int(value)
 
-    def tensor(self, name: str) -> torch.Tensor | None:
+    def tensor(self, name: str) -> WireArray | torch.Tensor | None:
         """The row's part of an input as a batch of one."""
         tensor = self.tensors.get(name)
-        return None if tensor is None else torch.as_tensor(tensor)[self.index : self.index + 1]
+        return None if tensor is None else tensor[self.index : self.index + 1]
 
     def words(self, name: str) -> Words:
         """A list of words, shape [2, len]: the tokens of all words, and where each word ends, padded with -1."""

@@ -14,11 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
-import torch
 import triton_python_backend_utils as pb_utils
 
 from tritonlora.cpu_engine.engine import load_engine
+from tritonlora.cpu_engine.wire_arrays import WireArray, array_in
 from tritonlora.errors import TritonLoraError
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
@@ -106,6 +105,7 @@ class RowAnswers:
         self.send([], last=True)
 
 
-def array_of(tensor: pb_utils.Tensor) -> npt.NDArray[np.generic] | torch.Tensor:
-    """A view of the tensor. numpy has no bfloat16, so the weights go to torch."""
-    return torch.utils.dlpack.from_dlpack(tensor.to_dlpack()) if tensor.name() == "lora_weights" else tensor.as_numpy()
+def array_of(tensor: pb_utils.Tensor) -> WireArray:
+    """A view of the tensor. `as_numpy` refuses bfloat16, which only the weights may have."""
+    found = array_in(tensor.to_dlpack()) if tensor.name() == "lora_weights" else None
+    return tensor.as_numpy() if found is None else found

@@ -8,12 +8,16 @@ cpp/tensorrt_llm/runtime/loraUtils.cpp `loraValidateRequestTensors` (when the ex
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
 from tritonlora.architectures.lora_modules import BY_ID
 from tritonlora.cpu_engine.request import LoraInputs
+from tritonlora.cpu_engine.wire_arrays import WireArray, dtype_name, is_on_cpu
 from tritonlora.engine.lora_cache import LoraCacheError
 from tritonlora.engine.profile import EngineProfile
+
+if TYPE_CHECKING:
+    import torch
 
 Rows = list[list[int]]
 
@@ -22,13 +26,13 @@ def check_lora_config(lora: LoraInputs) -> None:
     """Check as `executor::LoraConfig` does, before a request is queued."""
     weights, config = _squeeze(lora.weights), _squeeze(lora.config)
     if config is not None:
-        _expect(config.dim() == 2, "Expected config tensor to have 2 dimensions")
-        _expect(config.device.type == "cpu", "Expected lora config to be in CPU memory")
-        _expect(config.dtype == torch.int32, "Expected lora config tensor to have type kINT32")
+        _expect(config.ndim == 2, "Expected config tensor to have 2 dimensions")
+        _expect(is_on_cpu(config), "Expected lora config to be in CPU memory")
+        _expect(dtype_name(config) == "int32", "Expected lora config tensor to have type kINT32")
     if weights is not None:
         _expect(config is not None, "Request for LoRA inference with lora weights must also have lora config")
-        _expect(weights.dim() == 2, "Expected weights tensor to have 2 dimensions")
-        _expect(weights.device.type == "cpu", "Expected lora weights to be in CPU memory")
+        _expect(weights.ndim == 2, "Expected weights tensor to have 2 dimensions")
+        _expect(is_on_cpu(weights), "Expected lora weights to be in CPU memory")
         same = config is not None and len(weights) == len(config)
         _expect(same, "Expected dim 0 of lora weights and lora config to have the same size")
 
@@ -45,19 +49,17 @@ def check_lora_tensors(lora: LoraInputs, profile: EngineProfile) -> Rows | None:
     )
     if weights is None or config is None:  # the line above has raised; this narrows the types
         return None
-    _expect(weights.dim() == 3, "Invalid shape for lora_weights tensor")
-    _expect(config.dim() == 3, "Invalid shape for lora_keys tensor")
+    _expect(weights.ndim == 3, "Invalid shape for lora_weights tensor")
+    _expect(config.ndim == 3, "Invalid shape for lora_keys tensor")
     for tensor in (weights, config):
         _expect(tensor.shape[0] == 1, "Expected batch dimension to be 1 for each lora request")
     for tensor in (weights, config):
-        _expect(tensor.device.type == "cpu", "Expected lora weights to be in CPU memory")
-    got = str(config.dtype).removeprefix("torch.")
-    _expect(config.dtype == torch.int32, f"Expected  lora keys to have TYPE_INT32 but was {got}")
+        _expect(is_on_cpu(tensor), "Expected lora weights to be in CPU memory")
+    got = dtype_name(config)
+    _expect(got == "int32", f"Expected  lora keys to have TYPE_INT32 but was {got}")
     _expect(weights.shape[1] == config.shape[1], "Expected dim1 lora_weights and lora_keys to have the same size")
     _expect(config.shape[2] in (3, 4), "Expected dim2 of lora_keys to have a size in [3, 4]")
-    _expect(
-        weights.dtype == getattr(torch, profile.dtype), "Expected lora weights to be the same data type as base model"
-    )
+    _expect(dtype_name(weights) == profile.dtype, "Expected lora weights to be the same data type as base model")
     rows: Rows = config[0].tolist()
     for row in rows:
         _check_row(row, weights.shape[2], profile)
@@ -80,9 +82,9 @@ def _check_row(row: list[int], width: int, profile: EngineProfile) -> None:
     )
 
 
-def _squeeze(tensor: torch.Tensor | None) -> torch.Tensor | None:
+def _squeeze(tensor: WireArray | torch.Tensor | None) -> WireArray | torch.Tensor | None:
     """The tensor without its batch dimension, if that is 1."""
-    return tensor[0] if tensor is not None and tensor.dim() == 3 and len(tensor) == 1 else tensor
+    return tensor[0] if tensor is not None and tensor.ndim == 3 and len(tensor) == 1 else tensor
 
 
 def _expect(holds: bool, message: str) -> None:

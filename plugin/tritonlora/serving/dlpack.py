@@ -15,6 +15,7 @@ Source: dmlc/dlpack include/dlpack/dlpack.h.
 from __future__ import annotations
 
 import ctypes
+import math
 from typing import ClassVar
 
 import numpy as np
@@ -103,6 +104,24 @@ def data_in(capsule: object) -> int:
     """The address of the first element of the tensor in a capsule ("dltensor"). ValueError for any other object."""
     tensor: _Tensor = _ManagedTensor.from_address(_address_in(id(capsule), _NAME)).dl_tensor
     return int(tensor.data) + int(tensor.byte_offset)
+
+
+def memory_of(capsule: object, dtype: str) -> tuple[npt.NDArray[np.uint8], tuple[int, ...]] | None:
+    """The bytes of the tensor in a capsule ("dltensor"), without a copy, and its shape; None if its dtype is another.
+
+    The array keeps the capsule alive. ValueError for another object, and for a tensor that is not dense on the CPU.
+    """
+    tensor: _Tensor = _ManagedTensor.from_address(_address_in(id(capsule), _NAME)).dl_tensor
+    if (tensor.dtype.code, tensor.dtype.bits) != DTYPES[dtype].dlpack:
+        return None
+    shape = tuple(tensor.shape[: tensor.ndim])
+    dense = [math.prod(shape[number + 1 :]) for number in range(len(shape))]
+    strides = [*(ctypes.c_int64 * len(shape)).from_address(tensor.strides)] if tensor.strides else dense
+    if tensor.device.device_type != _CPU or strides != dense:
+        raise ValueError("expected a dense tensor on the CPU")
+    buffer = (ctypes.c_uint8 * (math.prod(shape) * DTYPES[dtype].itemsize)).from_address(data_in(capsule))
+    buffer.owner = capsule  # the array keeps the buffer alive
+    return np.ctypeslib.as_array(buffer), shape
 
 
 def memory_at(address: int, nbytes: int) -> npt.NDArray[np.uint8]:
