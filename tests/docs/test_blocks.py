@@ -23,6 +23,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+import preloaded
 from adapters import as_mlx
 from documentation import PAGES, ROOT, Block, Page
 from repositories import synthetic_adapter
@@ -64,23 +65,25 @@ class Workplace:
         return outputs
 
 
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The program `tritonlora` of the docs."""
+    with preloaded.commands(tmp_path_factory.mktemp("bin")) as program:
+        yield program
+
+
 @pytest.fixture
-def workplace(tmp_path: Path) -> Iterator[Workplace]:
+def workplace(tmp_path: Path, program: Path) -> Iterator[Workplace]:
     """A fresh one. The server that was started in it is stopped, and waited for, by its process id."""
     upstream_repository_on_the_cpu(tmp_path / "REPO", "v0.18.0", decoupled="True")
     for seed, name in enumerate(("pirate", "haiku")):
         synthetic_adapter(tmp_path / "adapters" / name, seed)
     as_mlx(tmp_path / "adapters" / "haiku", tmp_path / "mlx-adapter")
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    wrapper = Path(__file__).parents[1] / "support" / "documented_tritonlora.py"
-    (programs / "tritonlora").write_text(f'#!/bin/sh\nexec "{sys.executable}" "{wrapper}" "$@"\n')
-    (programs / "tritonlora").chmod(0o755)
     ports = free_ports()
     pid = tmp_path / "pid"
     environment = {
         **{name: value for name, value in os.environ.items() if name != "TRITONLORA_REPO"},
-        "PATH": os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ["PATH"]]),
+        "PATH": os.pathsep.join([str(program.parent), str(Path(sys.executable).parent), os.environ["PATH"]]),
         "DOCUMENTED_PORTS": f"{ports.http},{ports.grpc},{ports.metrics}",
         "DOCUMENTED_PID": str(pid),
     }

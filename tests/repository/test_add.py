@@ -11,7 +11,6 @@ import gc
 import hashlib
 import itertools
 import json
-import multiprocessing
 import os
 import re
 import resource
@@ -21,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ import numpy as np
 import pytest
 import torch
 
+import faults
 from adapters import lora_pair, write_adapter
 from engine_configs import ENGINE
 from repositories import let_time_pass, synthetic_adapter
@@ -597,24 +598,14 @@ def test_a_full_disk_leaves_everything_as_it_was(
     assert before == snapshot(opened.root)
 
 
-def _add(root: str, name: str, adapter: str) -> None:
-    add.add(paths.open_repository(Path(root)), name, Path(adapter))
-
-
 def test_commands_at_the_same_time_take_turns(opened: Repository, adapters: Callable[[int], Path]) -> None:
     """Four processes add four adapters: all are there, each under an id of its own."""
-    context = multiprocessing.get_context("spawn")
-    processes = [
-        context.Process(target=_add, args=(str(opened.root), f"n{number}", str(adapters(number))))
-        for number in range(4)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
+    commands = [["add", f"n{number}", str(adapters(number)), "--repo", str(opened.root)] for number in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        exit_codes = [*pool.map(faults.complete, commands)]
     table = read_table(opened)
 
-    assert [0] * 4 == [process.exitcode for process in processes]
+    assert [0] * 4 == exit_codes
     assert {"n0", "n1", "n2", "n3"} == table.entries.keys()
     assert [1, 2, 3, 4] == sorted(entry.lora_task_id for entry in table.entries.values())
     assert [] == checks.check(opened, deep=True)

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`tritonlora` for the code blocks of the docs: the same commands, on free ports, and `serve` in the background.
 
-Started as a program by tests/docs/test_blocks.py, with DOCUMENTED_PORTS=HTTP,GRPC,METRICS in the environment. `serve`
+`preloaded` runs it for tests/docs/test_blocks.py, with DOCUMENTED_PORTS=HTTP,GRPC,METRICS in the environment. `serve`
 returns when the server is ready; its process id is then in the file named by DOCUMENTED_PID.
 """
 
@@ -43,7 +43,3 @@ def main(words: list[str]) -> int:
             sys.stderr.write(Path("serve.log").read_text())
             return 1
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import shutil
 import string
 from collections.abc import Mapping
@@ -50,7 +51,12 @@ def fill(text: str, **values: str) -> str:
 
 def protobuf(text: str) -> Any:
     """The config as protobuf's own parser sees it."""
-    return text_format.Parse(text, ModelConfig())
+    return ModelConfig.FromString(_serialized(text))
+
+
+@functools.lru_cache(1024)  # the parser takes 10 ms for some of these texts, and most come again and again
+def _serialized(text: str) -> bytes:
+    return bytes(text_format.Parse(text, ModelConfig()).SerializeToString())
 
 
 def step_of(ensemble: Any, name: str) -> Any:
