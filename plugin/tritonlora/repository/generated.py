@@ -14,12 +14,11 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 
 from tritonlora.errors import ConfigError, RepositoryError
 from tritonlora.files import delete
 from tritonlora.pbtxt.differences import differences
-from tritonlora.pbtxt.model_config import ModelConfig, config_of, parse_config
+from tritonlora.pbtxt.model_config import ModelConfig, config_of
 from tritonlora.pbtxt.text_format import Document
 from tritonlora.repository import ensemble_edits, model_configs, undo, warmup
 from tritonlora.repository.paths import RESOLVER, cache_pages, half_written
@@ -71,12 +70,13 @@ def rendered(state: State, table: AdapterTable, known: Rendered | None = None) -
         raise RepositoryError(f"{repository.config_path}: {error}") from None
     detour, changed = _types_in_step(state, config)
     pages = cache_pages(config, lambda: state.profile)
-    after_detour = {**_contents(state.models, changed), **cache_in_step(state.models, pages, changed)}
+    changed = {**changed, **_cache_documents(state.models, pages, changed)}
+    after_detour = _contents(state.models, changed)
     paths = {repository.warmup_directory / name: content for name, content in files.items()}
-    models = {path.parent.name: parse_config(content.decode()) for path, content in after_detour.items()}
+    configs = {repository.target: config, **{name: config_of(one) for name, one in changed.items()}}
     settings = tuple(
         f"{name}/config.pbtxt: {line}"
-        for name, after in {repository.target: config, **models}.items()
+        for name, after in configs.items()
         for line in differences(state.models.config(name), after)
     )
     detoured = _contents(state.models, detour)
@@ -117,20 +117,23 @@ def _types_in_step(state: State, engine: ModelConfig) -> tuple[dict[str, Documen
     return detour, {RESOLVER: declared, **resolving}
 
 
-def cache_in_step(
-    models: Models, pages: int | None, documents: Mapping[str, Document] = MappingProxyType({})
-) -> Contents:
+def cache_in_step(models: Models, pages: int | None) -> Contents:
     """The config.pbtxt of the router and of the resolver, if `pages` of the engine's cache is new to them.
 
-    `documents` are those that are written anyway. Without a known size nothing changes.
+    Without a known size nothing changes.
     """
+    return _contents(models, _cache_documents(models, pages, {}))
+
+
+def _cache_documents(models: Models, pages: int | None, documents: Mapping[str, Document]) -> dict[str, Document]:
+    """As `cache_in_step`. `documents` are those that are written anyway."""
     changed: dict[str, Document] = {}
     for model in (RESOLVER,) if pages else ():
         if models.path(model).is_file():
             before = documents.get(model) or models.document(model)
             after = model_configs.set_parameters(before, {"cache_pages": str(pages)})
             changed |= {model: after} if after is not before else {}
-    return _contents(models, changed)
+    return changed
 
 
 def _contents(models: Models, documents: Mapping[str, Document]) -> Contents:
