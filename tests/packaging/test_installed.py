@@ -7,6 +7,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,13 @@ MOST_BYTES = 150 << 20  # of an environment without extras, Python itself not co
 def opened(tmp_path: Path) -> Repository:
     """A repository with one adapter."""
     return synthetic_repository(tmp_path / "models", warm=["joker"], topology="resolve")
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    """A directory for an environment. It is where uv can link packages from its cache: `tmp_path` may be in memory."""
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
 
 
 def without_extras(directory: Path, version: str, archives: Archives) -> Environment:
@@ -92,9 +101,9 @@ def check_served(environment: Environment, opened: Repository) -> None:
 
 
 @pytest.mark.parametrize("version", ["3.13", "3.12", "3.10"])
-def test_the_wheel_without_torch(version: str, archives: Archives, tmp_path: Path, opened: Repository) -> None:
+def test_the_wheel_without_torch(version: str, archives: Archives, directory: Path, opened: Repository) -> None:
     """The commands that need no extra, and, up to 3.12, the embedded server in front of an engine without torch."""
-    environment = without_extras(tmp_path, version, archives)
+    environment = without_extras(directory, version, archives)
     assert nbytes(environment.directory) < MOST_BYTES
     check_commands_without_extras(environment, opened)
     if version != "3.13":
@@ -103,9 +112,9 @@ def test_the_wheel_without_torch(version: str, archives: Archives, tmp_path: Pat
         check_served(environment, opened)
 
 
-def test_the_wheel_with_its_extras(archives: Archives, tmp_path: Path, opened: Repository) -> None:
+def test_the_wheel_with_its_extras(archives: Archives, directory: Path, tmp_path: Path, opened: Repository) -> None:
     """`convert` brings add and convert; `demo` and `server` bring the demo, and serve in front of the CPU engine."""
-    environment = without_extras(tmp_path, THIS, archives)
+    environment = without_extras(directory, THIS, archives)
     environment.install(f"{archives.wheel}[convert]")
     adapter = str(synthetic_adapter(tmp_path / "adapter", seed=1))
     environment.run("tritonlora", "convert", adapter, str(tmp_path / "converted"))

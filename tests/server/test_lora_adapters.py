@@ -98,7 +98,7 @@ def test_what_is_listed_as_held_is_held(tmp_path: Path, launch: Launch, is_told:
         states = {name: about["state"] for name, about in listing(server).items()}
         listed = {name for name, state in states.items() if state in ("warm", "loaded")}
         held = {name for name in names if is_held(server, table.entries[name].lora_task_id)}
-        server.stop()
+        server.stop(0)
 
         assert 3 == len(held)
         assert (held if is_told else {asked[-1] if asked else names[3]}) == listed

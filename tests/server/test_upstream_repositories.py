@@ -47,6 +47,6 @@ def test_adapters_answer_by_name_in_upstream_s_repositories(
         with pytest.raises(ServerError, match="unknown LoRA adapter 'x'; available: cold, warm"):
             ask("x")
     finally:
-        server.stop()
+        server.stop(0)
 
     assert ["[1]hi", "[2]hi", "[1]hi", "[base"] == answers
