@@ -18,7 +18,7 @@ SOURCES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text()) for
 # Each part of the package imports only parts that stand before it.
 LAYERS = (
     "serving", "errors", "extras", "strict_json", "files", "interrupts", "machine", "pbtxt", "architectures", "peft",
-    "engine",
+    "sources", "engine",
     "conversion", "targets", "repository", "check", "launch", "cpu_engine", "demo", "bench", "cli", "__main__",
 )  # fmt: skip
 # Modules that import torch when they are imported. The others answer at once.

@@ -8,6 +8,7 @@
     - UnsupportedAdapter      sound, but something in it cannot be carried to the engine exactly
     - EngineMismatch          sound, but not for this engine
       - UnknownArchitecture   the base model is of an architecture that is not in our tables
+    - SourceError             an adapter's source cannot be reached, or what it sent is not whole
   - ConfigError               a config.pbtxt that cannot be read or edited; carries line and column
   - RepositoryError           a model repository that is not in the state the command needs
   - ServerError               tritonserver cannot be found, did not start, or answered with an error
@@ -56,6 +57,7 @@ __all__ = [
     "RequestError",
     "ServerError",
     "SharedMemoryError",
+    "SourceError",
     "TritonLoraError",
     "UnknownAdapter",
     "UnknownArchitecture",
@@ -88,6 +90,10 @@ class EngineMismatch(AdapterError):
 
 class UnknownArchitecture(EngineMismatch):
     """The base model is of an architecture that is not in our tables."""
+
+
+class SourceError(AdapterError):
+    """An adapter's source cannot be reached, is not allowed, or sent something else than it promised."""
 
 
 class ConfigError(TritonLoraError):

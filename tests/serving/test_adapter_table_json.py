@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from table import TABLE
 from tritonlora.errors import AdapterTableError
-from tritonlora.serving.adapter_table import AdapterTable, with_alias, with_entry
+from tritonlora.serving.adapter_table import AdapterTable, Source, with_alias, with_entry
 from tritonlora.serving.adapter_table_json import TableReader, parse, parse_sound, render, unavailable
 
 
@@ -75,12 +75,28 @@ def test_a_document_that_is_no_table_is_refused(text: str, message: str) -> None
         ({"lora_config_sha256": "A" * 64}, "'lora_config_sha256' must be 64 lowercase hexadecimal"),
         ({"added_at": "junk"}, "'added_at' must be a time in ISO 8601"),
         ({"adapter_sizes": [0]}, "'adapter_sizes' must be"),
+        ({"source": "hf://org/name"}, "'source' must be an object with location, revision and sha256, or null"),
+        ({"source": {"location": "", "revision": None, "sha256": "a" * 64}}, "'source' must be an object"),
+        ({"source": {"location": "x", "revision": 1, "sha256": "a" * 64}}, "'source' must be an object"),
+        ({"source": {"location": "x", "revision": "1", "sha256": "a"}}, "'source' must be an object"),
     ],
 )
 def test_a_bad_field_is_named_with_its_adapter(changes: dict[str, Any], message: str) -> None:
     """The user sees which adapter and which field."""
     with pytest.raises(AdapterTableError, match=f"adapter '(pirate|haiku)': {message}"):
         parse(json.dumps(document(**changes)))
+
+
+def test_a_source_is_read_back_and_its_unknown_keys_are_ignored() -> None:
+    """A later version may add some. An entry of an earlier version has no source."""
+    source = Source("hf://org/name", "0" * 40, "a" * 64)
+    table = with_entry(TABLE, "pirate", replace(TABLE.entries["pirate"], source=source))
+    whole = json.loads(render(table))
+    del whole["adapters"]["haiku"]["source"]
+    whole["adapters"]["pirate"]["source"]["later"] = 1
+
+    assert table == parse(render(table)) == parse(json.dumps(whole))
+    assert source == parse(render(table)).entries["pirate"].source
 
 
 def test_an_adapter_under_a_retired_id_is_refused() -> None:

@@ -65,7 +65,7 @@ def load_adapter(path: Path, base: Path | None = None) -> Adapter:
     Raises InvalidAdapter if the adapter is broken, and UnsupportedAdapter if it is sound but cannot be converted.
     Either error lists every problem.
     """
-    directory = _adapter_directory(path)
+    directory = adapter_directory(path)
     if not any(os.path.lexists(directory / name) for name in _FILES - {"adapter_config.json"}):
         _refuse_format(directory, format_of_directory(directory))
     problems: Problems = {InvalidAdapter: [], UnsupportedAdapter: []}
@@ -349,7 +349,7 @@ _FILES = frozenset(
 )
 
 
-def _adapter_directory(path: Path) -> Path:
+def adapter_directory(path: Path) -> Path:
     """The directory of the adapter that `path` stands for. Raises InvalidAdapter if there is none, or several.
 
     `path` is the adapter's directory, a file of the adapter, a directory that holds one adapter, or a model's directory

@@ -47,6 +47,7 @@ from tritonlora.serving.adapter_table import (
 )
 from tritonlora.serving.adapter_table_json import render
 from tritonlora.serving.file_version import has_content
+from tritonlora.sources.fetch import Fetched
 from tritonlora.targets import Target
 
 
@@ -91,7 +92,7 @@ class Refused:
 def add(
     repository: Repository,
     name: str,
-    adapter_directory: Path,
+    source: Path | Fetched,
     options: Options = DEFAULTS,
     *,
     task_id: int | None = None,
@@ -99,16 +100,19 @@ def add(
 ) -> Added:
     """Convert a PEFT adapter and register it under `name`. The same content under the same name changes nothing.
 
+    `source` is the adapter's directory, or what `sources.fetch.fetched` brought. The table notes the source of the
+    latter, and the same content from another source changes only that note.
+
     Other content under a known name replaces the adapter, under a new lora_task_id. `task_id` is the lora_task_id to
     use; None means the next free one.
 
     TritonLoraError when the adapter is refused; the repository is unchanged then. If a write fails, or the command is
     stopped, the same command completes the change.
     """
-    adapter = _read(name, adapter_directory, options)  # before the lock, so that other commands need not wait
+    incoming = _read(name, source, options)  # before the lock, so that other commands need not wait
     with contextlib.nullcontext() if dry_run else locked(repository.table_path.parent):
         state = read_state(repository)
-        planned = _plan(state, state.table, name, adapter, options, task_id=task_id)
+        planned = _plan(state, state.table, name, incoming, options, task_id=task_id)
         # Everything that can be refused is refused before a byte is written.
         files = generated.rendered(state, with_adapter(state.table, name, planned.entry))
         if dry_run:
@@ -123,7 +127,7 @@ def add(
 
 def add_all(
     repository: Repository,
-    adapters: Mapping[str, Path],
+    adapters: Mapping[str, Path | Fetched],
     options: Options = DEFAULTS,
     on_done: Callable[[Added | Refused], None] = lambda _: None,
     *,
@@ -141,9 +145,9 @@ def add_all(
         on_done(results[-1])
 
     read = {}
-    for name, directory in adapters.items():
+    for name, source in adapters.items():
         try:
-            read[name] = _read(name, directory, options)
+            read[name] = _read(name, source, options)
         except TritonLoraError as error:
             refuse(name, error)
     with contextlib.nullcontext() if dry_run else locked(repository.table_path.parent):
@@ -198,6 +202,7 @@ class _Planned:
 
     name: str
     adapter: Adapter
+    fetched: Fetched | None
     layout: Layout
     entry: AdapterEntry  # complete but for the digests
     kind: Target
@@ -205,17 +210,19 @@ class _Planned:
     remarks: tuple[str, ...]
 
 
-def _read(name: str, directory: Path, options: Options) -> Adapter:
-    """The adapter in `directory`; AdapterTableError for an illegal name, AdapterError for a bad adapter."""
+def _read(name: str, source: Path | Fetched, options: Options) -> tuple[Adapter, Fetched | None]:
+    """The adapter at `source`; AdapterTableError for an illegal name, AdapterError for a bad adapter."""
     check_name(name)
-    return load_adapter(directory, options.base)
+    if isinstance(source, Path):
+        return load_adapter(source, options.base), None
+    return load_adapter(source.directory, options.base), source
 
 
 def _plan(
     state: State,
     table: AdapterTable,
     name: str,
-    adapter: Adapter,
+    incoming: tuple[Adapter, Fetched | None],
     options: Options,
     *,
     task_id: int | None = None,
@@ -224,7 +231,7 @@ def _plan(
 
     AdapterError or EngineMismatch when the engine cannot serve the adapter.
     """
-    kind, profile = state.kind, state.profile
+    (adapter, fetched), kind, profile = incoming, state.kind, state.profile
     if options.base is not None:
         profile = _with_base(profile, options.base, options.dtype)
     dtype, remarks = _choose_dtype(table, name, profile, options.dtype, kind.ASSUMED_DTYPE)
@@ -237,13 +244,14 @@ def _plan(
         base_model_name_or_path=_noted_base(adapter.config.base_model_name_or_path or ""),
         pages=_pages(name, layout, profile, state.config) if kind.WIRE.sends_weights else None,
         remarks=layout.without_tensors,
+        source=None if fetched is None else fetched.source,
     )
     fault = kind.backend_fault(state.config, dtype)
     remarks = (*remarks, *layout.remarks, *_other_base(table, name, entry.base_model_name_or_path))
     if fault:
         problem, remedy = fault
         remarks = (*remarks, f"{problem}: requests for the adapter will fail; {remedy}")
-    return _Planned(name, adapter, layout, entry, kind, options, remarks)
+    return _Planned(name, adapter, fetched, layout, entry, kind, options, remarks)
 
 
 def _with_base(profile: EngineProfile | None, base: Path, dtype: str | None) -> EngineProfile:
@@ -337,13 +345,15 @@ def _write_tensors(repository: Repository, planned: _Planned, known: AdapterEntr
         of_values = planned.kind.store(
             planned.adapter, planned.layout, weights, rows, options.base, options.allow_nonfinite
         )
+        if planned.fetched is not None:
+            planned.fetched.check_unchanged()
         remarks = (*planned.remarks, *of_values)
         entry = replace(entry, lora_weights_sha256=sha256_of(weights), lora_config_sha256=sha256_of(rows))
         if known is not None and _content(known) == _content(entry) and _owns_its_files(repository, planned, known):
-            entry = replace(known, warm=options.warm, remarks=entry.remarks)
+            entry = replace(known, warm=options.warm, remarks=entry.remarks, source=entry.source or known.source)
             restored = _restore(repository, known, weights, rows)
             remarks = (*remarks, *(f"{file} was missing or altered, and is there again" for file in restored))
-            unchanged = known.warm == options.warm and not restored
+            unchanged = known == entry and not restored
             return Added(planned.name, entry, remarks, known=True, restored=restored, unchanged=unchanged)
         make_directory(weights_path.parent)
         publish(weights, weights_path)

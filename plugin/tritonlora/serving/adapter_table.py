@@ -27,6 +27,15 @@ NAME_RULE = "letters, digits, '.', '_' and '-', at most 128, the first a letter 
 
 
 @dataclass(frozen=True, slots=True)
+class Source:
+    """Where an adapter came from. Commands read it; a server does not."""
+
+    location: str  # as `tritonlora add` takes it, without credentials; or "compose:a=0.7,b=0.3"
+    revision: str | None  # the source's own name for the content: a commit, a version, an ETag; None: it has none
+    sha256: str  # over the names and contents of the adapter's files, wherever they came from
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterEntry:
     """One registered adapter. File names are relative to the model repository, in POSIX form."""
 
@@ -46,6 +55,7 @@ class AdapterEntry:
     pages: int | None = None  # that it takes in the engine's LoRA cache; None: the engine was not known
     lora_path: str | None = None  # the directory of both files, for a target that reads it by itself
     remarks: tuple[str, ...] = ()  # of `add`, on layers that adapter_config.json targets and that have no tensors
+    source: Source | None = None  # None: not known, as for an adapter that version 0.2 or an older one added
 
     @property
     def lora_weights_nbytes(self) -> int:

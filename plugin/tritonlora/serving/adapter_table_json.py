@@ -26,6 +26,7 @@ from .adapter_table import (
     AdapterEntry,
     AdapterTable,
     Problem,
+    Source,
 )
 from .dtypes import LORA_DTYPES
 from .errors import AdapterTableError, one_message
@@ -237,6 +238,17 @@ def _is_time(value: object) -> bool:
         return False
 
 
+def _is_source(value: object) -> bool:
+    """Whether `value` is the object of a Source. Keys that this version does not know are ignored."""
+    if not isinstance(value, dict) or not value.get("location") or not _is_digest(value.get("sha256")):
+        return False
+    return _is_text(value["location"]) and (value.get("revision") is None or _is_text(value["revision"]))
+
+
+def _source(value: Any) -> Source | None:
+    return Source(value["location"], value.get("revision"), value["sha256"]) if _is_source(value) else None
+
+
 def _is_inside_repository(value: object) -> bool:
     if not _is_text(value) or not isinstance(value, str) or not value or "\\" in value or "\0" in value:
         return False
@@ -276,6 +288,10 @@ _FIELD_CHECKS: dict[str, _Check] = {
     "remarks": (
         lambda value: value is None or (type(value) is list and all(map(_is_text, value))),
         "a list of sentences, or null",
+    ),
+    "source": (
+        lambda value: value is None or _is_source(value),
+        "an object with location, revision and sha256, or null",
     ),
 }
 
@@ -318,6 +334,7 @@ def _entries(adapters: Mapping[str, Any]) -> tuple[dict[str, AdapterEntry], dict
     for key in _LISTS:
         columns[key] = [tuple(value) if type(value) is list else value for value in columns[key]]
     columns["remarks"] = [() if value is None else value for value in columns["remarks"]]
+    columns["source"] = [*map(_source, columns["source"])]
     entries = map(AdapterEntry, *columns.values())  # _FIELD_CHECKS has the order of AdapterEntry's fields
     return {name: entry for name, entry in zip(objects, entries, strict=True) if name not in problems}, problems
 
