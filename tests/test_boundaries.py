@@ -25,6 +25,7 @@ LAYERS = (
 WITH_TORCH = (
     "conversion/tensors.py",
     "conversion/dora.py",
+    "conversion/composition.py",
     "cpu_engine/causal_lm.py",
     "cpu_engine/sampling.py",
     "demo/gguf_checkpoint.py",
@@ -140,7 +141,7 @@ def test_only_models_import_triton_s_python_backend() -> None:
 
 def test_torch_is_imported_only_where_it_is_needed() -> None:
     """It takes seconds. Where `conversion.tensors` is imported at the top of a module, so is torch."""
-    slow = {"torch", "transformers", "tritonlora.conversion.tensors", "tritonlora.conversion.dora"}
+    slow = {"torch", "transformers"} | {f"tritonlora.conversion.{name}" for name in ("tensors", "dora", "composition")}
     found = [name for name in SOURCES if slow & {*imports(name, top_level=True)} and not name.startswith(WITH_TORCH)]
 
     assert ["conversion/convert.py"] == found, "the command `convert`, which does nothing else"

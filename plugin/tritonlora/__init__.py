@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tritonlora.launch.server import Server
     from tritonlora.peft.adapter import Adapter, load_adapter
     from tritonlora.repository.add import Added, Aliased, Options, Refused, Removed, add, add_all, alias, remove
+    from tritonlora.repository.compose import Composed, compose
     from tritonlora.repository.init import create_repository, init
     from tritonlora.repository.paths import Repository, open_repository, read_table
     from tritonlora.repository.state import plan
@@ -37,6 +38,7 @@ __all__ = [
     "Added",
     "Aliased",
     "CachePlan",
+    "Composed",
     "Converted",
     "FileChange",
     "Finding",
@@ -52,6 +54,7 @@ __all__ = [
     "alias",
     "check_repository",
     "client",
+    "compose",
     "convert",
     "create_repository",
     "init",
@@ -72,6 +75,7 @@ _PLACES = {
     "Added": "repository.add:Added",
     "Aliased": "repository.add:Aliased",
     "CachePlan": "engine.cache_plan:CachePlan",
+    "Composed": "repository.compose:Composed",
     "Converted": "conversion.convert:Converted",
     "FileChange": "repository.undo:FileChange",
     "Finding": "check.findings:Finding",
@@ -86,6 +90,7 @@ _PLACES = {
     "alias": "repository.add:alias",
     "check_repository": "check.checks:check",
     "client": "launch.client:",
+    "compose": "repository.compose:compose",
     "convert": "conversion.convert:convert",
     "create_repository": "repository.init:create_repository",
     "init": "repository.init:init",

@@ -36,7 +36,10 @@ from tritonlora.repository.paths import read_table
 from upstream_configs import upstream_repository
 
 NO_RESTART, RESTART = (f"note: {text}\n" for text in (output.NO_RESTART, output.RESTART))
-COMMANDS = ("demo", "init", "add", "remove", "alias", "list", "plan", "check", "convert", "serve", "generate", "bench")
+COMMANDS = (
+    *("demo", "init", "add", "compose", "remove", "alias", "list", "plan", "check", "convert", "serve", "generate"),
+    "bench",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -117,6 +120,12 @@ def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) 
         ("nonsense",),
         ("add",),
         ("add", "a", "--repo", "b"),
+        ("compose", "mix", "--repo", "b"),
+        ("compose", "mix", "pirate", "--repo", "b"),
+        ("compose", "mix", "pirate=x", "--repo", "b"),
+        ("compose", "mix", "=1", "--repo", "b"),
+        ("compose", "mix", "pirate=1", "pirate=2", "--repo", "b"),
+        ("compose", "mix", "pirate=1", "--rank", "0", "--repo", "b"),
         ("add", "a", "--all", "b", "--repo", "c"),
         ("add", "a", "b", "--repo", ".", "--task-id", "0"),
         ("list",),
@@ -344,6 +353,28 @@ def test_add_says_what_it_did_to_an_adapter_that_there_was(
     assert (0, "new replaced: lora_task_id 3 -> 4, 8.0 KiB\n", NO_RESTART) == run(
         capsys, "add", "new", other, "--repo", repo
     )
+
+
+def test_compose_says_what_the_sum_is_and_how_far_a_compressed_one_is_off(
+    capsys: pytest.CaptureFixture[str], repo: Path
+) -> None:
+    """What was composed goes to stdout; the errors of the worst layers are a note."""
+    code, out, err = run(capsys, "compose", repo, "mix", "pirate=0.7", "haiku=-0.3")
+
+    assert (0, "mix = 0.7 pirate - 0.3 haiku, rank 16\nmix added: lora_task_id 3, 16.0 KiB\n") == (code, out)
+    assert NO_RESTART == err
+    code, out, err = run(capsys, "compose", repo, "mix", "pirate=0.7", "haiku=-0.3", "--rank=8", "--json")
+    assert (0, [8], 4) == (code, json.loads(out)["ranks"], json.loads(out)["added"]["entry"]["lora_task_id"])
+    worst = max(json.loads(out)["errors"].items(), key=lambda item: item[1])
+    assert re.fullmatch(
+        r"note: compressed: the relative error is 0\.\d+ over all layers; the worst layers: "
+        rf"{worst[0]} {worst[1]:.2g}, model.*, model.*\n{NO_RESTART}",
+        err,
+    )
+    code, out, err = run(capsys, "compose", repo, "mix", "pirate=nan", "haiko=1")
+    assert (1, "") == (code, out)
+    assert "the weight of 'pirate' is nan" in err
+    assert "no adapter 'haiko' is registered" in err
 
 
 def test_add_all(capsys: pytest.CaptureFixture[str], repo: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 import torch
 import transformers as hf
 
-from adapters import Saved, lora_pair, lora_weights, save_adapter, write_adapter
+from adapters import Saved, lora_pair, lora_weights, rebuilt, save_adapter, write_adapter
 from tritonlora.conversion.layout import Layout, plan_layout
 from tritonlora.conversion.tensors import lora_config, unpack
 from tritonlora.engine.profile import EngineProfile, profile_from_engine
@@ -57,7 +57,11 @@ def rows_of(saved: Saved, profile: EngineProfile) -> tuple[Layout, dict[tuple[in
     adapter = load_adapter(saved.adapter)
     layout = plan_layout(adapter, dtype="float32", profile=profile)
     modules = {dims.module.id: dims for dims in profile.modules.values()}
-    pairs = unpack(lora_weights(adapter, layout), lora_config(layout), modules)
+    weights = lora_weights(adapter, layout)
+    again, same = rebuilt(layout, weights, profile)
+    assert layout.rows == again.rows
+    assert torch.equal(weights, same)
+    pairs = unpack(weights, lora_config(layout), modules)
     return layout, {key: b.double() @ a.double() for key, (a, b) in pairs.items()}
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 import transformers as hf
 
-from adapters import LINEAR, LLAMA_CONFIG, lora_weights, save_adapter
+from adapters import LINEAR, LLAMA_CONFIG, lora_weights, rebuilt, save_adapter
 from tritonlora.architectures.lora_modules import BY_NAME, ModuleDims
 from tritonlora.conversion.layout import plan_layout
 from tritonlora.conversion.tensors import lora_config, unpack
@@ -546,10 +546,13 @@ def expected_deltas(case: Case, deltas: Mapping[str, torch.Tensor]) -> dict[tupl
 def converted(
     adapter: Path, profile: EngineProfile, dtype: str
 ) -> dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]]:
-    """(layer, module) -> A and B of the packed rows."""
-    loaded = load_adapter(adapter)
-    layout = plan_layout(loaded, dtype=dtype, profile=replace(profile, dtype=dtype))
+    """(layer, module) -> A and B of the packed rows. The adapter that is rebuilt from them has the same rows."""
+    loaded, profile = load_adapter(adapter), replace(profile, dtype=dtype)
+    layout = plan_layout(loaded, dtype=dtype, profile=profile)
     weights = lora_weights(loaded, layout)
+    again, same = rebuilt(layout, weights, profile)
+    assert layout.rows == again.rows
+    assert torch.equal(weights, same)
     return unpack(weights, lora_config(layout), {dims.module.id: dims for dims in profile.modules.values()})
 
 

@@ -19,8 +19,10 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from tritonlora.conversion.layout import Layout
+from tritonlora.conversion.layout import Layout, plan_layout
+from tritonlora.conversion.stored_rows import StoredRows, rebuild_adapter
 from tritonlora.conversion.tensors import convert_file
+from tritonlora.engine.profile import EngineProfile
 from tritonlora.peft.adapter import Adapter
 
 P = ParamSpec("P")
@@ -125,6 +127,17 @@ def lora_weights(adapter: Adapter, layout: Layout, *, base: Path | None = None) 
         convert_file(adapter, layout, path, base=base)
         content = bytearray(path.read_bytes())
     return torch.frombuffer(content, dtype=getattr(torch, layout.dtype)).view(layout.weights_shape)
+
+
+def rebuilt(layout: Layout, weights: torch.Tensor, profile: EngineProfile) -> tuple[Layout, torch.Tensor]:
+    """The layout and lora_weights of the adapter that `rebuild_adapter` makes of these rows."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "lora_weights"
+        path.write_bytes(weights.contiguous().view(torch.uint8).numpy().tobytes())
+        rows = tuple((row.module.id, row.layer, row.adapter_size) for row in layout.rows)
+        adapter = rebuild_adapter(StoredRows(rows, path, layout.width, layout.dtype), profile, "base")
+        again = plan_layout(adapter, dtype=layout.dtype, profile=profile)
+        return again, lora_weights(adapter, again)
 
 
 def lora_pair(

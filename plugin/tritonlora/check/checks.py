@@ -24,6 +24,7 @@ from tritonlora.files import reading, sha256_of
 from tritonlora.machine import Ports
 from tritonlora.pbtxt.model_config import has_template
 from tritonlora.repository import generated, warmup
+from tritonlora.repository.compose import command_again, replaced_since
 from tritonlora.repository.paths import (
     RESOLVER,
     ROUTER,
@@ -167,7 +168,7 @@ def _files(subject: Subject) -> Iterator[Finding]:
             f"{file} is another adapter's, too, with another SHA-256" for file in files if len(registered[file]) > 1
         ]
         for problem in missing or twice or subject.kind.stored_problems(root, entry):
-            yield _error(f"adapter {name}", problem, _add_again(name))
+            yield _error(f"adapter {name}", problem, _add_again(name, entry))
 
 
 def _altered(repository: Repository) -> Iterator[Finding]:
@@ -179,7 +180,7 @@ def _altered(repository: Repository) -> Iterator[Finding]:
             entries = read_table(repository).entries
             for name in sorted(suspects & entries.keys()):
                 for problem in _alterations(repository, entries[name]):
-                    yield _error(f"adapter {name}", problem, _add_again(name))
+                    yield _error(f"adapter {name}", problem, _add_again(name, entries[name]))
 
 
 def _alterations(repository: Repository, entry: AdapterEntry) -> Iterator[str]:
@@ -213,12 +214,23 @@ def _remarks(repository: Repository, altered: Collection[str]) -> Iterator[Findi
             yield _warning(
                 f"adapter {name}",
                 remark,
-                f"if that is not meant, fetch the adapter again or take another checkpoint of it: {_add_again(name)}",
+                f"if that is not meant, take another checkpoint of the adapter, or {_add_again(name, entry)}",
             )
 
 
-def _add_again(name: str) -> str:
-    return f"add it again: tritonlora add {name} ADAPTER_DIR"
+def _add_again(name: str, entry: AdapterEntry) -> str:
+    return f"add it again: {command_again(name, entry)}"
+
+
+def _compositions(subject: Subject) -> Iterator[Finding]:
+    """Each composition was made of the adapters that are registered now."""
+    for name, entry in subject.table.entries.items():
+        for part, (then, now) in replaced_since(subject.table, entry).items():
+            yield _warning(
+                f"adapter {name}",
+                f"it was composed of {part} as it was under lora_task_id {then}, and {part} has {now} now",
+                f"if it is to follow, compose it again: {command_again(name, entry)}",
+            )
 
 
 def _rows(subject: Subject) -> Iterator[Finding]:
@@ -231,7 +243,7 @@ def _rows(subject: Subject) -> Iterator[Finding]:
             # _files reports broken files. Without the engine's profile nothing can be compared.
             problems = [str(error)] if subject.profile and isinstance(error, EngineMismatch) else []
         for problem in problems:
-            remedy = f"convert it for this engine: tritonlora add {name} ADAPTER_DIR; or tritonlora remove {name}"
+            remedy = f"convert it for this engine: {command_again(name, entry)}; or tritonlora remove {name}"
             yield _error(f"adapter {name}", problem, remedy)
 
 
@@ -415,6 +427,7 @@ CHECKS: tuple[Callable[[Subject], Iterator[Finding]], ...] = (
     _router,
     _files,
     _rows,
+    _compositions,
     _declarations,
     _warmup_block,
     _cache,

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""The commands add, remove, alias and list, for the adapters of a repository."""
+"""The commands add, compose, remove, alias and list, for the adapters of a repository."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from tritonlora.cli.options import (
     Interrupted,
     Repo,
     RepoOption,
+    Warmup,
     command_group,
     import_torch,
     repository_and,
@@ -39,6 +40,7 @@ from tritonlora.cli.output import (
 from tritonlora.errors import RepositoryError
 from tritonlora.launch import client
 from tritonlora.repository import add as adding
+from tritonlora.repository import compose as composing
 from tritonlora.repository.add import Added, Options
 from tritonlora.repository.paths import Repository, open_repository, read_table
 
@@ -65,7 +67,7 @@ def add(
             file_okay=False,
         ),
     ] = None,
-    warmup: Annotated[bool, typer.Option("--warmup/--no-warmup", help="Load it at start, or on first use.")] = True,
+    warmup: Warmup = True,
     task_id: Annotated[int | None, typer.Option("--task-id", min=1, help="A lora_task_id never used before.")] = None,
     dtype: Dtype = None,
     base: Base = None,
@@ -156,6 +158,86 @@ def _print_restart(results: list[Added], *, dry_run: bool) -> None:
         print_note(setting)
     if not dry_run and not all(one.unchanged for one in results):
         print_note(RESTART if settings else NO_RESTART)
+
+
+WORST_LAYERS = 3  # of a compression, that are printed
+
+
+@app.command()
+def compose(
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[REPO] NAME ADAPTER=WEIGHT...",
+            help="The model repository, the new adapter's name, and the adapters to add up, each times its weight: a "
+            "registered name, or the directory of a PEFT adapter.",
+        ),
+    ],
+    repo: RepoOption = None,
+    rank: Annotated[
+        int | None,
+        typer.Option("--rank", min=1, help="Compress layers of a larger rank to this one, and print the error."),
+    ] = None,
+    any_base: Annotated[
+        bool, typer.Option("--any-base", help="Take adapters whose base models have different names.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="DIR", help="Also keep the PEFT adapter, in this new directory.")
+    ] = None,
+    warmup: Warmup = True,
+    dtype: Dtype = None,
+    base: Base = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Add the adapter whose delta is a weighted sum of other adapters' deltas: NAME a=0.7 b=0.3.
+
+    The sum is exact, and its rank is the sum of the ranks, unless --rank is given.
+    """
+    root, (name, *terms) = repository_and(words, repo, None)
+    options = adding.Options(warm=warmup, dtype=dtype, base=base)
+    weights = _weights(terms)
+    with stderr.status(f"composing {name}"):
+        import_torch()
+        composed = composing.compose(
+            open_repository(root), name, weights, options, rank=rank, any_base=any_base, output=output, dry_run=dry_run
+        )
+    for remark in composed.added.remarks:
+        print_note(remark)
+    if composed.errors:
+        worst = sorted(composed.errors.items(), key=lambda item: -item[1])[:WORST_LAYERS]
+        layers = ", ".join(f"{path} {error:.2g}" for path, error in worst)
+        print_note(
+            f"compressed: the relative error is {composed.error:.2g} over all layers; the worst layers: {layers}"
+        )
+    _print_restart([composed.added], dry_run=dry_run)
+    if as_json:
+        print_json(composed)
+        return
+    total = "".join(
+        f" {'-' if weight < 0 else '+'} {abs(weight):g} {word}" for word, weight in composed.weights.items()
+    )
+    sys.stdout.write(f"{name} = {total.removeprefix(' + ').strip()}, rank {', '.join(map(str, composed.ranks))}\n")
+    sys.stdout.write(_what_was_done(composed.added, dry_run=dry_run))
+
+
+def _weights(terms: list[str]) -> dict[str, float]:
+    """The weights in words like "pirate=0.7". Raises typer.BadParameter."""
+    weights: dict[str, float] = {}
+    for term in terms:
+        word, _, number = term.rpartition("=")
+        try:
+            weight = float(number)
+        except ValueError:
+            word = ""
+        if not word:
+            raise typer.BadParameter(f"{term!r} is not ADAPTER=WEIGHT; give for example pirate=0.7")
+        if word in weights:
+            raise typer.BadParameter(f"{word!r} is given twice; give it once, with the sum of the weights")
+        weights[word] = weight
+    if not weights:
+        raise typer.BadParameter("no adapter is given; give ADAPTER=WEIGHT after NAME, for example pirate=0.7")
+    return weights
 
 
 @app.command()

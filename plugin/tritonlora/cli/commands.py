@@ -28,6 +28,7 @@ MODULES = {
     "demo": "demo",
     "init": "repository",
     "add": "adapters",
+    "compose": "adapters",
     "remove": "adapters",
     "alias": "adapters",
     "list": "adapters",

@@ -64,6 +64,7 @@ RepoOption = Annotated[
     typer.Option("--repo", metavar="REPO", help="The model repository, in place of the argument.", parser=some_path),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")]
+Warmup = Annotated[bool, typer.Option("--warmup/--no-warmup", help="Load it at start, or on first use.")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="bfloat16, float16 or float32; by default the engine's.")]
 AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Take NaN and infinite weights as they are.")]
 Base = Annotated[

@@ -10,13 +10,19 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tritonlora.errors import InvalidAdapter, UnsupportedAdapter, one_message
 from tritonlora.peft.adapter import Adapter
 from tritonlora.peft.adapter_config import parse_config
 from tritonlora.peft.checkpoint import read_json_bytes
-from tritonlora.peft.stored_tensor import StoredTensor, bytes_of
+from tritonlora.peft.stored_tensor import bytes_of
+from tritonlora.serving.dtypes import Dtype
+
+if TYPE_CHECKING:
+    import torch
 
 
 def check_for_llm_api(adapter: Adapter) -> None:
@@ -56,24 +62,31 @@ def copy_adapter(adapter: Adapter, weights: Path, config: Path) -> None:
         for path, module in sorted(adapter.modules.items())
         for matrix, tensor in (("A", module.lora_A), ("B", module.lora_B))
     }
-    _save_safetensors(weights, tensors)
+    header = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    save_safetensors(weights, header, (tensor.load() for tensor in tensors.values()))
     config.write_bytes(content)
 
 
-def _save_safetensors(path: Path, tensors: dict[str, StoredTensor]) -> None:
-    """Write one safetensors file: 8 bytes of header length, the header as JSON, the tensors, each in C order."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+def save_safetensors(
+    path: Path, header: Mapping[str, tuple[Dtype, tuple[int, ...]]], tensors: Iterable[torch.Tensor]
+) -> None:
+    """Write one safetensors file: 8 bytes of header length, the header as JSON, the tensors, each in C order.
+
+    `header` has the names, dtypes and shapes of the `tensors`, in their order. One tensor is in memory at a time.
+    """
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for name, tensor in tensors.items():
-        header[name] = {
-            "dtype": tensor.dtype.safetensors,
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + tensor.nbytes],
+    for name, (dtype, shape) in header.items():
+        nbytes = math.prod(shape) * dtype.itemsize
+        entries[name] = {
+            "dtype": dtype.safetensors,
+            "shape": list(shape),
+            "data_offsets": [offset, offset + nbytes],
         }
-        offset += tensor.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
+        offset += nbytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors.values():
-            file.write(bytes_of(tensor.load()))
+        for tensor in tensors:
+            file.write(bytes_of(tensor))

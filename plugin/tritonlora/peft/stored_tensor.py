@@ -97,13 +97,18 @@ class StoredFile:
 
 def in_memory(tensor: torch.Tensor) -> StoredTensor:
     """A StoredTensor that copies from `tensor`, which is in memory."""
-
-    def copy(start: int, memory: memoryview) -> None:
-        memory[:] = bytes_of(tensor.detach().contiguous())[start : start + len(memory)]
-
     name = str(tensor.dtype).removeprefix("torch.")
     dtype = DTYPES.get(name) or Dtype(name, tensor.itemsize, "")
-    return StoredTensor(dtype, tuple(tensor.shape), copy)
+    return computed(dtype, tuple(tensor.shape), tensor.detach)
+
+
+def computed(dtype: Dtype, shape: tuple[int, ...], make: Callable[[], torch.Tensor]) -> StoredTensor:
+    """A StoredTensor whose bytes are those of the tensor that `make` returns, which is called for each read."""
+
+    def copy(start: int, memory: memoryview) -> None:
+        memory[:] = bytes_of(make().contiguous())[start : start + len(memory)]
+
+    return StoredTensor(dtype, shape, copy)
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:

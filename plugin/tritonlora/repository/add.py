@@ -233,7 +233,7 @@ def _plan(
     """
     (adapter, fetched), kind, profile = incoming, state.kind, state.profile
     if options.base is not None:
-        profile = _with_base(profile, options.base, options.dtype)
+        profile = with_base(profile, options.base, options.dtype)
     dtype, remarks = _choose_dtype(table, name, profile, options.dtype, kind.ASSUMED_DTYPE)
     kind.check_adapter(adapter)
     layout = plan_layout(
@@ -254,7 +254,7 @@ def _plan(
     return _Planned(name, adapter, fetched, layout, entry, kind, options, remarks)
 
 
-def _with_base(profile: EngineProfile | None, base: Path, dtype: str | None) -> EngineProfile:
+def with_base(profile: EngineProfile | None, base: Path, dtype: str | None) -> EngineProfile:
     """Fill the gaps of an engine's profile from the checkpoint `base`.
 
     Without an engine, the checkpoint gives the whole profile. Otherwise it gives only the architecture, if the engine's
@@ -310,8 +310,8 @@ def _other_base(table: AdapterTable, name: str, base: str) -> tuple[str, ...]:
     An engine is built from one base model.
     """
     known = {other: entry.base_model_name_or_path for other, entry in table.entries.items() if other != name}
-    others = {_base_name(noted): other for other, noted in known.items() if _base_name(noted)}
-    if not others or _base_name(base) in {"", *others}:
+    others = {base_name(noted): other for other, noted in known.items() if base_name(noted)}
+    if not others or base_name(base) in {"", *others}:
         return ()
     other = next(iter(others.values()))
     return (f"it was trained on {base!r}, and adapter {other!r} on {known[other]!r}: are both of the engine's model?",)
@@ -327,7 +327,7 @@ def _noted_base(name_or_path: str) -> str:
 _CACHED = re.compile(r".*/models--[^/]*--(?P<name>[^/]+)/snapshots/[^/]+", re.DOTALL)  # huggingface_hub's cache
 
 
-def _base_name(name_or_path: str) -> str:
+def base_name(name_or_path: str) -> str:
     """The base model's name without its place: the last part of a hub name or a path, in lower case. "" for "."."""
     path = name_or_path.rstrip("/")
     cached = _CACHED.fullmatch(path)

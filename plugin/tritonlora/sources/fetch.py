@@ -50,16 +50,21 @@ def fetched(text: str, policy: Policy = Policy(), on_progress: OnProgress = no_p
     SourceError when the source cannot be reached, is not allowed, or sent something else than it promised.
     InvalidAdapter when it is not an adapter.
     """
-    yield _pinned(Path(text))
+    yield pinned(Path(text))
 
 
-def _pinned(path: Path) -> Fetched:
-    """The adapter in a directory on this machine."""
+def pinned(path: Path, location: str | None = None, revision: str | None = None) -> Fetched:
+    """The adapter in a directory on this machine, with its SHA-256. The location is the directory by default.
+
+    InvalidAdapter when it is not an adapter, or changes while it is read.
+    """
     directory = adapter_directory(path)
     files = adapter_files.needed(directory)
     versions = tuple((file, _version(file)) for file in files)
     try:
-        found = Fetched(directory, Source(str(path.absolute()), None, adapter_files.digest(files)), versions)
+        found = Fetched(
+            directory, Source(location or str(path.absolute()), revision, adapter_files.digest(files)), versions
+        )
     except OSError as error:
         raise InvalidAdapter(f"cannot read {error.filename!r}: {error.strerror}") from error
     found.check_unchanged()

@@ -14,9 +14,10 @@ from pathlib import Path
 from tritonlora.architectures.lora_modules import BY_ID
 from tritonlora.conversion.coverage import is_zero, zero_remarks
 from tritonlora.conversion.layout import Layout
+from tritonlora.conversion.stored_rows import StoredRows, rebuild_adapter
 from tritonlora.engine.cpu_engine_settings import is_cpu_engine, parse_settings, read_profile
 from tritonlora.engine.profile import EngineProfile, load_profile
-from tritonlora.errors import RepositoryError
+from tritonlora.errors import EngineMismatch, RepositoryError
 from tritonlora.pbtxt.model_config import ModelConfig, has_template
 from tritonlora.pbtxt.text_format import Document
 from tritonlora.peft.adapter import Adapter
@@ -107,6 +108,22 @@ def stored_problems(root: Path, entry: AdapterEntry) -> list[str]:
     )
     found = ((file, (root / file).stat().st_size, expected) for file, expected in parts)
     return [f"{file} has {nbytes} bytes, expected {expected}" for file, nbytes, expected in found if nbytes != expected]
+
+
+def stored_adapter(root: Path, entry: AdapterEntry, profile: EngineProfile | None) -> Adapter:
+    """The adapter, rebuilt from its rows, with each B scaled already.
+
+    EngineMismatch without a profile, and UnsupportedAdapter when the rows do not tell the layers.
+    """
+    if profile is None:
+        raise EngineMismatch(
+            "the sizes of its rows are not known, because the engine's config.json is not here; give --base with the "
+            "base model's directory"
+        )
+    stored = StoredRows(
+        rows(root, entry, profile), root / entry.lora_weights_file, entry.lora_weights_shape[1], entry.dtype
+    )
+    return rebuild_adapter(stored, profile, entry.base_model_name_or_path)
 
 
 def rows(root: Path, entry: AdapterEntry, profile: EngineProfile | None) -> Rows:  # noqa: ARG001

@@ -112,6 +112,11 @@ def stored_problems(root: Path, entry: AdapterEntry) -> list[str]:
     return []
 
 
+def stored_adapter(root: Path, entry: AdapterEntry, profile: EngineProfile | None) -> Adapter:  # noqa: ARG001
+    """The adapter in the stored directory."""
+    return load_adapter(root / (entry.lora_path or ""))
+
+
 def rows(root: Path, entry: AdapterEntry, profile: EngineProfile | None) -> Rows:
     """The rows that a conversion of the directory would have; AdapterError when it cannot be read."""
     adapter = load_adapter(root / (entry.lora_path or ""))

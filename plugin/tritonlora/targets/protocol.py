@@ -104,6 +104,9 @@ class Target(Protocol):
     def stored_remarks(self, root: Path, entry: AdapterEntry, profile: EngineProfile | None) -> tuple[str, ...]:
         """Remarks on a stored adapter's values, which are read as a whole. Raises TritonLoraError."""
 
+    def stored_adapter(self, root: Path, entry: AdapterEntry, profile: EngineProfile | None) -> Adapter:
+        """The adapter that a stored adapter's files convert from. Raises TritonLoraError when they do not tell it."""
+
     def rows(self, root: Path, entry: AdapterEntry, profile: EngineProfile | None) -> Rows:
         """The rows of a stored adapter. `profile` is None if the engine is not known. Raises TritonLoraError."""
 
