@@ -16,6 +16,8 @@ _CONVERT = ("torch",)
 _CPU = (*_CONVERT, "safetensors", "tokenizers", "transformers")
 _DEMO = (*_CPU, "gguf", "pip")
 MODULES: Mapping[str, Sequence[str]] = {
+    "hub": ("huggingface_hub",),
+    "s3": ("fsspec", "s3fs"),
     "convert": _CONVERT,
     "cpu": _CPU,
     "demo": _DEMO,

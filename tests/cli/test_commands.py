@@ -210,17 +210,18 @@ def test_a_repository_in_an_object_store_is_refused(
     assert (1, True) == (code, f"must be a directory, and {scheme}: is an object store; copy the repository" in err)
 
 
-def test_list_prints_a_line_for_each_adapter(capsys: pytest.CaptureFixture[str], repo: Path) -> None:
+def test_list_prints_a_line_for_each_adapter(capsys: pytest.CaptureFixture[str], repo: Path, sound: Path) -> None:
     """Tab-separated in a pipe, without colours."""
+    sources = sound.with_name("repo-adapters")
     for alias in ("prod", "play"):
         run(capsys, "alias", alias, "pirate", "--repo", repo)
     code, out, err = run(capsys, "list", "--repo", repo)
 
     assert (0, "") == (code, err)
     assert [line.split("\t") for line in out.splitlines()] == [
-        ["lora_name", "lora_task_id", "rank", "modules", "size", "pages", "start", "aliases"],
-        ["haiku", "2", "8", "attn_q,attn_v", "8.0 KiB", "1", "on first use", ""],
-        ["pirate", "1", "8", "attn_q,attn_v", "8.0 KiB", "1", "warm", "play,prod"],
+        ["lora_name", "lora_task_id", "rank", "modules", "size", "pages", "start", "aliases", "source"],
+        ["haiku", "2", "8", "attn_q,attn_v", "8.0 KiB", "1", "on first use", "", str(sources / "haiku")],
+        ["pirate", "1", "8", "attn_q,attn_v", "8.0 KiB", "1", "warm", "play,prod", str(sources / "pirate")],
     ]
 
 

@@ -65,7 +65,7 @@ def test_the_same_content_from_another_place_keeps_its_id(opened: Repository, ad
         again = add.add(opened, "pirate", found)
     with fetched(str(tmp_path / "elsewhere")) as found:
         moved = add.add(opened, "pirate", found)
-    without_a_source = add.add(opened, "pirate", adapter)
+        stays = add.add(opened, "pirate", tmp_path / "elsewhere")
     entry = read_table(opened).entries["pirate"]
 
     assert json.loads(opened.table_path.read_text())["adapters"]["pirate"]["source"] == {
@@ -73,7 +73,7 @@ def test_the_same_content_from_another_place_keeps_its_id(opened: Repository, ad
         "revision": None,
         "sha256": expected_digest(adapter),
     }
-    assert [False, True, False, True] == [one.unchanged for one in (first, again, moved, without_a_source)]
+    assert [False, True, False, True] == [one.unchanged for one in (first, again, moved, stays)]
     assert replace(first.entry, source=entry.source) == moved.entry == entry
 
 

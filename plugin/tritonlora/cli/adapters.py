@@ -4,20 +4,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 
+from tritonlora import extras
 from tritonlora.cli.options import (
     AllowNonfinite,
+    AllowSource,
     Base,
     DryRun,
     Dtype,
     Interrupted,
+    Offline,
     Repo,
     RepoOption,
     Warmup,
@@ -35,6 +40,7 @@ from tritonlora.cli.output import (
     print_note,
     print_table,
     size,
+    source_text,
     stderr,
 )
 from tritonlora.errors import RepositoryError
@@ -42,7 +48,11 @@ from tritonlora.launch import client
 from tritonlora.repository import add as adding
 from tritonlora.repository import compose as composing
 from tritonlora.repository.add import Added, Options
+from tritonlora.repository.compose import SCHEME
 from tritonlora.repository.paths import Repository, open_repository, read_table
+from tritonlora.serving.adapter_table import check_name
+from tritonlora.sources.fetch import Fetched, fetched
+from tritonlora.sources.policy import Policy, policy
 
 app = command_group()
 
@@ -52,8 +62,9 @@ def add(
     words: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[REPO] [NAME ADAPTER_DIR]",
-            help="The model repository, the name that clients will send, and the PEFT adapter's directory.",
+            metavar="[REPO] [NAME SOURCE]",
+            help="The model repository, the name that clients will send, and the PEFT adapter: a directory, a .zip or "
+            ".tar of one, hf://ORG/NAME, s3://… or https://…",
         ),
     ] = None,
     repo: RepoOption = None,
@@ -69,13 +80,15 @@ def add(
     ] = None,
     warmup: Warmup = True,
     task_id: Annotated[int | None, typer.Option("--task-id", min=1, help="A lora_task_id never used before.")] = None,
+    offline: Offline = False,
+    allow_source: AllowSource = None,
     dtype: Dtype = None,
     base: Base = None,
     allow_nonfinite: AllowNonfinite = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Convert an adapter, write its warmup files and register its name: NAME ADAPTER_DIR, or --all DIR."""
+    """Fetch and convert an adapter, write its warmup files and register its name: NAME SOURCE, or --all DIR."""
     options = adding.Options(warm=warmup, dtype=dtype, base=base, allow_nonfinite=allow_nonfinite)
     if every is not None:
         if task_id is not None:
@@ -83,10 +96,14 @@ def add(
         root, _ = repository_and(words or [], repo, 0)
         _add_all(open_repository(root), every, options, dry_run=dry_run, as_json=as_json)
         return
-    root, (name, adapter_dir) = repository_and(words or [], repo, 2)
-    with stderr.status(f"converting {name}"):
+    root, (name, source) = repository_and(words or [], repo, 2)
+    opened = open_repository(root)
+    check_name(name)  # before a download, as is the next line
+    extras.require("convert")
+    rules = policy(offline=offline, allowed=allow_source or ())
+    with fetching(source, rules) as found, stderr.status(f"converting {name}"):
         import_torch()
-        added = adding.add(open_repository(root), name, Path(adapter_dir), options, task_id=task_id, dry_run=dry_run)
+        added = adding.add(opened, name, found, options, task_id=task_id, dry_run=dry_run)
     for remark in added.remarks:
         print_note(remark)
     if as_json:
@@ -94,6 +111,23 @@ def add(
         return
     sys.stdout.write(_what_was_done(added, dry_run=dry_run))
     _print_restart([added], dry_run=dry_run)
+
+
+@contextlib.contextmanager
+def fetching(source: str, rules: Policy) -> Iterator[Fetched]:
+    """`fetched`, with a progress bar for each file on a terminal."""
+    progress = Progress(console=stderr, transient=True, disable=not stderr.is_terminal)
+    tasks: dict[str, TaskID] = {}
+
+    def show(file: str, done: int, total: int | None) -> None:
+        if file not in tasks:
+            tasks[file] = progress.add_task(f"fetching {file or 'the archive'}", total=total)
+        progress.update(tasks[file], completed=done)
+
+    with contextlib.ExitStack() as stack:
+        with progress:
+            found = stack.enter_context(fetched(source, rules, show))
+        yield found
 
 
 def _add_all(opened: Repository, directory: Path, options: Options, *, dry_run: bool, as_json: bool) -> None:
@@ -145,7 +179,7 @@ def _what_was_done(added: Added, *, dry_run: bool = False) -> str:
     was = "" if added.was is None else f"{added.was} -> "
     stays = f" (or {added.was} stays, if its content is the same)" if dry_run and added.was is not None else ""
     task_id, nbytes = added.entry.lora_task_id, added.entry.lora_weights_nbytes
-    return f"{added.name} {did}: lora_task_id {was}{task_id}{stays}, {size(nbytes)}\n"
+    return f"{added.name} {did}: lora_task_id {was}{task_id}{stays}, {size(nbytes)}{_about_source(added)}\n"
 
 
 _STARTS = {True: "at start", False: "on its first request"}  # whether an adapter is warm
@@ -158,6 +192,18 @@ def _print_restart(results: list[Added], *, dry_run: bool) -> None:
         print_note(setting)
     if not dry_run and not all(one.unchanged for one in results):
         print_note(RESTART if settings else NO_RESTART)
+
+
+def _about_source(added: Added) -> str:
+    """Where the adapter is from, and whether the source has another revision than when it was added last."""
+    before, now = added.source_before, added.entry.source
+    if now is None or now.revision is None or now.location.startswith(SCHEME):
+        return ""
+    if before is None or before.location != now.location or before.revision is None:
+        return f"; from {source_text(now)}"
+    if before.revision == now.revision:
+        return f"; {now.location} is still at {now.revision[:12]}"
+    return f"; {now.location} has moved from {before.revision[:12]} to {now.revision[:12]}"
 
 
 WORST_LAYERS = 3  # of a compression, that are printed
@@ -315,7 +361,7 @@ def list_adapters(
         entries = sorted(table.entries.items())
         print_json({name: {**dataclasses.asdict(entry), "aliases": aliases.get(name, [])} for name, entry in entries})
         return
-    columns = ("lora_name", "lora_task_id", "rank", "modules", "size", "pages", "start", "aliases")
+    columns = ("lora_name", "lora_task_id", "rank", "modules", "size", "pages", "start", "aliases", "source")
     rows = [
         (
             name,
@@ -326,6 +372,7 @@ def list_adapters(
             str(entry.pages or "?"),
             "warm" if entry.warm else "on first use",
             ",".join(aliases.get(name, [])),
+            source_text(entry.source),
         )
         for name, entry in sorted(table.entries.items())
     ]

@@ -97,6 +97,18 @@ GpuMemory = Annotated[
         show_default=False,
     ),
 ]
+Offline = Annotated[
+    bool, typer.Option("--offline", help="Use no network: take what earlier downloads left on this machine.")
+]
+AllowSource = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-source",
+        metavar="PREFIX",
+        help="Take only sources that begin so, like hf://my-org/; repeat it for several.",
+        show_default=False,
+    ),
+]
 Url = Annotated[str, typer.Option("--url", metavar="HOST:PORT", help="The server's HTTP endpoint.")]
 
 

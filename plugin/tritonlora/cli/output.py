@@ -19,7 +19,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from tritonlora.engine.cache_plan import AdapterPlan, CachePlan, WarmChoice
     from tritonlora.repository.undo import FileChange
-    from tritonlora.serving.adapter_table import AdapterTable
+    from tritonlora.serving.adapter_table import AdapterTable, Source
     from tritonlora.targets import KeptAdapters
 
 stdout = Console(emoji=False)
@@ -109,6 +109,13 @@ def size(nbytes: float) -> str:
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
         nbytes /= 1024
     return f"{nbytes:.1f} GiB"
+
+
+def source_text(source: Source | None) -> str:
+    """A source and the beginning of its revision: "hf://org/name (0a1b2c3d4e5f)"."""
+    if source is None:
+        return ""
+    return f"{source.location} ({source.revision[:12]})" if source.revision else source.location
 
 
 def print_listing(listing: Mapping[str, Mapping[str, Any]]) -> None:

@@ -4,7 +4,7 @@
 
 Tensors are read when they are used, if the format allows it. No code of a pickle runs.
 
-A link out of the directory is refused, except into the `blobs` of a Hugging Face download cache. A link inside the
+A link out of the directory is refused, except into the blobs of a Hugging Face download cache. A link inside the
 directory is followed: a Kubernetes volume has its files in `..data`.
 """
 
@@ -87,13 +87,25 @@ def file_inside(directory: Path, name: str) -> Path:
         broken = "a link to nothing" if path.is_symlink() and not path.exists() else "not a file"
         raise InvalidAdapter(f"{str(path)!r} is {broken}; fetch or save it again")
     target, home = path.resolve(), directory.resolve()
-    # The download cache of Hugging Face keeps files in `blobs`, and links in `snapshots/<revision>`.
-    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
-    if not target.is_relative_to(home) and target.parent != blobs:
+    if not target.is_relative_to(home) and not _is_blob(target, home):
         raise InvalidAdapter(f"{str(path)!r} is a link out of its directory, to {str(target)!r}; copy the file")
     if _is_lfs_pointer(path):
         raise InvalidAdapter(f"{str(path)!r} is a pointer to a file in Git LFS; fetch the file with `git lfs pull`")
     return path
+
+
+def _is_blob(target: Path, home: Path) -> bool:
+    """Whether `target` is a blob in Hugging Face's download cache that the revision around `home` may link to.
+
+    The cache has links in models--ORG--NAME/snapshots/REVISION, and files in models--ORG--NAME/blobs. Files that
+    several repositories share are in blobs/XX beside these (huggingface_hub utils/_shared_blobs.py).
+    """
+    snapshots = next((parent for parent in home.parents if parent.name == "snapshots"), None)
+    if snapshots is None:
+        return False
+    repository = snapshots.parent
+    shared = repository.name.startswith("models--") and target.parent.parent == repository.parent / "blobs"
+    return target.parent == repository / "blobs" or shared
 
 
 def read_json_bytes(path: Path) -> bytes:

@@ -38,6 +38,7 @@ from tritonlora.repository.state import State, read_state
 from tritonlora.serving.adapter_table import (
     AdapterEntry,
     AdapterTable,
+    Source,
     check_name,
     with_adapter,
     with_alias,
@@ -47,7 +48,7 @@ from tritonlora.serving.adapter_table import (
 )
 from tritonlora.serving.adapter_table_json import render
 from tritonlora.serving.file_version import has_content
-from tritonlora.sources.fetch import Fetched
+from tritonlora.sources.fetch import Fetched, pinned
 from tritonlora.targets import Target
 
 
@@ -79,6 +80,7 @@ class Added:
     settings: tuple[
         str, ...
     ] = ()  # of config.pbtxt files, old -> new; a running server has to be started again for them
+    source_before: Source | None = None  # of the adapter that had the name before
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +102,8 @@ def add(
 ) -> Added:
     """Convert a PEFT adapter and register it under `name`. The same content under the same name changes nothing.
 
-    `source` is the adapter's directory, or what `sources.fetch.fetched` brought. The table notes the source of the
-    latter, and the same content from another source changes only that note.
+    `source` is the adapter's directory, or what `sources.fetch.fetched` brought. The table notes it. The same content
+    from another source changes only that note.
 
     Other content under a known name replaces the adapter, under a new lora_task_id. `task_id` is the lora_task_id to
     use; None means the next free one.
@@ -202,7 +204,7 @@ class _Planned:
 
     name: str
     adapter: Adapter
-    fetched: Fetched | None
+    fetched: Fetched
     layout: Layout
     entry: AdapterEntry  # complete but for the digests
     kind: Target
@@ -210,19 +212,19 @@ class _Planned:
     remarks: tuple[str, ...]
 
 
-def _read(name: str, source: Path | Fetched, options: Options) -> tuple[Adapter, Fetched | None]:
+def _read(name: str, source: Path | Fetched, options: Options) -> tuple[Adapter, Fetched]:
     """The adapter at `source`; AdapterTableError for an illegal name, AdapterError for a bad adapter."""
     check_name(name)
-    if isinstance(source, Path):
-        return load_adapter(source, options.base), None
-    return load_adapter(source.directory, options.base), source
+    if isinstance(source, Fetched):
+        return load_adapter(source.directory, options.base), source
+    return load_adapter(source, options.base), pinned(source)
 
 
 def _plan(
     state: State,
     table: AdapterTable,
     name: str,
-    incoming: tuple[Adapter, Fetched | None],
+    incoming: tuple[Adapter, Fetched],
     options: Options,
     *,
     task_id: int | None = None,
@@ -244,7 +246,7 @@ def _plan(
         base_model_name_or_path=_noted_base(adapter.config.base_model_name_or_path or ""),
         pages=_pages(name, layout, profile, state.config) if kind.WIRE.sends_weights else None,
         remarks=layout.without_tensors,
-        source=None if fetched is None else fetched.source,
+        source=fetched.source,
     )
     fault = kind.backend_fault(state.config, dtype)
     remarks = (*remarks, *layout.remarks, *_other_base(table, name, entry.base_model_name_or_path))
@@ -345,12 +347,11 @@ def _write_tensors(repository: Repository, planned: _Planned, known: AdapterEntr
         of_values = planned.kind.store(
             planned.adapter, planned.layout, weights, rows, options.base, options.allow_nonfinite
         )
-        if planned.fetched is not None:
-            planned.fetched.check_unchanged()
+        planned.fetched.check_unchanged()
         remarks = (*planned.remarks, *of_values)
         entry = replace(entry, lora_weights_sha256=sha256_of(weights), lora_config_sha256=sha256_of(rows))
         if known is not None and _content(known) == _content(entry) and _owns_its_files(repository, planned, known):
-            entry = replace(known, warm=options.warm, remarks=entry.remarks, source=entry.source or known.source)
+            entry = replace(known, warm=options.warm, remarks=entry.remarks, source=entry.source)
             restored = _restore(repository, known, weights, rows)
             remarks = (*remarks, *(f"{file} was missing or altered, and is there again" for file in restored))
             unchanged = known == entry and not restored
@@ -380,10 +381,10 @@ def _restore(repository: Repository, entry: AdapterEntry, weights: Path, rows: P
 
 
 def _after(before: AdapterTable, added: Added, files: generated.Rendered) -> Added:
-    """`added`, with the lora_task_id that its name had in the table `before`, and the settings that change."""
+    """`added`, with the lora_task_id and the source that its name had in the table `before`, and changed settings."""
     known = before.entries.get(added.name)
     was = None if known is None or known.lora_task_id == added.entry.lora_task_id else known.lora_task_id
-    return replace(added, was=was, settings=files.settings)
+    return replace(added, was=was, settings=files.settings, source_before=known.source if known else None)
 
 
 def _with(table: AdapterTable, added: Added) -> AdapterTable:

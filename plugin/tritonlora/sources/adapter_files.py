@@ -15,6 +15,8 @@ from tritonlora.peft.checkpoint import read_json_bytes
 
 CONFIG = "adapter_config.json"
 CHECKPOINTS = ("adapter_model.safetensors", "adapter_model.bin")  # the first one that is there counts
+MOST_NBYTES = 64 << 30  # of an adapter's files; float32 of rank 512 for all layers of 70 billion weights takes 26 GiB
+MOST_INDEX_NBYTES = 16 << 20
 INDEX = ".index.json"  # after a checkpoint's name: the file that names its shards
 
 
@@ -52,6 +54,13 @@ def _shards_there(weights: Path, names: Collection[str]) -> Iterator[str]:
             yield from (name for name in shards(read_json_bytes(weights)) if name in names)
         except (SourceError, InvalidAdapter):
             return  # `load_adapter` reports it
+
+
+def too_large(nbytes: int) -> SourceError | None:
+    """An error if an adapter's files have more bytes together than any adapter needs; else None."""
+    if nbytes <= MOST_NBYTES:
+        return None
+    return SourceError(f"it has {nbytes} bytes, expected at most {MOST_NBYTES}; it is no adapter")
 
 
 def digest(files: Collection[Path]) -> str:
