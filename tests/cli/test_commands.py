@@ -325,6 +325,46 @@ def test_an_alias_is_given_switched_and_taken_away(capsys: pytest.CaptureFixture
     assert (0, "haiku removed: lora_task_id 2 is retired\n") == run(capsys, "remove", "haiku", "--repo", repo)[:2]
 
 
+def test_an_alias_is_divided_and_led_back(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, repo: Path
+) -> None:
+    """With REPO in any place. The list has the shares."""
+    run(capsys, "alias", "prod", "pirate", "--repo", repo)
+    divided = (0, "prod is divided: haiku 10 %, pirate 90 % (was: pirate)\n")
+    assert divided == run(capsys, "alias", repo, "prod", "pirate=90", "haiku=10")[:2]
+    assert "haiku\t2\t8\tattn_q,attn_v\t8.0 KiB\t1\ton first use\tprod 10 %\n" in run(capsys, "list", repo)[1]
+    assert {"haiku": {"prod": 10}, "pirate": {"prod": 90}} == {
+        name: about["shares"] for name, about in json.loads(run(capsys, "list", repo, "--json")[1]).items()
+    }
+    monkeypatch.setenv("TRITONLORA_REPO", str(repo))
+    assert (0, "prod is adapter pirate (was: haiku 10 %, pirate 90 %)\n") == run(capsys, "alias", "prod", "pirate")[:2]
+    code, out, _ = run(capsys, "alias", "prod", "haiku=50", "pirate=50", "--json")
+    shares = {"haiku": 50, "pirate": 50}
+    assert (0, {"alias": "prod", "name": shares, "before": "pirate"}) == (code, json.loads(out))
+    assert (0, "prod removed: adapter haiku 50 %, pirate 50 % stays\n") == run(capsys, "remove", "prod")[:2]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["pirate=90", "haiku=20"], 1, "error: cannot divide 'prod': the shares must add up to 100, got 110\n"),
+        (["pirate=90", "nobody=10"], 1, "error: cannot divide 'prod': no adapter 'nobody' is registered; available: "),
+        (["pirate=90", "haiku"], 2, "'haiku' has no share; give each adapter a whole percentage, such as haiku=10"),
+        (["pirate=90%", "haiku=10%"], 2, "'pirate=90%' has no share; give each adapter a whole percentage, such as"),
+        (["pirate=50", "pirate=50"], 2, "'pirate' stands twice; give each adapter once"),
+    ],
+)
+def test_shares_that_cannot_be_are_refused(
+    capsys: pytest.CaptureFixture[str], repo: Path, words: list[str], code: int, message: str
+) -> None:
+    """Nothing is written."""
+    before = (repo / "lora_router" / "adapters.json").read_bytes()
+    found, _, err = run(capsys, "alias", repo, "prod", *words)
+
+    assert (code, True) == (found, message in " ".join(err.replace("│", "").split()) + "\n"), err
+    assert before == (repo / "lora_router" / "adapters.json").read_bytes()
+
+
 def test_several_are_removed_at_once(capsys: pytest.CaptureFixture[str], repo: Path) -> None:
     """An adapter together with its aliases, in any order; or none, when one of them is not there."""
     run(capsys, "alias", "prod", "pirate", "--repo", repo)

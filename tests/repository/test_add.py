@@ -719,6 +719,25 @@ def test_one_that_is_refused_before_it_is_converted_takes_nobody_s_id(
     assert [] == errors(opened)
 
 
+@pytest.mark.parametrize("model", ["lora_router", "lora_adapters"])
+def test_shares_are_not_written_for_code_that_cannot_read_them(
+    opened: Repository, adapters: Callable[[int], Path], model: str
+) -> None:
+    """The server would go on with the table before; `init` puts newer code there."""
+    add.add_all(opened, {"pirate": adapters(0), "haiku": adapters(1)})
+    code = opened.root / model / "1" / "serving" / "adapter_table_json.py"
+    code.write_text(read_text(code).replace("SCHEMA_VERSIONS = (1, 2, 3)", "SCHEMA_VERSIONS = (1, 2)"))
+    before, shares = snapshot(opened.root), {"pirate": 90, "haiku": 10}
+
+    with pytest.raises(RepositoryError, match=f"{model} runs code .* cannot divide .* tritonlora init {opened.root}, "):
+        add.alias(opened, "prod", shares)
+    assert before == snapshot(opened.root)
+    add.alias(opened, "prod", "pirate")
+    init.init(opened.root)
+    assert shares == add.alias(opened, "prod", shares).name
+    assert shares == read_table(opened).aliases["prod"]
+
+
 def test_a_disk_that_is_full_half_way_is_no_lost_adapter(
     opened: Repository, adapters: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -245,6 +245,7 @@ def test_the_llm_api_gets_a_directory(tmp_path: Path) -> None:
         ("mix", {}, {}, RepositoryError, "no adapter is given; give NAME=WEIGHT"),
         ("pirate", {"pirate": 0.5}, {}, RepositoryError, "'pirate' would be composed of itself"),
         ("mix", {"pirate": 0.5, "prod": 0.5}, {}, RepositoryError, "'prod' is 'pirate', which is given twice"),
+        ("mix", {"split": 0.5}, {}, RepositoryError, "'split' is divided between 'haiku', 'pirate'; name one of them"),
         ("a/b", {"pirate": 0.5}, {}, AdapterTableError, "'a/b' is not a legal adapter name"),
         ("prod", {"haiku": 0.5}, {}, AdapterTableError, "'prod' is an alias of adapter 'pirate'"),
         ("mix", {"pirate": 0.5}, {"rank": 0}, RepositoryError, "the rank is 0, expected at least 1"),
@@ -257,6 +258,7 @@ def test_what_cannot_be_composed_changes_nothing(
 ) -> None:
     """Nothing is left behind, either."""
     add.alias(opened, "prod", "pirate")
+    add.alias(opened, "split", {"pirate": 50, "haiku": 50})
     before = snapshot(opened.root)
 
     with pytest.raises(error, match=message):

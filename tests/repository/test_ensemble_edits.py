@@ -50,8 +50,9 @@ def test_rewire_to_forward_makes_exactly_the_intended_change(version: str) -> No
         step.input_map.pop(name, None)
         for tensor in [tensor for tensor in wanted.input if tensor.name == name]:
             wanted.input.remove(tensor)
-    step.input_map["lora_name"] = "lora_name"
-    wanted.input.add(name="lora_name", data_type=13, dims=[1], optional=True)
+    for name in ("lora_name", "lora_split_key"):
+        step.input_map[name] = name
+        wanted.input.add(name=name, data_type=13, dims=[1], optional=True)
 
     rewired = rewire_to_forward(text)
 
@@ -67,7 +68,7 @@ def test_rewire_to_forward_leaves_all_other_lines_as_they_are(version: str) -> N
 
     assert '      model_name: "tensorrt_llm"' in removed
     assert '      model_name: "lora_router"' in added
-    assert 14 >= len(added)
+    assert 24 >= len(added)
     if version == "v0.10.0":
         assert 1 == len(removed)
     else:
@@ -129,7 +130,7 @@ def test_rewire_to_forward_keeps_tensors_that_another_step_uses() -> None:
 
     rewired = protobuf(rewire_to_forward(text))
 
-    assert ["w", "text", "lora_name"] == [tensor.name for tensor in rewired.input]
+    assert ["w", "text", "lora_name", "lora_split_key"] == [tensor.name for tensor in rewired.input]
     assert "w" == step_of(rewired, "pre").input_map["W"]
 
 
@@ -197,10 +198,12 @@ def test_rewire_to_resolve_makes_exactly_the_intended_change(version: str) -> No
     for name in ("lora_weights", "lora_config"):
         for tensor in [tensor for tensor in wanted.input if tensor.name == name]:
             wanted.input.remove(tensor)
-    wanted.input.add(name="lora_name", data_type=13, dims=[1], optional=True)
+    naming = ("lora_name", "lora_split_key")
+    for name in naming:
+        wanted.input.add(name=name, data_type=13, dims=[1], optional=True)
     resolver = wanted.ensemble_scheduling.step.add(model_name="lora_resolver", model_version=-1)
     required = engine.input_map["request_output_len"]
-    resolver.input_map.update({"request_output_len": required, "lora_name": "lora_name"})
+    resolver.input_map.update({"request_output_len": required, **{name: name for name in naming}})
     resolver.input_map.update({"input_lengths": engine.input_map["input_lengths"]})
     resolver.input_map.update({"lora_task_id": given} if given else {})
     for name in ("lora_task_id", "lora_weights", "lora_config"):

@@ -79,8 +79,9 @@ def test_init_declares_what_clients_may_send(tmp_path: Path, decoupled: bool) ->
     target, router = (protobuf((root / name / "config.pbtxt").read_text()) for name in ("tensorrt_llm", "lora_router"))
 
     expected = [one for one in target.input if one.name not in ("lora_path", "lora_ckpt_source")]
-    assert expected == list(router.input)
-    own = ["text_diff", "all_outputs"]
+    assert [*(one.name for one in expected), "lora_split_key"] == [one.name for one in router.input]
+    assert expected == list(router.input)[:-1]
+    own = ["text_diff", "lora_name", "all_outputs"]
     assert [*(one.name for one in target.output), *own] == [one.name for one in router.output]
     assert (0, decoupled) == (router.max_batch_size, router.model_transaction_policy.decoupled)
 
@@ -132,11 +133,12 @@ def test_init_rewires_an_ensemble_that_is_there(root: Path) -> None:
     [step] = ensemble.ensemble_scheduling.step
 
     assert not (root / "ensemble").exists()
-    assert ("lora_router", {"text_input": "question", "lora_name": "lora_name"}) == (
+    naming = ["lora_name", "lora_split_key"]
+    assert ("lora_router", {"text_input": "question", **{name: name for name in naming}}) == (
         step.model_name,
         dict(step.input_map),
     )
-    assert ["question", "lora_name"] == [one.name for one in ensemble.input]
+    assert ["question", *naming] == [one.name for one in ensemble.input]
 
 
 def test_a_model_from_before_lora_is_refused_with_where_to_get_one(root: Path) -> None:

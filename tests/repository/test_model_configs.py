@@ -45,19 +45,20 @@ def as_on_the_wire(tensor: Any) -> Any:
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("decoupled", ["True", "False"])
 def test_router_config_declares_what_the_target_declares(version: str, decoupled: str) -> None:
-    """Same tensors in the same order, as on the wire, less the weights, plus lora_name."""
+    """Same tensors in the same order, as on the wire, less the weights, plus lora_name and lora_split_key."""
     text = fill(upstream(version, "tensorrt_llm"), decoupled_mode=decoupled, triton_max_batch_size="7")
     target = protobuf(text)
 
     router = protobuf(router_config(parse_config(text)))
 
     wanted = [as_on_the_wire(tensor) for tensor in target.input if tensor.name not in ("lora_weights", "lora_config")]
-    assert wanted == list(router.input)[:-1]
-    assert ("lora_name", 13, [1], True) == (
-        router.input[-1].name, router.input[-1].data_type, list(router.input[-1].dims), router.input[-1].optional,
-    )  # fmt: skip
+    assert wanted == list(router.input)[:-2]
+    assert [("lora_name", 13, [1], True), ("lora_split_key", 13, [1], True)] == [
+        (one.name, one.data_type, list(one.dims), one.optional) for one in router.input[-2:]
+    ]
     assert "lora_task_id" in [tensor.name for tensor in router.input]
-    assert [as_on_the_wire(tensor) for tensor in target.output] == list(router.output)
+    assert [as_on_the_wire(tensor) for tensor in target.output] == list(router.output)[:-2]
+    assert [("lora_name", 13), ("all_outputs", 1)] == [(one.name, one.data_type) for one in router.output[-2:]]
     assert (7, decoupled == "True") == (router.max_batch_size, router.model_transaction_policy.decoupled)
     assert ("lora_router", "python") == (router.name, router.backend)
     assert [(4, router.instance_group[0].KIND_CPU)] == [(group.count, group.kind) for group in router.instance_group]
@@ -82,7 +83,9 @@ def test_router_config_gives_previous_ids_when_asked_for() -> None:
     """previous_ids comes after the target's own outputs, with the one by which the router knows who named it."""
     router = protobuf(router_config(parse_config(TARGET), previous_ids=True))
 
-    assert [("output_ids", 8, [-1, -1]), ("previous_ids", 8, [-1]), ("all_outputs", 1, [1])] == [
+    own = [("lora_name", 13, [1]), ("previous_ids", 8, [-1]), ("all_outputs", 1, [1])]
+
+    assert [("output_ids", 8, [-1, -1]), *own] == [
         (tensor.name, tensor.data_type, list(tensor.dims)) for tensor in router.output
     ]
 

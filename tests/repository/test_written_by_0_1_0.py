@@ -12,6 +12,7 @@ import pytest
 import faults
 from repositories import synthetic_adapter, written_by_0_1_0
 from tritonlora.check import checks
+from tritonlora.pbtxt.model_config import parse_config
 from tritonlora.repository import add, init, paths, undo
 
 
@@ -44,6 +45,8 @@ def test_init_upgrades_it(former: Path) -> None:
     assert [] == [name for name in after if "/tritonlora/" in name and name.startswith(models)]
     assert all(after[name] == text.encode() for model in models for name, text in init.code_of(model).items())
     assert ["postprocessing/config.pbtxt"] == [one.where for one in checks.check(paths.open_repository(former))]
+    ensemble = parse_config(after["ensemble/config.pbtxt"].decode())
+    assert "lora_split_key" in [one.name for one in ensemble.inputs]
     assert [] == init.init(former)
 
 

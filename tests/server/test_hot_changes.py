@@ -19,14 +19,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from tritonclient.grpc import InferRequestedOutput
 
+from asking import Question, grpc_stream, tokens_in
 from repositories import synthetic_adapter, synthetic_repository
+from synthetic import await_sample, samples
 from tritonlora.bench.processes import processes_of
 from tritonlora.errors import ServerError
 from tritonlora.launch import client
 from tritonlora.launch.server import Server
 from tritonlora.repository import add
 from tritonlora.repository.paths import Repository, read_table
+from tritonlora.serving.shares import choose
 
 PROMPT = "hello"
 TOKENS = 8
@@ -50,9 +54,9 @@ def server(opened: Repository, launch: Callable[..., Server]) -> Server:
     return launch(opened.root)
 
 
-def ask(server: Server, lora_name: str, tokens: int = TOKENS) -> Iterator[str]:
+def ask(server: Server, lora_name: str, tokens: int = TOKENS, **inputs: str) -> Iterator[str]:
     """A streamed answer."""
-    return client.generate(PROMPT, lora_name=lora_name, max_tokens=tokens, url=server.http_url)
+    return client.generate(PROMPT, lora_name=lora_name, max_tokens=tokens, inputs=inputs, url=server.http_url)
 
 
 def text_of(task_id: int, tokens: int = TOKENS) -> str:
@@ -158,6 +162,36 @@ def test_an_alias_is_switched_under_load(server: Server, opened: Repository) -> 
     assert_switched([one for one in answered if one.lora_name == "prod"], switches)
     with pytest.raises(ServerError, match="unknown LoRA adapter 'nobody'; available: haiku, pirate, prod"):
         list(ask(server, "nobody"))
+
+
+def test_an_alias_is_divided_by_the_key_and_led_back(server: Server, opened: Repository) -> None:
+    """`lora_router` names the adapter that responds to who asks for its name; metrics count that adapter."""
+    add.alias(opened, "divided", {"pirate": 50, "haiku": 50})
+    shares = read_table(opened).aliases["divided"]
+    keys = [f"user-{number}" for number in range(6)]
+    outputs = [InferRequestedOutput(name) for name in ("output_ids", "lora_name")]
+    chosen = [choose(shares, key.encode()) for key in keys]
+    texts = {name: text_of(task_id_of(opened, name)) for name in OTHERS}
+
+    def named(key: str) -> set[bytes]:
+        """The lora_name of each response."""
+        inputs = tokens_in(Question([b"divided"], lora_split_key=[key.encode()], tokens=[2]), streams=True)
+        return {
+            response["lora_name"].item() for response in grpc_stream(server, "lora_router", inputs, outputs=outputs)
+        }
+
+    assert set(OTHERS) == set(chosen)
+    assert [{name.encode()} for name in chosen] == [named(key) for key in keys]
+    assert [texts[name] for name in chosen] == ["".join(ask(server, "divided", lora_split_key=key)) for key in keys]
+    at_random: set[str] = set()
+    while len(at_random) < len(OTHERS):
+        at_random.add("".join(ask(server, "divided")))
+    assert {*texts.values()} == at_random
+    add.alias(opened, "divided", "pirate")
+    assert {texts["pirate"]} == {"".join(ask(server, "divided", lora_split_key=key)) for key in keys}
+    await_sample(server, "lora_requests_total", lambda count: count > 0, lora_name="haiku", outcome="OK")
+    assert not [labels for _, labels in samples(server) if ("lora_name", "divided") in labels]
+    add.remove(opened, "divided")
 
 
 def test_adapters_come_and_go_under_load(server: Server, opened: Repository, tmp_path: Path) -> None:

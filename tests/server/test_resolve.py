@@ -17,10 +17,12 @@ from tritonclient.utils import InferenceServerException
 
 from asking import ENSEMBLE, Question, Refusal, ways
 from repositories import resolving, synthetic_adapter
-from synthetic import PROMPT, ask, expected, post
+from synthetic import PROMPT, ask, expected, listing, post
+from tritonlora.errors import ServerError
 from tritonlora.launch.server import Server
 from tritonlora.repository import add
 from tritonlora.repository.paths import Repository, read_table
+from tritonlora.serving.shares import choose
 
 WARM = ("pirate", "haiku")
 COLD = tuple(f"cold{number}" for number in range(6))
@@ -42,7 +44,12 @@ def narrow(tmp_path_factory: pytest.TempPathFactory, launch: Launch) -> tuple[Re
     return opened, launch(opened.root)
 
 
-def resolve(server: Server, lora_names: list[bytes] | None = None, task_ids: list[int] | None = None) -> dict[str, Any]:
+def resolve(
+    server: Server,
+    lora_names: list[bytes] | None = None,
+    task_ids: list[int] | None = None,
+    split_keys: list[bytes] | None = None,
+) -> dict[str, Any]:
     """What the resolver gives beside request_output_len, which goes through it: the tensors' shapes and bytes."""
     rows = len(lora_names or task_ids or [0])
     required = np.arange(rows, dtype=np.int32).reshape(rows, 1)
@@ -51,9 +58,11 @@ def resolve(server: Server, lora_names: list[bytes] | None = None, task_ids: lis
         arrays["lora_name"] = np.array([[name] for name in lora_names], np.object_)
     if task_ids is not None:
         arrays["lora_task_id"] = np.array([[task_id] for task_id in task_ids], np.uint64)
+    if split_keys is not None:
+        arrays["lora_split_key"] = np.array([[key] for key in split_keys], np.object_)
     inputs = []
     for name, array in arrays.items():
-        kind = {"lora_name": "BYTES", "lora_task_id": "UINT64", "request_output_len": "INT32"}[name]
+        kind = {"lora_task_id": "UINT64", "request_output_len": "INT32"}.get(name, "BYTES")
         inputs.append(grpc.InferInput(name, list(array.shape), kind))
         inputs[-1].set_data_from_numpy(array)
     with grpc.InferenceServerClient(server.grpc_url) as client:
@@ -123,6 +132,29 @@ def test_where_all_adapters_fit_those_of_the_start_go_by_id_alone(roomy: tuple[R
     assert {"lora_task_id": ([2, 1], np.array(ids, np.uint64).tobytes())} == found
     assert found == resolve(server, task_ids=ids)
     assert {} == resolve(server)
+
+
+def test_an_alias_is_divided_by_the_key(roomy: tuple[Repository, Server]) -> None:
+    """Per row of a batch, as through the ensemble; the listing has the shares. Without keys, both adapters respond."""
+    opened, server = roomy
+    add.alias(opened, "prod", {"pirate": 50, "haiku": 50})
+    table, keys = read_table(opened), [f"user-{number}".encode() for number in range(8)]
+    chosen = [choose(table.aliases["prod"], key) for key in keys]
+    ids = [table.entries[name].lora_task_id for name in chosen]
+
+    assert set(WARM) == set(chosen)
+    assert np.array(ids, np.uint64).tobytes() == resolve(server, [b"prod"] * 8, None, keys)["lora_task_id"][1]
+    assert [expected(table, name) for name in chosen] == [ask(server, "prod", lora_split_key=key) for key in keys]
+    assert {name: {"prod": 50} for name in WARM} == {
+        name: about["shares"] for name, about in listing(server, "prod").items()
+    }
+    at_random = resolve(server, [b"prod"] * 64)["lora_task_id"][1]
+    assert {table.entries[name].lora_task_id for name in WARM} == set(np.frombuffer(at_random, np.uint64).tolist())
+    with pytest.raises(
+        ServerError, match="lora_split_key is empty; to get one of the adapters at random, leave it out"
+    ):
+        ask(server, "prod", lora_split_key=b"")
+    add.remove(opened, "prod")
 
 
 def test_an_adapter_that_the_engine_does_not_have_comes_with_its_weights(roomy: tuple[Repository, Server]) -> None:

@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from table import TABLE, entry
-from tritonlora.errors import AdapterTableError
+from tritonlora.errors import AdapterTableError, one_message
 from tritonlora.serving.adapter_table import (
     AdapterTable,
+    as_written,
     available,
     check_name,
     with_adapter,
@@ -103,8 +104,8 @@ PROD = with_alias(TABLE, "prod", "pirate")
 
 def test_an_alias_leads_to_an_adapter_until_it_is_led_to_another() -> None:
     """Versions and canaries."""
-    assert {"prod": "pirate"} == PROD.aliases
-    assert {"prod": "haiku"} == with_alias(PROD, "prod", "haiku").aliases
+    assert {"prod": {"pirate": 100}} == PROD.aliases
+    assert {"prod": {"haiku": 100}} == with_alias(PROD, "prod", "haiku").aliases
     assert {} == without_alias(PROD, "prod").aliases
 
 
@@ -112,14 +113,14 @@ def test_an_alias_of_an_alias_leads_to_the_adapter_of_that_moment() -> None:
     """A canary does not move when production does."""
     table = with_alias(with_alias(PROD, "canary", "prod"), "prod", "haiku")
 
-    assert {"prod": "haiku", "canary": "pirate"} == table.aliases
+    assert {"prod": {"haiku": 100}, "canary": {"pirate": 100}} == table.aliases
 
 
 def test_an_alias_follows_an_adapter_that_is_replaced() -> None:
     """It leads to a name, whatever its content."""
     table = with_adapter(PROD, "pirate", entry(3))
 
-    assert 3 == table.entries[table.aliases["prod"]].lora_task_id
+    assert 3 == table.entries[str(as_written(table.aliases["prod"]))].lora_task_id
 
 
 @pytest.mark.parametrize(
@@ -134,6 +135,44 @@ def test_an_alias_that_cannot_be_is_refused(alias: str, name: str, message: str)
     """Adapters and aliases share one namespace."""
     with pytest.raises(AdapterTableError, match=message):
         with_alias(PROD, alias, name)
+
+
+def test_an_alias_is_divided_between_adapters() -> None:
+    """An alias of it is divided likewise. A name in the shares may be an alias of one adapter."""
+    table = with_alias(PROD, "canary", {"prod": 90, "haiku": 10})
+
+    assert {"pirate": 90, "haiku": 10} == table.aliases["canary"] == with_alias(table, "new", "canary").aliases["new"]
+    assert {"pirate": 100} == with_alias(table, "canary", {"pirate": 100}).aliases["canary"]
+    assert {"pirate": {"canary": 90, "prod": 100}, "haiku": {"canary": 10}} == table.aliases_by_name()
+    with pytest.raises(AdapterTableError, match="'haiku' has aliases: canary; .* tritonlora alias canary OTHER"):
+        without_adapter(table, "haiku")
+
+
+@pytest.mark.parametrize(
+    ("shares", "problems"),
+    [
+        ({}, ["the shares must add up to 100, got 0"]),
+        ({"pirate": 90, "haiku": 20}, ["the shares must add up to 100, got 110"]),
+        (
+            {"pirate": 0, "haiku": 101, "nobody": 1.5, "split": True},
+            [
+                "the share of 'pirate' must be a whole number from 1 to 100, got 0",
+                "the share of 'haiku' must be a whole number from 1 to 100, got 101",
+                "the share of 'nobody' must be a whole number from 1 to 100, got 1.5",
+                "the share of 'split' must be a whole number from 1 to 100, got True",
+                "no adapter 'nobody' is registered; available: haiku, pirate, prod, split",
+                "'split' is divided between adapters itself; name adapters",
+            ],
+        ),
+        ({"pirate": 50, "prod": 50}, ["adapter 'pirate' is named twice"]),
+    ],
+)
+def test_shares_that_cannot_be_are_refused_with_all_problems(shares: dict[str, int], problems: list[str]) -> None:
+    """At once."""
+    with pytest.raises(AdapterTableError) as error:
+        with_alias(with_alias(PROD, "split", {"pirate": 50, "haiku": 50}), "new", shares)
+
+    assert one_message("cannot divide 'new'", problems) == str(error.value)
 
 
 def test_an_adapter_cannot_take_the_name_of_an_alias() -> None:

@@ -202,10 +202,30 @@ def test_a_table_with_aliases_is_one_that_the_first_version_refuses() -> None:
     assert table == parse(render(table))
 
 
+def test_a_divided_alias_needs_the_third_version() -> None:
+    """Code that does not know shares would refuse the alias, or give its requests to nobody."""
+    table = with_alias(with_alias(TABLE, "prod", {"pirate": 90, "haiku": 10}), "one", "pirate")
+    document = json.loads(render(table))
+
+    assert 3 == document["schema_version"]
+    assert {"one": "pirate", "prod": {"haiku": 10, "pirate": 90}} == document["aliases"]
+    assert table == parse(render(table)) == TableReader().read(render(table))
+
+
+def test_a_value_in_shares_is_not_for_clients() -> None:
+    """It may be a path."""
+    table = parse_sound(json.dumps({**document(), "aliases": {"prod": {"pirate": "/srv"}}}))
+
+    assert "/srv" in str(table.unavailable["prod"][0])
+    assert "/srv" not in table.unavailable["prod"][0].rule
+
+
 def test_a_newer_table_is_refused_whole() -> None:
     """Nobody knows what it means."""
-    with pytest.raises(AdapterTableError, match="schema_version 3, expected 1 or 2; a newer tritonlora"):
-        parse_sound(json.dumps({**document(), "schema_version": 3}))
+    with pytest.raises(
+        AdapterTableError, match="schema_version 4, expected 1 or 2 or 3; if a newer .* run init of that version"
+    ):
+        parse_sound(json.dumps({**document(), "schema_version": 4}))
 
 
 @pytest.mark.parametrize(
@@ -215,7 +235,13 @@ def test_a_newer_table_is_refused_whole() -> None:
         ({"a/b": "pirate"}, "'a/b': the name is not legal"),
         ({"prod": "nobody"}, "'prod': it is an alias of 'nobody', which is not registered"),
         ({"prod": "other", "other": "pirate"}, "'prod': it is an alias of 'other', which is not registered"),
-        ({"prod": 1}, "'prod': it must be the name of an adapter, got 1"),
+        ({"prod": 1}, "'prod': it must be the name of an adapter, or an object of shares, got 1"),
+        ({"prod": {}}, "'prod': the shares must add up to 100, got 0"),
+        ({"prod": {"pirate": 60, "haiku": 60}}, "'prod': the shares must add up to 100, got 120"),
+        (
+            {"prod": {"pirate": "90", "nobody": 10}},
+            "(?s)'prod': the share of 'pirate' must be .* got '90'.*'prod': it is an alias of 'nobody', which is not",
+        ),
         ({"haiku": "pirate"}, "'haiku' is the name of an adapter and of an alias"),
     ],
 )
@@ -264,7 +290,7 @@ def test_an_alias_of_an_adapter_that_is_unavailable_stays_one() -> None:
     """A request by it gets that adapter's reason; neither is offered."""
     table = parse_sound(json.dumps({**document(dtype="int8"), "aliases": {"prod": "pirate"}}))
 
-    assert {"prod": "pirate"} == table.aliases
+    assert {"prod": {"pirate": 100}} == table.aliases
     assert ("haiku",) == table.names
 
 

@@ -25,6 +25,17 @@ def test_an_adapter_is_listed_with_its_aliases(tmp_path: Path) -> None:
     assert {"pirate": ["canary", "prod"], "haiku": []} == {name: about["aliases"] for name, about in found.items()}
 
 
+def test_the_adapters_of_a_divided_alias_are_listed_with_their_shares(tmp_path: Path) -> None:
+    """`only` is what a name leads to. A malformed adapter among them has its reason."""
+    table = with_alias(with_alias(TABLE, "prod", {"pirate": 90, "haiku": 10}), "one", "pirate")
+    broken = replace(table, unavailable={"haiku": (Problem("'dtype' must be one of …"),)})
+    found = describe(table, tmp_path, NOTHING, only=table.aliases["prod"])
+
+    assert {"pirate": {"prod": 90}, "haiku": {"prod": 10}} == {name: about["shares"] for name, about in found.items()}
+    assert ["one", "prod"] == found["pirate"]["aliases"]
+    assert "unavailable" == describe(broken, tmp_path, NOTHING, only=["haiku"])["haiku"]["state"]
+
+
 def test_a_malformed_entry_is_listed_with_the_reason(tmp_path: Path) -> None:
     """And without what was got, which may be a path."""
     table = replace(TABLE, unavailable={"broken": (Problem("'dtype' must be one of …", "'/etc'"),)})

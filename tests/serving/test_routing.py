@@ -19,6 +19,7 @@ from tritonlora.serving.adapter_table import AdapterTable, Problem, with_adapter
 from tritonlora.serving.adapter_table_json import render
 from tritonlora.serving.parameters import MOST_JSON_CHARACTERS, check_parameters, parameters_of
 from tritonlora.serving.routing import Route, resolve, resolve_rows
+from tritonlora.serving.shares import choose
 from tritonlora.serving.table_file import TableFile
 
 PIRATE = Route("pirate", TABLE.entries["pirate"])
@@ -76,12 +77,69 @@ def test_an_alias_is_as_good_as_the_adapters_name() -> None:
 def test_an_adapter_with_a_malformed_entry_is_unavailable(name: bytes) -> None:
     """By its name or an alias of it, with what is wrong but not what was got: it may be a path."""
     broken = {"broken": (Problem("'dtype' must be one of …", "'/etc'"), Problem("'warm' must be true or false"))}
-    table = replace(TABLE, aliases={"prod": "broken"}, unavailable=broken)
+    table = replace(TABLE, aliases={"prod": {"broken": 100}}, unavailable=broken)
 
     with pytest.raises(AdapterUnavailable, match="'broken': .* malformed: 'dtype' must .*; 'warm' must be") as raised:
         resolve(table, name, None)
 
     assert "/etc" not in str(raised.value)
+
+
+DIVIDED = with_alias(TABLE, "prod", {"pirate": 90, "haiku": 10})
+
+
+def test_a_divided_alias_is_resolved_by_the_key() -> None:
+    """Each key gets the adapter that `choose` says, in a batch, too. The route has the adapter's own name."""
+    keys = [str(number).encode() for number in range(100)]
+    routes = [resolve(DIVIDED, b"prod", None, key) for key in keys]
+
+    assert routes == [resolve(DIVIDED, "prod", None, key) for key in keys]
+    assert [choose(DIVIDED.aliases["prod"], key) for key in keys] == [route.lora_name for route in routes if route]
+    assert routes == resolve_rows(DIVIDED, [b"prod"] * 100, None, 100, keys)
+
+
+def test_a_key_changes_nothing_where_nothing_is_divided() -> None:
+    """For an adapter's own name, an id, or the base model."""
+    assert PIRATE == resolve(DIVIDED, b"pirate", None, b"user") == resolve(DIVIDED, None, 1, b"user")
+    assert resolve(DIVIDED, None, None, b"user") is None
+
+
+@pytest.mark.parametrize(("task_id", "name"), [(1, "pirate"), (2, "haiku")])
+def test_an_id_beside_a_divided_alias_chooses(task_id: int, name: str) -> None:
+    """Both adapters are right for the name."""
+    routes = [resolve(DIVIDED, b"prod", task_id, key) for key in (None, b"1", b"2", b"3", b"4", b"5", b"6", b"7")]
+
+    assert [Route(name, TABLE.entries[name])] * 8 == routes
+
+
+def test_an_id_that_is_not_of_a_divided_alias_disagrees() -> None:
+    """As with any other name."""
+    with pytest.raises(InvalidRequest, match="but the request says 3; send one"):
+        resolve(with_adapter(DIVIDED, "other", entry(3)), b"prod", 3)
+
+
+@pytest.mark.parametrize("name", [b"prod", b"pirate", None])
+def test_an_empty_key_is_refused(name: bytes | None) -> None:
+    """All clients without a user would get one adapter."""
+    with pytest.raises(InvalidRequest, match="lora_split_key is empty; to get one of the adapters at random, leave it"):
+        resolve(DIVIDED, name, None, b"")
+
+
+def test_each_row_has_a_key_of_its_own() -> None:
+    """As many keys as rows."""
+    with pytest.raises(InvalidRequest, match="lora_split_key has 1 elements, expected one for each of the 2 rows"):
+        resolve_rows(DIVIDED, [b"prod", b"prod"], None, 2, [b"user"])
+
+
+def test_a_malformed_adapter_of_a_divided_alias_is_not_replaced_by_another() -> None:
+    """Its share of the requests is refused, and the others go on."""
+    shares = {"broken": 50, "pirate": 50}
+    table = replace(TABLE, aliases={"prod": shares}, unavailable={"broken": (Problem("'dtype' must be …"),)})
+    keys = {choose(shares, key): key for key in (b"1", b"2", b"3", b"4", b"5", b"6")}
+
+    assert PIRATE == resolve(table, b"prod", None, keys["pirate"])
+    with pytest.raises(AdapterUnavailable, match="'broken': its entry in adapters.json on the server is malformed"):
+        resolve(table, b"prod", None, keys["broken"])
 
 
 def test_the_codes_are_those_of_triton() -> None:
@@ -433,7 +491,7 @@ def test_what_is_no_text_is_the_client_s_error(request_: Undecodable, message: s
 @pytest.mark.parametrize("name", ["alias", "broken"])
 def test_a_parameter_model_with_any_registered_name_is_refused(name: str) -> None:
     """An alias, and an adapter whose entry is malformed, too."""
-    table = replace(TABLE, aliases={"alias": "pirate"}, unavailable={"broken": ()})
+    table = replace(TABLE, aliases={"alias": {"pirate": 100}}, unavailable={"broken": ()})
 
     with pytest.raises(InvalidRequest, match="model: not taken as a parameter"):
         check_parameters(table, {"model": name})

@@ -32,7 +32,7 @@ class Named:
         return self.array
 
 
-def row_outputs(*names: str, row: int | None = None, stream: bool = True, **options: int) -> RowOutputs[Named]:
+def row_outputs(*names: str, row: int | None = None, stream: bool = True, **options: Any) -> RowOutputs[Named]:
     """Those of a request that names these outputs."""
     return RowOutputs(wanted_outputs(names, NEEDED, is_stream=stream), Named, row=row, **options)
 
@@ -110,6 +110,20 @@ def test_beams_have_no_previous_ids(width: int, beams: int) -> None:
 
     assert {"output_ids"} == values(outputs.of_response(tensors)).keys()
     assert [] == [*outputs.of_end()]
+
+
+def test_lora_name_is_for_who_names_it() -> None:
+    """In each response, with a row for each of its rows; without batches, it has no batch dimension."""
+    outputs = row_outputs("output_ids", "lora_name", "previous_ids", lora_name="pirate")
+    of_two_rows = row_outputs("lora_name", lora_name="pirate").of_response([Named("output_ids", np.ones((2, 1, 1)))])
+
+    assert [b"pirate"] == values(outputs.of_response(response([1])))["lora_name"]
+    assert [[[b"pirate"]] * 2] == [one.as_numpy().tolist() for one in of_two_rows]
+    assert {"lora_name", "output_ids", "previous_ids"} == values(next(outputs.of_end())).keys()
+    flat = row_outputs("lora_name", batching=False).of_response(response([1]))
+    assert [[b""]] == [one.as_numpy().tolist() for one in flat]
+    for names in (["output_ids"], ["lora_name", "all_outputs", "output_ids"]):
+        assert ["output_ids"] == [one.name() for one in row_outputs(*names).of_response(response([1]))]
 
 
 def test_text_diff_is_what_is_new() -> None:

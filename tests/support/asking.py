@@ -35,6 +35,7 @@ class Question:
 
     lora_name: Sequence[bytes] | None = None
     lora_task_id: Sequence[int] | None = None
+    lora_split_key: Sequence[bytes] | None = None
     tokens: Sequence[int] = (12,)
 
 
@@ -93,7 +94,11 @@ def text_out(outputs: Tensors) -> bytes:
 
 
 def _adapters(question: Question) -> Tensors:
-    given = {"lora_name": (question.lora_name, np.object_), "lora_task_id": (question.lora_task_id, np.uint64)}
+    given = {
+        "lora_name": (question.lora_name, np.object_),
+        "lora_task_id": (question.lora_task_id, np.uint64),
+        "lora_split_key": (question.lora_split_key, np.object_),
+    }
     return {name: _column(values, dtype) for name, (values, dtype) in given.items() if values is not None}
 
 

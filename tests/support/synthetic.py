@@ -30,9 +30,11 @@ def expected(table: AdapterTable, lora_name: str | None, prompt: str = PROMPT, t
     return (unit * tokens)[:tokens].decode()
 
 
-def ask(server: Server, lora_name: str | None, tokens: int = 24) -> str:
+def ask(server: Server, lora_name: str | None, tokens: int = 24, **inputs: bytes) -> str:
     """A streamed answer over HTTP."""
-    return "".join(client.generate(PROMPT, lora_name=lora_name, max_tokens=tokens, url=server.http_url))
+    texts = {name: value.decode() for name, value in inputs.items()}
+    url = server.http_url
+    return "".join(client.generate(PROMPT, lora_name=lora_name, max_tokens=tokens, inputs=texts, url=url))
 
 
 def post(server: Server, path: str, body: dict[str, Any]) -> tuple[int, Any]:

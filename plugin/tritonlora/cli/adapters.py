@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -35,6 +35,7 @@ from tritonlora.cli.output import (
     NO_RESTART,
     RESTART,
     AsJson,
+    aliases_text,
     print_json,
     print_listing,
     print_note,
@@ -50,7 +51,7 @@ from tritonlora.repository import compose as composing
 from tritonlora.repository.add import Added, Options
 from tritonlora.repository.compose import SCHEME
 from tritonlora.repository.paths import Repository, open_repository, read_table
-from tritonlora.serving.adapter_table import check_name
+from tritonlora.serving.adapter_table import check_name, described_aliases
 from tritonlora.sources.fetch import Fetched, fetched
 from tritonlora.sources.policy import Policy, policy
 
@@ -303,7 +304,7 @@ def remove(
         return
     for one in removed:
         what = (
-            f"adapter {one.alias_of} stays"
+            f"adapter {_led(one.alias_of)} stays"
             if one.entry is None
             else f"lora_task_id {one.entry.lora_task_id} is retired"
         )
@@ -316,24 +317,54 @@ def alias(
     words: Annotated[
         list[str],
         typer.Argument(
-            metavar="[REPO] NEW OLD",
-            help="The model repository, the new name for clients to send, and the adapter's name.",
+            metavar="[REPO] NEW OLD|OLD=PERCENT...",
+            help="The model repository, the new name for clients to send, and the adapter's name, or several adapters "
+            "with the share of requests that each one gets.",
         ),
     ],
     repo: RepoOption = None,
     as_json: AsJson = False,
 ) -> None:
-    """Give an adapter a second name, or move a second name to another adapter. `remove` takes a second name away."""
-    root, (new, old) = repository_and(words, repo, 2)
-    aliased = adding.alias(open_repository(root), new, old)
+    """Give an adapter a second name, or move a second name to another adapter. `remove` takes a second name away.
+
+    `alias prod v3=90 v4=10` divides the requests for prod; `alias prod v3` leads all of them to v3 again.
+    """
+    names = [word for word in words if "=" not in word or word == words[0]]
+    if names == words:
+        root, (new, to) = repository_and(words, repo, 2)
+        aliased = adding.alias(open_repository(root), new, to)
+    else:
+        shares = _shares(words[len(names) :])
+        root, (new,) = repository_and(names, repo, 1)
+        aliased = adding.alias(open_repository(root), new, shares)
     if as_json:
         print_json(aliased)
         return
+    is_divided = not isinstance(aliased.name, str)
     if aliased.before in (None, aliased.name):
-        sys.stdout.write(f"{new} is adapter {aliased.name}\n")
+        sys.stdout.write(f"{new} is {'divided:' if is_divided else 'adapter'} {_led(aliased.name)}\n")
     else:
-        sys.stdout.write(f"{new}: adapter {aliased.before} -> {aliased.name}\n")
+        kind = "divided" if is_divided else "adapter"
+        sys.stdout.write(f"{new}: {kind} {_led(aliased.before)} -> {_led(aliased.name)}\n")
     print_note(NO_RESTART)
+
+
+def _shares(words: list[str]) -> dict[str, int]:
+    """Shares from words like "pirate-v3=90". Raises typer.BadParameter."""
+    shares: dict[str, int] = {}
+    for word in words:
+        name, _, share = word.partition("=")
+        if not share.isdecimal() or not share.isascii() or len(share) > 3:
+            raise typer.BadParameter(f"{word!r} has no share; give each adapter a whole percentage, such as {name}=10")
+        if name in shares:
+            raise typer.BadParameter(f"{name!r} stands twice; give each adapter once")
+        shares[name] = int(share)
+    return shares
+
+
+def _led(to: str | Mapping[str, int] | None) -> str:
+    """Where an alias leads, for people: "pirate", or "pirate-v3 90 %, pirate-v4 10 %"."""
+    return ", ".join(f"{name} {share} %" for name, share in to.items()) if isinstance(to, Mapping) else to or ""
 
 
 @app.command("list")
@@ -359,7 +390,9 @@ def list_adapters(
     aliases = table.aliases_by_name()
     if as_json:
         entries = sorted(table.entries.items())
-        print_json({name: {**dataclasses.asdict(entry), "aliases": aliases.get(name, [])} for name, entry in entries})
+        print_json(
+            {name: {**dataclasses.asdict(entry), **described_aliases(aliases.get(name, {}))} for name, entry in entries}
+        )
         return
     columns = ("lora_name", "lora_task_id", "rank", "modules", "size", "pages", "start", "aliases", "source")
     rows = [
@@ -371,7 +404,7 @@ def list_adapters(
             size(entry.lora_weights_nbytes),
             str(entry.pages or "?"),
             "warm" if entry.warm else "on first use",
-            ",".join(aliases.get(name, [])),
+            aliases_text(described_aliases(aliases.get(name, {}))),
             source_text(entry.source),
         )
         for name, entry in sorted(table.entries.items())

@@ -134,9 +134,15 @@ def _listing_row(name: str, about: Mapping[str, Any]) -> tuple[str, ...]:
         ",".join(map(str, about["adapter_sizes"])),
         ",".join(about["modules"]),
         f"{about['dtype']} {about['lora_weights_shape']}",
-        ",".join(about["aliases"]),
+        aliases_text(about),
         state,
     )
+
+
+def aliases_text(about: Mapping[str, Any]) -> str:
+    """An adapter's aliases, with its share of each divided alias: "canary 10 %,prod". Older servers give no shares."""
+    shares = about.get("shares", {})
+    return ",".join(f"{alias} {shares[alias]} %" if alias in shares else alias for alias in about["aliases"])
 
 
 def print_plan(

@@ -39,6 +39,7 @@ from tritonlora.serving.adapter_table import (
     AdapterEntry,
     AdapterTable,
     Source,
+    as_written,
     check_name,
     with_adapter,
     with_alias,
@@ -48,6 +49,7 @@ from tritonlora.serving.adapter_table import (
 )
 from tritonlora.serving.adapter_table_json import render
 from tritonlora.serving.file_version import has_content
+from tritonlora.serving.shares import Shares
 from tritonlora.sources.fetch import Fetched, pinned
 from tritonlora.targets import Target
 
@@ -401,7 +403,7 @@ class Removed:
 
     name: str
     entry: AdapterEntry | None  # of an adapter; None for an alias
-    alias_of: str | None  # of an alias: its adapter, which stays
+    alias_of: str | Shares | None  # of an alias: its adapter, or its adapters with their shares, which stay
 
 
 def remove(repository: Repository, *names: str) -> list[Removed]:
@@ -416,7 +418,7 @@ def remove(repository: Repository, *names: str) -> list[Removed]:
         removed = []
         for name in sorted(dict.fromkeys(names), key=lambda name: name not in before.aliases):  # aliases first
             if name in table.aliases:
-                removed.append(Removed(name, None, alias_of=table.aliases[name]))
+                removed.append(Removed(name, None, alias_of=as_written(table.aliases[name])))
                 table = without_alias(table, name)
             else:
                 table, entry = without_adapter(table, name), table.entries.get(name)
@@ -431,20 +433,25 @@ class Aliased:
     """The result of `alias`."""
 
     alias: str
-    name: str  # of the adapter
-    before: str | None  # the adapter that the alias led to until now
+    name: str | Shares  # of the adapter, or the adapters' shares in percent
+    before: str | Shares | None  # where the alias led until now
 
 
-def alias(repository: Repository, alias: str, name: str) -> Aliased:
+def alias(repository: Repository, alias: str, name: str | Shares) -> Aliased:
     """Make `alias` a second name of an adapter, or lead an existing alias to another adapter, in one step.
 
-    If `name` is an alias, `alias` leads to the adapter that `name` leads to now, and stays there.
+    With shares, such as {"pirate-v3": 90, "pirate-v4": 10}, the requests for `alias` are divided between adapters. If
+    `name` is an alias, `alias` leads to the adapters that `name` leads to now, and stays there.
+
+    AdapterTableError for an unknown name or wrong shares. RepositoryError when the code that the server runs cannot
+    divide requests.
     """
     with locked(repository.table_path.parent):
         state = read_state(repository)
         table = with_alias(state.table, alias, name)
         generated.write(state, table, None)
-        return Aliased(alias, table.aliases[alias], state.table.aliases.get(alias))
+        before = state.table.aliases.get(alias)
+        return Aliased(alias, as_written(table.aliases[alias]), None if before is None else as_written(before))
 
 
 def repair(repository: Repository) -> list[undo.FileChange]:

@@ -39,6 +39,7 @@ from tritonlora.repository.add import DEFAULTS, Added, Options
 from tritonlora.repository.paths import Repository
 from tritonlora.repository.state import State, read_state
 from tritonlora.serving.adapter_table import AdapterEntry, AdapterTable, available, check_name
+from tritonlora.serving.shares import WHOLE
 from tritonlora.sources.fetch import pinned
 
 SCHEME = "compose:"
@@ -121,7 +122,10 @@ def _resolved(table: AdapterTable, name: str, weights: Mapping[str, float]) -> l
     given: dict[str, _Given] = {}
     problems = [] if weights else ["no adapter is given; give NAME=WEIGHT"]
     for text, weight in weights.items():
-        registered = table.aliases.get(text, text)
+        registered, *others = table.aliases.get(text, {text: WHOLE})
+        if others:
+            between = ", ".join(map(repr, [registered, *others]))
+            problems.append(f"{text!r} is divided between {between}; name one of them")
         entry = table.entries.get(registered)
         word = registered if entry else os.path.abspath(text)  # noqa: PTH100  links stay as they are
         if entry is None and not Path(text).is_dir():

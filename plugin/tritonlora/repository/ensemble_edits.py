@@ -18,6 +18,7 @@ from tritonlora.pbtxt.edits import append_value, quote, remove_value, replace_va
 from tritonlora.pbtxt.model_config import DATA_TYPES
 from tritonlora.pbtxt.text_format import Document, Message, error_at
 from tritonlora.repository.paths import DEFAULT_TARGET, RESOLVER, ROUTER
+from tritonlora.serving.routing import SPLIT_KEY
 from tritonlora.serving.wire import INPUT_LENGTHS, REQUIRED, WIRES
 
 PREVIOUS_TOKENS = "_PREVIOUS_TOKENS"
@@ -33,6 +34,7 @@ ANNOUNCED = {
 }
 # Outputs of the engine -> inputs of the step that decodes tokens.
 INDICES = {"batch_index": "BATCH_INDEX", "sequence_index": "SEQUENCE_INDEX"}
+NAMING = ("lora_name", SPLIT_KEY)  # optional inputs of the ensemble, which its step for the router or resolver gets
 # Outputs of the resolver -> the ensemble's tensors, from which the engine's step gets its inputs of the same names.
 RESOLVED = {
     REQUIRED: "_RESOLVED_OUTPUT_LEN",
@@ -48,7 +50,7 @@ def rewire_to_forward(
     target: str = DEFAULT_TARGET,
     postprocessing: str | None = None,
 ) -> Document:
-    """An ensemble's config.pbtxt with the router in the place of `target`, and the optional input lora_name.
+    """An ensemble's config.pbtxt with the router in the place of `target`, and the inputs in `NAMING`.
 
     Inputs that only the router may send to the target are disconnected. Tensors that are unused then are removed, since
     Triton refuses an ensemble with an unused tensor. `postprocessing` is the name of a step with the input
@@ -62,8 +64,8 @@ def rewire_to_forward(
     document = _rename_step(document, target, ROUTER)
     for name in (name for wire in WIRES for name in wire.router_only):
         document = _disconnect(document, ROUTER, name)
-    document = _declare_lora_name(document)
-    document = _connect(document, ROUTER, "input_map", "lora_name", "lora_name")
+    for name in NAMING:
+        document = _connect(_declare_string(document, name), ROUTER, "input_map", name, name)
     if postprocessing is not None:
         document = _connect(document, ROUTER, "output_map", "previous_ids", PREVIOUS_TOKENS)
         document = _connect(document, postprocessing, "input_map", "PREVIOUS_TOKENS", PREVIOUS_TOKENS)
@@ -75,7 +77,7 @@ def rewire_to_resolve(
 ) -> Document:
     """An ensemble's config.pbtxt with a step for the resolver, which sends the step for `target` its LoRA inputs.
 
-    The resolver gets the optional input lora_name, and lora_task_id if the ensemble had one for the target.
+    The resolver gets the inputs in `NAMING`, and lora_task_id if the ensemble had one for the target.
     request_output_len goes through the resolver to the target. The target does not run without it, so an empty response
     of the resolver never becomes a request to the base model. The router's previous_ids are disconnected: the resolver
     does not have them. `postprocessing` is a model with the output OUT_REQUEST_OUTPUT_LEN; a step of it announces each
@@ -86,12 +88,13 @@ def rewire_to_resolve(
     """
     _require_one_step(document, target)
     document = _rename_step(document, ROUTER, target)
-    document = _declare_lora_name(document)
+    for name in NAMING:
+        document = _declare_string(document, name)
     given, asked = _maps(document, "input_map", target), _maps(document, "input_map", RESOLVER)
     required = asked.get(REQUIRED, given.get(REQUIRED))
     if required is None:
         raise ConfigError(f"the ensemble leads no {REQUIRED} to the step for {target!r}; rewire this ensemble by hand")
-    inputs = {REQUIRED: required, "lora_name": "lora_name"}
+    inputs = {REQUIRED: required, **{name: name for name in NAMING}}
     if INPUT_LENGTHS in given:
         inputs[INPUT_LENGTHS] = given[INPUT_LENGTHS]
     task_id = given.get("lora_task_id", RESOLVED["lora_task_id"])
@@ -103,7 +106,8 @@ def rewire_to_resolve(
                 document = _connect(document, RESOLVER, kind, key, tensor)
     else:
         document = _add_step(document, RESOLVER, inputs, RESOLVED)
-    document = _disconnect(document, target, "lora_name")
+    for name in NAMING:
+        document = _disconnect(document, target, name)
     for key, tensor in RESOLVED.items():
         document = _reconnect(document, target, key, tensor)
     for model in _step_names(document):
@@ -188,15 +192,16 @@ def _rename_step(document: Document, old: str, new: str) -> Document:
     return replace_value(document, model_name, quote(new))
 
 
-def _declare_lora_name(document: Document) -> Document:
-    spec = document.message.find("input", "name", "lora_name")
+def _declare_string(document: Document, name: str) -> Document:
+    """The ensemble with the optional input `name`, a string. ConfigError when it has the input with another type."""
+    spec = document.message.find("input", "name", name)
     if spec is None:
-        literal = '{\n  name: "lora_name"\n  data_type: TYPE_STRING\n  dims: [ 1 ]\n  optional: true\n}'
+        literal = f"{{\n  name: {quote(name)}\n  data_type: TYPE_STRING\n  dims: [ 1 ]\n  optional: true\n}}"
         return append_value(document, document.message, "input", literal)
     data_type = spec.scalar("data_type")
     if data_type is None or data_type.value not in _STRING:
         got = data_type.value if data_type else "none"
-        raise ConfigError(f"expected the ensemble's input 'lora_name' to be TYPE_STRING, got {got}")
+        raise ConfigError(f"expected the ensemble's input {name!r} to be TYPE_STRING, got {got}")
     return document
 
 

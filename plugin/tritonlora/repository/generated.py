@@ -10,6 +10,7 @@ over NFS may see the change a minute later.
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -21,10 +22,10 @@ from tritonlora.pbtxt.differences import differences
 from tritonlora.pbtxt.model_config import ModelConfig, config_of
 from tritonlora.pbtxt.text_format import Document
 from tritonlora.repository import ensemble_edits, model_configs, undo, warmup
-from tritonlora.repository.paths import RESOLVER, cache_pages, half_written
+from tritonlora.repository.paths import LISTING, RESOLVER, ROUTER, SERVING, cache_pages, half_written, read_text
 from tritonlora.repository.state import Models, State, outlived
 from tritonlora.serving.adapter_table import AdapterEntry, AdapterTable
-from tritonlora.serving.adapter_table_json import render
+from tritonlora.serving.adapter_table_json import render, schema_version_of
 from tritonlora.serving.file_version import has_content
 from tritonlora.targets.declarations import declare_output
 
@@ -147,6 +148,7 @@ def write(state: State, table: AdapterTable, files: Rendered | None) -> State:
     adapters.json is written after the engine model's config.pbtxt; otherwise it is written before.
     """
     repository = state.repository
+    _require_readers(repository.root, schema_version_of(table))
     _keep_for_a_while(state, table)
     contents = {repository.table_path: render(table).encode()}
     if files is None:
@@ -159,6 +161,29 @@ def write(state: State, table: AdapterTable, files: Rendered | None) -> State:
     for step in steps:
         undo.write(repository.root, step)
     return state.after(table, {repository.target, *(path.parent.name for path in files.after_detour)})
+
+
+def _require_readers(root: Path, schema_version: int) -> None:
+    """Raise RepositoryError if code in the repository cannot read an adapters.json of this schema_version.
+
+    The server would keep the last table that its code could read.
+    """
+    if schema_version <= _READ_BY_ALL:
+        return
+    for model in (ROUTER, RESOLVER, LISTING):
+        if not (root / model).is_dir():
+            continue
+        path = root / model / "1" / SERVING / "adapter_table_json.py"
+        declared = _SCHEMA_VERSIONS.search(read_text(path)) if path.is_file() else None
+        if declared is None or str(schema_version) not in declared[1].split(", "):
+            raise RepositoryError(
+                f"{model} runs code of an older tritonlora, which cannot divide the requests for an alias; "
+                f"update it with: tritonlora init {root}, and start the server again"
+            )
+
+
+_READ_BY_ALL = 2  # the highest schema_version that every version of tritonlora reads
+_SCHEMA_VERSIONS = re.compile(r"^SCHEMA_VERSIONS = \(([\d, ]+)\)$", re.MULTILINE)
 
 
 def _keep_for_a_while(state: State, table: AdapterTable) -> None:

@@ -15,6 +15,7 @@ from tritonlora.errors import ConfigError, one_message
 from tritonlora.pbtxt.edits import append_value, insert_field, quote, replace_value
 from tritonlora.pbtxt.model_config import ModelConfig, TensorSpec, Unfilled, filled
 from tritonlora.pbtxt.text_format import Document
+from tritonlora.serving.routing import SPLIT_KEY
 from tritonlora.serving.wire import CONTROL, INPUT_LENGTHS, REQUIRED, STATE
 from tritonlora.targets import Target, target_of
 
@@ -87,12 +88,13 @@ def router_config(
     The router declares the target's inputs and outputs, in the target's order, with these differences:
 
     - The inputs that only the router may send to the target are left out.
-    - The optional input lora_name (TYPE_STRING [ 1 ]) is added, unless the target has it.
+    - The optional inputs lora_name and lora_split_key (TYPE_STRING [ 1 ]) are added, unless the target has lora_name.
     - The router's own output of the target's kind is added, see `Wire.router_output`.
+    - The output lora_name (TYPE_STRING [ 1 ]) is added: the own name of the adapter that responds.
     - With `previous_ids`, the output previous_ids (TYPE_INT32 [ -1 ]) is added: the last tokens of the stream that were
       sent before a response.
-    - If the router has an output of its own, all_outputs is added, which is never sent. If a request asks for it, the
-      client named no outputs. A client gets the router's own outputs only if it names them.
+    - all_outputs is added, which is never sent. If a request asks for it, the client named no outputs. A client gets
+      the router's own outputs only if it names them.
 
     Raises ConfigError when the target has no LoRA inputs, or with every placeholder in its config that is not filled
     in.
@@ -104,14 +106,13 @@ def router_config(
         )
     _require_complete(target, target_name)
     inputs = [spec for spec in target.inputs if spec.name not in kind.WIRE.router_only]
-    if not target.input("lora_name"):
-        inputs.append(TensorSpec("lora_name", "TYPE_STRING", (1,), optional=True))
-    own = _own_outputs(target, kind)
+    added = [name for name in ("lora_name", SPLIT_KEY) if not target.input(name)]
+    inputs += [TensorSpec(name, "TYPE_STRING", (1,), optional=True) for name in added]
+    own = [*_own_outputs(target, kind), TensorSpec("lora_name", "TYPE_STRING", (1,))]
     if previous_ids:
         own.append(TensorSpec("previous_ids", "TYPE_INT32", (-1,)))
-    if own:
-        # Triton asks for every output when a client names none. So a request for this output named no outputs.
-        own.append(TensorSpec("all_outputs", "TYPE_BOOL", (1,)))
+    # Triton asks for every output when a client names none. So a request for this output named no outputs.
+    own.append(TensorSpec("all_outputs", "TYPE_BOOL", (1,)))
     parameters = {
         "target": target_name,
         "resolver": resolver,
@@ -148,7 +149,7 @@ def resolver_config(
     declared = {spec.name: spec for spec in target.inputs}
     inputs = [declared[name] for name in (REQUIRED, INPUT_LENGTHS) if name in declared]
     inputs += [TensorSpec("lora_name", "TYPE_STRING", (1,)), declared[kind.WIRE.task_id]]
-    inputs.append(TensorSpec(CONTROL, "TYPE_STRING", (1,)))
+    inputs += [TensorSpec(name, "TYPE_STRING", (1,)) for name in (SPLIT_KEY, CONTROL)]
     outputs = [
         # lora_config has one more column for adapters with DoRA.
         replace(declared[name], dims=(-1, -1) if name == "lora_config" else declared[name].dims)

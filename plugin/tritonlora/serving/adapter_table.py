@@ -16,9 +16,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from .dtypes import DTYPES
-from .errors import AdapterTableError
+from .errors import AdapterTableError, one_message
+from .shares import WHOLE, Shares, problems_of
 
 # An id must fit a signed 32-bit integer: the engine reads the folder names of lora_prefetch_dir into a C int.
 MAX_TASK_ID = 2**31 - 1
@@ -94,7 +96,7 @@ class AdapterTable:
     entries: Mapping[str, AdapterEntry] = field(default_factory=dict)
     next_lora_task_id: int = 1
     retired_lora_task_ids: tuple[int, ...] = ()
-    aliases: Mapping[str, str] = field(default_factory=dict)  # alias -> the lora_name of an adapter
+    aliases: Mapping[str, Shares] = field(default_factory=dict)  # alias -> its adapters; most aliases have one
     unavailable: Mapping[str, tuple[Problem, ...]] = field(default_factory=dict)  # malformed adapters and aliases
     names: tuple[str, ...] = field(init=False, repr=False, compare=False)  # what a client may ask for, sorted
     _names_by_id: Mapping[int, str] = field(init=False, repr=False, compare=False)
@@ -103,18 +105,19 @@ class AdapterTable:
         """Index the names, so that the time of a look-up does not grow with the table."""
         names = {entry.lora_task_id: name for name, entry in self.entries.items()}
         object.__setattr__(self, "_names_by_id", names)
-        aliases = [alias for alias, name in self.aliases.items() if name in self.entries]
+        aliases = [alias for alias, shares in self.aliases.items() if not self.entries.keys().isdisjoint(shares)]
         object.__setattr__(self, "names", tuple(sorted([*self.entries, *aliases])))
 
     def name_of(self, lora_task_id: int) -> str | None:
         """The lora_name that has this id, or None."""
         return self._names_by_id.get(lora_task_id)
 
-    def aliases_by_name(self) -> dict[str, list[str]]:
-        """The aliases, sorted, of each adapter that has any."""
-        found: dict[str, list[str]] = {}
-        for alias, name in sorted(self.aliases.items()):
-            found.setdefault(name, []).append(alias)
+    def aliases_by_name(self) -> dict[str, dict[str, int]]:
+        """The aliases, sorted, of each adapter that has any, with the share of their requests that the adapter gets."""
+        found: dict[str, dict[str, int]] = {}
+        for alias, shares in sorted(self.aliases.items()):
+            for name, share in shares.items():
+                found.setdefault(name, {})[alias] = share
         return found
 
 
@@ -132,8 +135,8 @@ def with_adapter(table: AdapterTable, name: str, entry: AdapterEntry) -> Adapter
     check_name(name)
     if name in table.aliases:
         raise AdapterTableError(
-            f"{name!r} is an alias of adapter {table.aliases[name]!r}; use another name, or remove the alias with: "
-            f"tritonlora remove {name}"
+            f"{name!r} is an alias of adapter {' and '.join(map(repr, table.aliases[name]))}; use another name, or "
+            f"remove the alias with: tritonlora remove {name}"
         )
     task_id = entry.lora_task_id
     owner = table.name_of(task_id)
@@ -165,7 +168,7 @@ def without_adapter(table: AdapterTable, name: str) -> AdapterTable:
     """
     if name not in table.entries:
         raise AdapterTableError(f"no adapter {name!r} is registered; {available(table)}")
-    if aliases := table.aliases_by_name().get(name):
+    if aliases := [*table.aliases_by_name().get(name, ())]:
         raise AdapterTableError(
             f"adapter {name!r} has aliases: {', '.join(aliases)}; lead them to another adapter first, with: "
             f"tritonlora alias {aliases[0]} OTHER, or remove them, with: tritonlora remove {aliases[0]}"
@@ -183,23 +186,63 @@ def _retired(table: AdapterTable, name: str) -> tuple[int, ...]:
     return tuple(sorted({*table.retired_lora_task_ids, *([known.lora_task_id] if known else [])}))
 
 
-def with_alias(table: AdapterTable, alias: str, name: str) -> AdapterTable:
-    """`table` with `alias` leading to the adapter `name`. If `name` is an alias, `alias` leads to its adapter.
+def with_alias(table: AdapterTable, alias: str, to: str | Shares) -> AdapterTable:
+    """`table` with `alias` leading to one adapter, or divided between several adapters by shares.
 
-    AdapterTableError when `alias` is not legal or is an adapter, or when no adapter `name` is registered.
+    If `to` is an alias, `alias` leads to the same adapters with the same shares. A name in shares may be an alias of
+    one adapter, which then gets the share.
+
+    AdapterTableError, with every problem found, when `alias` is not legal or is an adapter, when no adapter of such a
+    name is registered, or when shares are not whole percents that add up to 100.
     """
     check_name(alias)
     if alias in table.entries:
         raise AdapterTableError(f"{alias!r} is an adapter; an alias needs a name of its own")
-    name = table.aliases.get(name, name)
-    if name not in table.entries:
-        raise AdapterTableError(f"no adapter {name!r} is registered; {available(table)}")
-    return replace(table, aliases={**table.aliases, alias: name})
+    if isinstance(to, str):
+        return replace(table, aliases={**table.aliases, alias: _adapters_of(table, to)})
+    problems = [str(Problem(rule, repr(got))) for rule, got in problems_of(to)]
+    shares: dict[str, int] = {}
+    for name, share in to.items():
+        try:
+            adapter, *others = _adapters_of(table, name)
+        except AdapterTableError as error:
+            problems.append(str(error))
+            continue
+        if others:
+            problems.append(f"{name!r} is divided between adapters itself; name adapters")
+        elif adapter in shares:
+            problems.append(f"adapter {adapter!r} is named twice")
+        shares[adapter] = share
+    if problems:
+        raise AdapterTableError(one_message(f"cannot divide {alias!r}", problems))
+    return replace(table, aliases={**table.aliases, alias: shares})
+
+
+def _adapters_of(table: AdapterTable, name: str) -> Shares:
+    """The adapters that a name leads to. AdapterTableError when it is neither an adapter nor an alias."""
+    shares = table.aliases.get(name, {name: WHOLE})
+    for adapter in shares:
+        if adapter not in table.entries:
+            raise AdapterTableError(f"no adapter {adapter!r} is registered; {available(table)}")
+    return shares
+
+
+def as_written(shares: Shares) -> str | dict[str, int]:
+    """Shares as files and outputs have them: the name alone if there is only one adapter."""
+    return next(iter(shares)) if len(shares) == 1 else dict(sorted(shares.items()))
+
+
+def described_aliases(aliases: Mapping[str, int]) -> dict[str, Any]:
+    """The fields `aliases` and `shares` of a listed adapter. `shares` has the aliases that lead to other adapters, too.
+
+    `aliases` is the adapter's part of `AdapterTable.aliases_by_name`.
+    """
+    return {"aliases": [*aliases], "shares": {alias: share for alias, share in aliases.items() if share != WHOLE}}
 
 
 def without_alias(table: AdapterTable, alias: str) -> AdapterTable:
-    """`table` without this alias; its adapter stays."""
-    return replace(table, aliases={other: name for other, name in table.aliases.items() if other != alias})
+    """`table` without this alias; its adapters stay."""
+    return replace(table, aliases={other: shares for other, shares in table.aliases.items() if other != alias})
 
 
 def available(table: AdapterTable, most: int = 20) -> str:

@@ -27,13 +27,21 @@ from .adapter_table import (
     AdapterTable,
     Problem,
     Source,
+    as_written,
 )
 from .dtypes import LORA_DTYPES
 from .errors import AdapterTableError, one_message
+from .shares import WHOLE, Shares, problems_of
 
 MAX_PAGES = 1 << 31  # TensorRT-LLM counts pages in 32 bits
-# Schema version 2 added aliases. A table without aliases is written as version 1, which older versions can read.
-SCHEMA_VERSIONS = (1, 2)
+# Version 2 added aliases, and version 3 the shares of aliases. A table is written with the lowest version that can hold
+# it, so that older code reads it. Commands look for this line in the code that a model runs.
+SCHEMA_VERSIONS = (1, 2, 3)
+
+
+def schema_version_of(table: AdapterTable) -> int:
+    """The schema_version with which `render` writes `table`."""
+    return max((3 if len(shares) > 1 else 2 for shares in table.aliases.values()), default=1)
 
 
 def render(table: AdapterTable) -> str:
@@ -43,11 +51,12 @@ def render(table: AdapterTable) -> str:
     """
     if table.unavailable:
         raise ValueError("the table lacks the adapters that are unavailable; writing it would lose them")
+    aliases = {alias: as_written(shares) for alias, shares in sorted(table.aliases.items())}
     document = {
-        "schema_version": 2 if table.aliases else 1,
+        "schema_version": schema_version_of(table),
         "next_lora_task_id": table.next_lora_task_id,
         "retired_lora_task_ids": list(table.retired_lora_task_ids),
-        **({"aliases": dict(sorted(table.aliases.items()))} if table.aliases else {}),
+        **({"aliases": aliases} if aliases else {}),
     }
     head = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in document.items())
     entries = (f"    {json.dumps(name)}: {json.dumps(asdict(entry))}" for name, entry in sorted(table.entries.items()))
@@ -137,15 +146,15 @@ def _table(
     document: Mapping[str, Any], entries: Mapping[str, AdapterEntry], problems: dict[str, list[Problem]]
 ) -> AdapterTable:
     """The table with its aliases; AdapterTableError when an id or a name is ambiguous."""
-    aliases: dict[str, str] = {}
+    aliases: dict[str, Shares] = {}
     adapters = entries.keys() | problems.keys()
     asked = document.get("aliases") or {}
     both = [f"{name[:200]!r} is the name of an adapter and of an alias" for name in sorted(adapters & asked.keys())]
-    for alias, name in asked.items():
-        if found := _alias_problems(alias, name, adapters):
+    for alias, to in asked.items():
+        if found := _alias_problems(alias, to, adapters):
             problems[alias] = found
         else:
-            aliases[alias] = name
+            aliases[alias] = {to: WHOLE} if isinstance(to, str) else to
     table = AdapterTable(
         entries,
         document["next_lora_task_id"],
@@ -191,7 +200,7 @@ def _checked(document: Any) -> dict[str, Any]:
     if version not in SCHEMA_VERSIONS:
         raise AdapterTableError(
             f"adapters.json has schema_version {version!r}, expected {' or '.join(map(str, SCHEMA_VERSIONS))}; "
-            "a newer tritonlora may have written it"
+            "if a newer tritonlora wrote it, run init of that version on the repository, and start the server again"
         )
     problems = [
         f"{key!r} must be {expected}, got {document.get(key)!r}"[:300]
@@ -339,12 +348,14 @@ def _entries(adapters: Mapping[str, Any]) -> tuple[dict[str, AdapterEntry], dict
     return {name: entry for name, entry in zip(objects, entries, strict=True) if name not in problems}, problems
 
 
-def _alias_problems(alias: str, name: object, adapters: Collection[str]) -> list[Problem]:
+def _alias_problems(alias: str, to: object, adapters: Collection[str]) -> list[Problem]:
     if not NAME_PATTERN.fullmatch(alias):
         return [_ILLEGAL_NAME]
-    if not isinstance(name, str):
-        return [Problem("it must be the name of an adapter", repr(name))]
-    return [] if name in adapters else [Problem(f"it is an alias of {name[:200]!r}, which is not registered")]
+    if not isinstance(to, (str, dict)):
+        return [Problem("it must be the name of an adapter, or an object of shares", repr(to))]
+    problems = [] if isinstance(to, str) else [Problem(rule, repr(got)) for rule, got in problems_of(to)]
+    unknown = [name for name in ([to] if isinstance(to, str) else to) if name not in adapters]
+    return problems + [Problem(f"it is an alias of {name[:200]!r}, which is not registered") for name in unknown]
 
 
 def _task_id_problems(table: AdapterTable) -> list[str]:

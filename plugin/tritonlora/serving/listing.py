@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .adapter_table import AdapterEntry, AdapterTable
+from .adapter_table import AdapterEntry, AdapterTable, described_aliases
 from .adapter_tensors import check_files
 from .bindings import check_content
 from .errors import AdapterUnavailable
@@ -36,22 +36,21 @@ class Engine:
 
 
 def describe(
-    table: AdapterTable, repository: Path, engine: Engine, only: str | None = None
+    table: AdapterTable, repository: Path, engine: Engine, only: Collection[str] | None = None
 ) -> dict[str, dict[str, Any]]:
-    """lora_name -> the JSON fields of each adapter, or of the adapter `only`.
+    """lora_name -> the JSON fields of each adapter, or of the adapters `only`.
 
     A malformed entry, and an alias of an unregistered adapter, have a state and a reason alone.
     """
-    names = table.entries if only is None else (only,)
     aliases = table.aliases_by_name()
-    found = {}
-    for name in names:
+    found: dict[str, dict[str, Any]] = {}
+    for name in [*table.entries, *table.unavailable] if only is None else only:
+        if name in table.unavailable:
+            found[name] = {"state": "unavailable", "reason": str(malformed(table, name))}
+            continue
         route = Route(name, table.entries[name])
         state = _state(repository, route, engine)
-        found[name] = {**state, **_describe(route.entry), "aliases": aliases.get(name, [])}
-    if only is None:
-        for name in table.unavailable:
-            found[name] = {"state": "unavailable", "reason": str(malformed(table, name))}
+        found[name] = {**state, **_describe(route.entry), **described_aliases(aliases.get(name, {}))}
     return found
 
 

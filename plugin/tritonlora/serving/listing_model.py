@@ -15,7 +15,7 @@ from .errors import RequestError
 from .listing import Engine, describe
 from .resolver_client import ResolverClient, ResolverError
 from .response_cache import check_config
-from .routing import resolve
+from .routing import shares_of
 from .table_file import TableFile
 from .triton import failure, parameters_in
 
@@ -44,10 +44,10 @@ class TritonPythonModel:
         try:
             asked = pb_utils.get_input_tensor_by_name(request, "lora_name")
             table = self._table.table()
-            route = resolve(table, asked.as_numpy().reshape(-1)[0], None) if asked else None
+            only = shares_of(table, asked.as_numpy().reshape(-1)[0]) if asked else None
             told = self._resolver.tell()
             states, contents = ({int(one): value for one, value in told[key].items()} for key in ("states", "contents"))
-            found = describe(table, self._repository, Engine(states, contents), only=route.lora_name if route else None)
+            found = describe(table, self._repository, Engine(states, contents), only)
         except (RequestError, ResolverError) as error:
             return failure(str(error), error.code)
         except Exception:  # noqa: BLE001  an error of one request must not fail the others

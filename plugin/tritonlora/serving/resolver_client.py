@@ -18,10 +18,16 @@ import triton_python_backend_utils as pb_utils
 
 from .engine_errors import is_unavailable
 from .holder import Holder
+from .routing import SPLIT_KEY
 from .triton import Inputs, code_of, error_of
 from .wire import CONTROL, INPUT_LENGTHS, REQUIRED, STATE, Wire
 
-ASKED = ("lora_name", REQUIRED, INPUT_LENGTHS)  # inputs of a client's request that the resolver needs, beside the id
+ASKED = (
+    "lora_name",
+    SPLIT_KEY,
+    REQUIRED,
+    INPUT_LENGTHS,
+)  # inputs of a client's request that the resolver needs, beside the id
 
 
 class ResolverError(Exception):

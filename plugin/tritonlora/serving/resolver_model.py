@@ -36,7 +36,7 @@ from .own_requests import Guard, OwnRequests
 from .parameters import check_parameters, parameters_of
 from .publishing import Publishing
 from .response_cache import check_config
-from .routing import Route, resolve_rows
+from .routing import SPLIT_KEY, Route, resolve_rows
 from .server_process import STARTING_SECONDS, is_starting, name_for, started_at, warmed_at_start
 from .table_file import TableFile
 from .triton import failure, inputs_of, new_kept_weights, parameters_in, values_of
@@ -206,9 +206,10 @@ class TritonPythonModel:
         if table is not self._seen_table:
             self._new_table(table)
         check_parameters(table, parameters)
-        lora_names, lora_task_ids = (values_of(inputs, name) for name in ("lora_name", self._wire.task_id))
+        names = ("lora_name", self._wire.task_id, SPLIT_KEY)
+        lora_names, lora_task_ids, split_keys = (values_of(inputs, name) for name in names)
         rows = next(iter(inputs.values())).shape()[0] if self._batching else 1
-        routes = [route for route in resolve_rows(table, lora_names, lora_task_ids, rows) if route]
+        routes = [route for route in resolve_rows(table, lora_names, lora_task_ids, rows, split_keys) if route]
         for route in routes:
             if self._wire.sends_weights:
                 self._bindings.check(route)

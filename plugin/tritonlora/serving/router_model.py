@@ -36,6 +36,7 @@ from .parameters import parameters_of
 from .reply import EngineError, Reply
 from .resolver_client import ResolverClient, ResolverError, RouterLease
 from .response_cache import check_config
+from .routing import SPLIT_KEY
 from .row_outputs import OWN_OUTPUTS, RowOutputs, wanted_outputs
 from .triton import Inputs, error_of, inputs_of, parameters_in, values_of
 from .wire import wire_of
@@ -113,14 +114,16 @@ class TritonPythonModel:
             for row, tensors in self._rows(inputs, lease):
                 if row and lease.names:
                     lease.row(row)
+                name = lease.names[row or 0] if lease.names else None
                 outputs = RowOutputs(
                     wanted,
                     pb_utils.Tensor,
                     row=row,
+                    lora_name=name or "",
+                    batching=self._batching,
                     beam_width=beam_widths[row or 0] if beam_widths else 1,
                     sequence_count=sequence_counts[row or 0] if sequence_counts else 1,
                 )
-                name = lease.names[row or 0] if lease.names else None
                 if not self._answer(outgoing([*tensors, *lease.naming(row)]), name, lease, outputs, reply):
                     return
             reply.succeed()
@@ -136,7 +139,9 @@ class TritonPythonModel:
         The rows of a batch go one by one if they name adapters or are streamed. Otherwise the batch goes as a whole,
         and its row is None.
         """
-        tensors = [tensor for name, tensor in inputs.items() if name not in ("lora_name", self._wire.task_id)]
+        tensors = [
+            tensor for name, tensor in inputs.items() if name not in ("lora_name", self._wire.task_id, SPLIT_KEY)
+        ]
         rows = next(iter(inputs.values())).shape()[0] if self._batching else 1
         if rows == 1 or not (lease.names or self._is_stream(inputs)):
             yield None, tensors

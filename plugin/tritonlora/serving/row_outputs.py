@@ -7,6 +7,7 @@
 | batch_index | the row, if the router sends each row of a batch to the engine by itself |
 | previous_ids | the last tokens of the stream before this response, for a detokeniser without a state |
 | text_diff | the new part of a response that has the whole text so far |
+| lora_name | the own name of the adapter that responds, if the request named an alias; "" for the base model |
 
 This module does not use Triton. A tensor has a name and an array, and a function that is passed in makes one.
 """
@@ -23,7 +24,7 @@ import numpy.typing as npt
 from .errors import InvalidRequest
 from .stream_state import SequenceState, WholeTexts
 
-OWN_OUTPUTS = {"previous_ids", "all_outputs", "text_diff"}
+OWN_OUTPUTS = {"previous_ids", "all_outputs", "text_diff", "lora_name"}
 _TOKENS = ("output_ids", "sequence_length")
 _NO_TOKENS = (np.zeros((1, 1, 0), np.int32), np.zeros((1, 1), np.int32))
 # Outputs that tell which row and sequence the tokens belong to, and how likely they were. The response that ends a
@@ -52,6 +53,7 @@ class Wanted:
     of_engine: frozenset[str]  # the outputs that the engine is asked for, which may be more
     previous_ids: bool
     text_diff: bool
+    lora_name: bool
 
 
 def wanted_outputs(requested: Collection[str], needed: Collection[str], *, is_stream: bool) -> Wanted:
@@ -66,7 +68,7 @@ def wanted_outputs(requested: Collection[str], needed: Collection[str], *, is_st
     named = frozenset() if "all_outputs" in names else names
     previous_ids = is_stream and "previous_ids" in named
     of_engine = names.union(needed, ["sequence_index"] if previous_ids else [])
-    return Wanted(names, of_engine, previous_ids, "text_diff" in named)
+    return Wanted(names, of_engine, previous_ids, "text_diff" in named, "lora_name" in named)
 
 
 class RowOutputs(Generic[T]):
@@ -78,13 +80,21 @@ class RowOutputs(Generic[T]):
         make: Callable[[str, npt.NDArray[Any]], T],
         *,
         row: int | None,
+        lora_name: str = "",
+        batching: bool = True,
         beam_width: int = 1,
         sequence_count: int = 1,
     ) -> None:
-        """`row` is None if the engine gets the whole batch. `beam_width` and `sequence_count` are the request's."""
+        """`row` is None if the engine gets the whole batch. `beam_width` and `sequence_count` are the request's.
+
+        `lora_name` is the adapter's own name, "" for the base model. `batching` says whether tensors have a batch
+        dimension.
+        """
         self._wanted = wanted
         self._make = make
         self._row = row
+        self._lora_name = np.array([lora_name.encode()], np.object_)
+        self._batching = batching
         self._beam_width = beam_width
         self._sequence_count = sequence_count
         # The client may not have asked for batch_index, which `of_response` adds to a row of a batch.
@@ -103,7 +113,7 @@ class RowOutputs(Generic[T]):
             texts = next(tensor for tensor in tensors if tensor.name() == "text_output").as_numpy()
             new = np.array(self._texts.new(texts.reshape(-1).tolist()), np.object_)
             tensors = [*tensors, self._make("text_diff", new.reshape(texts.shape))]
-        return self._wanted_of(tensors)
+        return self._wanted_of(self._with_name(tensors))
 
     def of_end(self) -> Iterator[Sequence[T]]:
         """The tensors of one more response for each sequence, which tells the detokeniser that no more tokens come.
@@ -113,7 +123,16 @@ class RowOutputs(Generic[T]):
         for _, sequence in sorted(self._sequences.items()):
             tensors = [self._make(name, array) for name, array in zip(_TOKENS, _NO_TOKENS, strict=True)]
             previous_ids = self._make("previous_ids", sequence.previous_ids.ids())
-            yield self._wanted_of([*tensors, *sequence.repeated, previous_ids])
+            yield self._wanted_of(self._with_name([*tensors, *sequence.repeated, previous_ids]))
+
+    def _with_name(self, tensors: Sequence[T]) -> Sequence[T]:
+        """`tensors`, with lora_name (rows, 1), or (1,) without batches, if the client asked for it."""
+        if not self._wanted.lora_name:
+            return tensors
+        name = self._lora_name
+        if self._batching:
+            name = np.repeat(name[None], tensors[0].as_numpy().shape[0], axis=0)
+        return [*tensors, self._make("lora_name", name)]
 
     def _previous_ids(self, tensors: Mapping[str, T]) -> list[T]:
         """The tensor previous_ids (1, n) int32 for a response, in a list; [] with beams, and without new tokens.
