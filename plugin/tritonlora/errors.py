@@ -11,6 +11,7 @@
     - SourceError             an adapter's source cannot be reached, or what it sent is not whole
   - ConfigError               a config.pbtxt that cannot be read or edited; carries line and column
   - RepositoryError           a model repository that is not in the state the command needs
+  - DesiredStateError         a file for `sync` that cannot be read
   - ServerError               tritonserver cannot be found, did not start, or answered with an error
   - MissingExtra              a command needs packages that only an extra of tritonlora installs
   - AdapterTableError, ModelConfigError, SharedMemoryError, RequestError and its kinds: see `serving.errors`
@@ -46,6 +47,7 @@ __all__ = [
     "AdapterUnavailable",
     "ClientLeft",
     "ConfigError",
+    "DesiredStateError",
     "EngineMismatch",
     "EngineSilent",
     "InvalidAdapter",
@@ -110,6 +112,10 @@ class ConfigError(TritonLoraError):
 
 class RepositoryError(TritonLoraError):
     """A model repository is not in the state that the command needs."""
+
+
+class DesiredStateError(TritonLoraError):
+    """A file that says which adapters a repository should have cannot be read."""
 
 
 class ServerError(TritonLoraError):

@@ -37,8 +37,8 @@ from upstream_configs import upstream_repository
 
 NO_RESTART, RESTART = (f"note: {text}\n" for text in (output.NO_RESTART, output.RESTART))
 COMMANDS = (
-    *("demo", "init", "add", "compose", "remove", "alias", "list", "plan", "check", "convert", "serve", "generate"),
-    "bench",
+    *("demo", "init", "add", "compose", "remove", "alias", "list", "sync", "export", "plan", "check", "convert"),
+    *("serve", "generate", "bench"),
 )
 
 

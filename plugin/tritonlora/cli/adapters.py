@@ -110,7 +110,7 @@ def add(
     if as_json:
         print_json(added)
         return
-    sys.stdout.write(_what_was_done(added, dry_run=dry_run))
+    sys.stdout.write(what_was_done(added, dry_run=dry_run))
     _print_restart([added], dry_run=dry_run)
 
 
@@ -161,14 +161,15 @@ def _add_all(opened: Repository, directory: Path, options: Options, *, dry_run: 
         for remark in one.remarks:
             print_note(f"{one.name}: {remark}")
         if not as_json:
-            sys.stdout.write(_what_was_done(one, dry_run=dry_run))
+            sys.stdout.write(what_was_done(one, dry_run=dry_run))
     if not as_json:
         _print_restart([one for one in results if isinstance(one, adding.Added)], dry_run=dry_run)
     if any(isinstance(one, adding.Refused) for one in results):
         raise typer.Exit(1)
 
 
-def _what_was_done(added: Added, *, dry_run: bool = False) -> str:
+def what_was_done(added: Added, *, dry_run: bool = False) -> str:
+    """A line that says what became of an adapter."""
     if added.unchanged:
         did = "is unchanged"
     elif added.restored:
@@ -265,7 +266,7 @@ def compose(
         f" {'-' if weight < 0 else '+'} {abs(weight):g} {word}" for word, weight in composed.weights.items()
     )
     sys.stdout.write(f"{name} = {total.removeprefix(' + ').strip()}, rank {', '.join(map(str, composed.ranks))}\n")
-    sys.stdout.write(_what_was_done(composed.added, dry_run=dry_run))
+    sys.stdout.write(what_was_done(composed.added, dry_run=dry_run))
 
 
 def _weights(terms: list[str]) -> dict[str, float]:
@@ -304,7 +305,7 @@ def remove(
         return
     for one in removed:
         what = (
-            f"adapter {_led(one.alias_of)} stays"
+            f"adapter {led_to(one.alias_of)} stays"
             if one.entry is None
             else f"lora_task_id {one.entry.lora_task_id} is retired"
         )
@@ -342,10 +343,10 @@ def alias(
         return
     is_divided = not isinstance(aliased.name, str)
     if aliased.before in (None, aliased.name):
-        sys.stdout.write(f"{new} is {'divided:' if is_divided else 'adapter'} {_led(aliased.name)}\n")
+        sys.stdout.write(f"{new} is {'divided:' if is_divided else 'adapter'} {led_to(aliased.name)}\n")
     else:
         kind = "divided" if is_divided else "adapter"
-        sys.stdout.write(f"{new}: {kind} {_led(aliased.before)} -> {_led(aliased.name)}\n")
+        sys.stdout.write(f"{new}: {kind} {led_to(aliased.before)} -> {led_to(aliased.name)}\n")
     print_note(NO_RESTART)
 
 
@@ -362,7 +363,7 @@ def _shares(words: list[str]) -> dict[str, int]:
     return shares
 
 
-def _led(to: str | Mapping[str, int] | None) -> str:
+def led_to(to: str | Mapping[str, int] | None) -> str:
     """Where an alias leads, for people: "pirate", or "pirate-v3 90 %, pirate-v4 10 %"."""
     return ", ".join(f"{name} {share} %" for name, share in to.items()) if isinstance(to, Mapping) else to or ""
 

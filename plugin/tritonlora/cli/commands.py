@@ -32,6 +32,8 @@ MODULES = {
     "remove": "adapters",
     "alias": "adapters",
     "list": "adapters",
+    "sync": "desired_state",
+    "export": "desired_state",
     "plan": "repository",
     "check": "repository",
     "convert": "convert",

@@ -137,10 +137,35 @@ def add_all(
     *,
     dry_run: bool = False,
 ) -> list[Added | Refused]:
-    """`add` for many adapters by name, CONVERSIONS_AT_A_TIME at a time. A refused adapter does not stop the others.
+    """`add` for many adapters by name. A refused adapter does not stop the others.
 
     `on_done` is called for each adapter. The table and config.pbtxt are written once, at the end. If the command is
     interrupted, the adapters that were converted by then are registered.
+    """
+    incoming = {name: Incoming(source, options) for name, source in adapters.items()}
+    return change(repository, incoming, on_done=on_done, dry_run=dry_run)
+
+
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """An adapter that `change` converts and registers."""
+
+    source: Path | Fetched
+    options: Options = DEFAULTS
+
+
+def change(
+    repository: Repository,
+    incoming: Mapping[str, Incoming],
+    then: Callable[[AdapterTable], AdapterTable] = lambda table: table,
+    on_done: Callable[[Added | Refused], None] = lambda _: None,
+    *,
+    dry_run: bool = False,
+) -> list[Added | Refused]:
+    """Add adapters as `add_all` does, CONVERSIONS_AT_A_TIME at a time, each with its own options.
+
+    `then` makes further changes to the table with the added adapters, before that table is written. If the command is
+    interrupted, `then` is not called. It must not raise.
     """
     results: list[Added | Refused] = []
 
@@ -149,9 +174,9 @@ def add_all(
         on_done(results[-1])
 
     read = {}
-    for name, source in adapters.items():
+    for name, one in incoming.items():
         try:
-            read[name] = _read(name, source, options)
+            read[name] = _read(name, one.source, one.options)
         except TritonLoraError as error:
             refuse(name, error)
     with contextlib.nullcontext() if dry_run else locked(repository.table_path.parent):
@@ -159,27 +184,30 @@ def add_all(
         planned, after = [], (before := state.table)
         for name in list(read):
             try:
-                one = _plan(state, after, name, read.pop(name), options)
-                after = with_adapter(after, name, one.entry)  # so that the next adapter gets another id
+                to_write = _plan(state, after, name, read.pop(name), incoming[name].options)
+                after = with_adapter(after, name, to_write.entry)  # so that the next adapter gets another id
             except TritonLoraError as error:
                 refuse(name, error)
             else:
-                planned.append(one)
+                planned.append(to_write)
         files = generated.rendered(state, after)  # raises before any adapter is converted
         if dry_run:
-            for one in planned:
-                results.append(_after(before, Added(one.name, one.entry, one.remarks), files))
+            for to_write in planned:
+                results.append(_after(before, Added(to_write.name, to_write.entry, to_write.remarks), files))
                 on_done(results[-1])
             return results
         generated.sweep(state)
         pool = ThreadPoolExecutor(CONVERSIONS_AT_A_TIME)
         futures = {
-            pool.submit(_write_tensors, repository, one, before.entries.get(one.name)): one.name for one in planned
+            pool.submit(_write_tensors, repository, to_write, before.entries.get(to_write.name)): to_write.name
+            for to_write in planned
         }
         planned.clear()  # so that each adapter is freed, and its file closed, when it was converted
+        is_complete = False
         try:
             for future in as_completed(futures):
                 on_done(_result_of(future, futures[future], before, files))
+            is_complete = True
         finally:
             with held():
                 pool.shutdown(cancel_futures=True)
@@ -189,6 +217,7 @@ def add_all(
                 table = before
                 for result in results:
                     table = _with(table, result) if isinstance(result, Added) else table
+                table = then(table) if is_complete else table
                 generated.write(state, table, generated.rendered(state, table, files))
     return results
 

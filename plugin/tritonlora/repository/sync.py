@@ -1,0 +1,249 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""Make a repository what a desired state says: `plan_sync` finds the differences, and `apply` makes the changes.
+
+An adapter whose source has not changed is not converted again, and keeps its lora_task_id. The table is written once.
+A refused adapter does not stop the others. An alias that should lead to it stays as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from tritonlora.errors import AdapterTableError, TritonLoraError
+from tritonlora.repository.add import DEFAULTS, Added, Incoming, Options, Refused, change
+from tritonlora.repository.desired_state import DesiredState, WantedAdapter
+from tritonlora.repository.paths import Repository, read_table
+from tritonlora.serving.adapter_table import (
+    AdapterEntry,
+    AdapterTable,
+    Source,
+    as_written,
+    with_alias,
+    with_entry,
+    without_adapter,
+    without_alias,
+)
+from tritonlora.serving.shares import Shares
+from tritonlora.sources import fetch
+from tritonlora.sources.download import OnProgress
+from tritonlora.sources.policy import Policy
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One change that a sync makes."""
+
+    action: str  # "add", "change" or "remove"
+    kind: str  # "adapter" or "alias"
+    name: str
+    before: Any  # where an alias led, or the fields of an adapter that a sync can change; None: there was nothing
+    after: Any
+
+
+@dataclass(frozen=True, slots=True)
+class SyncPlan:
+    """The differences between a repository and a desired state."""
+
+    before: AdapterTable
+    to_convert: Mapping[str, WantedAdapter]  # new adapters, and those whose content may have changed
+    warm: Mapping[str, bool]  # adapters whose content stays
+    sources: Mapping[str, Source]  # adapters whose content stays, and comes from another place now
+    aliases: Mapping[str, Shares]
+    removed_aliases: tuple[str, ...]
+    removed: tuple[str, ...]  # adapters
+    unmanaged: tuple[str, ...]  # adapters and aliases that stay, and are not in the desired state
+    refused: tuple[Refused, ...] = field(default=())
+
+    def changes(self) -> Iterator[Change]:
+        """The changes, in the order in which people read them."""
+        entries = self.before.entries
+        for name, wanted in self.to_convert.items():
+            after = {"source": wanted.source, "warm": wanted.warm}
+            yield Change("change" if name in entries else "add", "adapter", name, _described(entries.get(name)), after)
+        for name in sorted({*self.warm, *self.sources}):
+            entry = entries[name]
+            changed = replace(entry, warm=self.warm.get(name, entry.warm), source=self.sources.get(name, entry.source))
+            yield Change("change", "adapter", name, _described(entry), _described(changed))
+        for name in self.removed:
+            yield Change("remove", "adapter", name, _described(entries[name]), None)
+        for alias, shares in self.aliases.items():
+            led = self.before.aliases.get(alias)
+            before = None if led is None else as_written(led)
+            yield Change("add" if led is None else "change", "alias", alias, before, as_written(shares))
+        for alias in self.removed_aliases:
+            yield Change("remove", "alias", alias, as_written(self.before.aliases[alias]), None)
+
+
+def _described(entry: AdapterEntry | None) -> dict[str, Any] | None:
+    if entry is None:
+        return None
+    return {
+        "source": entry.source.location if entry.source else None,
+        "warm": entry.warm,
+        "lora_task_id": entry.lora_task_id,
+    }
+
+
+def located(desired: DesiredState, directory: Path) -> DesiredState:
+    """`desired`, with relative paths of its sources taken from `directory`."""
+
+    def at(wanted: WantedAdapter) -> WantedAdapter:
+        source = wanted.source
+        return wanted if source is None or "://" in source else replace(wanted, source=str(directory / source))
+
+    return replace(desired, adapters={name: at(wanted) for name, wanted in desired.adapters.items()})
+
+
+def plan_sync(
+    repository: Repository, desired: DesiredState, policy: Policy | None = None, *, prune: bool = False
+) -> SyncPlan:
+    """The changes that make `repository` what `desired` says. Writes nothing.
+
+    With `prune`, adapters and aliases that `desired` does not have are removed. Sources are asked for their revision;
+    directories are read. A source that cannot be reached is in `SyncPlan.refused`.
+    """
+    table = read_table(repository)
+    to_convert: dict[str, WantedAdapter] = {}
+    warm, sources, refused = dict[str, bool](), dict[str, Source](), list[Refused]()
+    for name, wanted in desired.adapters.items():
+        known = table.entries.get(name)
+        try:
+            noted = _unchanged(repository, known, wanted, policy or Policy())
+        except TritonLoraError as error:
+            refused.append(Refused(name, str(error)))
+            continue
+        if known is None or noted is None:
+            to_convert[name] = wanted
+            continue
+        if known.warm != wanted.warm:
+            warm[name] = wanted.warm
+        if noted is not known and noted.source is not None:
+            sources[name] = noted.source
+    aliases = {alias: shares for alias, shares in desired.aliases.items() if table.aliases.get(alias) != shares}
+    for alias, problem in _leading_nowhere(aliases, table.entries.keys() | to_convert.keys()):
+        refused.append(Refused(alias, str(problem)))
+        del aliases[alias]
+    other = sorted(table.entries.keys() - desired.adapters.keys())
+    other_aliases = sorted(table.aliases.keys() - desired.aliases.keys())
+    return SyncPlan(
+        table,
+        to_convert,
+        warm,
+        sources,
+        aliases,
+        tuple(other_aliases) if prune else (),
+        tuple(other) if prune else (),
+        () if prune else (*other, *other_aliases),
+        tuple(refused),
+    )
+
+
+def _leading_nowhere(aliases: Mapping[str, Shares], adapters: AbstractSet[str]) -> list[tuple[str, AdapterTableError]]:
+    """The aliases that lead to an adapter which is not among `adapters`, each with the error that says so."""
+    missing = {alias: sorted(shares.keys() - adapters) for alias, shares in aliases.items()}
+    return [
+        (alias, AdapterTableError(f"it leads to {', '.join(map(repr, names))}, which is not registered"))
+        for alias, names in missing.items()
+        if names
+    ]
+
+
+def _unchanged(
+    repository: Repository, known: AdapterEntry | None, wanted: WantedAdapter, policy: Policy
+) -> AdapterEntry | None:
+    """The entry `known`, with the source of `wanted`, if its content is that of the source; otherwise None."""
+    if wanted.source is None:
+        if known is None:
+            raise AdapterTableError("it is not registered, and has no source here; give its source")
+        return known
+    _check_place(wanted.source)
+    location, revision = fetch.resolved(wanted.source, policy)
+    if known is None or known.source is None:
+        return None
+    if not all((repository.root / file).is_file() for file in known.sha256_by_file):
+        return None  # `add` writes the files again
+    if revision is not None:
+        return known if (known.source.location, known.source.revision) == (location, revision) else None
+    with fetch.fetched(wanted.source, policy) as found:
+        if found.source.sha256 != known.source.sha256:
+            return None
+        return known if found.source == known.source else replace(known, source=found.source)
+
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def _check_place(source: str) -> None:
+    """Raise AdapterTableError if `source` is a path that leads nowhere, and may be meant as a name on the hub."""
+    path = Path(source)
+    if "://" not in source and not path.exists():
+        name = "/".join(path.parts[-2:])
+        hint = f"; for the Hugging Face hub write hf://{name}" if _HUB_NAME.fullmatch(name) else ""
+        raise AdapterTableError(f"there is nothing at {source!r}{hint}")
+
+
+def apply(
+    repository: Repository,
+    plan: SyncPlan,
+    options: Options = DEFAULTS,
+    policy: Policy | None = None,
+    on_done: Callable[[Added | Refused], None] = lambda _: None,
+    on_progress: OnProgress = fetch.no_progress,
+) -> list[Added | Refused]:
+    """Make the changes of a plan. Returns what became of each adapter in `plan.to_convert`, and what was refused.
+
+    The table is written once. The warm of `options` is ignored: each adapter has its own.
+    """
+    refused = list(plan.refused)
+
+    def refuse(name: str, error: TritonLoraError) -> None:
+        refused.append(Refused(name, str(error)))
+        on_done(refused[-1])
+
+    with contextlib.ExitStack() as stack:
+        incoming: dict[str, Incoming] = {}
+        for name, wanted in plan.to_convert.items():
+            try:
+                found = stack.enter_context(fetch.fetched(wanted.source or "", policy or Policy(), on_progress))
+            except TritonLoraError as error:
+                refuse(name, error)
+            else:
+                incoming[name] = Incoming(found, replace(options, warm=wanted.warm))
+        results = change(repository, incoming, lambda table: _with_plan(table, plan, refuse), on_done)
+    return [*results, *refused]
+
+
+def _with_plan(table: AdapterTable, plan: SyncPlan, refuse: Callable[[str, TritonLoraError], None]) -> AdapterTable:
+    """`table`, which has the converted adapters already, with all other changes of the plan.
+
+    `refuse` is called for each change that `table` does not allow.
+    """
+    for name in table.entries.keys() & (plan.warm.keys() | plan.sources.keys()):
+        entry = table.entries[name]
+        changed = replace(entry, warm=plan.warm.get(name, entry.warm), source=plan.sources.get(name, entry.source))
+        table = with_entry(table, name, changed)
+    aliases = dict(plan.aliases)
+    for alias, problem in _leading_nowhere(aliases, table.entries.keys()):
+        refuse(alias, problem)
+        del aliases[alias]
+    # The aliases that are set below no longer lead to the adapters that are removed here.
+    for alias in {*plan.removed_aliases, *aliases}:
+        table = without_alias(table, alias)
+    for name in sorted(table.entries.keys() & plan.removed):
+        try:
+            table = without_adapter(table, name)
+        except AdapterTableError as error:
+            refuse(name, error)
+    for alias, shares in aliases.items():
+        try:
+            table = with_alias(table, alias, shares)
+        except AdapterTableError as error:
+            refuse(alias, error)
+    return table
