@@ -23,6 +23,7 @@ from deploy_schemas import BY_KIND, ENDPOINT_PICKER_CONFIG
 from tritonlora.cli import commands
 from tritonlora.launch.tritonserver import EXIT_TIMEOUT_SECONDS, Tritonserver, server_command
 from tritonlora.machine import Ports
+from tritonlora.repository import desired_state
 
 DEPLOY = Path(__file__).parents[1] / "scripts" / "deploy"
 KUBERNETES_VERSIONS = ("1.30", kubernetes_validate.latest_version())
@@ -44,6 +45,7 @@ SERVER = RESOURCES["server.yaml: Deployment"]["spec"]["template"]
 CONTAINER = SERVER["spec"]["containers"][0]
 POOL = RESOURCES["inferencepool.yaml: InferencePool"]["spec"]
 PICKER = RESOURCES["endpoint-picker.yaml: Deployment"]["spec"]["template"]
+SYNCED = RESOURCES["sync-adapters.yaml: ConfigMap"]
 PICKER_CONFIG = yaml.safe_load(RESOURCES["endpoint-picker.yaml: ConfigMap"]["data"]["config.yaml"])
 
 
@@ -127,9 +129,16 @@ def _endpoints_of_a_service_monitor(resources: dict[str, Document]) -> Document:
     return monitor
 
 
+def _schedule_of_a_job(resources: dict[str, Document]) -> Document:
+    job = resources["sync-adapters.yaml: CronJob"]
+    job["spec"]["jobTemplate"]["spec"]["schedule"] = job["spec"].pop("schedule")
+    return job
+
+
 @pytest.mark.parametrize(
     "change",
     [
+        _schedule_of_a_job,
         _misspell_replicas,
         _medium_beside_empty_dir,
         _no_port_of_the_picker,
@@ -187,10 +196,20 @@ def test_what_the_image_adds_has_our_versions_and_what_it_has_stays(tmp_path: Pa
     assert ["typer==0.20"] == [line for line in (tmp_path / "added.txt").read_text().splitlines() if line[0] != "#"]
 
 
-@pytest.mark.parametrize("name", ["server.yaml: Deployment", "add-adapter.yaml: Job"])
+def pod_of(name: str) -> Document:
+    """The pod that a Deployment, a Job or a CronJob makes."""
+    spec = RESOURCES[name]["spec"]
+    pod: Document = spec.get("jobTemplate", {"spec": spec})["spec"]["template"]["spec"]
+    return pod
+
+
+WRITERS = ("add-adapter.yaml: Job", "sync-adapters.yaml: CronJob")  # of the model repository
+
+
+@pytest.mark.parametrize("name", ["server.yaml: Deployment", *WRITERS])
 def test_a_pod_of_ours_has_no_rights(name: str) -> None:
     """The image's user, no capabilities, nothing to write to but its volumes, no token of the cluster's."""
-    pod = RESOURCES[name]["spec"]["template"]["spec"]
+    pod = pod_of(name)
     [container] = pod["containers"]
     [user] = [rest for word, rest in dockerfile() if word == "USER"]
 
@@ -306,9 +325,26 @@ def test_shared_memory_is_memory_and_large() -> None:
     assert SERVICE["shm_size"] == "4gb"
 
 
-def test_the_model_repository_is_one_volume_that_only_commands_write_to() -> None:
+def test_the_config_map_is_a_desired_state_that_its_job_can_reach(capsys: pytest.CaptureFixture[str]) -> None:
+    """The file lies where the command looks for it, and its sources on a volume. Every option is one of the command."""
+    pod, [(file, text)] = pod_of("sync-adapters.yaml: CronJob"), SYNCED["data"].items()
+    mounts = {mount["mountPath"]: mount["name"] for mount in pod["containers"][0]["volumeMounts"]}
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    program, command, path, *options = pod["containers"][0]["args"]
+    wanted = desired_state.parse(text.encode())
+
+    assert ("tritonlora", file) == (program, Path(path).name)
+    assert {"name": SYNCED["metadata"]["name"]} == volumes[mounts[str(Path(path).parent)]]["configMap"]
+    assert {str(Path(one.source or "").parent) for one in wanted.adapters.values()} <= mounts.keys()
+    assert wanted.aliases
+    assert 0 == commands.main([command, *options, "--help"])
+    assert all(option in capsys.readouterr().out for option in options)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_the_model_repository_is_one_volume_that_only_commands_write_to(name: str) -> None:
     """Servers mount it read-only, where the image looks for it."""
-    adding = RESOURCES["add-adapter.yaml: Job"]["spec"]["template"]["spec"]
+    adding = pod_of(name)
     claim = RESOURCES["server.yaml: PersistentVolumeClaim"]
     served = next(mount for mount in CONTAINER["volumeMounts"] if mount["name"] == "model-repository")
     written = next(mount for mount in adding["containers"][0]["volumeMounts"] if mount["name"] == "model-repository")
@@ -347,11 +383,8 @@ def test_the_endpoint_picker_reads_the_routers_lora_metric_from_these_pods() -> 
 
 
 def test_every_image_of_ours_has_one_name() -> None:
-    """Built by compose or by hand, used by the servers and by the job."""
-    used = {
-        CONTAINER["image"],
-        RESOURCES["add-adapter.yaml: Job"]["spec"]["template"]["spec"]["containers"][0]["image"],
-    }
+    """Built by compose or by hand, used by the servers and by the jobs."""
+    used = {CONTAINER["image"], *(pod_of(name)["containers"][0]["image"] for name in WRITERS)}
     version = next(rest for word, rest in dockerfile() if word == "ARG").removeprefix("TRITON_VERSION=")
 
     assert {f"tritonlora:{version}"} == used

@@ -24,6 +24,7 @@ from tritonlora.launch import client
 from tritonlora.launch.server import Server
 from tritonlora.repository import add as register
 from tritonlora.repository.paths import Repository, read_table
+from tritonlora.serving.shares import choose
 
 PROMPT = "hello"
 TOKENS = 24
@@ -44,9 +45,10 @@ def servers(opened: Repository, launch: Callable[..., Server]) -> list[Server]:
     return [launch(opened.root), launch(mount)]
 
 
-def ask(server: Server, lora_name: str) -> str:
+def ask(server: Server, lora_name: str, **inputs: str) -> str:
     """A streamed answer."""
-    return "".join(client.generate(PROMPT, lora_name=lora_name, max_tokens=TOKENS, url=server.http_url))
+    url = server.http_url
+    return "".join(client.generate(PROMPT, lora_name=lora_name, max_tokens=TOKENS, inputs=inputs, url=url))
 
 
 def expected(opened: Repository, lora_name: str) -> str:
@@ -54,9 +56,9 @@ def expected(opened: Repository, lora_name: str) -> str:
     return (f"[{read_table(opened).entries[lora_name].lora_task_id}]{PROMPT}" * TOKENS)[:TOKENS]
 
 
-def add(opened: Repository, name: str, adapter: Path) -> None:
-    """`tritonlora add`, in a process of its own."""
-    command = [sys.executable, "-m", "tritonlora", "add", name, str(adapter), "--repo", str(opened.root)]
+def run(opened: Repository, *words: object) -> None:
+    """A command of tritonlora, in a process of its own."""
+    command = [sys.executable, "-m", "tritonlora", *map(str, words), "--repo", str(opened.root)]
     subprocess.run(command, check=True, capture_output=True)
 
 
@@ -78,7 +80,7 @@ def test_every_server_answers_by_the_name_of_an_adapter_that_was_added_once(
             for server in servers:
                 with pytest.raises(ServerError, match="unknown LoRA adapter 'haiku'; available: pirate"):
                     ask(server, "haiku")
-            add(opened, "haiku", synthetic_adapter(tmp_path / "haiku", 1))
+            run(opened, "add", "haiku", synthetic_adapter(tmp_path / "haiku", 1))
         finally:
             added.set()
 
@@ -112,8 +114,37 @@ def test_adapters_that_two_commands_add_at_once_are_both_there(
     """The repository's lock makes one wait for the other, so that each has an id of its own."""
     adapters = {name: synthetic_adapter(tmp_path / name, seed) for name, seed in (("bard", 4), ("json", 5))}
     with ThreadPoolExecutor(len(adapters)) as pool:
-        list(pool.map(lambda name: add(opened, name, adapters[name]), adapters))
+        list(pool.map(lambda name: run(opened, "add", name, adapters[name]), adapters))
     asked = list(product(servers, adapters))
 
     assert len({read_table(opened).entries[name].lora_task_id for name in adapters}) == 2
     assert [expected(opened, name) for _, name in asked] == [ask(server, name) for server, name in asked]
+
+
+def test_every_server_follows_a_sync_and_an_alias_and_so_does_one_that_starts_anew(
+    opened: Repository, servers: list[Server], launch: Callable[..., Server], tmp_path: Path
+) -> None:
+    """A user gets the same adapter from each of them, until an alias leads all users back."""
+    keys = [f"user-{number}" for number in range(6)]
+
+    def ask_all(server: Server) -> list[str]:
+        with ThreadPoolExecutor(len(keys)) as pool:
+            return [*pool.map(lambda key: ask(server, "prod", lora_split_key=key), keys)]
+
+    for name, seed in (("v3", 6), ("v4", 7)):
+        synthetic_adapter(tmp_path / name, seed)
+    file = tmp_path / "desired.yaml"
+    file.write_text("adapters:\n  v3: v3\n  v4: {source: v4, warm: false}\naliases:\n  prod: {v3: 50, v4: 50}\n")
+    run(opened, "sync", file)
+    shares = read_table(opened).aliases["prod"]
+    wanted = [expected(opened, choose(shares, key.encode())) for key in keys]
+
+    assert 2 == len({*wanted})
+    for server in servers:
+        assert wanted == ask_all(server)
+    servers[0].stop()
+    servers[0] = launch(opened.root)
+    assert wanted == ask_all(servers[0])
+    run(opened, "alias", "prod", "v3")
+    for server in servers:
+        assert [expected(opened, "v3")] * len(keys) == ask_all(server)

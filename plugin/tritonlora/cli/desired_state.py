@@ -85,35 +85,24 @@ def sync(
 def follow(read: Callable[[], bytes], act: Callable[[bytes], bool], wait: Callable[[float], object]) -> None:
     """Call `act` with what `read` gives, again whenever that has changed, and again after RETRY_SECONDS if it failed.
 
-    An error of `read` or `act` is printed once. The content is compared, and not the file's times: in Kubernetes the
-    path stays while a symbolic link on it is replaced.
+    An error of `read` or `act` is printed once, and ends nothing. The content is compared, and not the file's times: in
+    Kubernetes the path stays while a symbolic link on it is replaced.
     """
-    done: bytes | str | None = None
-    idle = 0.0
-    has_failed = False
+    done: bytes | None = None
+    said, has_failed, idle = "", False, 0.0
     while True:
-        content: bytes | str
         try:
             content = read()
+            if content != done or (has_failed and idle >= RETRY_SECONDS):
+                done, has_failed, idle = content, True, 0.0
+                has_failed = not act(content)
+                said = ""
         except TritonLoraError as error:
-            content = str(error)
-        if content != done or (has_failed and idle >= RETRY_SECONDS):
-            has_failed, idle = not _acted(content, act, is_new=content != done), 0.0
-            done = content
+            if str(error) != said:
+                stderr.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+            said = str(error)
         wait(LOOK_SECONDS)
         idle += LOOK_SECONDS
-
-
-def _acted(content: bytes | str, act: Callable[[bytes], bool], *, is_new: bool) -> bool:
-    """Whether `act` succeeded with the content. A text instead of bytes is the error with which reading failed."""
-    try:
-        if isinstance(content, bytes):
-            return act(content)
-        raise DesiredStateError(content)
-    except TritonLoraError as error:
-        if is_new:
-            stderr.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
-        return False
 
 
 def _read(file: str) -> bytes:
