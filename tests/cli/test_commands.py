@@ -33,7 +33,7 @@ from tritonlora.interrupts import ENDING
 from tritonlora.machine import free_ports
 from tritonlora.repository import add, init, paths
 from tritonlora.repository.paths import read_table
-from upstream_configs import upstream_repository
+from upstream_configs import protobuf, upstream_repository
 
 NO_RESTART, RESTART = (f"note: {text}\n" for text in (output.NO_RESTART, output.RESTART))
 COMMANDS = (
@@ -538,6 +538,38 @@ def test_plan_says_which_adapters_to_keep_warm(capsys: pytest.CaptureFixture[str
     weights.write_bytes(b"\xff\x00")
     code, _, err = run(capsys, "plan", "--repo", repo, "--weights", weights)
     assert (1, True) == (code, f"error: '{weights}' is not text: " in err)
+
+
+def test_plan_keeps_the_busy_adapters_warm(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, repo: Path
+) -> None:
+    """With --apply, in the cache that is applied, too; from the metrics, here through a pipe. Ids stay."""
+    opened = paths.open_repository(repo)
+    set_cache_pages(opened, 2)
+    before = {name: entry.lora_task_id for name, entry in read_table(opened).entries.items()}
+    metrics = "".join(f'lora_requests_total{{lora_name="{name}",outcome="OK"}} 5\n' for name in ("haiku", "pirate"))
+    for expected in ({"haiku": True}, {}):
+        monkeypatch.setattr("sys.stdin", io.StringIO(metrics))
+        code, out, _ = run(capsys, "plan", repo, "--weights", "-", "--apply")
+        said = "haiku is loaded at start from the server's next start on\n" if expected else ""
+        assert (0, True) == (code, out.endswith(f" a request on average\n{said}"))
+
+    table = read_table(opened)
+    assert before == {name: entry.lora_task_id for name, entry in table.entries.items()}
+    assert {"haiku": True, "pirate": True} == {name: entry.warm for name, entry in table.entries.items()}
+    assert [] == [one for one in checks.check(opened, deep=True) if one.severity == "error"]
+    add.keep_warm(opened, ["haiku"])
+    samples = protobuf(paths.read_text(opened.config_path)).model_warmup
+    assert ["haiku"] == [name for name, one in read_table(opened).entries.items() if one.warm]
+    assert 1 == len(samples)
+
+
+def test_plan_cannot_ask_a_server_that_is_not_there(capsys: pytest.CaptureFixture[str], repo: Path) -> None:
+    """One error with the address."""
+    url = f"http://127.0.0.1:{free_ports().metrics}/metrics"
+    code, out, err = run(capsys, "plan", repo, "--weights", url)
+
+    assert (1, "", True) == (code, out, err.startswith(f"error: no answer from {url}: "))
 
 
 def test_plan_can_be_made_from_the_base_model(capsys: pytest.CaptureFixture[str], repo: Path, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from asking import Question, grpc_stream, tokens_in
 from repositories import synthetic_adapter, synthetic_repository
 from synthetic import await_sample, samples
 from tritonlora.bench.processes import processes_of
+from tritonlora.engine.traffic import parse_traffic
 from tritonlora.errors import ServerError
 from tritonlora.launch import client
 from tritonlora.launch.server import Server
@@ -191,6 +192,7 @@ def test_an_alias_is_divided_by_the_key_and_led_back(server: Server, opened: Rep
     assert {texts["pirate"]} == {"".join(ask(server, "divided", lora_split_key=key)) for key in keys}
     await_sample(server, "lora_requests_total", lambda count: count > 0, lora_name="haiku", outcome="OK")
     assert not [labels for _, labels in samples(server) if ("lora_name", "divided") in labels]
+    assert {*OTHERS} == parse_traffic(client.metrics(f"http://{server.metrics_url}/metrics"), OTHERS).keys()
     add.remove(opened, "divided")
 
 

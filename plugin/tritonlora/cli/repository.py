@@ -40,6 +40,7 @@ from tritonlora.engine import cache_plan
 from tritonlora.engine.profile import load_profile
 from tritonlora.engine.traffic import parse_traffic
 from tritonlora.errors import RepositoryError, TritonLoraError
+from tritonlora.launch import client
 from tritonlora.machine import Ports
 from tritonlora.repository import add
 from tritonlora.repository import init as init_module
@@ -154,12 +155,12 @@ def plan(
         str | None, typer.Option("--what-if", metavar="rank=R,count=N", help="Plan for N more adapters of rank R.")
     ] = None,
     weights: Annotated[
-        typer.FileText | None,
+        str | None,
         typer.Option(
             "--weights",
-            metavar="FILE",
-            help="Choose the adapters to keep warm by traffic: lines `name: weight`, or the "
-            "text of the server's /metrics; '-' reads standard input.",
+            metavar="FILE|URL",
+            help="Choose the adapters to keep warm by traffic: lines `name: weight`, or the text of the server's "
+            "metrics; '-' reads standard input, http://HOST:8002/metrics asks the server. --apply keeps them warm.",
         ),
     ] = None,
     gpu_memory: GpuMemory = None,
@@ -195,21 +196,36 @@ def plan(
         rank, count = _rank_and_count(what_if)
         make_plan = functools.partial(cache_plan.what_if, *make_plan.args, rank=rank, count=count)
     found = make_plan(config.parameters, gpu_memory=gpu_memory)
-    traffic = None if weights is None else parse_traffic(text_of(weights), table.entries)
+    traffic = None if weights is None else parse_traffic(_weights_text(weights), table.entries)
     applied = None
     if apply:
         applied = add.apply_plan(opened, found.recommendations, profile)
         after = make_plan({**config.parameters, **applied}, gpu_memory=gpu_memory)
         found = dataclasses.replace(after, recommendations=found.recommendations, remarks=found.remarks)
     choice = None if traffic is None else cache_plan.choose_warm(found, traffic)
+    changed = add.keep_warm(opened, choice.warm) if apply and choice else {}
     if as_json:
-        print_json({**dataclasses.asdict(found), "fits": found.fits, "warm_choice": choice, "applied": applied or {}})
+        said = {"fits": found.fits, "warm_choice": choice, "applied": applied or {}, "warm_changed": changed}
+        print_json({**dataclasses.asdict(found), **said})
         return
     for remark in found.remarks:
         print_note(remark)
     print_plan(found, table.entries, choice, applied, has_gpu=has_gpu_cache(config))
+    for name, is_warm in changed.items():
+        start = "at start" if is_warm else "on its first request"
+        sys.stdout.write(f"{name} is loaded {start} from the server's next start on\n")
     if applied:
         print_note(RESTART)
+
+
+def _weights_text(weights: str) -> str:
+    """The text of a file, of standard input or of a server's metrics."""
+    if weights.startswith(("http://", "https://")):
+        return client.metrics(weights)
+    if weights == "-":
+        return text_of(sys.stdin)
+    with Path(weights).open() as file:
+        return text_of(file)
 
 
 def _rank_and_count(text: str) -> tuple[int, int]:

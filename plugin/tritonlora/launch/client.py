@@ -23,7 +23,7 @@ from tritonlora.repository.paths import LISTING
 DEFAULT_URL = "localhost:8000"
 DEFAULT_MODEL = "ensemble"
 TIMEOUT_SECONDS = 600.0
-LISTING_TIMEOUT_SECONDS = 30.0
+LISTING_TIMEOUT_SECONDS = METRICS_TIMEOUT_SECONDS = 30.0
 _CANNOT_STREAM = "Streaming is only supported"  # begins the error of both kinds of target; it arrives before any text
 _CONNECTIONS: dict[str, tuple[type[http.client.HTTPConnection], int]] = {
     "http": (http.client.HTTPConnection, 8000),
@@ -95,6 +95,26 @@ def adapters(url: str = DEFAULT_URL, *, timeout: float = LISTING_TIMEOUT_SECONDS
             "model repository, and start it again"
         ) from None
     return found
+
+
+def metrics(url: str) -> str:
+    """The text of a server's metrics. `url` is http://HOST:PORT/metrics, with the port of the metrics endpoint.
+
+    ServerError when the server cannot be reached, or answers with an error.
+    """
+    connection = _connection(url, METRICS_TIMEOUT_SECONDS)
+    try:
+        connection.request("GET", urllib.parse.urlsplit(url).path or "/metrics")
+        response = connection.getresponse()
+        if response.status != http.client.OK:
+            raise ServerError(f"no metrics at {url}: HTTP status {response.status}; give http://HOST:8002/metrics")
+        return response.read().decode()
+    except (OSError, http.client.HTTPException) as error:
+        raise ServerError(f"no answer from {url}: {error or type(error).__name__}; is the server running?") from None
+    except UnicodeDecodeError:
+        raise ServerError(f"{url} answered something other than text; is it the metrics endpoint?") from None
+    finally:
+        connection.close()
 
 
 def _answers(url: str, model: str, body: bytes, timeout: float) -> Iterator[dict[str, Any]]:

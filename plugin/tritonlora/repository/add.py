@@ -16,7 +16,7 @@ import datetime
 import itertools
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -542,6 +542,24 @@ def apply_plan(
         if sized != state.table.entries:
             contents[repository.table_path] = render(replace(state.table, entries=sized)).encode()
         undo.write(repository.root, contents)
+    return changed
+
+
+def keep_warm(repository: Repository, warm: Collection[str]) -> dict[str, bool]:
+    """Let the server load these adapters when it starts, and the others on their first request.
+
+    Returns the adapters for which that is new, by name.
+    """
+    changed: dict[str, bool] = {}
+
+    def then(table: AdapterTable) -> AdapterTable:
+        for name, entry in table.entries.items():
+            if entry.warm != (name in warm):
+                changed[name] = name in warm
+                table = with_entry(table, name, replace(entry, warm=name in warm))
+        return table
+
+    change(repository, {}, then)
     return changed
 
 
