@@ -16,12 +16,13 @@ from repositories import synthetic_adapter, synthetic_repository
 from tritonlora.check import checks
 from tritonlora.cli import commands as cli
 from tritonlora.repository import add, desired_state, generated, paths
-from tritonlora.repository.add import Added, Options, Refused
+from tritonlora.repository.add import Added, Refused
 from tritonlora.repository.desired_state import DesiredState, WantedAdapter
 from tritonlora.repository.paths import Repository, read_table
 from tritonlora.repository.state import State
 from tritonlora.repository.sync import apply, located, plan_sync
-from tritonlora.serving.adapter_table import AdapterTable
+from tritonlora.serving.adapter_table import AdapterTable, with_source
+from tritonlora.serving.adapter_table_json import render
 from tritonlora.sources.fetch import fetched
 
 
@@ -175,7 +176,9 @@ def test_an_adapter_of_unknown_origin_is_compared_by_its_content(
     opened: Repository, wanted: Callable[..., DesiredState], adapters: dict[str, Path]
 ) -> None:
     """It keeps its id, and the table notes where it came from."""
-    add.add(opened, "old", adapters["c"], Options(warm=True))
+    add.add(opened, "old", adapters["c"])
+    table = with_source(read_table(opened), "old", None)  # as an older version wrote it
+    opened.table_path.write_text(render(table))
     desired = wanted(pirate="a", old="c")
 
     assert [("change", "old")] == [(one.action, one.name) for one in plan_sync(opened, desired).changes()]

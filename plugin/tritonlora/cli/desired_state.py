@@ -196,11 +196,12 @@ def _adapter_words(one: Change) -> str:
     if after is None:
         return f"lora_task_id {before['lora_task_id']} is retired" if before else ""
     start = {True: "loaded at start", False: "loaded on its first request"}
+    place = f"{after['source']} ({after['revision'][:12]})" if after["revision"] else after["source"]
     if before is None:
-        return f"from {after['source']}, {start[after['warm']]}"
+        return f"from {place}, {start[after['warm']]}"
     words = []
     if "lora_task_id" not in after:
-        words.append(f"from {after['source']}, with a new lora_task_id if its content has changed")
+        words.append(f"from {place}, with a new lora_task_id if its content has changed")
     elif before["source"] != after["source"]:
         words.append(f"the same content from {after['source']}")
     if before["warm"] != after["warm"]:

@@ -48,11 +48,21 @@ class Change:
 
 
 @dataclass(frozen=True, slots=True)
+class Conversion:
+    """An adapter that a sync converts: it is new, or its content may have changed."""
+
+    source: str  # as the file has it; it may hold credentials, and is never printed
+    location: str  # the same without credentials
+    revision: str | None  # of the source when the plan was made
+    warm: bool
+
+
+@dataclass(frozen=True, slots=True)
 class SyncPlan:
     """The differences between a repository and a desired state."""
 
     before: AdapterTable
-    to_convert: Mapping[str, WantedAdapter]  # new adapters, and those whose content may have changed
+    to_convert: Mapping[str, Conversion]
     warm: Mapping[str, bool]  # adapters whose content stays
     sources: Mapping[str, Source]  # adapters whose content stays, and comes from another place now
     aliases: Mapping[str, Shares]
@@ -64,8 +74,8 @@ class SyncPlan:
     def changes(self) -> Iterator[Change]:
         """The changes, in the order in which people read them."""
         entries = self.before.entries
-        for name, wanted in self.to_convert.items():
-            after = {"source": wanted.source, "warm": wanted.warm}
+        for name, one in self.to_convert.items():
+            after = {"source": one.location, "revision": one.revision, "warm": one.warm}
             yield Change("change" if name in entries else "add", "adapter", name, _described(entries.get(name)), after)
         for name in sorted({*self.warm, *self.sources}):
             entry = entries[name]
@@ -86,6 +96,7 @@ def _described(entry: AdapterEntry | None) -> dict[str, Any] | None:
         return None
     return {
         "source": entry.source.location if entry.source else None,
+        "revision": entry.source.revision if entry.source else None,
         "warm": entry.warm,
         "lora_task_id": entry.lora_task_id,
     }
@@ -110,22 +121,22 @@ def plan_sync(
     directories are read. A source that cannot be reached is in `SyncPlan.refused`.
     """
     table = read_table(repository)
-    to_convert: dict[str, WantedAdapter] = {}
+    to_convert: dict[str, Conversion] = {}
     warm, sources, refused = dict[str, bool](), dict[str, Source](), list[Refused]()
     for name, wanted in desired.adapters.items():
         known = table.entries.get(name)
         try:
-            noted = _unchanged(repository, known, wanted, policy or Policy())
+            found = _compared(repository, known, wanted, policy or Policy())
         except TritonLoraError as error:
             refused.append(Refused(name, str(error)))
             continue
-        if known is None or noted is None:
-            to_convert[name] = wanted
+        if isinstance(found, Conversion):
+            to_convert[name] = found
             continue
-        if known.warm != wanted.warm:
+        if found.warm != wanted.warm:
             warm[name] = wanted.warm
-        if noted is not known and noted.source is not None:
-            sources[name] = noted.source
+        if found is not known and found.source is not None:
+            sources[name] = found.source
     aliases = {alias: shares for alias, shares in desired.aliases.items() if table.aliases.get(alias) != shares}
     for alias, problem in _leading_nowhere(aliases, table.entries.keys() | to_convert.keys()):
         refused.append(Refused(alias, str(problem)))
@@ -155,25 +166,26 @@ def _leading_nowhere(aliases: Mapping[str, Shares], adapters: AbstractSet[str]) 
     ]
 
 
-def _unchanged(
+def _compared(
     repository: Repository, known: AdapterEntry | None, wanted: WantedAdapter, policy: Policy
-) -> AdapterEntry | None:
-    """The entry `known`, with the source of `wanted`, if its content is that of the source; otherwise None."""
+) -> AdapterEntry | Conversion:
+    """The entry `known`, with the source of `wanted`, if its content is that of the source; otherwise a Conversion."""
     if wanted.source is None:
         if known is None:
             raise AdapterTableError("it is not registered, and has no source here; give its source")
         return known
     _check_place(wanted.source)
     location, revision = fetch.resolved(wanted.source, policy)
+    conversion = Conversion(wanted.source, location, revision, wanted.warm)
     if known is None or known.source is None:
-        return None
+        return conversion
     if not all((repository.root / file).is_file() for file in known.sha256_by_file):
-        return None  # `add` writes the files again
+        return conversion  # `add` writes the files again
     if revision is not None:
-        return known if (known.source.location, known.source.revision) == (location, revision) else None
+        return known if (known.source.location, known.source.revision) == (location, revision) else conversion
     with fetch.fetched(wanted.source, policy) as found:
         if found.source.sha256 != known.source.sha256:
-            return None
+            return conversion
         return known if found.source == known.source else replace(known, source=found.source)
 
 
@@ -209,13 +221,13 @@ def apply(
 
     with contextlib.ExitStack() as stack:
         incoming: dict[str, Incoming] = {}
-        for name, wanted in plan.to_convert.items():
+        for name, one in plan.to_convert.items():
             try:
-                found = stack.enter_context(fetch.fetched(wanted.source or "", policy or Policy(), on_progress))
+                found = stack.enter_context(fetch.fetched(one.source, policy or Policy(), on_progress))
             except TritonLoraError as error:
                 refuse(name, error)
             else:
-                incoming[name] = Incoming(found, replace(options, warm=wanted.warm))
+                incoming[name] = Incoming(found, replace(options, warm=one.warm))
         results = change(repository, incoming, lambda table: _with_plan(table, plan, refuse), on_done)
     return [*results, *refused]
 
