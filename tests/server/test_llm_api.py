@@ -29,6 +29,7 @@ from tritonlora.launch.server import Server
 from tritonlora.repository import add, init, paths
 from tritonlora.repository.paths import Repository, read_table
 from tritonlora.repository.state import Models
+from tritonlora.serving.shares import choose
 
 Launch = Callable[..., Server]
 WARM = ("attention", "all")
@@ -97,12 +98,12 @@ def inputs_of(**values: Any) -> list[grpc.InferInput]:
     return inputs
 
 
-def results(served: Served, model: str, **values: Any) -> Iterator[Any]:
+def results(served: Served, model: str, outputs: Any = None, **values: Any) -> Iterator[Any]:
     """Results of one request over gRPC streaming; raises what the server answers as an error."""
     answers: queue.Queue[tuple[Any, Any]] = queue.Queue()
     with grpc.InferenceServerClient(served.server.grpc_url) as connection:
         connection.start_stream(callback=lambda result, error: answers.put((result, error)))
-        connection.async_stream_infer(model, inputs_of(**values), enable_empty_final_response=True)
+        connection.async_stream_infer(model, inputs_of(**values), outputs=outputs, enable_empty_final_response=True)
         while True:
             result, error = answers.get(timeout=60)
             if error is not None:
@@ -134,6 +135,23 @@ def test_answers_stay_right_when_the_engine_reads_adapters_again(served: Served)
         answers = list(pool.map(lambda one: ask(served, *one), asked))
 
     assert [served.answers[one] for one in asked] == answers
+
+
+def test_an_alias_is_divided_by_the_key(served: Served) -> None:
+    """The router names the adapter that responds to who asks for that output."""
+    add.alias(served.opened, "prod", {"all": 50, "attention": 50})
+    prompt, keys = PROMPTS[0], [f"user-{number}".encode() for number in range(4)]
+    chosen = [choose({"all": 50, "attention": 50}, key) for key in keys]
+    values = {"text_input": prompt.encode(), "sampling_param_max_tokens": TOKENS, "lora_name": b"prod"}
+    outputs = [grpc.InferRequestedOutput(name) for name in ("text_output", "lora_name")]
+
+    assert {"all", "attention"} == set(chosen)
+    for key, name in zip(keys, chosen, strict=True):
+        (*_, last) = results(served, "lora_router", outputs=outputs, lora_split_key=key, **values)
+        assert [name.encode(), served.answers[name, prompt].encode()] == [
+            last.as_numpy(output).item() for output in ("lora_name", "text_output")
+        ]
+    add.remove(served.opened, "prod")
 
 
 # Streams
