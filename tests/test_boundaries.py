@@ -19,7 +19,8 @@ SOURCES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text()) for
 LAYERS = (
     "serving", "errors", "extras", "strict_json", "files", "interrupts", "machine", "pbtxt", "architectures", "peft",
     "sources", "engine",
-    "conversion", "targets", "repository", "check", "launch", "cpu_engine", "demo", "bench", "cli", "__main__",
+    "conversion", "targets", "repository", "check", "launch", "openai", "cpu_engine", "demo", "bench", "cli",
+    "__main__",
 )  # fmt: skip
 # Modules that import torch when they are imported. The others answer at once.
 WITH_TORCH = (
@@ -163,6 +164,7 @@ def test_the_command_line_imports_at_the_top_of_its_modules() -> None:
         ("cli/options.py", "import torch"),
         ("cli/convert.py", "from tritonlora.conversion import convert as conversion"),
         ("cli/bench.py", "from tritonlora.bench import convert as benchmark"),
+        ("cli/openai.py", "from tritonlora.openai import server"),
         ("cli/bench.py", "from tritonlora.bench import measured, route"),
     } == inside
 

@@ -14,12 +14,24 @@ from tritonlora.errors import MissingExtra
 
 _CONVERT = ("torch",)
 _CPU = (*_CONVERT, "safetensors", "tokenizers", "transformers")
+_OPENAI = (
+    "fastapi",
+    "grpc",
+    "httptools",
+    "jinja2",
+    "pydantic",
+    "tokenizers",
+    "transformers",
+    "tritonclient",
+    "uvicorn",
+)
 _DEMO = (*_CPU, "gguf", "pip")
 MODULES: Mapping[str, Sequence[str]] = {
     "hub": ("huggingface_hub",),
     "s3": ("fsspec", "s3fs"),
     "convert": _CONVERT,
     "cpu": _CPU,
+    "openai": _OPENAI,
     "demo": _DEMO,
     "bench": (*_CPU, "matplotlib"),
     "train": (*_DEMO, "peft"),

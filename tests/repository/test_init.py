@@ -43,7 +43,7 @@ def contents(root: Path) -> dict[str, str]:
     }
 
 
-OURS = ("lora_router", "lora_adapters", "lora_resolver")
+OURS = ("lora_router", "lora_adapters", "lora_resolver", "lora_tokens")
 STEPS = {
     "forward": ["preprocessing", "lora_router", "postprocessing"],
     "resolve": ["preprocessing", "tensorrt_llm", "postprocessing", "lora_resolver"],
@@ -71,7 +71,8 @@ def test_init_puts_its_models_between_the_ensemble_and_the_engine(
     assert engine.model_transaction_policy.decoupled == router.model_transaction_policy.decoupled
     changed = {name for name in after if before.get(name) != after[name]}
     assert {"ensemble/config.pbtxt"} == {name for name in changed if not name.startswith(OURS)}
-    for model in OURS:
+    assert (topology == "resolve") == ("lora_tokens/config.pbtxt" in after)
+    for model in {*OURS} - {"lora_tokens"}:
         assert code_of(model).keys() <= changed
 
 

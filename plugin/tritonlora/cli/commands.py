@@ -39,6 +39,7 @@ MODULES = {
     "convert": "convert",
     "serve": "server",
     "generate": "server",
+    "openai": "openai",
     "bench": "bench",
 }
 

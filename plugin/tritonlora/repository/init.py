@@ -40,6 +40,7 @@ from tritonlora.repository.paths import (
     RESOLVER,
     ROUTER,
     SERVING,
+    TOKENS,
     cache_pages,
     dead_links,
     half_written,
@@ -47,7 +48,7 @@ from tritonlora.repository.paths import (
     require_directory,
 )
 from tritonlora.repository.state import Models
-from tritonlora.repository.undo import OURS, FileChange
+from tritonlora.repository.undo import OURS, WITH_CODE, FileChange
 from tritonlora.serving.adapter_table import AdapterTable
 from tritonlora.serving.adapter_table_json import render
 from tritonlora.serving.wire import REQUIRED
@@ -153,9 +154,14 @@ def plan_init(
         files[f"{ROUTER}/config.pbtxt"] = _with_parameters(router_config, _kept_parameters(tuned) | known)
         ensemble = model_configs.one_step_ensemble(engine_config, parse_config(router_config), name=ENSEMBLE)
         files[f"{RESOLVER}/config.pbtxt"] = _resolver_config(models, target, engine_config)
+        if resolves:
+            tokens = model_configs.tokens_ensemble(engine_config, name=TOKENS, target_name=target, router=ROUTER)
+            files[f"{TOKENS}/config.pbtxt"] = ensemble_edits.rewire_to_resolve(parse(tokens), target=target).text
+            files[f"{TOKENS}/1/.gitkeep"] = ""
     except ConfigError as error:
         raise RepositoryError(f"{models.path(target)}: {error}") from None
-    for model in OURS:
+    ours = [model for model in OURS if resolves or model != TOKENS]
+    for model in WITH_CODE:
         files |= code_of(model)
     if not (root / ROUTER / "adapters.json").exists():
         files[f"{ROUTER}/adapters.json"] = render(AdapterTable())
@@ -164,8 +170,10 @@ def plan_init(
     for name, content in files.items():
         path = root / name
         changes.append(FileChange(path, read_text(path) if path.exists() else None, content))
+    if present == RESOLVE and not resolves:
+        changes += [FileChange(path, read_text(path), None) for path in undo.files_of(root, TOKENS)]
     # Files that an earlier version wrote into these models, and this version does not write.
-    unused = [root / name for name in undo.recorded(root) if name not in files and Path(name).parts[0] in OURS]
+    unused = [root / name for name in undo.recorded(root) if name not in files and Path(name).parts[0] in ours]
     changes += [FileChange(path, read_text(path), None) for path in unused if path.is_file()]
     return [change for change in changes if change.before != change.after]
 
@@ -258,13 +266,16 @@ def init(
         for path in half_written(root):
             delete(path)
         planned = plan_init(root, target, served_at=served_at, topology=topology)
-        for model in (LISTING, RESOLVER, ENSEMBLE):
+        for model in (LISTING, RESOLVER, TOKENS, ENSEMBLE):
             is_new = any(change.after is not None and change.path.is_relative_to(root / model) for change in planned)
             if is_new and not (root / model).exists():
                 _add_model(model, root, planned)
         ordered = sorted(planned, key=_step)
         undo.write(root, {one.path: one.after.encode() for one in ordered if one.after is not None})
-        undo.delete_recorded(root, [change.path for change in planned if change.after is None])
+        gone = [change.path for change in planned if change.after is None]
+        if with_model := [path for path in gone if path.is_relative_to(root / TOKENS)]:
+            undo.take_out(root, [TOKENS])
+        undo.delete_recorded(root, [path for path in gone if path not in with_model])
     return changes
 
 
@@ -395,7 +406,7 @@ def _choose_target(models: Models, asked: str | None) -> str:
     """
     root, router = models.root, models.present(ROUTER)
     present = router.parameters.get("target", "") if router else None
-    others = {model: models.present(model) for model in (LISTING, RESOLVER)}
+    others = {model: models.present(model) for model in (LISTING, RESOLVER, TOKENS)}
     foreign = {ROUTER: present == ""} | {
         model: config is not None and not config.parameters.get("router") for model, config in others.items()
     }
@@ -427,7 +438,7 @@ def _choose_target(models: Models, asked: str | None) -> str:
 
 def _ensembles_of(models: Models, target: str) -> dict[str, ModelConfig]:
     """The ensembles with a step for `target` or the router. RepositoryError when all ensembles lead to other models."""
-    candidates = {name: config for name, config in models.configs().items() if config.steps}
+    candidates = {name: config for name, config in models.configs().items() if config.steps and name != TOKENS}
     found = {
         name: config
         for name, config in candidates.items()

@@ -28,6 +28,7 @@ from tritonlora.targets import target_of
 ROUTER = "lora_router"
 RESOLVER = "lora_resolver"
 LISTING = "lora_adapters"
+TOKENS = "lora_tokens"  # the ensemble of the resolver and the engine alone, for clients with a tokenizer of their own
 COPY_AGAIN = "copy the repository again, with what its links lead to: cp -rL"
 WARMUP = "warmup"
 SERVING = "serving"  # beside a model.py of tritonlora: a copy of the package that the model runs

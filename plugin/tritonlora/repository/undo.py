@@ -46,6 +46,7 @@ from tritonlora.repository.paths import (
     LISTING,
     RESOLVER,
     ROUTER,
+    TOKENS,
     Repository,
     half_written,
     open_repository,
@@ -57,7 +58,10 @@ from tritonlora.serving.file_version import has_content, read_file
 
 ORIGINALS = Path(ROUTER, "1", "originals")
 WRITTEN = ORIGINALS / "written.json"
-OURS = (LISTING, RESOLVER, ROUTER)  # the models that `init` adds; the router, which has the originals, goes last
+# The models that `init` adds, in the order in which they go: each after the models that lead to it. The router has the
+# originals, and goes last.
+WITH_CODE = (LISTING, RESOLVER, ROUTER)
+OURS = (TOKENS, *WITH_CODE)
 NOTHING_CHANGED = "not everything can be put back as it was; nothing was changed"
 _NOT_RECORDED = {f"{ROUTER}/adapters.json", f"{ROUTER}/.lock"}
 _MOST_NBYTES = 64 << 20  # of written.json, which takes a hundred bytes for each adapter that was ever warm
@@ -278,6 +282,7 @@ def undo(root: Path, *, dry_run: bool = False) -> list[FileChange]:
         return changes
     with locked(root / ROUTER):
         planned = plan_undo(root)
+        take_out(root, [TOKENS])  # it leads to the resolver, and has no other use
         _lead_past_resolver(root)
         for path in half_written(root):
             delete(path)

@@ -1,0 +1,86 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""`tritonlora openai`: the OpenAI-compatible door."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tritonlora import extras, machine
+from tritonlora.cli.options import Interrupted, Repo, RepoOption, from_environment
+from tritonlora.errors import ServerError
+from tritonlora.machine import LOCAL, host_and_port
+from tritonlora.openai.settings import API_KEY_VARIABLE, DEFAULT_PORT, DEFAULT_URL, Settings
+
+app = typer.Typer()
+
+
+@app.command("openai")
+def serve_openai(
+    argument: Repo = None,
+    repo: RepoOption = None,
+    url: Annotated[
+        str, typer.Option("--url", metavar="HOST:PORT", help="The gRPC endpoint of the running server.")
+    ] = DEFAULT_URL,
+    port: Annotated[int, typer.Option("--port", min=1, max=65535)] = DEFAULT_PORT,
+    address: Annotated[
+        str, typer.Option("--address", help="The address to listen at. Others than this machine's own need an API key.")
+    ] = LOCAL,
+    api_key: Annotated[
+        str | None,
+        typer.Option("--api-key", envvar=API_KEY_VARIABLE, show_envvar=True, help="The key that clients have to send."),
+    ] = None,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(
+            "--tokenizer", help="The tokenizer's directory; by default the one of the server's preprocessing."
+        ),
+    ] = None,
+    base_name: Annotated[
+        str | None, typer.Option("--base-name", help="The base model's name for clients; by default that on the hub.")
+    ] = None,
+    context_length: Annotated[
+        int | None,
+        typer.Option(
+            "--context-length",
+            min=2,
+            help="Tokens of prompt and response; by default as the engine's config.json says.",
+        ),
+    ] = None,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="The number of processes.")] = 1,
+    drain_seconds: Annotated[
+        float, typer.Option("--drain-seconds", min=0.0, help="How long requests under way may take after SIGTERM.")
+    ] = 30.0,
+) -> None:
+    """Serve the OpenAI API in front of a running server: model names an adapter, or the base model."""
+    extras.require("openai")
+    from tritonlora.openai import server  # with FastAPI and gRPC
+
+    if api_key == "":
+        raise ServerError("the API key is empty; leave it out to listen on this machine alone, or set one")
+    settings = Settings(
+        url=url,
+        address=machine.numeric_address(address),
+        port=port,
+        repository=argument or repo or from_environment(),
+        tokenizer=tokenizer,
+        base_name=base_name,
+        context_length=context_length,
+        api_key=api_key,
+        workers=workers,
+        drain_seconds=drain_seconds,
+    )
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    sys.stdout.write(f"listening on http://{host_and_port(settings.address, port)}/v1, before {url}\n")
+    sys.stdout.flush()
+    try:
+        server.run(settings)
+    except Interrupted as end:
+        if end.args != (signal.SIGTERM,):
+            raise

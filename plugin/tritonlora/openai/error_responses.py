@@ -1,0 +1,69 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""The handlers of the application's errors: each becomes a response in the form of OpenAI's API."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+
+from tritonlora.openai.api_error import FAILED, INVALID, NOT_FOUND, ApiError, invalid
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Let the application answer all errors in this form."""
+    for kind, error_of in _HANDLERS.items():
+        app.add_exception_handler(kind, _handler(error_of))
+
+
+def _handler(error_of: Callable[[Any], ApiError]) -> Callable[[Request, Exception], Awaitable[JSONResponse]]:
+    async def handle(_: Request, error: Exception) -> JSONResponse:
+        found = error_of(error)
+        return JSONResponse(found.body(), found.status, headers=found.headers)
+
+    return handle
+
+
+def _itself(error: ApiError) -> ApiError:
+    return error
+
+
+def _bad_body(error: RequestValidationError) -> ApiError:
+    """The error that names each field that is wrong."""
+    problems: dict[str, str] = {}
+    for one in error.errors():
+        path = [str(part) for part in one["loc"][1:]]
+        if one["type"] == "json_invalid":
+            return invalid(f"the body is not JSON: {one.get('ctx', {}).get('error', one['msg'])}")
+        field = path[0] if path else "body"
+        text = "the field is unknown here" if one["type"] == "extra_forbidden" else str(one["msg"])
+        problems.setdefault(field, f"{'.'.join(path) or field}: {text}")
+    return invalid("; ".join(problems.values())[:MOST_CHARACTERS], next(iter(problems), None))
+
+
+def _half_a_character(_: UnicodeEncodeError) -> ApiError:
+    return invalid("the request has half of a surrogate pair, which is no character")
+
+
+def _http_error(error: HTTPException) -> ApiError:
+    kind = NOT_FOUND if error.status_code == 404 else INVALID
+    return ApiError(error.status_code, str(error.detail), kind=kind, headers=error.headers)
+
+
+def _failure(_: Exception) -> ApiError:
+    return ApiError(500, "tritonlora openai failed on this request; its log says why", kind=FAILED)
+
+
+MOST_CHARACTERS = 2000
+_HANDLERS: dict[type[Exception], Callable[[Any], ApiError]] = {
+    ApiError: _itself,
+    RequestValidationError: _bad_body,
+    UnicodeEncodeError: _half_a_character,
+    HTTPException: _http_error,
+    Exception: _failure,
+}

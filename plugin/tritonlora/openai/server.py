@@ -1,0 +1,100 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""Runs the door: sockets, processes and signals. uvicorn does the rest."""
+
+from __future__ import annotations
+
+import functools
+import ipaddress
+import logging
+import resource
+import socket
+from asyncio import Transport
+
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.supervisors import Multiprocess
+
+from tritonlora.errors import ServerError
+from tritonlora.machine import host_and_port, is_ipv6
+from tritonlora.openai.app import create_app
+from tritonlora.openai.settings import API_KEY_VARIABLE, Settings
+
+HEAD_SECONDS = 10.0  # until a connection has sent the head of a request
+KEEP_ALIVE_SECONDS = 75  # between two requests of a client
+
+
+def run(settings: Settings) -> None:
+    """Listen until a signal ends the process. Raises ServerError when it cannot listen there."""
+    if settings.api_key is None and not ipaddress.ip_address(settings.address).is_loopback:
+        raise ServerError(
+            f"without an API key everybody who reaches {settings.address} could ask; set {API_KEY_VARIABLE}, or listen "
+            "at 127.0.0.1"
+        )
+    _allow_many_connections()
+    config = uvicorn.Config(
+        functools.partial(create_app, settings),
+        factory=True,
+        http=PunctualProtocol,
+        ws="none",
+        workers=settings.workers,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=int(settings.drain_seconds),
+    )
+    with _listening(settings) as listening:
+        if settings.workers > 1:
+            Multiprocess(config, sockets=[listening]).run()
+        else:
+            uvicorn.Server(config).run(sockets=[listening])
+
+
+def _listening(settings: Settings) -> socket.socket:
+    listening = socket.socket(socket.AF_INET6 if is_ipv6(settings.address) else socket.AF_INET)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((settings.address, settings.port))
+    except OSError as error:
+        listening.close()
+        where = host_and_port(settings.address, settings.port)
+        raise ServerError(f"cannot listen at {where}: {error.strerror}; give another --address or --port") from None
+    listening.set_inheritable(True)
+    return listening
+
+
+def _allow_many_connections() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+class PunctualProtocol(HttpToolsProtocol):
+    """uvicorn's protocol, which closes a connection that does not send the head of a request in time.
+
+    uvicorn itself waits for ever for a first request, and for the rest of a head.
+    """
+
+    _deadline: float | None = None
+
+    def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._await_head()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._await_head()
+
+    def _await_head(self) -> None:
+        if self.transport.is_closing():
+            return
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._deadline = None
+        elif self.timeout_keep_alive_task is None:
+            self._deadline = self._deadline or self.loop.time() + HEAD_SECONDS
+            self.timeout_keep_alive_task = self.loop.call_at(self._deadline, self.timeout_keep_alive_handler)
+
+
+logging.getLogger("uvicorn.error").addFilter(lambda record: "Invalid HTTP request" not in record.getMessage())

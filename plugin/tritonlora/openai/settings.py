@@ -1,0 +1,30 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""The settings of one door. They are pickled for each worker process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tritonlora.machine import LOCAL
+
+DEFAULT_PORT = 9000
+DEFAULT_URL = "localhost:8001"
+API_KEY_VARIABLE = "TRITONLORA_API_KEY"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Where the door listens, which server it asks, and what the server does not tell by itself."""
+
+    url: str = DEFAULT_URL  # HOST:PORT of the server's gRPC endpoint
+    address: str = LOCAL
+    port: int = DEFAULT_PORT
+    repository: Path | None = None  # the server's model repository, if it is on this machine
+    tokenizer: Path | None = None  # None: the directory that the server's preprocessing names
+    base_name: str | None = None  # the base model's id for clients; None: its name on the Hugging Face hub, or "base/…"
+    context_length: int | None = None  # tokens of prompt and response; None: as the engine's config.json says
+    api_key: str | None = None
+    workers: int = 1
+    drain_seconds: float = 30.0  # for requests under way when the door is stopped

@@ -1,0 +1,150 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""Asks a Triton server over gRPC: for configs, and for the responses to one request.
+
+It uses the stubs of tritonclient. Its InferenceServerClient would copy each response into further Python objects.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator, Mapping
+from types import TracebackType
+from typing import Any
+
+import grpc
+import numpy as np
+import numpy.typing as npt
+from tritonclient.grpc import service_pb2 as pb
+from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
+
+_OPTIONS = [
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.enable_http_proxy", 0),
+]
+ASK_SECONDS = 10.0
+
+
+class ServerGone(Exception):
+    """The server does not answer, or the connection to it broke."""
+
+
+class ServerRefused(Exception):
+    """The server answered with an error."""
+
+
+class TritonClient:
+    """A connection to one server. Make it inside of the event loop that uses it."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._channel = grpc.aio.insecure_channel(url, options=_OPTIONS)
+        self._stub: Any = GRPCInferenceServiceStub(self._channel)
+
+    async def __aenter__(self) -> TritonClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self._channel.close()
+
+    async def is_ready(self, model: str) -> bool:
+        """Whether the server answers and the model is ready."""
+        try:
+            found = await self._stub.ModelReady(pb.ModelReadyRequest(name=model), timeout=ASK_SECONDS)
+        except grpc.aio.AioRpcError:
+            return False
+        return bool(found.ready)
+
+    async def config(self, model: str) -> Any:
+        """A model's config as the server has it, a ModelConfig of protobuf."""
+        return (await self._call(self._stub.ModelConfig, pb.ModelConfigRequest(name=model))).config
+
+    async def models(self) -> list[str]:
+        """The names of the models that are ready, sorted."""
+        index = await self._call(self._stub.RepositoryIndex, pb.RepositoryIndexRequest(ready=True))
+        return sorted({one.name for one in index.models})
+
+    async def json_of(self, model: str, inputs: Mapping[str, npt.NDArray[Any]], output: str) -> Any:
+        """The JSON in the only element of an output of a model that is not decoupled."""
+        request = infer_request(model, "", inputs, [output])
+        found = await self._call(self._stub.ModelInfer, request)
+        return json.loads(found.raw_output_contents[0][4:])
+
+    async def stream(self, request: Any) -> AsyncGenerator[Any, None]:
+        """The responses to a request, each a ModelInferResponse. Closing the iterator cancels the call."""
+        call = self._stub.ModelStreamInfer()
+        try:
+            await call.write(request)
+            await call.done_writing()
+            while (received := await call.read()) is not grpc.aio.EOF:
+                if received.error_message:
+                    raise ServerRefused(received.error_message)
+                yield received.infer_response
+            code = await call.code()
+            if code is not grpc.StatusCode.OK:
+                raise _error_of(code, await call.details())
+        except grpc.aio.AioRpcError as error:
+            raise _error_of(error.code(), error.details()) from None
+        finally:
+            call.cancel()
+
+    async def _call(self, method: Any, request: Any) -> Any:
+        try:
+            return await method(request, timeout=ASK_SECONDS)
+        except grpc.aio.AioRpcError as error:
+            raise _error_of(error.code(), error.details()) from None
+
+
+_GONE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
+
+
+def _error_of(code: grpc.StatusCode, details: str | None) -> Exception:
+    return ServerGone(details or code.name) if code in _GONE else ServerRefused(details or code.name)
+
+
+_DATATYPES = {"i4": "INT32", "i8": "INT64", "u8": "UINT64", "u4": "UINT32", "f4": "FP32", "b1": "BOOL"}
+
+
+def infer_request(model: str, request_id: str, inputs: Mapping[str, npt.NDArray[Any]], outputs: list[str]) -> Any:
+    """A ModelInferRequest. Arrays of objects hold bytes, and become BYTES tensors."""
+    request = pb.ModelInferRequest(model_name=model, id=request_id)
+    for name, array in inputs.items():
+        datatype = _DATATYPES.get(array.dtype.str[1:], "BYTES")
+        request.inputs.add(name=name, datatype=datatype, shape=array.shape)
+        request.raw_input_contents.append(_bytes_of(array) if datatype == "BYTES" else array.tobytes())
+    for name in outputs:
+        request.outputs.add(name=name)
+    return request
+
+
+def _bytes_of(array: npt.NDArray[Any]) -> bytes:
+    return b"".join(len(one).to_bytes(4, "little") + one for one in array.reshape(-1).tolist())
+
+
+def outputs_of(response: Any) -> dict[str, npt.NDArray[Any] | list[str]]:
+    """The outputs of a ModelInferResponse by name: arrays of numbers, and lists of text."""
+    found: dict[str, npt.NDArray[Any] | list[str]] = {}
+    for spec, raw in zip(response.outputs, response.raw_output_contents, strict=False):
+        if spec.datatype == "BYTES":
+            found[spec.name] = _texts(raw)
+        else:
+            found[spec.name] = np.frombuffer(raw, _DTYPES[spec.datatype]).reshape(tuple(spec.shape))
+    return found
+
+
+_DTYPES = {"INT32": np.int32, "INT64": np.int64, "FP32": np.float32, "FP64": np.float64, "BOOL": np.bool_}
+
+
+def _texts(raw: bytes) -> list[str]:
+    texts, place = [], 0
+    while place < len(raw):
+        size = int.from_bytes(raw[place : place + 4], "little")
+        texts.append(raw[place + 4 : place + 4 + size].decode(errors="replace"))
+        place += 4 + size
+    return texts
