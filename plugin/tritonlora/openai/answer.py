@@ -14,10 +14,10 @@ from starlette.types import Receive, Scope, Send
 from tritonlora.openai import responses
 from tritonlora.openai.api_error import ApiError
 from tritonlora.openai.discovery import Served
-from tritonlora.openai.engine_model import Piece, TokenSequence
 from tritonlora.openai.generation import Generations, Prompt
 from tritonlora.openai.sampling import wants_logprobs
 from tritonlora.openai.schema import GenerationRequest
+from tritonlora.openai.served_model import ChoiceState, Piece
 
 
 class Answer(Response):
@@ -51,9 +51,9 @@ class Answer(Response):
                 task.cancel()
             await asyncio.gather(work, gone, return_exceptions=True)
 
-    def _pieces(self, index: int) -> tuple[TokenSequence, AsyncGenerator[Piece, None]]:
+    def _pieces(self, index: int) -> tuple[ChoiceState, AsyncGenerator[Piece, None]]:
         prompt, number = self._choices[index]
-        sequence = self._served.model.sequence(self._request, prompt.tokens, prompt.max_tokens)
+        sequence = self._served.model.sequence(self._request, prompt.source, prompt.max_tokens)
         return sequence, self._generations.run(self._served, self._request, prompt, sequence, number)
 
     async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -80,10 +80,10 @@ class Answer(Response):
         )  # fmt: skip
 
     def _logprobs(self, part: Piece) -> list[tuple[str, float]]:
-        return [(self._served.model.text.tokenizer.text([token]), value) for token, value in part.tokens]
+        return [(self._served.model.text.tokenizer.text([token]), value) for token, value in part.logprobs]
 
     def _usage(self, tokens: int) -> dict[str, int]:
-        return responses.usage(sum(len(prompt.tokens) for prompt in self._prompts), tokens)
+        return responses.usage(sum(len(prompt.source.tokens) for prompt in self._prompts), tokens)
 
     async def _stream(self, send: Send) -> None:
         options = self._request.stream_options
@@ -148,7 +148,7 @@ class Answer(Response):
                 if wants:
                     logprobs = responses.logprobs_of(self._head.kind, self._logprobs(part), offset)
                     offset += len(part.text)
-                if part.text or part.tokens:
+                if part.text or part.logprobs:
                     yield first + events.text(index, part.text, logprobs)
                     first = b""
         counts[index] = sequence.count

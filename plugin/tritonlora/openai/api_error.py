@@ -17,6 +17,7 @@ INVALID, NOT_FOUND, OVERLOADED, FAILED = (
     "overloaded_error",
     "server_error",
 )
+UNSUPPORTED, TOO_LONG = "unsupported", "context_length_exceeded"  # codes
 
 
 class ApiError(Exception):
@@ -63,7 +64,7 @@ _ERRORS = (
         INVALID,
         "context_length_exceeded",
     ),
-    (r"does not implement|not supported|unsupported|INVALID_ARG", 400, INVALID, "unsupported"),
+    (r"does not implement|not supported|unsupported|INVALID_ARG", 400, INVALID, UNSUPPORTED),
     (r"is not a legal adapter name|lora_name is empty|is not UTF-8", 400, INVALID, None),
     (r"not found in cache|ask again|is in use|are in use|no done tasks|Cache is full", 503, OVERLOADED, None),
     (

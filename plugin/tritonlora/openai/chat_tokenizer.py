@@ -26,10 +26,17 @@ class ChatTokenizer:
     tokenizer: Tokenizer
     hugging_face: Any = None  # None: a token is a UTF-8 byte, and there is no template
     add_special_tokens: bool = True  # to the prompts of completions; a template adds them itself
+    longest_token: int = 1  # characters
 
     def tokens(self, text: str, *, is_rendered: bool) -> list[int]:
         """The tokens of a prompt. `is_rendered`: a chat template has written the text."""
         return self.tokenizer.encode(text, self.add_special_tokens and not is_rendered)
+
+    def without_start(self, text: str) -> str:
+        """A rendered conversation without the special token at its start that a target adds to every text."""
+        start = getattr(self.hugging_face, "bos_token", None)
+        adds_it = start and self.tokenizer.encode("", True)[:1] == self.tokenizer.encode(start, False)
+        return text.removeprefix(start) if start and adds_it else text
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None, template: str | None
@@ -70,4 +77,5 @@ def load(directory: Path | None, *, add_special_tokens: bool = True, skip_specia
     except Exception as error:  # malformed files raise errors of many types
         raise ModelConfigError(f"{str(directory)!r} holds no usable tokenizer: {error}") from error
     tokenizer = from_transformers(loaded, skip_special_tokens=skip_special_tokens)
-    return ChatTokenizer(tokenizer, loaded, add_special_tokens)
+    longest = max(map(len, loaded.get_vocab()), default=1)
+    return ChatTokenizer(tokenizer, loaded, add_special_tokens, longest)

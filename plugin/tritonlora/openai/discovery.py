@@ -5,21 +5,24 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from tritonlora.errors import ModelConfigError, ServerError
 from tritonlora.openai import chat_tokenizer
+from tritonlora.openai.context_length import length_in
 from tritonlora.openai.engine_model import EngineModel
+from tritonlora.openai.llm_api_model import LlmApiModel
+from tritonlora.openai.served_model import Declared, ServedModel
 from tritonlora.openai.settings import Settings
 from tritonlora.openai.triton_client import ServerRefused, TritonClient
 from tritonlora.pbtxt.model_config import DATA_TYPES
-from tritonlora.repository.paths import LISTING, ROUTER, TOKENS
-
-_STOP = ("input_ids", "input_lengths", "request_output_len", "stop")
+from tritonlora.repository.paths import DEFAULT_TARGET, LISTING, ROUTER, TOKENS
+from tritonlora.serving.wire import LLM_API, wire_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +30,7 @@ class Served:
     """What a server serves."""
 
     base_name: str  # the base model's id for clients
-    model: EngineModel
+    model: ServedModel
     context_length: int | None  # tokens of prompt and response
 
 
@@ -46,28 +49,26 @@ async def discover(client: TritonClient, settings: Settings) -> Served:
             "repository, and start it again (in explicit mode: load that model, too)"
         )
     configs = {name: await client.config(name) for name in names}
-    asked = configs[model]
-    target = _parameters(asked).get("target", "tensorrt_llm")
+    target = _parameters(configs[model]).get("target", DEFAULT_TARGET)
     if target not in configs:
         raise ServerError(f"the server at {settings.url} has no model {target!r} that is ready; load it")
+    served = await asyncio.to_thread(_model_of, settings, configs, model, target)
+    base_name = settings.base_name or await _base_name(client, target)
+    return Served(base_name, served, settings.context_length or _context_length(settings, target, configs[target]))
+
+
+def _model_of(settings: Settings, configs: Mapping[str, Any], model: str, target: str) -> ServedModel:
+    asked, behind = configs[model], configs[target]
+    declared = Declared(target, _types(asked), asked.max_batch_size > 0)
+    decoupled = behind.model_transaction_policy.decoupled
+    if wire_of([*_types(behind)]) is LLM_API:
+        directory = settings.tokenizer or _model_yaml(settings, target).get("model")
+        if directory is None:
+            raise ModelConfigError("the base model's tokenizer is not known here; give --repo REPO or --tokenizer DIR")
+        return LlmApiModel(model, target, declared, decoupled, chat_tokenizer.load(Path(directory)))
     directory, added, skipped = _tokenizer_of(settings, configs)
-    text = await asyncio.to_thread(
-        chat_tokenizer.load, directory, add_special_tokens=added, skip_special_tokens=skipped
-    )
-    inputs = {spec.name: DATA_TYPES[spec.data_type] for spec in asked.input}
-    of_target = {spec.name: DATA_TYPES[spec.data_type] for spec in configs[target].input}
-    return Served(
-        await _base_name(client, settings, target),
-        EngineModel(
-            model,
-            target,
-            inputs,
-            {name: of_target[name] for name in _STOP if name in of_target},
-            configs[target].model_transaction_policy.decoupled,
-            text,
-        ),
-        settings.context_length or _context_length(settings, target, _parameters(configs[target])),
-    )
+    text = chat_tokenizer.load(directory, add_special_tokens=added, skip_special_tokens=skipped)
+    return EngineModel(model, target, declared, _types(behind), decoupled, text)
 
 
 async def listing(client: TritonClient) -> dict[str, dict[str, Any]]:
@@ -76,13 +77,11 @@ async def listing(client: TritonClient) -> dict[str, dict[str, Any]]:
     return found
 
 
-async def _base_name(client: TritonClient, settings: Settings, target: str) -> str:
-    """The base model's id: as the settings say, or its name on the Hugging Face hub, if all adapters agree on one.
+async def _base_name(client: TritonClient, target: str) -> str:
+    """The base model's name on the Hugging Face hub, if all adapters agree on one, or else "base/" and the target.
 
-    The default has a slash, which no adapter's name has.
+    Both have a slash, which no adapter's name has.
     """
-    if settings.base_name:
-        return settings.base_name
     try:
         found = {one.get("base_model_name_or_path") for one in (await listing(client)).values()} - {None}
     except ServerRefused:
@@ -112,16 +111,23 @@ def _parameters(config: Any) -> dict[str, str]:
     return {key: value.string_value for key, value in config.parameters.items()}
 
 
-def _context_length(settings: Settings, target: str, parameters: Mapping[str, str]) -> int | None:
-    """As the config.json of the engine says, if it is on this machine; None if nothing says it."""
-    location = parameters.get("gpt_model_path", "")
-    path = (settings.repository or Path()) / target / location / "config.json"
+def _types(config: Any) -> dict[str, str]:
+    return {spec.name: DATA_TYPES[spec.data_type] for spec in config.input}
+
+
+def _context_length(settings: Settings, target: str, config: Any) -> int | None:
+    """The context length that the engine's config.json, or model.yaml, says; None if they are not on this machine."""
+    if wire_of([*_types(config)]) is not LLM_API:
+        location = _parameters(config).get("gpt_model_path", "")
+        return length_in((settings.repository or Path()) / target / location) if location else None
+    settled = _model_yaml(settings, target)
+    return settled.get("max_seq_len") or (length_in(Path(settled["model"])) if settled.get("model") else None)
+
+
+def _model_yaml(settings: Settings, target: str) -> dict[str, Any]:
+    """The content of the LLM API's model.yaml; {} if it is not on this machine."""
+    path = (settings.repository or Path()) / target / "1" / "model.yaml"
     try:
-        document = json.loads(path.read_text(encoding="utf-8")) if location else {}
-    except (OSError, ValueError):
-        return None
-    build = document.get("build_config") or document.get("builder_config") or {}
-    found = build.get("max_seq_len") or document.get("max_position_embeddings")
-    if found is None and "max_input_len" in build and "max_output_len" in build:
-        found = build["max_input_len"] + build["max_output_len"]
-    return found if isinstance(found, int) and found > 0 else None
+        return dict(yaml.safe_load(path.read_text(encoding="utf-8"))) if settings.repository else {}
+    except (OSError, ValueError, TypeError, yaml.YAMLError):
+        return {}

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -37,7 +38,7 @@ def _bad_body(error: RequestValidationError) -> ApiError:
     """The error that names each field that is wrong."""
     problems: dict[str, str] = {}
     for one in error.errors():
-        path = [str(part) for part in one["loc"][1:]]
+        path = [str(part) for part in one["loc"][1:] if not _KIND.search(str(part))]
         if one["type"] == "json_invalid":
             return invalid(f"the body is not JSON: {one.get('ctx', {}).get('error', one['msg'])}")
         field = path[0] if path else "body"
@@ -60,6 +61,7 @@ def _failure(_: Exception) -> ApiError:
 
 
 MOST_CHARACTERS = 2000
+_KIND = re.compile(r"constrained-|\[")  # pydantic names the kinds of a field that has several
 _HANDLERS: dict[type[Exception], Callable[[Any], ApiError]] = {
     ApiError: _itself,
     RequestValidationError: _bad_body,

@@ -12,17 +12,15 @@ import asyncio
 import itertools
 import logging
 import secrets
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from tritonlora.openai.api_error import error_of_server, unavailable
 from tritonlora.openai.discovery import Served
-from tritonlora.openai.engine_model import EngineModel, Inputs, Piece, TokenSequence
 from tritonlora.openai.schema import GenerationRequest
+from tritonlora.openai.served_model import ChoiceState, Inputs, Piece, ServedModel, Source
 from tritonlora.openai.triton_client import ServerGone, ServerRefused, TritonClient, infer_request
 
 log = logging.getLogger("tritonlora.openai")
@@ -33,7 +31,7 @@ STOP_SECONDS = 10.0
 class Prompt:
     """The inputs of one prompt of a request, which its choices share."""
 
-    tokens: Sequence[int]
+    source: Source
     inputs: Inputs
     max_tokens: int
 
@@ -47,13 +45,13 @@ class Generations:
         self._abandoned: set[asyncio.Task[None]] = set()
 
     async def run(
-        self, served: Served, request: GenerationRequest, prompt: Prompt, sequence: TokenSequence, number: int
+        self, served: Served, request: GenerationRequest, prompt: Prompt, sequence: ChoiceState, number: int
     ) -> AsyncGenerator[Piece, None]:
         """The pieces of choice `number`. Closing the iterator ends the request in the engine. Raises ApiError."""
         model, request_id = served.model, str(next(self._own_ids))
-        stream = self._client.stream(
-            infer_request(model.model, request_id, _of_choice(served, request, prompt, number), model.outputs(request))
-        )
+        lora_name = None if request.model == served.base_name else request.model
+        inputs = model.choice_inputs(prompt.inputs, lora_name, number)
+        stream = self._client.stream(infer_request(model.model, request_id, inputs, model.outputs(request)))
         has_begun = has_ended = False
         try:
             async for response in stream:
@@ -62,7 +60,7 @@ class Generations:
                 if sequence.is_stopped:
                     yield part
                     return
-                if part.text or part.tokens:
+                if part.text or part.logprobs:
                     yield part
             has_ended = True
             yield sequence.end()
@@ -81,16 +79,16 @@ class Generations:
                 self._abandon(stream, model, request_id, has_begun=has_begun)
 
     def _abandon(
-        self, stream: AsyncGenerator[Any, None], model: EngineModel, request_id: str, *, has_begun: bool
+        self, stream: AsyncGenerator[Any, None], model: ServedModel, request_id: str, *, has_begun: bool
     ) -> None:
         task = asyncio.create_task(self._stop(stream, model, request_id, has_begun=has_begun))
         self._abandoned.add(task)
         task.add_done_callback(self._abandoned.discard)
 
-    async def _stop(self, stream: Any, model: EngineModel, request_id: str, *, has_begun: bool) -> None:
+    async def _stop(self, stream: Any, model: ServedModel, request_id: str, *, has_begun: bool) -> None:
         async with aclosing(stream):
             try:
-                inputs = model.stop_request_inputs()
+                inputs = model.stop_inputs()
                 if inputs is None:
                     return
                 if not has_begun:
@@ -107,16 +105,3 @@ class Generations:
         """Wait until the engine has been asked to end what nobody waits for."""
         if self._abandoned:
             await asyncio.wait(self._abandoned, timeout=STOP_SECONDS)
-
-
-def _of_choice(served: Served, request: GenerationRequest, prompt: Prompt, number: int) -> Inputs:
-    """The inputs of one choice: its adapter, and a seed of its own."""
-    inputs = dict(prompt.inputs)
-    if request.model != served.base_name:
-        name = np.empty((1, 1), np.object_)
-        name[0, 0] = request.model.encode()
-        inputs["lora_name"] = name
-    seed = served.model.seed_input()
-    if number and seed in inputs:
-        inputs[seed] = inputs[seed] + number
-    return inputs

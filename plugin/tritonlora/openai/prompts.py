@@ -5,14 +5,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from typing import Any
 
-from tritonlora.openai.api_error import invalid
+from tritonlora.openai.api_error import TOO_LONG, invalid
 from tritonlora.openai.discovery import Served
 from tritonlora.openai.generation import Prompt
 from tritonlora.openai.sampling import most_tokens
 from tritonlora.openai.schema import ChatRequest, CompletionRequest, GenerationRequest, Message
+from tritonlora.openai.served_model import Source
 
 MOST_PROMPTS = 256
 _LONG = 20_000  # characters, for which a tokenizer takes milliseconds
@@ -24,7 +24,8 @@ async def chat_prompt(served: Served, request: ChatRequest) -> Prompt:
     messages = [_for_template(message) for message in request.messages]
     tools = [tool.model_dump() for tool in request.tools] if request.tools else None
     text = served.model.text.render(messages, tools, None)
-    return _prompt(served, request, await _tokens(served, text, is_rendered=True), "messages")
+    source = Source(text, await _tokens(served, text, "messages", is_rendered=True), is_rendered=True)
+    return _prompt(served, request, source, "messages")
 
 
 async def completion_prompts(served: Served, request: CompletionRequest) -> list[Prompt]:
@@ -35,8 +36,11 @@ async def completion_prompts(served: Served, request: CompletionRequest) -> list
         raise invalid(f"prompt: send 1 to {MOST_PROMPTS} prompts, got {len(prompts)}", "prompt")
     found = []
     for one in prompts:
-        tokens = await _tokens(served, one, is_rendered=False) if isinstance(one, str) else one
-        found.append(_prompt(served, request, tokens, "prompt"))
+        if isinstance(one, str):
+            source = Source(one, await _tokens(served, one, "prompt", is_rendered=False))
+        else:
+            source = Source(None, one)
+        found.append(_prompt(served, request, source, "prompt"))
     return found
 
 
@@ -48,14 +52,18 @@ def _for_template(message: Message) -> dict[str, Any]:
     return fields
 
 
-async def _tokens(served: Served, text: str, *, is_rendered: bool) -> list[int]:
+async def _tokens(served: Served, text: str, field: str, *, is_rendered: bool) -> list[int]:
+    tokenizer, context = served.model.text, served.context_length
+    if context is not None and len(text) > context * tokenizer.longest_token:  # tokenizing it would take seconds
+        raise invalid(f"{field}: the context has {context} tokens, too few for {len(text)} characters", field, TOO_LONG)
     if len(text) > _LONG:
-        return await asyncio.to_thread(served.model.text.tokens, text, is_rendered=is_rendered)
-    return served.model.text.tokens(text, is_rendered=is_rendered)
+        return await asyncio.to_thread(tokenizer.tokens, text, is_rendered=is_rendered)
+    return tokenizer.tokens(text, is_rendered=is_rendered)
 
 
-def _prompt(served: Served, request: GenerationRequest, tokens: Sequence[int], field: str) -> Prompt:
+def _prompt(served: Served, request: GenerationRequest, source: Source, field: str) -> Prompt:
     """The inputs of a prompt. ApiError when the prompt and the response do not fit the context."""
+    tokens = source.tokens
     if not tokens:
         raise invalid(f"{field}: the prompt has no tokens; send some text", field)
     vocabulary = served.model.text.tokenizer.vocab_size
@@ -69,11 +77,11 @@ def _prompt(served: Served, request: GenerationRequest, tokens: Sequence[int], f
         raise invalid(
             f"the context has {context} tokens, and the request asks for {len(tokens)} of the prompt{asked}",
             "max_tokens" if len(tokens) < context else field,
-            "context_length_exceeded",
+            TOO_LONG,
         )
     max_tokens = most or (context or 0) - len(tokens)
     if max_tokens > _INT32:
         raise invalid(f"max_tokens: at most {_INT32}, got {max_tokens}", "max_tokens")
     if (request.min_tokens or 0) > max_tokens:
         raise invalid(f"min_tokens is {request.min_tokens}, and max_tokens is {max_tokens}", "min_tokens")
-    return Prompt(tokens, served.model.request_inputs(request, tokens, max_tokens), max_tokens)
+    return Prompt(source, served.model.request_inputs(request, source, max_tokens), max_tokens)

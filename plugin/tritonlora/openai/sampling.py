@@ -13,7 +13,7 @@ import secrets
 from collections.abc import Mapping
 from typing import Any
 
-from tritonlora.openai.api_error import invalid
+from tritonlora.openai.api_error import UNSUPPORTED, invalid
 from tritonlora.openai.schema import ChatRequest, CompletionRequest, GenerationRequest
 
 _NEUTRAL: Mapping[str, tuple[float, ...]] = {
@@ -23,23 +23,23 @@ _NEUTRAL: Mapping[str, tuple[float, ...]] = {
     "repetition_penalty": (1,),
     "min_tokens": (0,),
 }
+_OF_CHANCE = {"temperature", "top_p", "top_k", "seed"}
 _NUMBERS = ("temperature", "top_p", "seed", *_NEUTRAL)
 
 
 def numbers_of(request: GenerationRequest) -> dict[str, float]:
     """The sampling fields of a request that are not neutral, so that TensorRT-LLM does what OpenAI's API says.
 
-    Without top_k and top_p the engine takes the likeliest token, whatever the temperature is. Without a seed it takes
-    the same one each time.
+    Without top_k and top_p TensorRT-LLM takes the likeliest token, whatever the temperature is. Without a seed it takes
+    the same tokens each time.
     """
     given = {name: value for name in _NUMBERS if (value := getattr(request, name)) is not None}
     found = {name: value for name, value in given.items() if value not in _NEUTRAL.get(name, ())}
     if found.get("temperature") == 0 or found.get("top_p") == 0:
-        found = {name: value for name, value in found.items() if name not in ("temperature", "top_p", "top_k", "seed")}
-        return found | {"top_k": 1}
+        return {name: value for name, value in found.items() if name not in _OF_CHANCE}
     if "temperature" in found and not {"top_p", "top_k"} & found.keys():
         found["top_p"] = 1.0
-    if {"temperature", "top_p", "top_k"} & found.keys():
+    if _OF_CHANCE & found.keys():
         found.setdefault("seed", secrets.randbits(31))
     return found
 
@@ -74,7 +74,6 @@ def wants_logprobs(request: GenerationRequest) -> bool:
     return isinstance(request, CompletionRequest) and request.logprobs is not None
 
 
-UNSUPPORTED = "unsupported"
 _FORMATS = ("response_format", "guided_json", "guided_regex", "guided_grammar")
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import ipaddress
+import json
 import logging
 import resource
 import socket
@@ -17,6 +18,7 @@ from uvicorn.supervisors import Multiprocess
 
 from tritonlora.errors import ServerError
 from tritonlora.machine import host_and_port, is_ipv6
+from tritonlora.openai.api_error import invalid
 from tritonlora.openai.app import create_app
 from tritonlora.openai.settings import API_KEY_VARIABLE, Settings
 
@@ -86,6 +88,13 @@ class PunctualProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         self._await_head()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no HTTP in the form of OpenAI's API."""
+        body = json.dumps(invalid(msg).body()).encode()
+        head = f"HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+        self.transport.write(f"{head}Connection: close\r\n\r\n".encode() + body)
+        self.transport.close()
 
     def _await_head(self) -> None:
         if self.transport.is_closing():

@@ -127,9 +127,9 @@ def _bytes_of(array: npt.NDArray[Any]) -> bytes:
     return b"".join(len(one).to_bytes(4, "little") + one for one in array.reshape(-1).tolist())
 
 
-def outputs_of(response: Any) -> dict[str, npt.NDArray[Any] | list[str]]:
+def outputs_of(response: Any) -> dict[str, Any]:
     """The outputs of a ModelInferResponse by name: arrays of numbers, and lists of text."""
-    found: dict[str, npt.NDArray[Any] | list[str]] = {}
+    found: dict[str, Any] = {}
     for spec, raw in zip(response.outputs, response.raw_output_contents, strict=False):
         if spec.datatype == "BYTES":
             found[spec.name] = _texts(raw)

@@ -1,0 +1,121 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""The LLM API's model as the door asks it, through the router: text in, text out.
+
+The model does not tell how many tokens its text has. The base model's tokenizer counts them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tritonlora.openai.api_error import invalid
+from tritonlora.openai.chat_tokenizer import ChatTokenizer
+from tritonlora.openai.sampling import guide_of, numbers_of, stops_of, wants_logprobs
+from tritonlora.openai.schema import GenerationRequest
+from tritonlora.openai.served_model import Declared, Inputs, Piece, Source, with_choice
+from tritonlora.openai.stop_strings import StopStrings
+from tritonlora.openai.triton_client import outputs_of
+
+_PREFIX = "sampling_param_"
+_SEED = "sampling_param_seed"
+_TEXT, _REASON = "text_diff", "finish_reason"
+
+
+@dataclass(frozen=True, slots=True)
+class LlmApiModel:
+    """The router before the LLM API's model. It implements `served_model.ServedModel`."""
+
+    model: str
+    target: str
+    declared: Declared
+    decoupled: bool
+    text: ChatTokenizer
+
+    def request_inputs(self, request: GenerationRequest, source: Source, max_tokens: int) -> Inputs:
+        """The inputs that all choices of a request share. ApiError naming a field that the model has no input for."""
+        declared = self.declared
+        if source.text is None:
+            raise invalid("prompt: the model takes text; send no tokens", "prompt")
+        scalars: dict[str, float | str] = {
+            "text_input": self.text.without_start(source.text) if source.is_rendered else source.text,
+            "sampling_param_max_tokens": max_tokens,
+        }
+        scalars |= {declared.name(field, _PREFIX + field): value for field, value in numbers_of(request).items()}
+        for field, is_asked in (
+            ("ignore_eos", bool(request.ignore_eos)),
+            ("logit_bias", bool(request.logit_bias)),
+            ("logprobs", wants_logprobs(request)),
+            ((guide_of(request) or ("",))[0], guide_of(request) is not None),
+        ):
+            if is_asked:
+                declared.name(field)
+        if "return_finish_reason" in declared.types:
+            scalars["return_finish_reason"] = True
+        if self.decoupled and request.stream:
+            scalars["streaming"] = True
+        inputs = {name: declared.scalar(name, value) for name, value in scalars.items()}
+        if stops := stops_of(request):
+            inputs[declared.name("stop", "sampling_param_stop")] = declared.strings(stops)
+        return inputs
+
+    def choice_inputs(self, inputs: Inputs, lora_name: str | None, number: int) -> Inputs:
+        """The inputs of choice `number`: with its adapter, and a seed of its own if there is a seed."""
+        return with_choice(self.declared, inputs, (_SEED,), lora_name, number)
+
+    def outputs(self, request: GenerationRequest) -> list[str]:  # noqa: ARG002
+        """The outputs to ask for."""
+        return [_TEXT, *([_REASON] if "return_finish_reason" in self.declared.types else [])]
+
+    def stop_inputs(self) -> Inputs | None:
+        """None: the router learns that the call was closed."""
+        return None
+
+    def sequence(self, request: GenerationRequest, source: Source, max_tokens: int) -> TextSequence:  # noqa: ARG002
+        """The state of one choice."""
+        return TextSequence(self.text, stops_of(request), max_tokens)
+
+
+class TextSequence:
+    """One choice: pieces of text come in, and go out. It implements `served_model.ChoiceState`."""
+
+    def __init__(self, text: ChatTokenizer, stops: Sequence[str], max_tokens: int) -> None:
+        self._tokenizer = text.tokenizer
+        self._stops = StopStrings(stops)
+        self._max_tokens = max_tokens
+        self._said = ""
+        self._texts: list[str] = []
+
+    @property
+    def count(self) -> int:
+        """The tokens of the text so far."""
+        return len(self._tokenizer.encode("".join(self._texts), False))
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a stop string has come: nothing after it counts."""
+        return self._stops.found
+
+    @property
+    def finish_reason(self) -> str:
+        """As the model says, or "length" if the text has as many tokens as it may have."""
+        said = self._said or ("length" if self.count >= self._max_tokens else "stop")
+        return "stop" if self._stops.found else said
+
+    def add(self, response: Any) -> Piece:
+        """What a ModelInferResponse adds."""
+        outputs = outputs_of(response)
+        if _REASON in outputs:
+            self._said = "".join(outputs[_REASON]) or self._said
+        return self._pass_on("".join(outputs.get(_TEXT, ())))
+
+    def end(self) -> Piece:
+        """The text that was held back."""
+        return self._pass_on("", ends=True)
+
+    def _pass_on(self, text: str, *, ends: bool = False) -> Piece:
+        passed = self._stops.pass_on(text, ends=ends)
+        self._texts.append(passed)
+        return Piece(passed)
