@@ -5,8 +5,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +16,6 @@ import typer
 
 from tritonlora import extras, machine
 from tritonlora.cli.options import Interrupted, Repo, RepoOption, from_environment
-from tritonlora.errors import ServerError
 from tritonlora.machine import LOCAL, host_and_port
 from tritonlora.openai.settings import API_KEY_VARIABLE, DEFAULT_PORT, DEFAULT_URL, Settings
 
@@ -57,13 +58,12 @@ def serve_openai(
     drain_seconds: Annotated[
         float, typer.Option("--drain-seconds", min=0.0, help="How long requests under way may take after SIGTERM.")
     ] = 30.0,
+    while_stdin: Annotated[bool, typer.Option("--while-stdin", hidden=True)] = False,
 ) -> None:
     """Serve the OpenAI API in front of a running server: model names an adapter, or the base model."""
     extras.require("openai")
     from tritonlora.openai import server  # with FastAPI and gRPC
 
-    if api_key == "":
-        raise ServerError("the API key is empty; leave it out to listen on this machine alone, or set one")
     settings = Settings(
         url=url,
         address=machine.numeric_address(address),
@@ -79,8 +79,16 @@ def serve_openai(
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     sys.stdout.write(f"listening on http://{host_and_port(settings.address, port)}/v1, before {url}\n")
     sys.stdout.flush()
+    if while_stdin:
+        threading.Thread(target=_end_with_stdin, daemon=True).start()
     try:
         server.run(settings)
     except Interrupted as end:
         if end.args != (signal.SIGTERM,):
             raise
+
+
+def _end_with_stdin() -> None:
+    """End this process when the process that started it has ended, however that was: stdin is closed then."""
+    sys.stdin.read()
+    os.kill(os.getpid(), signal.SIGTERM)

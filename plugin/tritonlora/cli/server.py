@@ -4,13 +4,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import sys
 from typing import Annotated
 
 import typer
 
-from tritonlora import machine
+from tritonlora import extras, machine
 from tritonlora.cli.options import (
     GrpcPort,
     HttpPort,
@@ -25,9 +27,10 @@ from tritonlora.cli.options import (
 )
 from tritonlora.cli.output import AsJson, print_json, print_note, stderr
 from tritonlora.errors import ServerError, one_message
-from tritonlora.launch import client, diagnosis, tritonserver
+from tritonlora.launch import client, diagnosis, door, tritonserver
 from tritonlora.launch import serve as serving
 from tritonlora.machine import Ports
+from tritonlora.openai.settings import API_KEY_VARIABLE, check_access
 from tritonlora.repository.paths import open_repository
 from tritonlora.repository.state import read_state
 
@@ -67,6 +70,12 @@ def serve(
             help="When a model's process dies, print it and keep the server running; else stop the server.",
         ),
     ] = False,
+    openai_port: Annotated[
+        int | None,
+        typer.Option(
+            "--openai-port", min=1, max=65535, help="Serve the OpenAI API there, too, as `tritonlora openai` does."
+        ),
+    ] = None,
     print_command: Annotated[
         bool, typer.Option("--print-command", help="Print the command that would be run; run nothing.")
     ] = False,
@@ -81,6 +90,9 @@ def serve(
         line = serving.command_line(opened, ports, address=address, extra=extra, world_size=world_size)
         sys.stdout.write(f"{line}\n")
         return
+    if openai_port is not None:
+        extras.require("openai")
+        check_access(address, os.environ.get(API_KEY_VARIABLE))
     server = serving.serve(
         opened,
         ports=ports,
@@ -117,7 +129,14 @@ def serve(
             sys.stdout.write("verified: each of them answers, and an unregistered lora_task_id is refused\n")
         sys.stdout.flush()
         try:
-            exit_status = running.wait()
+            with contextlib.ExitStack() as beside:
+                before = None
+                if openai_port is not None:
+                    started = door.opened(root, running.grpc_url, address=address, port=openai_port)
+                    before = beside.enter_context(started)
+                    sys.stdout.write(f"OpenAI API on http://{machine.host_and_port(address, openai_port)}/v1\n")
+                    sys.stdout.flush()
+                exit_status = running.wait() if before is None else door.wait(running, before)
         except Interrupted as end:
             if end.args != (signal.SIGTERM,):
                 raise

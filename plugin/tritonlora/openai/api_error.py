@@ -55,25 +55,16 @@ def unavailable(message: str) -> ApiError:
     return ApiError(503, message, kind=OVERLOADED, headers={"Retry-After": "1"})
 
 
-# What the messages of the server contain -> status, type and code. The first match counts. A gRPC stream of Triton has
-# the message of an error alone, without its code.
-_ERRORS = (
-    (
-        r"exceeds maximum input length|[Pp]rompt length|max_input_len|max_seq_len",
-        400,
-        INVALID,
-        "context_length_exceeded",
-    ),
-    (r"does not implement|not supported|unsupported|INVALID_ARG", 400, INVALID, UNSUPPORTED),
-    (r"is not a legal adapter name|lora_name is empty|is not UTF-8", 400, INVALID, None),
-    (r"not found in cache|ask again|is in use|are in use|no done tasks|Cache is full", 503, OVERLOADED, None),
-    (
-        r"is not ready|is not found|unknown model|no available versions|being stopped|shutting down",
-        503,
-        OVERLOADED,
-        None,
-    ),
-    (r"LoRA adapter '", 503, OVERLOADED, None),  # the adapter is registered, and cannot be served now
+# What a message of the server contains -> status and code. The first match counts. A gRPC stream of Triton has the
+# message of an error alone, without its code.
+_ERRORS: tuple[tuple[str, int, str | None], ...] = (
+    (r"exceeds maximum input length|[Pp]rompt length|max_input_len|max_seq_len", 400, TOO_LONG),
+    (r"does not implement|not implemented|not supported|unsupported", 400, UNSUPPORTED),
+    (r"is not a legal adapter name|lora_name is empty|is not UTF-8", 400, None),
+    (r"not found in cache|ask again|(?:is|are) in use|no done tasks|Cache is full", 503, None),
+    (r"is not ready|is not found|unknown model|no available versions|being stopped|shutting down", 503, None),
+    (r"Error generating request|Assertion failed|Encountered an error", 500, None),
+    (r"LoRA adapter '", 503, None),  # the adapter is registered, and cannot be served now
 )
 _UNKNOWN = re.compile(r"unknown LoRA adapter '.*?'(?:; available: (?P<names>.*))?", re.DOTALL)
 _WHERE = re.compile(r"^in ensemble '[^']*', ")
@@ -82,14 +73,17 @@ _WHERE = re.compile(r"^in ensemble '[^']*', ")
 def error_of_server(message: str, model: str, base_name: str) -> ApiError:
     """The error of a request for `model` that the server answered with `message`.
 
-    Messages that are not in the table may have paths of the server in them, so the client does not see these.
+    The client does not see other messages than these: there may be paths of the server in them.
     """
     if unknown := _UNKNOWN.search(message):
         return unknown_model(model, base_name, unknown["names"] or "")
-    for pattern, status, kind, code in _ERRORS:
-        if re.search(pattern, message):
-            headers = {"Retry-After": "1"} if status == 503 else None
-            return ApiError(status, _WHERE.sub("", message), kind=kind, code=code, headers=headers)
+    found = ((status, code) for pattern, status, code in _ERRORS if re.search(pattern, message))
+    status, code = next(found, (500, None))
+    text = _WHERE.sub("", message)
+    if status == 400:
+        return invalid(text, code=code)
+    if status == 503:
+        return unavailable(text)
     return ApiError(500, "the engine failed on this request; the log of tritonlora openai says why", kind=FAILED)
 
 

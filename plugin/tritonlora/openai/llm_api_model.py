@@ -21,7 +21,7 @@ from tritonlora.openai.triton_client import outputs_of
 
 _PREFIX = "sampling_param_"
 _SEED = "sampling_param_seed"
-_TEXT, _REASON = "text_diff", "finish_reason"
+_NEW, _WHOLE, _REASON = "text_diff", "text_output", "finish_reason"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +65,10 @@ class LlmApiModel:
         """The inputs of choice `number`: with its adapter, and a seed of its own if there is a seed."""
         return with_choice(self.declared, inputs, (_SEED,), lora_name, number)
 
-    def outputs(self, request: GenerationRequest) -> list[str]:  # noqa: ARG002
-        """The outputs to ask for."""
-        return [_TEXT, *([_REASON] if "return_finish_reason" in self.declared.types else [])]
+    def outputs(self, request: GenerationRequest) -> list[str]:
+        """The outputs to ask for. The model takes a stop string out again, which only the whole text shows."""
+        reason = [_REASON] if "return_finish_reason" in self.declared.types else []
+        return [_WHOLE if request.stop else _NEW, *reason]
 
     def stop_inputs(self) -> Inputs | None:
         """None: the router learns that the call was closed."""
@@ -79,19 +80,20 @@ class LlmApiModel:
 
 
 class TextSequence:
-    """One choice: pieces of text come in, and go out. It implements `served_model.ChoiceState`."""
+    """One choice: text comes in pieces or whole, and goes out in pieces. It implements `served_model.ChoiceState`."""
 
     def __init__(self, text: ChatTokenizer, stops: Sequence[str], max_tokens: int) -> None:
         self._tokenizer = text.tokenizer
         self._stops = StopStrings(stops)
         self._max_tokens = max_tokens
-        self._said = ""
-        self._texts: list[str] = []
+        self._said = ""  # the reason to end, as the model says
+        self._received = ""  # the whole text so far
+        self._passed = ""  # the text that went out
 
     @property
     def count(self) -> int:
         """The tokens of the text so far."""
-        return len(self._tokenizer.encode("".join(self._texts), False))
+        return len(self._tokenizer.encode(self._passed, False))
 
     @property
     def is_stopped(self) -> bool:
@@ -107,15 +109,17 @@ class TextSequence:
     def add(self, response: Any) -> Piece:
         """What a ModelInferResponse adds."""
         outputs = outputs_of(response)
-        if _REASON in outputs:
-            self._said = "".join(outputs[_REASON]) or self._said
-        return self._pass_on("".join(outputs.get(_TEXT, ())))
+        self._said = "".join(outputs.get(_REASON, ())) or self._said
+        before = len(self._received)
+        self._received = (
+            "".join(outputs[_WHOLE]) if _WHOLE in outputs else self._received + "".join(outputs.get(_NEW, ()))
+        )
+        return self._pass_on(self._stops.pass_on(self._received[before:]))
 
     def end(self) -> Piece:
-        """The text that was held back."""
-        return self._pass_on("", ends=True)
+        """The text that was held back, unless the model has taken it out as the beginning of a stop string."""
+        return self._pass_on("" if self._stops.found else self._received[len(self._passed) :])
 
-    def _pass_on(self, text: str, *, ends: bool = False) -> Piece:
-        passed = self._stops.pass_on(text, ends=ends)
-        self._texts.append(passed)
-        return Piece(passed)
+    def _pass_on(self, text: str) -> Piece:
+        self._passed += text
+        return Piece(text)

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 MOST_CHOICES = 128
 MOST_STOPS = 16
 INT32 = (1 << 31) - 1
-INT64 = (1 << 63) - 1
+INT64 = (1 << 63) - 1024  # the largest that is a double, too, as readers of JSON have it
 
 Text = Annotated[str, Field(max_length=1 << 24)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]

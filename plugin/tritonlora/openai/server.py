@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import functools
-import ipaddress
 import json
 import logging
 import resource
@@ -20,7 +19,7 @@ from tritonlora.errors import ServerError
 from tritonlora.machine import host_and_port, is_ipv6
 from tritonlora.openai.api_error import invalid
 from tritonlora.openai.app import create_app
-from tritonlora.openai.settings import API_KEY_VARIABLE, Settings
+from tritonlora.openai.settings import Settings, check_access
 
 HEAD_SECONDS = 10.0  # until a connection has sent the head of a request
 KEEP_ALIVE_SECONDS = 75  # between two requests of a client
@@ -28,11 +27,7 @@ KEEP_ALIVE_SECONDS = 75  # between two requests of a client
 
 def run(settings: Settings) -> None:
     """Listen until a signal ends the process. Raises ServerError when it cannot listen there."""
-    if settings.api_key is None and not ipaddress.ip_address(settings.address).is_loopback:
-        raise ServerError(
-            f"without an API key everybody who reaches {settings.address} could ask; set {API_KEY_VARIABLE}, or listen "
-            "at 127.0.0.1"
-        )
+    check_access(settings.address, settings.api_key)
     _allow_many_connections()
     config = uvicorn.Config(
         functools.partial(create_app, settings),

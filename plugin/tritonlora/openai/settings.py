@@ -4,9 +4,11 @@
 
 from __future__ import annotations
 
+import ipaddress
 from dataclasses import dataclass
 from pathlib import Path
 
+from tritonlora.errors import ServerError
 from tritonlora.machine import LOCAL
 
 DEFAULT_PORT = 9000
@@ -28,3 +30,13 @@ class Settings:
     api_key: str | None = None
     workers: int = 1
     drain_seconds: float = 30.0  # for requests under way when the door is stopped
+
+
+def check_access(address: str, api_key: str | None) -> None:
+    """Raise ServerError when anybody on the network could ask: without an API key at an address of others."""
+    if api_key == "":
+        raise ServerError("the API key is empty; leave it out to listen on this machine alone, or set one")
+    if api_key is None and not ipaddress.ip_address(address).is_loopback:
+        raise ServerError(
+            f"without an API key anybody who reaches {address} could ask; set {API_KEY_VARIABLE}, or listen at {LOCAL}"
+        )
