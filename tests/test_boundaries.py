@@ -164,6 +164,7 @@ def test_the_command_line_imports_at_the_top_of_its_modules() -> None:
         ("cli/options.py", "import torch"),
         ("cli/convert.py", "from tritonlora.conversion import convert as conversion"),
         ("cli/bench.py", "from tritonlora.bench import convert as benchmark"),
+        ("cli/bench.py", "from tritonlora.bench import openai as benchmark"),
         ("cli/openai.py", "from tritonlora.openai import server"),
         ("cli/bench.py", "from tritonlora.bench import measured, route"),
     } == inside

@@ -33,7 +33,7 @@ MODULES: Mapping[str, Sequence[str]] = {
     "cpu": _CPU,
     "openai": _OPENAI,
     "demo": _DEMO,
-    "bench": (*_CPU, "matplotlib"),
+    "bench": (*_CPU, *_OPENAI, "matplotlib", "openai"),
     "train": (*_DEMO, "peft"),
 }
 """Extra -> the modules that the package's own code imports from it; a smaller extra comes before those that hold it."""

@@ -36,6 +36,8 @@ class Way:
     model: str
     bodies: Sequence[Mapping[str, object]]
     answers: int  # at least so many to each stream
+    url: str = ""  # HOST:PORT of another server than the one of `ask`
+    path: str = ""  # another one than that of generate_stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,10 +111,11 @@ class Stream:
         self.received = bytearray()
 
 
-def request_bytes(url: str, model: str, body: Mapping[str, object]) -> bytes:
-    """A request of generate_stream as it goes over the wire."""
+def request_bytes(url: str, model: str, body: Mapping[str, object], path: str = "") -> bytes:
+    """A request of generate_stream, or of another `path`, as it goes over the wire."""
     content = json.dumps(body).encode()
-    head = f"POST /v2/models/{model}/generate_stream HTTP/1.1\r\nHost: {url}\r\nContent-Length: {len(content)}\r\n\r\n"
+    head = f"POST {path or f'/v2/models/{model}/generate_stream'} HTTP/1.1\r\nHost: {url}\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
     return head.encode() + content
 
 
@@ -172,8 +175,7 @@ def _run(
     pause: float,
     processes: Mapping[str, Sequence[int]],
 ) -> dict[str, Times]:
-    host, port = url.rsplit(":", 1)
-    connections = {name: [Stream(host, int(port)) for _ in range(streams)] for name in ways}
+    connections = {name: [_stream(way.url or url) for _ in range(streams)] for name, way in ways.items()}
     times = {name: Times() for name in ways}
     order = list(ways)
     random = Random(0)  # noqa: S311
@@ -182,7 +184,7 @@ def _run(
         for name in order:
             way, kept = ways[name], times[name] if number >= discarded else Times()
             bodies = [way.bodies[(number + stream) % len(way.bodies)] for stream in range(streams)]
-            requests = [request_bytes(url, way.model, body) for body in bodies]
+            requests = [request_bytes(way.url or url, way.model, body, way.path) for body in bodies]
             before = processor_seconds(processes)
             _round(connections[name], requests, kept, pause)
             for group, seconds in processor_seconds(processes).items():
@@ -190,6 +192,11 @@ def _run(
             for stream in connections[name]:
                 _check(stream, way)
     return times
+
+
+def _stream(url: str) -> Stream:
+    host, port = url.rsplit(":", 1)
+    return Stream(host, int(port))
 
 
 def _do(job: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from tritonlora import extras
+from tritonlora.bench.measured import Part, ratio_rows, series_rows
 from tritonlora.cli.options import command_group
 from tritonlora.cli.output import AsJson, print_json, print_table, stderr
 
@@ -104,9 +106,34 @@ def bench_route(
         results = list(route.run(parts, options, lambda name: status.update(f"measuring {name}")))
     if plot:
         measured.draw(results, plot)
+    _print(results, as_json)
+
+
+def _print(results: Sequence[Part], as_json: bool) -> None:
     if as_json:
         print_json(results)
         return
-    print_table(("part", "what", "p50", "p99", "unit"), measured.series_rows(results))
-    print_table(("part", "ratio", "value", "target", "reached"), measured.ratio_rows(results))
+    print_table(("part", "what", "p50", "p99", "unit"), series_rows(results))
+    print_table(("part", "ratio", "value", "target", "reached"), ratio_rows(results))
     sys.stdout.write("".join(f"{one.name}: {note}\n" for one in results for note in one.notes))
+
+
+@bench.command("openai")
+def bench_openai(
+    streams: Annotated[int, typer.Option("--streams", min=1, help="Streams at a time.")] = 128,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens of each stream.")] = 256,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="How often the streams are timed.")] = 3,
+    pace: Annotated[float, typer.Option("--pace", min=0.0, help="The engine's seconds a token.")] = 0.04,
+    as_json: AsJson = False,
+) -> None:
+    """Compare streams through the OpenAI API with streams of the engine's model, and profile the door.
+
+    The engine's model is the synthetic engine.
+    """
+    extras.require("bench")
+    from tritonlora.bench import openai as benchmark
+
+    options = benchmark.Options(streams=streams, tokens=tokens, rounds=rounds, token_seconds=pace)
+    with stderr.status("measuring"):
+        results = benchmark.run(options)
+    _print(results, as_json)

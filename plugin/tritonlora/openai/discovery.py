@@ -14,6 +14,7 @@ import yaml
 
 from tritonlora.errors import ModelConfigError, ServerError
 from tritonlora.openai import chat_tokenizer
+from tritonlora.openai.adapter_templates import AdapterTemplates
 from tritonlora.openai.context_length import length_in
 from tritonlora.openai.engine_model import EngineModel
 from tritonlora.openai.llm_api_model import LlmApiModel
@@ -32,6 +33,7 @@ class Served:
     base_name: str  # the base model's id for clients
     model: ServedModel
     context_length: int | None  # tokens of prompt and response
+    templates: AdapterTemplates | None = None  # None: the repository is not on this machine
 
 
 async def discover(client: TritonClient, settings: Settings) -> Served:
@@ -54,7 +56,9 @@ async def discover(client: TritonClient, settings: Settings) -> Served:
         raise ServerError(f"the server at {settings.url} has no model {target!r} that is ready; load it")
     served = await asyncio.to_thread(_model_of, settings, configs, model, target)
     base_name = settings.base_name or await _base_name(client, target)
-    return Served(base_name, served, settings.context_length or _context_length(settings, target, configs[target]))
+    length = settings.context_length or _context_length(settings, target, configs[target])
+    templates = AdapterTemplates(settings.repository) if settings.repository else None
+    return Served(base_name, served, length, templates)
 
 
 def _model_of(settings: Settings, configs: Mapping[str, Any], model: str, target: str) -> ServedModel:

@@ -20,7 +20,7 @@ from tritonlora.openai.sampling import guide_of, numbers_of, stops_of, wants_log
 from tritonlora.openai.schema import GenerationRequest
 from tritonlora.openai.served_model import DTYPES, Declared, Inputs, Piece, Source, with_choice
 from tritonlora.openai.stop_strings import StopStrings
-from tritonlora.openai.triton_client import outputs_of
+from tritonlora.openai.triton_client import float32s, int32s, outputs_of
 from tritonlora.serving.text import CONTEXT_TOKENS, piece, word_lists
 
 # A field of a request -> the inputs that take it in some version; the first one that the model declares is used.
@@ -135,7 +135,7 @@ class TokenSequence:
         outputs = outputs_of(response)
         if "output_ids" not in outputs or "sequence_length" not in outputs:
             return Piece()
-        ids = outputs["output_ids"].reshape(-1).tolist()[: int(outputs["sequence_length"].reshape(-1)[0])]
+        ids = int32s(outputs["output_ids"])[: int32s(outputs["sequence_length"])[0]]
         if self._skip:
             ids, self._skip = ids[self._skip :], 0
         if not ids:
@@ -149,10 +149,10 @@ class TokenSequence:
         """The text that was held back."""
         return Piece(self._stops.pass_on(piece(self._tokenizer, self._context, []), ends=True))
 
-    def _logprobs(self, ids: Sequence[int], found: npt.NDArray[Any] | None) -> tuple[tuple[int, float], ...]:
-        if found is None:
+    def _logprobs(self, ids: Sequence[int], found: bytes | None) -> tuple[tuple[int, float], ...]:
+        if not found:
             return ()
-        values = found.reshape(-1).tolist()[: self.count][-len(ids) :]  # an engine may send those of all tokens so far
+        values = float32s(found)[: self.count][-len(ids) :]  # an engine may send those of all tokens so far
         return tuple(zip(ids, values, strict=True))
 
 

@@ -17,7 +17,8 @@ from tritonlora.openai.sampling import guide_of, numbers_of, stops_of, wants_log
 from tritonlora.openai.schema import GenerationRequest
 from tritonlora.openai.served_model import Declared, Inputs, Piece, Source, with_choice
 from tritonlora.openai.stop_strings import StopStrings
-from tritonlora.openai.triton_client import outputs_of
+from tritonlora.openai.triton_client import outputs_of, text
+from tritonlora.serving.tokenizer import Tokenizer
 
 _PREFIX = "sampling_param_"
 _SEED = "sampling_param_seed"
@@ -76,14 +77,14 @@ class LlmApiModel:
 
     def sequence(self, request: GenerationRequest, source: Source, max_tokens: int) -> TextSequence:  # noqa: ARG002
         """The state of one choice."""
-        return TextSequence(self.text, stops_of(request), max_tokens)
+        return TextSequence(self.text.tokenizer, stops_of(request), max_tokens)
 
 
 class TextSequence:
     """One choice: text comes in pieces or whole, and goes out in pieces. It implements `served_model.ChoiceState`."""
 
-    def __init__(self, text: ChatTokenizer, stops: Sequence[str], max_tokens: int) -> None:
-        self._tokenizer = text.tokenizer
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], max_tokens: int) -> None:
+        self._tokenizer = tokenizer
         self._stops = StopStrings(stops)
         self._max_tokens = max_tokens
         self._said = ""  # the reason to end, as the model says
@@ -109,17 +110,15 @@ class TextSequence:
     def add(self, response: Any) -> Piece:
         """What a ModelInferResponse adds."""
         outputs = outputs_of(response)
-        self._said = "".join(outputs.get(_REASON, ())) or self._said
+        self._said = text(outputs.get(_REASON, b"")) or self._said
         before = len(self._received)
-        self._received = (
-            "".join(outputs[_WHOLE]) if _WHOLE in outputs else self._received + "".join(outputs.get(_NEW, ()))
-        )
+        self._received = text(outputs[_WHOLE]) if _WHOLE in outputs else self._received + text(outputs.get(_NEW, b""))
         return self._pass_on(self._stops.pass_on(self._received[before:]))
 
     def end(self) -> Piece:
         """The text that was held back, unless the model has taken it out as the beginning of a stop string."""
         return self._pass_on("" if self._stops.found else self._received[len(self._passed) :])
 
-    def _pass_on(self, text: str) -> Piece:
-        self._passed += text
-        return Piece(text)
+    def _pass_on(self, passed: str) -> Piece:
+        self._passed += passed
+        return Piece(passed)

@@ -23,7 +23,8 @@ async def chat_prompt(served: Served, request: ChatRequest) -> Prompt:
     """The conversation of a request. ApiError when it has no template or does not fit."""
     messages = [_for_template(message) for message in request.messages]
     tools = [tool.model_dump() for tool in request.tools] if request.tools else None
-    text = served.model.text.render(messages, tools, None)
+    own = served.templates.template_of(request.model) if served.templates else None
+    text = served.model.text.render(messages, tools, own)
     source = Source(text, await _tokens(served, text, "messages", is_rendered=True), is_rendered=True)
     return _prompt(served, request, source, "messages")
 

@@ -21,7 +21,7 @@ from tritonlora.openai.api_error import invalid
 from tritonlora.openai.app import create_app
 from tritonlora.openai.settings import Settings, check_access
 
-HEAD_SECONDS = 10.0  # until a connection has sent the head of a request
+HEAD_SECONDS = 60.0  # until a connection has sent the head of a request
 KEEP_ALIVE_SECONDS = 75  # between two requests of a client
 
 

@@ -13,7 +13,6 @@ from types import TracebackType
 from typing import Any
 
 import grpc
-import numpy as np
 import numpy.typing as npt
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
@@ -127,24 +126,26 @@ def _bytes_of(array: npt.NDArray[Any]) -> bytes:
     return b"".join(len(one).to_bytes(4, "little") + one for one in array.reshape(-1).tolist())
 
 
-def outputs_of(response: Any) -> dict[str, Any]:
-    """The outputs of a ModelInferResponse by name: arrays of numbers, and lists of text."""
-    found: dict[str, Any] = {}
-    for spec, raw in zip(response.outputs, response.raw_output_contents, strict=False):
-        if spec.datatype == "BYTES":
-            found[spec.name] = _texts(raw)
-        else:
-            found[spec.name] = np.frombuffer(raw, _DTYPES[spec.datatype]).reshape(tuple(spec.shape))
-    return found
+def outputs_of(response: Any) -> dict[str, bytes]:
+    """The outputs of a ModelInferResponse by name, as they are on the wire."""
+    return {spec.name: raw for spec, raw in zip(response.outputs, response.raw_output_contents, strict=False)}
 
 
-_DTYPES = {"INT32": np.int32, "INT64": np.int64, "FP32": np.float32, "FP64": np.float64, "BOOL": np.bool_}
+def int32s(raw: bytes) -> list[int]:
+    """The elements of an INT32 tensor."""
+    return memoryview(raw).cast("i").tolist()
 
 
-def _texts(raw: bytes) -> list[str]:
+def float32s(raw: bytes) -> list[float]:
+    """The elements of an FP32 tensor."""
+    return [float(value) for value in memoryview(raw).cast("f")]
+
+
+def text(raw: bytes) -> str:
+    """The elements of a BYTES tensor, joined."""
     texts, place = [], 0
     while place < len(raw):
         size = int.from_bytes(raw[place : place + 4], "little")
         texts.append(raw[place + 4 : place + 4 + size].decode(errors="replace"))
         place += 4 + size
-    return texts
+    return "".join(texts)

@@ -32,7 +32,7 @@ from tritonlora.files import locked, make_directory, publish, sha256_of, tempora
 from tritonlora.interrupts import held
 from tritonlora.pbtxt.model_config import ModelConfig, config_of
 from tritonlora.peft.adapter import Adapter, load_adapter
-from tritonlora.repository import generated, model_configs, undo
+from tritonlora.repository import chat_templates, generated, model_configs, undo
 from tritonlora.repository.paths import Repository, cache_pages, plan_entries
 from tritonlora.repository.state import State, read_state
 from tritonlora.serving.adapter_table import (
@@ -246,9 +246,9 @@ class _Planned:
 def _read(name: str, source: Path | Fetched, options: Options) -> tuple[Adapter, Fetched]:
     """The adapter at `source`; AdapterTableError for an illegal name, AdapterError for a bad adapter."""
     check_name(name)
-    if isinstance(source, Fetched):
-        return load_adapter(source.directory, options.base), source
-    return load_adapter(source, options.base), pinned(source)
+    adapter = load_adapter(source.directory if isinstance(source, Fetched) else source, options.base)
+    chat_templates.template_in(adapter.directory)  # which may refuse it
+    return adapter, source if isinstance(source, Fetched) else pinned(source)
 
 
 def _plan(
@@ -384,12 +384,14 @@ def _write_tensors(repository: Repository, planned: _Planned, known: AdapterEntr
         if known is not None and _content(known) == _content(entry) and _owns_its_files(repository, planned, known):
             entry = replace(known, warm=options.warm, remarks=entry.remarks, source=entry.source)
             restored = _restore(repository, known, weights, rows)
+            chat_templates.keep(repository, entry.lora_task_id, planned.adapter.directory)
             remarks = (*remarks, *(f"{file} was missing or altered, and is there again" for file in restored))
             unchanged = known == entry and not restored
             return Added(planned.name, entry, remarks, known=True, restored=restored, unchanged=unchanged)
         make_directory(weights_path.parent)
         publish(weights, weights_path)
         publish(rows, config_path)
+    chat_templates.keep(repository, entry.lora_task_id, planned.adapter.directory)
     return Added(planned.name, entry, remarks)
 
 

@@ -31,7 +31,9 @@ END = "# tritonlora: end"
 
 _SHARED = {name for kind in TARGETS for name in kind.SHARED_INPUTS}
 TASK_IDS = {kind.WIRE.task_id for kind in TARGETS}
-_ADAPTER_FILE = re.compile(r"(?:lora_(?:id|name|path)_|adapter_(?:(?:model|config)_)?)([1-9][0-9]*)(?:\.bin)?")
+_ADAPTER_FILE = re.compile(
+    r"(?:lora_(?:id|name|path)_|chat_template_|adapter_(?:(?:model|config)_)?)([1-9][0-9]*)(?:\.bin|\.jinja)?"
+)
 _LINE_END = re.compile(r"\A\r?\n")
 # The integer types that a shared input may have -> their struct codes. DTYPES has an adapter's types instead.
 _STRUCT_CODES = {"TYPE_INT32": "i", "TYPE_UINT32": "I", "TYPE_INT64": "q", "TYPE_UINT64": "Q"}

@@ -1,0 +1,79 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""Sockets: connections that send nothing, or too slowly, or no HTTP."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+import uvicorn
+
+from tritonlora.errors import ServerError
+from tritonlora.openai import server
+from tritonlora.openai.settings import Settings
+
+
+@pytest.fixture
+def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """A door's protocol, which is patient for a moment only, before an application that answers nothing."""
+    monkeypatch.setattr(server, "HEAD_SECONDS", 0.2)
+
+    async def application(scope: object, receive: object, send: object) -> None:
+        return None
+
+    config = uvicorn.Config(application, http=server.PunctualProtocol, ws="none", lifespan="off", log_level="critical")
+    running = uvicorn.Server(config)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]})
+        thread.start()
+        yield listening.getsockname()[1]
+        running.should_exit = True
+        thread.join()
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST /v1/models HT", b"GET / HTTP/1.1\r\nX-Slow: "])
+def test_a_connection_that_sends_no_head_is_closed(port: int, sent: bytes) -> None:
+    """Half open, or in the midst of a header."""
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
+        client.sendall(sent)
+
+        assert b"" == client.recv(1)
+
+
+def test_a_head_that_drips_is_not_waited_for(port: int) -> None:
+    """Each byte comes in time, and the whole does not."""
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as client, contextlib.suppress(OSError):
+        begun = time.monotonic()
+        client.sendall(b"GET / HTTP/1.1\r\nX-Slow: ")
+        client.settimeout(0.05)
+        while True:
+            client.sendall(b"x")
+            with contextlib.suppress(TimeoutError):
+                if client.recv(1) == b"":
+                    return
+            assert time.monotonic() - begun < 10, "the connection is still open"
+
+
+def test_what_is_no_http_is_answered_in_openai_s_form(port: int) -> None:
+    """And the connection closed."""
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
+        client.sendall(b"\x16\x03\x01 hello\r\n\r\n")
+        received = b"".join(iter(lambda: client.recv(4096), b""))
+    head, _, body = received.partition(b"\r\n\r\n")
+
+    assert head.startswith(b"HTTP/1.1 400")
+    assert "Invalid HTTP request" in json.loads(body)["error"]["message"]
+
+
+def test_a_port_that_is_taken_is_named() -> None:
+    """With what to do."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        number = taken.getsockname()[1]
+        with pytest.raises(ServerError, match=f"cannot listen at 127.0.0.1:{number}: .*give another --address"):
+            server.run(Settings(port=number))
