@@ -10,6 +10,7 @@ from pathlib import Path
 from tritonlora.openai.api_error import unavailable
 from tritonlora.repository import chat_templates
 from tritonlora.repository.paths import open_repository
+from tritonlora.serving.adapter_table import AdapterEntry
 from tritonlora.serving.file_version import read_file
 from tritonlora.serving.table_file import TableFile
 
@@ -25,14 +26,19 @@ class AdapterTemplates:
         self._table = TableFile(self._repository.table_path, log.warning)
 
     def template_of(self, name: str) -> str | None:
-        """The template of an adapter, or of the adapter that an alias leads to; None if it has none of its own.
+        """The template of an adapter, or of the adapters that an alias leads to; None if they have none of their own.
 
-        ApiError when it cannot be read: the base model's may be another one.
+        ApiError when it cannot be read, since the base model's may be another one, or when the adapters of an alias
+        have different ones, since the server chooses between them after the template was rendered.
         """
         table = self._table.table()
-        entry = table.entries.get(table.aliases.get(name, name))
-        if entry is None:
-            return None
+        names = table.aliases.get(name, {name: 100})
+        found = {self._of_entry(name, table.entries[one]) for one in names if one in table.entries}
+        if len(found) > 1:
+            raise unavailable(f"the adapters of {name!r} have different chat templates; ask for one of them by name")
+        return next(iter(found), None)
+
+    def _of_entry(self, name: str, entry: AdapterEntry) -> str | None:
         try:
             return read_file(chat_templates.path_of(self._repository, entry.lora_task_id)).decode()
         except FileNotFoundError:
