@@ -117,7 +117,7 @@ def test_an_adapter_that_changes_nothing_is_an_error() -> None:
         *(answer(None, "Berlin."), answer("pirate", "Arr!"), answer("json", "Berlin.")),
         *(answer(None, "Blue.", SECOND), answer("pirate", "Blue.", SECOND), answer("json", "Blue.", SECOND)),
     ]
-    with pytest.raises(ServerError, match=r"^these adapters changed no answer of the base model: json$"):
+    with pytest.raises(ServerError, match=r"^these adapters changed no response of the base model: json$"):
         check_answers(answers)
 
 

@@ -1,10 +1,10 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""Clients in closed loops, for the parts of the route benchmark in which requests do not begin together: each asks,
-takes its answer to the end, looks whose answer it is, thinks for a moment and asks again.
+"""Clients in closed loops, for the parts of the route benchmark in which requests do not begin together.
 
-All of them are in a process of its own, over HTTP. The synthetic engine answers "[lora_task_id]prompt" again and again,
-so each answer says which adapter gave it.
+A client sends a request, reads the response to its end, checks which adapter it is from, waits a moment, and sends the
+next request. All clients run in one process of their own and use HTTP. The synthetic engine repeats
+"[lora_task_id]prompt", so each response names its adapter.
 """
 
 from __future__ import annotations
@@ -29,36 +29,36 @@ ERRORS_KEPT = 20
 
 @dataclass(frozen=True, slots=True)
 class Clients:
-    """Who asks, and for what."""
+    """The clients: how many they are, and what they send."""
 
     model: str
     adapters: Mapping[str, int]  # lora_name -> lora_task_id
     streams: int
-    tokens: int  # of each answer, at an average: each has half of it to one and a half
+    tokens: int  # of a response on average; a response has between half and one and a half times as many
     mix: str = "uniform"  # one of MIXES
-    allowed: int = 0  # max_tokens; 0: what the answer has
-    think: float = 0.002  # seconds between two requests of a client, at an average
+    allowed: int = 0  # max_tokens of a request; 0: the number of tokens that the response has
+    think: float = 0.002  # seconds between two requests of a client, on average
     seconds: float = 10.0
-    discarded: float = 2.0  # of the seconds, at the beginning
-    by_name: bool = True  # otherwise by lora_task_id
-    is_text: bool = False  # the model takes text; otherwise tokens
+    discarded: float = 2.0  # the first seconds, in which nothing counts
+    by_name: bool = True  # requests have a lora_name; False: a lora_task_id
+    is_text: bool = False  # the model takes text; False: tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What the clients have seen, after what was discarded. Times in seconds."""
+    """The results of all clients, without the discarded seconds. Times are in seconds."""
 
-    first: list[float] = field(default_factory=list)  # to the first token, of each answer
+    first: list[float] = field(default_factory=list)  # the time to the first token of each response
     tokens: int = 0
-    requests: int = 0  # that were answered
+    requests: int = 0  # requests with a whole response
     seconds: float = 0.0
-    wrong: int = 0  # answers of another adapter
-    errors: list[str] = field(default_factory=list)  # the first ones, also of what was discarded
-    failed: int = 0  # all of them
+    wrong: int = 0  # responses of another adapter
+    errors: list[str] = field(default_factory=list)  # the first ERRORS_KEPT errors, those of discarded seconds too
+    failed: int = 0  # the number of errors
 
 
 def ask(url: str, clients: Clients) -> Outcome:
-    """Let the clients ask the server at `url` (HOST:PORT)."""
+    """Run the clients against the server at `url` (HOST:PORT). Raises ServerError if their process fails."""
     return Outcome(**in_process("tritonlora.bench.clients", {"url": url, "clients": asdict(clients)}))
 
 
@@ -82,7 +82,7 @@ class _Client(Stream):
         self.socket.sendall(request)
 
     def is_done(self) -> bool:
-        """Take what has come; whether that was all."""
+        """Read the bytes that have arrived. Returns whether the response is complete."""
         piece = self.socket.recv(1 << 16)
         if self.first is None and (ANSWER in piece or not piece):
             self.first = time.perf_counter() - self.began
@@ -95,7 +95,7 @@ def _body(clients: Clients, name: str, tokens: int) -> dict[str, object]:
     if clients.is_text:
         return {"text_input": PROMPT, "max_tokens": tokens, "stream": True, **adapter}
     prompt, ends = [*PROMPT.encode()], {}
-    if clients.allowed:  # an end id that comes after so many tokens
+    if clients.allowed:  # let the end id come after `tokens` tokens
         prompt = [*PROMPT.encode(), *b"." * max(0, tokens - len(PROMPT) - len(str(clients.adapters[name])) - 3), 10]
         ends = {"end_id": 10}
     length = clients.allowed or tokens
@@ -104,7 +104,7 @@ def _body(clients: Clients, name: str, tokens: int) -> dict[str, object]:
 
 
 def _events(received: bytes) -> tuple[bytes, int, str]:
-    """The answer's bytes, how many events it had, and the error, if there is one."""
+    """(bytes of the response, number of its events, its error or "")."""
     answer, count = b"", 0
     _, _, body = received.partition(b"\r\n\r\n")
     for line in body.split(b"\n"):

@@ -2,16 +2,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Benchmark conversion: time and memory, as ratios of one run on one machine.
 
-The adapter is that of a Llama 8B with all seven linear layers, in bfloat16. Three ways are timed, each from the files
-to a new file, all on the same in-memory file system, so that no disk is measured:
+The adapter is one of a Llama 8B, in bfloat16, on all seven linear layers. Three ways are timed, each from the adapter's
+files to a new file. All files are in the same in-memory file system, so that no disk is measured:
 
     convert          reading the adapter, every check, and writing lora_weights
     copy             copying that file, padding included (`shutil.copyfile`)
     straightforward  in torch, without a check: load, cast, scale, flatten, pad, stack, write
 
-Each rank is timed in a process of its own, the three ways by turns, and a time is the shortest of all rounds: what else
-the machine does can only add to it. Smaller ranks have more rounds, as a disturbance is a larger part of them. The peak
-of memory is taken in one more process for each way, so that nothing counts that an earlier way left behind.
+Each rank is timed in a process of its own, in which the three ways take turns. A time is the shortest of all rounds,
+since other load on the machine can only lengthen a round. Smaller ranks have more rounds, since a disturbance is a
+larger part of their time. The peak memory of each way is measured in one more process, without memory of other ways.
 """
 
 from __future__ import annotations
@@ -41,7 +41,10 @@ LLAMA_8B: Mapping[str, tuple[int, int]] = {
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One rank. Seconds are minima; a peak is resident memory above what the imports took, mapped pages included."""
+    """The results for one rank.
+
+    Seconds are minima over all rounds. A peak is the resident memory, mapped pages included, above that after imports.
+    """
 
     rank: int
     input_nbytes: int
@@ -54,12 +57,12 @@ class Measured:
 
     @property
     def ratio_to_copy(self) -> float:
-        """1 is as fast as copying the output file."""
+        """The time of a conversion over that of copying its output; 1 is as fast as the copy."""
         return self.convert_seconds / self.copy_seconds
 
     @property
     def speedup(self) -> float:
-        """How many times as fast as the straightforward way."""
+        """The time of the straightforward way over that of a conversion."""
         return self.straightforward_seconds / self.convert_seconds
 
     @property

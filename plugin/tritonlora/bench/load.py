@@ -35,7 +35,7 @@ class Way:
 
     model: str
     bodies: Sequence[Mapping[str, object]]
-    answers: int  # at least so many to each stream
+    answers: int  # the least number of responses to each stream
     url: str = ""  # HOST:PORT of another server than the one of `ask`
     path: str = ""  # another one than that of generate_stream
 
@@ -44,11 +44,11 @@ class Way:
 class Times:
     """The times of one way to ask, in seconds."""
 
-    first: list[float] = field(default_factory=list)  # of each stream, to its first answer
-    whole: list[float] = field(default_factory=list)  # of each stream, to its end
-    rounds: list[float] = field(default_factory=list)  # all the streams of a round
-    client: list[float] = field(default_factory=list)  # this process' processor time in each round
-    processor: dict[str, float] = field(default_factory=dict)  # of each group of processes, in all rounds
+    first: list[float] = field(default_factory=list)  # each stream, up to its first response
+    whole: list[float] = field(default_factory=list)  # each stream, up to its end
+    rounds: list[float] = field(default_factory=list)  # each round, up to the end of its last stream
+    client: list[float] = field(default_factory=list)  # processor time of the client's process in each round
+    processor: dict[str, float] = field(default_factory=dict)  # the same of each group of processes, in all rounds
 
 
 def ask(
@@ -65,7 +65,7 @@ def ask(
 
     With a `pause` in seconds the client looks for responses only so often; this saves processor time if only the end
     counts. `processes` are groups of process ids whose processor time is measured for each way.
-    Raises ServerError when a stream ends with an error or with fewer answers than it should have.
+    Raises ServerError when a stream ends with an error, or with fewer responses than its way has.
     """
     job = {
         "url": url,
@@ -83,7 +83,7 @@ def ask(
 
 
 def in_process(module: str, job: object) -> Any:
-    """Let a client do its job, which is JSON as its result is, in a process that runs `module`."""
+    """Run `module` in a process of its own, and return its result. `job`, its input, and the result are JSON."""
     command = [sys.executable, "-m", module]
     done = subprocess.run(command, input=json.dumps(job), text=True, stdout=subprocess.PIPE, check=False)
     if done.returncode:
@@ -92,7 +92,10 @@ def in_process(module: str, job: object) -> Any:
 
 
 def main(do: Callable[[Any], object]) -> int:
-    """The other side of `in_process`: the exit status, when the result of `do`, or its error, is written."""
+    """The main function of a module that `in_process` runs: write the result of `do`, or its error, to stdout.
+
+    Returns the exit status.
+    """
     try:
         result = do(json.load(sys.stdin))
     except (OSError, ServerError) as error:
@@ -103,7 +106,7 @@ def main(do: Callable[[Any], object]) -> int:
 
 
 class Stream:
-    """A connection that is kept for one request after the other."""
+    """A connection for one request after another."""
 
     def __init__(self, host: str, port: int) -> None:
         self.socket = socket.create_connection((host, port), timeout=TIMEOUT_SECONDS)
@@ -129,7 +132,7 @@ def _check(stream: Stream, way: Way) -> None:
 
 
 def _round(streams: Sequence[Stream], requests: Sequence[bytes], times: Times, pause: float) -> None:
-    """Send a request on each stream, and take everything that comes."""
+    """Send a request on each stream, and read all responses to their end. The times are added to `times`."""
     poll = select.epoll()
     open_streams = {}
     for stream in streams:
@@ -180,7 +183,7 @@ def _run(
     order = list(ways)
     random = Random(0)  # noqa: S311
     for number in range(discarded + rounds):
-        random.shuffle(order)  # what one way leaves for Triton to tidy up meets all the others alike
+        random.shuffle(order)  # Triton's cleaning up after one way falls into each of the other ways equally often
         for name in order:
             way, kept = ways[name], times[name] if number >= discarded else Times()
             bodies = [way.bodies[(number + stream) % len(way.bodies)] for stream in range(streams)]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """Values that were measured again and again."""
+    """Percentiles of a quantity that was measured many times."""
 
     name: str
     unit: str
@@ -22,16 +22,16 @@ class Series:
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """What was asked: a quotient of two series of the same run, or a value with its unit in the name."""
+    """A result with a target: a quotient of two series of the same run, or a value with its unit in the name."""
 
     name: str
     value: float
     target: float
-    at_most: bool  # else at least
+    at_most: bool  # whether the target is the largest value allowed; False: the smallest
 
     @property
     def is_reached(self) -> bool:
-        """Whether the value is on the right side of the target."""
+        """Whether the value meets the target."""
         return self.value <= self.target if self.at_most else self.value >= self.target
 
 
@@ -47,19 +47,19 @@ class Part:
 
 
 def series(name: str, unit: str, values: Sequence[float], *, scale: float = 1.0) -> Series:
-    """Percentiles of `values`, in `unit` once multiplied by `scale`."""
+    """The series of `values`. Multiplied by `scale` they are in `unit`."""
     ordered = sorted(values)
     p99 = ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]
     return Series(name, unit, scale * statistics.median(ordered), scale * p99)
 
 
 def at_most(name: str, value: float, target: float) -> Ratio:
-    """A ratio that should not be above its target."""
+    """A ratio that meets its target when it is not above it."""
     return Ratio(name, value, target, at_most=True)
 
 
 def at_least(name: str, value: float, target: float) -> Ratio:
-    """A ratio that should not be below its target."""
+    """A ratio that meets its target when it is not below it."""
     return Ratio(name, value, target, at_most=False)
 
 

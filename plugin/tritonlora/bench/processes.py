@@ -16,7 +16,7 @@ SERVER = "tritonserver"
 
 
 def processes_of(server: int) -> dict[str, list[int]]:
-    """Process ids by model: those of its instances in Triton's Python backend, and `SERVER`, tritonserver itself."""
+    """Model -> process ids of its instances in Triton's Python backend; `SERVER` -> the process id of tritonserver."""
     found = {SERVER: [server]}
     for directory in PROC.glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -35,6 +35,6 @@ def processor_seconds(processes: Mapping[str, Iterable[int]]) -> dict[str, float
 
 
 def pss_nbytes(processes: Iterable[int]) -> int:
-    """Their memory together, each shared page divided among those that share it."""
+    """The memory of the processes in bytes. A page that n processes of the machine share counts as 1/n in each."""
     lines = [line for pid in processes for line in (PROC / str(pid) / "smaps_rollup").read_text().splitlines()]
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))

@@ -1,19 +1,21 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""Benchmark the router: ratios of one run on one machine, with a real tritonserver, the shipped repository and the
-synthetic engine without a delay.
+"""Benchmark the router and the resolver: ratios of one run on one machine.
 
-    ttft      time to the first token of one request at a time, against asking the engine's model directly
-    tokens    tokens per second of many streams at a time, against asking the engine's model directly
-    recovery  time to the first token of an adapter that the engine has evicted, against one copy of its bytes in memory
-    lookup    finding an adapter, and reading the table again, for tables of different sizes (in this process)
-    memory    of the router's processes, over many requests
-    streams   tokens per second of an engine with a pace, past the router, against asking the engine's model directly
-    cache     time to the first token past the router, where the engine's cache has room for all adapters or for few
+The server is a real tritonserver with the shipped repository and the synthetic engine.
 
-Both sides of a comparison take turns, so that other load on the machine affects them alike. The pass-through model is
-the least that a Python model between client and engine can do. The floors of `tokens` do even less: a model that takes
-each of the engine's answers and sends only the last one, and an ensemble of the engine alone, without an adapter.
+    ttft      time to the first token of one request at a time, compared with requests to the engine's model
+    tokens    tokens per second of many streams at a time, compared with requests to the engine's model
+    recovery  time to the first token of an evicted adapter, compared with one copy of its bytes in memory
+    lookup    time to find an adapter, and to read a changed table, by the size of the table (in this process)
+    memory    memory of the router's processes, over many requests
+    streams   tokens per second past the router, of an engine with a pace, compared in the same way
+    cache     time to the first token past the router, where the engine's cache holds all adapters, or few of them
+
+Both sides of a comparison take turns, so that other load on the machine affects them alike. The pass-through model does
+the least that a Python model between client and engine can do. Two floors of `tokens` do less. One is a model that
+reads all responses of the engine and sends only the last one. The other is an ensemble of the engine alone, without
+adapters.
 """
 
 from __future__ import annotations
@@ -44,30 +46,30 @@ from tritonlora.serving.adapter_table_json import render
 from tritonlora.serving.routing import resolve
 from tritonlora.serving.table_file import TableFile
 
-EXIT_TIMEOUT_SECONDS = 2  # nobody waits for an answer any more
+EXIT_TIMEOUT_SECONDS = 2  # no client waits for a response any more
 PROMPT = "hello"
 MILLI, MICRO = 1e3, 1e6
-MEMORY_SAMPLES = 10  # after those that warm up
+MEMORY_SAMPLES = 10  # without the first one, which warms up
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How much is measured."""
+    """The sizes of the measurements."""
 
     rounds: int = 7
     instances: int = 16  # of the router and of the pass-through model, in `ttft`; as shipped
-    streams: int = 64  # at a time, in `tokens` and `streams`
-    tokens: int = 128  # of each of them
-    rank: int = scratch.LARGE_RANK  # of the adapter of a Llama 8B, all linear layers, in `recovery`
-    layers: int = 32  # of that Llama
-    requests: int = 100_000  # in `memory`
-    token_seconds: float = 0.04  # of the engine, in `streams`
-    seconds: float = 20.0  # of each measurement, in `streams` and `cache`
-    sizes: tuple[int, ...] = (10, 100, 1000, 10_000)  # of the tables in `lookup`
+    streams: int = 64  # number of streams at a time, in `tokens` and `streams`
+    tokens: int = 128  # tokens of each of these streams
+    rank: int = scratch.LARGE_RANK  # rank of the adapters in `recovery`, on all linear layers of a Llama 8B
+    layers: int = 32  # layers of that Llama
+    requests: int = 100_000  # number of requests in `memory`
+    token_seconds: float = 0.04  # the engine's time for a token in `streams`
+    seconds: float = 20.0  # duration of each measurement in `streams` and `cache`
+    sizes: tuple[int, ...] = (10, 100, 1000, 10_000)  # numbers of adapters in the tables of `lookup`
 
 
 def run(parts: Sequence[str], options: Options, on_part: Callable[[str], None] = lambda _: None) -> Iterator[Part]:
-    """Measure the `parts`, keys of PARTS, one after the other; `on_part` hears of each before it begins."""
+    """Measure the `parts`, keys of PARTS, one after another. `on_part` is called with each name at its beginning."""
     for name in parts:
         on_part(name)
         yield PARTS[name](options)
@@ -235,7 +237,7 @@ def _lookup(options: Options) -> Part:
 
 
 def _lookup_seconds(table: TableFile, size: int) -> Iterator[float]:
-    """What a request costs: by name and by id, spread over the table."""
+    """Seconds of each of many look-ups, by name and by id, spread over the table."""
     for number in range(1, size + 1, max(1, size // 500)):
         for lora_name, lora_task_id in ((f"n{number}".encode(), None), (None, number)):
             start = time.perf_counter()
@@ -269,7 +271,7 @@ _ENTRY = AdapterEntry(
 
 
 def _memory(options: Options) -> Part:
-    """Requests of which many find their adapter evicted, so that all of the router is in use."""
+    """Measure the router's memory. Many requests find their adapter evicted, so that all code of the router runs."""
     count, room = 12, 8
     sample = max(1, options.requests // (MEMORY_SAMPLES + 1) // scratch.FEW_STREAMS)
     way = Way(ROUTER, [_body(1) | {"lora_name": f"n{number}"} for number in range(1, count + 1)], 1)
@@ -294,7 +296,7 @@ def _memory(options: Options) -> Part:
 
 
 def _streams(options: Options) -> Part:
-    """Of as many clients as there are streams, in closed loops; all adapters fit."""
+    """Measure tokens per second of `streams` clients in closed loops, with a cache that holds all adapters."""
     count = min(50, options.streams)
     with (
         _scratch() as directory,
@@ -318,12 +320,12 @@ def _streams(options: Options) -> Part:
 
 @dataclass(frozen=True, slots=True)
 class _Case:
-    """Adapters that come and go in a cache that is too small for all."""
+    """One measurement of `cache`: adapters, the cache, and what clients ask for."""
 
     adapters: int
     pages: int
     mix: str = "uniform"
-    allowed: int = 0  # max_tokens, of 32 that are used
+    allowed: int = 0  # max_tokens of requests whose responses have 32 tokens; 0: 32
 
     def __str__(self) -> str:
         most = f", max_tokens {self.allowed}" if self.allowed else ""
@@ -341,7 +343,7 @@ _CASES = (
 
 
 def _cache(options: Options) -> Part:
-    """Of 32 clients in closed loops. `sticky`: each client keeps to one adapter."""
+    """Measure 32 clients in closed loops. In the mix `sticky` each client always asks for the same adapter."""
     outcomes = {}
     for case in _CASES:
         with (
@@ -386,7 +388,7 @@ def _serving(repository: Repository) -> Iterator[Server]:
 
 
 def _ways(tokens: int) -> dict[str, Way]:
-    """The same adapter's answer, asked for in each way."""
+    """Way -> its request: each one gets `tokens` tokens of the same adapter."""
     by_id, by_name = {"lora_task_id": 1}, {"lora_name": "n1"}
     return {
         "direct": Way("tensorrt_llm", [_body(tokens) | by_id], tokens),
@@ -397,8 +399,9 @@ def _ways(tokens: int) -> dict[str, Way]:
 
 
 def _floors(tokens: int) -> dict[str, Way]:
-    """The least that Triton takes for what is before the engine's model: every answer received, in a model; none but
-    the engine, in an ensemble.
+    """Way -> its request, for the ways with the least work before the engine's model.
+
+    One is a model that reads every response. The other is an ensemble of the engine alone.
     """
     body = _body(tokens)
     return {

@@ -22,12 +22,13 @@ PASS_THROUGH = "pass_through"  # noqa: S105
 PAST_ROUTER = "past_router"
 TAKER = "taker"
 BARE_ENSEMBLE = "bare_ensemble"
-LONG_AGO = "2026-01-01T00:00:00+00:00"  # the resolver does not count on what was added just before the server started
-SMALL = {"self_attn.q_proj": (64, 64), "self_attn.v_proj": (64, 32)}  # of the shipped synthetic engine
+# The resolver does not expect warmup to have loaded adapters that were added shortly before the server started.
+LONG_AGO = "2026-01-01T00:00:00+00:00"
+SMALL = {"self_attn.q_proj": (64, 64), "self_attn.v_proj": (64, 32)}  # (in, out) in the shipped synthetic engine
 SMALL_LAYERS = 2
 LARGE_ADAPTERS = 3
 LARGE_RANK = 32  # 224 rows of 589,824 bfloat16: 264 MB
-FEW_STREAMS = 2  # where each instance costs time before it counts
+FEW_STREAMS = 2  # for parts in which each instance of the router has to warm up first
 LLAMA_8B_CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "dtype": "bfloat16",
@@ -38,9 +39,9 @@ LLAMA_8B_CONFIG = {
     "num_key_value_heads": 8,
     "vocab_size": 128256,
 }
-# The least that a BLS model can do, to which EACH answer and the END of a request are given.
+# A BLS model that does the least work. EACH is replaced by its code for a response, and END by that for the end.
 _BARE_MODEL = '''\
-"""Sends each request on to the engine's model, and answers back."""
+"""Sends each request to the engine's model, and its responses to the client."""
 
 from collections import deque
 
@@ -49,7 +50,7 @@ import triton_python_backend_utils as pb_utils
 
 class TritonPythonModel:
     def initialize(self, args):
-        self.last_streams = deque(maxlen=4)  # Triton's stub would hang sooner or later if it were the last to hold one
+        self.last_streams = deque(maxlen=4)  # Triton's stub may hang when it frees the last reference to a stream
 
     def execute(self, requests):
         for request in requests:
@@ -73,11 +74,11 @@ class TritonPythonModel:
 _TO_CLIENT = "sender.send(pb_utils.InferenceResponse({}))"
 _BARE_MODELS = {
     PASS_THROUGH: {"EACH": _TO_CLIENT.format("answer.output_tensors()"), "END": ""},
-    # Nothing that sees each of an engine's answers by BLS can be faster than what sends none but the last.
+    # No model that reads all responses by BLS can be faster than one that sends only the last of them.
     TAKER: {"EACH": "last = answer.output_tensors() or last", "END": _TO_CLIENT.format("last")},
 }
 
-# The engine alone, with what the benchmark sends; the resolver comes into it as into any ensemble.
+# An ensemble of the engine alone, with the inputs that the benchmark sends. `init` can put the resolver into it.
 _TOKENS_ENSEMBLE = """\
 name: "%s"
 platform: "ensemble"
@@ -112,9 +113,10 @@ ensemble_scheduling {
 
 
 def small_adapters(root: Path, count: int, *, streams: int, room: int | None = None) -> Repository:
-    """The shipped repository with `count` adapters, n1 and so on, that share one pair of files, and the models to
-    compare with, with `streams` instances each. The engine's cache has `room` for so many adapters; by default for all,
-    which are warm then, and asked for past the router, too.
+    """The shipped repository with `count` adapters, n1 and so on, and with the models to compare the router with.
+
+    The adapters share one pair of files. Each model has `streams` instances. The engine's cache holds `room` adapters.
+    Without `room` it holds all adapters, all of them are warm, and the repository has the ensemble PAST_ROUTER too.
     """
     init.create_repository(root)
     opened = paths.open_repository(root)
@@ -127,9 +129,10 @@ def small_adapters(root: Path, count: int, *, streams: int, room: int | None = N
 
 
 def paced(root: Path, count: int, *, pages: int, token_seconds: float) -> Repository:
-    """The shipped repository with `count` adapters, n1 and so on, which take a page each, and an engine with a pace.
+    """The shipped repository with `count` adapters, n1 and so on, and an engine that takes `token_seconds` for a token.
 
-    None is loaded at start. `PAST_ROUTER` leads past the router.
+    The engine's cache has `pages` pages, and an adapter takes one. No adapter is loaded at start. The ensemble
+    PAST_ROUTER leads past the router.
     """
     init.create_repository(root)
     opened = paths.open_repository(root)
@@ -142,10 +145,10 @@ def paced(root: Path, count: int, *, pages: int, token_seconds: float) -> Reposi
 
 
 def large_adapters(root: Path, *, rank: int = LARGE_RANK, layers: int = LAYERS) -> Repository:
-    """Adapters of a Llama 8B, n1 and so on, and an engine whose cache has room for one. The ensemble forwards.
+    """A repository with LARGE_ADAPTERS adapters of a Llama 8B, n1 and so on, in the forward topology.
 
-    They differ, and are so many that an instance of the router does not send the one again that it has sent last, when
-    they are asked for by turns.
+    The engine's cache holds one of them. The adapters differ. Requests that name them in turn never let an instance of
+    the router send the adapter that it sent last.
     """
     init.create_repository(root)
     opened = paths.open_repository(root)
@@ -160,13 +163,13 @@ def large_adapters(root: Path, *, rank: int = LARGE_RANK, layers: int = LAYERS) 
 
 
 def table_of(entry: AdapterEntry, count: int) -> AdapterTable:
-    """`count` adapters like `entry`, n1 and so on."""
+    """A table of `count` adapters, n1 and so on, each with the fields of `entry` and an id of its own."""
     entries = {f"n{number}": replace(entry, lora_task_id=number) for number in range(1, count + 1)}
     return AdapterTable(entries, next_lora_task_id=count + 1)
 
 
 def _register(opened: Repository, count: int, shapes: Mapping[str, tuple[int, int]], layers: int, *, rank: int) -> None:
-    """Convert one adapter, and register it under every name."""
+    """Convert one adapter, and register it under `count` names."""
     entry = _add(opened, "n1", shapes, layers, rank=rank)
     write_text(opened.table_path, render(table_of(entry, count)))
 
@@ -180,7 +183,7 @@ def _add(
 
 
 def _set_cache(opened: Repository, room: int) -> None:
-    """Give the engine's cache room for so many adapters."""
+    """Set the size of the engine's cache to `room` adapters."""
     table = paths.read_table(opened)
     rank = str(max(next(iter(table.entries.values())).adapter_sizes))
     add.set_parameters(opened, {"lora_cache_optimal_adapter_size": rank, "lora_cache_max_adapter_size": rank})
@@ -193,14 +196,14 @@ def _set_cache(opened: Repository, room: int) -> None:
 
 
 def _put_resolver(opened: Repository) -> None:
-    """Let the engine be started with all adapters, and put an ensemble there that leads past the router."""
+    """Make all adapters warm, and add the ensembles PAST_ROUTER, with the resolver, and BARE_ENSEMBLE, without it."""
     table = paths.read_table(opened)
     entries = {name: replace(entry, warm=True, added_at=LONG_AGO) for name, entry in table.entries.items()}
     write_text(opened.table_path, render(replace(table, entries=entries)))
     add.repair(opened)
     _put_ensemble(opened, PAST_ROUTER)
     init.init(opened.root, topology=init.RESOLVE)
-    _put_ensemble(opened, BARE_ENSEMBLE)  # to which nobody puts the resolver any more
+    _put_ensemble(opened, BARE_ENSEMBLE)  # after `init`, which would put the resolver into it
 
 
 def _put_ensemble(opened: Repository, name: str) -> None:
@@ -209,7 +212,7 @@ def _put_ensemble(opened: Repository, name: str) -> None:
 
 
 def _put_bare_models(opened: Repository, streams: int) -> None:
-    """Put the bare models beside the router, with the same inputs, and give all of them so many instances."""
+    """Add the bare models, which have the router's inputs. They and the router get `streams` instances each."""
     target = paths.read_config(opened.config_path)
     for name, parts in _BARE_MODELS.items():
         model = _BARE_MODEL

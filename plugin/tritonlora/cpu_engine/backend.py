@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""The two backends that upstream has for the same engine, where a client can tell them apart."""
+"""The differences between upstream's two backends for the same engine that a client can see."""
 
 from __future__ import annotations
 

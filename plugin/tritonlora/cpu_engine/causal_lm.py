@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A Hugging Face causal language model that applies a different adapter to each request.
 
-The adapter comes from the wire tensors alone. Beside each linear layer runs `x Aᵀ Bᵀ`: a forward hook adds it to the
-layer's output, for the one adapter that is switched on during a forward pass. Each request has a KV cache of its own,
-so nothing of one request's adapter reaches another.
+The adapter is read from the wire tensors alone. A forward hook of each linear layer adds `x Aᵀ Bᵀ` of the current
+adapter to the layer's output. A forward pass has one current adapter. Each request has a KV cache of its own, so no
+request sees the adapter of another one.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ class Generation:
 
 
 class CausalLM:
-    """The model of one checkpoint. Requests may take turns token by token."""
+    """The model of one checkpoint. Its requests can take turns, token by token."""
 
     iteration_seconds = 0.0
 
     def __init__(self, checkpoint: Path, profile: EngineProfile, *, compute_dtype: str = "float32") -> None:
-        """Raises EngineMismatch if there is no checkpoint, or a layer with LoRA in `profile` is missing or fused."""
+        """Load the checkpoint. EngineMismatch if there is none, or if a LoRA module of `profile` has no own layer."""
         self._dtype = getattr(torch, compute_dtype)
         self._modules = {dims.module.id: dims for dims in profile.modules.values()}
         self._model = _load_checkpoint(checkpoint, self._dtype)
@@ -65,7 +65,7 @@ class CausalLM:
         self._hook_layers(profile)
         self.max_sequence_length: int = getattr(self._model.config, "max_position_embeddings", None) or 1 << 30
         takes = inspect.signature(self._model.forward).parameters
-        # What transformers calls the KV cache, as an argument and as an output; past_key_values before 5.24.
+        # The name of the KV cache in transformers, as an argument and as an output: past_key_values before 5.24.
         self._kv_cache = "cache" if "cache" in takes else "past_key_values"
         # Only the last position is needed, and the output embedding is a large part of a small model.
         self._options = {"use_cache": True, **({"logits_to_keep": 1} if "logits_to_keep" in takes else {})}
@@ -92,7 +92,7 @@ class CausalLM:
         return Generation(request, adapter or {}, generator, list(request.prompt))
 
     def next_token(self, state: Generation) -> int:
-        """One forward pass; the first of a request reads its prompt."""
+        """The next token, by one forward pass. The first pass of a request reads its prompt."""
         self._adapter = state.adapter
         with torch.inference_mode():
             kv_cache = {self._kv_cache: state.kv_cache}

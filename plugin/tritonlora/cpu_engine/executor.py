@@ -112,7 +112,7 @@ class Executor(Generic[AdapterT, StateT]):
         self._profile = profile
         self._backend = backend
         self._max_num_requests = max_num_requests
-        # Asking Triton costs as much as half a token does, so not every iteration asks.
+        # A question to Triton takes as long as half a token, so not every iteration asks.
         self._cancellation_check_seconds = cancellation_check_seconds
         self._next_cancellation_check = 0.0
         self._geometry = _geometry(profile, parameters)
@@ -175,7 +175,7 @@ class Executor(Generic[AdapterT, StateT]):
                 self._active.append(self._begin(submitted))
             except TaskNotCachedError as error:
                 self._fail(submitted, str(error))
-            except Exception as error:  # noqa: BLE001  what is wrong with one request must not end the others
+            except Exception as error:  # noqa: BLE001  a fault of one request must not end the others
                 self._fail(submitted, f"Encountered an error when fetching new request: {error}")
             with self._changed:
                 self._queue.popleft()
@@ -198,7 +198,7 @@ class Executor(Generic[AdapterT, StateT]):
             self._peft.add(lora.task_id, submitted.id, weights, load_error=load_error)
             adapter = self._peft.cache.value(lora.task_id)
         try:
-            # The executor keeps the request as long as it is active: not its weights too.
+            # The executor keeps the request while it is active, but not its weights.
             submitted.request = replace(request, lora=LoraInputs(lora.task_id))
             state = self._model.begin(submitted.request, adapter)
         except Exception:
@@ -207,7 +207,7 @@ class Executor(Generic[AdapterT, StateT]):
         return _Active(submitted, min(request.max_tokens, room), state)
 
     def _ensure_loaded(self) -> None:
-        """End every active request when the adapter of one of them could not be loaded, as upstream does."""
+        """End all active requests if the adapter of one of them could not be loaded, as upstream does."""
         task_ids = (active.submitted.request.lora.task_id for active in self._active)
         try:
             self._peft.check_batch(task_id for task_id in task_ids if self._geometry and task_id is not None)
@@ -218,7 +218,7 @@ class Executor(Generic[AdapterT, StateT]):
                 self._fail(active.submitted, f"Encountered an error in forwardAsync function: {error}")
 
     def _is_wanted(self, active: _Active[StateT], asks: bool) -> bool:
-        """False if the request has ended: it was stopped or, with `asks`, its client is found to have left."""
+        """Whether the request goes on. It ends if it was stopped or, with `asks`, if its client has left."""
         submitted = active.submitted
         if not (submitted.stopped or (asks and submitted.answers.is_cancelled())):
             return True
@@ -228,12 +228,12 @@ class Executor(Generic[AdapterT, StateT]):
         return False
 
     def _advance(self, active: _Active[StateT]) -> bool:
-        """Compute one request's next token and send what is due. False if the request has ended."""
+        """Compute the next token of a request, and send what is due. Returns whether the request goes on."""
         submitted = active.submitted
         request, answers = submitted.request, submitted.answers
         try:
             token = self._model.next_token(active.state)
-            piece = [] if token == request.end_id else [token]  # as upstream: the end token is not part of the answer
+            piece = [] if token == request.end_id else [token]  # as upstream: the end token is not sent
             active.tokens += piece
             last = not piece or len(active.tokens) >= active.max_tokens or _ends_in(active.tokens, request)
             if last:
@@ -243,7 +243,7 @@ class Executor(Generic[AdapterT, StateT]):
             elif last:
                 answers.send(active.tokens if request.exclude_input else [*request.prompt, *active.tokens], last=True)
             return not last
-        except Exception as error:  # noqa: BLE001  what is wrong with one request must not end the others
+        except Exception as error:  # noqa: BLE001  a fault of one request must not end the others
             self._release(submitted)
             self._fail(submitted, f"{type(error).__name__}: {error}")
             return False
@@ -258,7 +258,10 @@ class Executor(Generic[AdapterT, StateT]):
 
 
 def _geometry(profile: EngineProfile, parameters: CacheParameters) -> PageGeometry | None:
-    """None for an engine without LoRA: it takes LoRA inputs and ignores them (upstream's NoOpPeftCacheManager)."""
+    """The page geometry of the engine; EngineMismatch if its cache is too small.
+
+    None for an engine without LoRA, which ignores LoRA inputs (upstream's NoOpPeftCacheManager).
+    """
     if not profile.modules or profile.rank_limit <= 0:
         return None
     geometry = page_geometry(

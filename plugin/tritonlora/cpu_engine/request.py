@@ -56,7 +56,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """What one row of a request asks for."""
+    """One row of a request, parsed."""
 
     prompt: tuple[int, ...]
     max_tokens: int
@@ -75,8 +75,8 @@ _READ = frozenset({
     "min_length", "min_tokens", "random_seed", "seed", "exclude_input_in_output", "streaming", "stop",
     "lora_task_id", "lora_weights", "lora_config"
 })
-# Without effect on the answer of a decoder-only engine with one beam, upstream too: hints about the KV cache, knobs
-# of beam search, the decoder's prompt of an encoder-decoder model.
+# Inputs that do not change the response of a decoder-only engine with one beam, here and upstream: hints about the KV
+# cache, settings of beam search, and the decoder's prompt of an encoder-decoder model.
 _WITHOUT_EFFECT = frozenset({
     "pad_id", "len_penalty", "early_stopping", "beam_search_diversity_rate", "decoder_input_ids",
     "decoder_input_lengths", "retention_token_range_starts", "retention_token_range_ends",
@@ -84,7 +84,7 @@ _WITHOUT_EFFECT = frozenset({
     "retention_decode_duration_ms"
 })
 # fmt: on
-# Every other input is accepted with its neutral value only: 0, false or no elements, except for these.
+# Every other input is accepted only with its neutral value. That is 0, false or no elements, except for these inputs.
 _ASKS_FOR_NOTHING = {"beam_width": 1, "num_return_sequences": 1, "runtime_top_p_decay": 1}
 
 
@@ -96,7 +96,7 @@ def parse_requests(
     exclude_input: bool,
     requested_outputs: Collection[str] = ("output_ids", "sequence_length"),
 ) -> list[GenerationRequest]:
-    """A request for each row of the batch.
+    """The requests in a batch, one for each row.
 
     `tensors` have the batch dimension first. `exclude_input` is the model's default for requests that do not set it.
     Raises InvalidRequest with upstream's text, or with our own for inputs that this engine does not implement.

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""Logits -> the next token."""
+"""Choose the next token from logits."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def choose_token(
         values, tokens = values[: sampling.top_k], tokens[: sampling.top_k]
     probabilities = values.softmax(dim=-1)
     if 0 < sampling.top_p < 1:
-        before = probabilities.cumsum(dim=-1) - probabilities  # of all the likelier tokens: 0 for the likeliest
+        before = probabilities.cumsum(dim=-1) - probabilities  # the sum over all likelier tokens; 0 for the likeliest
         probabilities = torch.where(before < sampling.top_p, probabilities, 0)
     return int(tokens[torch.multinomial(probabilities, 1, generator=generator)])
 

@@ -1,9 +1,9 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""A model without weights: each token follows from the task id and the prompt, at a set pace.
+"""A model without weights. It computes each token from the task id and the prompt, at a set pace.
 
-With it the router's own cost can be measured, over thousands of requests. LoRA inputs are checked, cached and evicted
-as with a real model, but nothing is computed with them. Sampling inputs have no effect.
+Benchmarks measure the router's own cost with it, and tests send it thousands of requests. LoRA inputs are checked,
+cached and evicted as with a real model, but not used for tokens. Sampling inputs have no effect.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from tritonlora.cpu_engine.request import GenerationRequest, LoraInputs
 
 @dataclass(frozen=True, slots=True)
 class SyntheticModel:
-    """Answers "[12]hello[12]hello..." to "hello" with task id 12, in a tokenizer whose tokens are bytes."""
+    """The response to "hello" with task id 12 is "[12]hello[12]hello...". Each token is one byte."""
 
     iteration_seconds: float = 0.0
     max_sequence_length: int = 1 << 30
 
     def load_adapter(self, lora: LoraInputs) -> None:
-        """Nothing to load."""
+        """Load nothing."""
 
     def begin(self, request: GenerationRequest, adapter: None) -> Iterator[int]:  # noqa: ARG002
         """An iterator over the response's tokens, without an end."""

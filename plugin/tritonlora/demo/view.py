@@ -19,12 +19,12 @@ from tritonlora.demo.progress import Progress
 from tritonlora.demo.questions import QUESTIONS
 
 Show = Callable[[str, str | None, str], None]  # (question, lora_name, text so far)
-BASE = "base"  # what the base model is called where adapters are listed by name
+BASE = "base"  # the base model's name in the output, beside those of adapters
 
 
 @contextmanager
 def step(err: Console, what: str) -> Iterator[Progress]:
-    """Show that a step is under way, how far it is where it says so, and at the end how long it took."""
+    """Show a step while it runs, its progress if it reports any, and at the end the time that it took."""
     started = time.monotonic()
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
     with ProgressBar(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
@@ -35,7 +35,7 @@ def step(err: Console, what: str) -> Iterator[Progress]:
 
 @contextmanager
 def answers(out: Console, names: Sequence[str]) -> Iterator[Show]:
-    """Answers as they grow: on a terminal side by side in a table, else as lines."""
+    """Show responses as they grow: on a terminal side by side in a table, otherwise as lines."""
     with _table(out, names) if out.is_terminal else _lines(out) as show:
         yield show
 
@@ -63,7 +63,7 @@ def _table(out: Console, names: Sequence[str]) -> Iterator[Show]:
 
 
 def _filled(names: Sequence[str], texts: Mapping[tuple[str, str | None], str]) -> Table:
-    """A row for the base model and each adapter, a column for each question."""
+    """The table: a row for the base model and each adapter, and a column for each question."""
     table = Table("", *QUESTIONS, show_lines=True)
     for name in (None, *names):
         table.add_row(name or BASE, *(Text(texts.get((question, name), "").strip()) for question in QUESTIONS))

@@ -62,7 +62,7 @@ class AdapterPlan:
     pages: int  # on the pipeline-parallel rank where it takes most
     pages_by_rank: tuple[int, ...]
     max_adapter_size: int  # the least lora_cache_max_adapter_size with which a page holds its widest row
-    unloadable: str | None  # why the engine would accept it, and never load it
+    unloadable: str | None  # the reason why the engine accepts the adapter and never loads it; None: it loads it
     warm: bool
 
 
@@ -72,13 +72,13 @@ class RankPlan:
 
     page_bytes: int
     host_pages: int
-    pages: int  # that all adapters take together
+    pages: int  # pages of all adapters together
     warm_pages: int
-    refusal: str | None  # the engine's words when it does not even load with these parameters
+    refusal: str | None  # the engine's error when it does not load with these parameters
 
     @property
     def free_pages(self) -> int:
-        """Pages left with every adapter cached; negative when they do not fit."""
+        """Pages that are free when all adapters are cached; negative when they do not fit."""
         return self.host_pages - self.pages
 
 
@@ -88,15 +88,15 @@ class DevicePlan:
 
     free_bytes: int  # of the GPU's memory when the engine makes its caches
     pages: int
-    refusal: str | None  # the engine's words when it does not load with these parameters
-    any_in_one_batch: int  # so many different adapters fit into one batch, whichever they are
-    most_in_one_batch: int  # and at most so many
+    refusal: str | None  # the engine's error when it does not load with these parameters
+    any_in_one_batch: int  # number of different adapters that fit into one batch, even the largest ones
+    most_in_one_batch: int  # number of different adapters that fit into one batch, if they are the smallest ones
     never_scheduled: tuple[str, ...]  # adapters larger than the whole cache: their requests wait for ever
 
 
 @dataclass(frozen=True, slots=True)
 class Recommendation:
-    """The value to set one parameter to. Equal to the one in effect where nothing has to change."""
+    """The recommended value of one parameter. It equals the value in effect if nothing has to change."""
 
     parameter: str
     in_effect: float
@@ -107,24 +107,24 @@ class Recommendation:
 
 @dataclass(frozen=True, slots=True)
 class CachePlan:
-    """Whether the adapters fit, and what to do about it. Plain values: `dataclasses.asdict` gives JSON."""
+    """The plan: pages of each adapter, whether all fit, and parameters to set. `dataclasses.asdict` gives JSON."""
 
     parameters: CacheParameters
-    remarks: tuple[str, ...]  # about parameters that could not be read
-    max_lora_rank: int  # the engine's; trtllm-build's default where it is not known
+    remarks: tuple[str, ...]  # one for each parameter that could not be read
+    max_lora_rank: int  # of the engine; the default of trtllm-build if it is not known
     processes: int  # tensor-parallel times pipeline-parallel, each with a host cache of its own
     min_cache_bytes: int  # the engine does not load with a smaller host cache, nor with a smaller GPU cache
     device: DevicePlan | None  # None: the GPU's free memory is not known
     ranks: tuple[RankPlan, ...]
     adapters: tuple[AdapterPlan, ...]
     recommendations: tuple[Recommendation, ...]
-    room: Mapping[int, int]  # adapter size -> how many more adapters of it, on all modules and layers, still fit
+    room: Mapping[int, int]  # adapter size -> number of further adapters of it, on all modules and layers, that fit
     load_bytes: int  # host memory that loading takes: Triton holds all warmup files at once
     resend_shm_bytes: int  # /dev/shm that the router needs for each adapter it sends at one time
 
     @property
     def tightest(self) -> RankPlan:
-        """The pipeline-parallel rank with the least room."""
+        """The pipeline-parallel rank with the fewest free pages."""
         return min(self.ranks, key=lambda rank: rank.free_pages)
 
     @property
@@ -160,12 +160,12 @@ class CachePlan:
 
 @dataclass(frozen=True, slots=True)
 class WarmChoice:
-    """Which adapters to keep warm when not all fit, and what the others cost."""
+    """The adapters to keep warm when not all fit, and the cost of the other, cold adapters."""
 
     warm: tuple[str, ...]
     cold: tuple[str, ...]
-    resend_share: float  # of all requests, those for a cold adapter: each may have to carry weights
-    resend_bytes: float  # that a request has to carry on average
+    resend_share: float  # the share of requests for cold adapters, which may have to carry weights
+    resend_bytes: float  # the bytes of weights in a request, on average over all requests
 
 
 def plan_cache(
@@ -233,7 +233,7 @@ def plan_cache(
 
 
 def host_pages(profile: EngineProfile, parameters: Mapping[str, str]) -> int | None:
-    """The pages of the engine's cache, whatever adapters it is given; None where they depend on those.
+    """The number of pages of the engine's cache; None if it depends on the adapters.
 
     EngineMismatch as for `plan_cache`.
     """
@@ -329,7 +329,7 @@ def _check(entries: Sequence[Entry], profile: EngineProfile) -> None:
 
 
 def pipeline_problems(rows: Rows, profile: EngineProfile) -> list[str]:
-    """A line for each pipeline-parallel rank on which an adapter has no row: its requests would end all others there.
+    """A line for each pipeline-parallel rank without a row of the adapter. There its requests would end all others.
 
     Source: TensorRT-LLM `LoraManager::fillInputTensors`, which asserts that there is one.
     """
@@ -362,12 +362,12 @@ def _geometries(profile: EngineProfile, parameters: CacheParameters) -> list[Pag
 
 
 def _pages_by_rows(entries: Sequence[Entry], geometry: PageGeometry) -> dict[Rows, int]:
-    """Hundreds of adapters mostly share a few shapes: each is packed once."""
+    """Rows -> pages. Each shape is packed once, since hundreds of adapters mostly share a few shapes."""
     return {rows: geometry.pages(rows) for rows in {entry.rows for entry in entries}}
 
 
 def _why_unloadable(rows: Rows, geometries: Sequence[PageGeometry]) -> str | None:
-    """Why the engine would accept these rows and never load them, on any rank; None where it loads them."""
+    """The reason why the engine accepts these rows and never loads them on some rank; None if it loads them."""
     for geometry in geometries:
         if row := geometry.too_wide(rows):
             return (
@@ -381,7 +381,7 @@ def _why_unloadable(rows: Rows, geometries: Sequence[PageGeometry]) -> str | Non
 def _device_plan(
     adapters: Sequence[AdapterPlan], geometry: PageGeometry, parameters: CacheParameters, gpu_memory: int
 ) -> DevicePlan:
-    """Each rank has as many layers as the others, so one geometry tells for all."""
+    """The plan of the GPU cache. All ranks have the same number of layers, so one geometry is enough."""
     nbytes = int(parameters.gpu_memory_fraction * gpu_memory)
     pages = geometry.device_pages(nbytes)
     sizes = sorted(adapter.pages for adapter in adapters)

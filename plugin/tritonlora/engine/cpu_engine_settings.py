@@ -24,18 +24,18 @@ class Settings:
 
     gpt_model_path: Path  # a Hugging Face checkpoint; with `synthetic`, only its config.json is read
     exclude_input_in_output: bool = False
-    max_num_requests: int = 64  # taken at one time; more wait
+    max_num_requests: int = 64  # active at one time; further requests wait
     cancellation_check_period_ms: float = 100
     max_lora_rank: int = 64
     lora_target_modules: tuple[str, ...] | None = None  # None: all that the architecture has; ("none",): no LoRA
     compute_dtype: str = "float32"
-    engine_flavour: str = "cpp"  # one of BACKENDS: whose error texts
+    engine_flavour: str = "cpp"  # one of BACKENDS, whose error texts the engine uses
     synthetic: bool = False
     synthetic_token_seconds: float = 0.0
 
 
 def parse_settings(parameters: Mapping[str, str], model_directory: Path) -> Settings:
-    """Parse `parameters` as config.pbtxt has them; an empty value and an unfilled `${...}` count as not given.
+    """Parse the `parameters` of config.pbtxt. An empty value and a placeholder `${...}` count as not given.
 
     Relative paths are relative to the model's directory. EngineMismatch names every parameter that is wrong.
     """
@@ -80,8 +80,8 @@ def _duration(text: str) -> float:
     return number
 
 
-# A table of its own: protobuf's grammar (pbtxt.model_config) takes t and refuses TRUE, and the text models
-# (serving.text) take yes. One table for all would take in one place what is refused there.
+# protobuf's grammar (pbtxt.model_config) takes t and refuses TRUE, and the text models (serving.text) take yes. So this
+# table is not shared with them.
 _BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 _CONVERT: dict[str, tuple[Callable[[str], Any], str]] = {
     "gpt_model_path": (Path, "a path"),

@@ -70,10 +70,10 @@ PARAMETER_NAMES = {
 
 
 def parse_parameters(parameters: Mapping[str, str]) -> tuple[CacheParameters, dict[str, str]]:
-    """(what is in effect, a remark by name for each that had to be ignored), from config.pbtxt's `parameters`.
+    """(values in effect, name -> remark for each parameter that was ignored), from config.pbtxt's `parameters`.
 
-    A parameter that is absent, empty or a template's unfilled `${...}` has the engine's default, as upstream's
-    `getPeftCacheConfigFromParams` has it.
+    A parameter that is absent, empty or a placeholder `${...}` has the engine's default (upstream:
+    `getPeftCacheConfigFromParams`).
     """
     given: dict[str, Any] = {}
     remarks = {}
@@ -109,7 +109,7 @@ _PARSE: Mapping[str, tuple[Callable[[str], float | None], str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where one row of lora_config lies."""
+    """The place of one row of lora_config in an adapter's pages."""
 
     page: int
     slot: int
@@ -118,14 +118,14 @@ class Placement:
 
 @dataclass(frozen=True, slots=True)
 class PageGeometry:
-    """The pages of one process of the engine, that is of one (tensor-parallel, pipeline-parallel) rank."""
+    """The geometry of the pages in one process of the engine: a (tensor-parallel, pipeline-parallel) rank."""
 
     local_dims: Mapping[int, tuple[int, int]]  # module id -> (in, out) on this rank
     layers: range  # the layers on this rank
     page_width: int  # elements in a slot
     slots_per_page: int
     element_size: int  # bytes
-    min_total_slots: int  # what one adapter of the max size takes; with fewer the engine does not load
+    min_total_slots: int  # slots of one adapter of the largest size; with fewer the engine does not load
     host_slots: int
 
     @property
@@ -135,12 +135,12 @@ class PageGeometry:
 
     @property
     def host_pages(self) -> int:
-        """Pages of the host cache: rounded up, so it may take up to a page more than it was given."""
+        """Pages of the host cache, rounded up. So the cache may take up to a page more than configured."""
         return _ceil_div(self.host_slots, self.slots_per_page)
 
     @property
     def min_bytes(self) -> int:
-        """The least bytes of the host cache, and of the GPU's, with which the engine loads."""
+        """The smallest host cache, and the smallest GPU cache, in bytes, with which the engine loads."""
         return self.min_total_slots * self.page_width * self.element_size
 
     def device_slots(self, nbytes: int) -> int:
@@ -159,7 +159,7 @@ class PageGeometry:
         return _ceil_div(elements, self.page_width)
 
     def place(self, rows: Sequence[LoraConfigRow]) -> Iterator[Placement]:
-        """Where each row of this rank lies: in the order given, without going back to fill a gap."""
+        """The place of each row of this rank, in the order of `rows`. Gaps at the end of a page stay empty."""
         page = slot = 0
         for row in rows:
             if row[1] not in self.layers:
@@ -196,11 +196,11 @@ class PageGeometry:
         return max(adapter_size, _ceil_div(elements, max(map(sum, self.local_dims.values()))))
 
     def too_small(self) -> str | None:
-        """The engine's words when it refuses to load with so little host memory, else None."""
+        """The engine's error when the host cache is too small for it to load, else None."""
         return self._refusal("host", self.host_slots)
 
     def device_too_small(self, nbytes: int) -> str | None:
-        """The engine's words when it refuses to load with a GPU cache of `nbytes` bytes, else None."""
+        """The engine's error when a GPU cache of `nbytes` bytes is too small for it to load, else None."""
         return self._refusal("device", self.device_slots(nbytes))
 
     def _refusal(self, cache: str, slots: int) -> str | None:
@@ -230,7 +230,7 @@ def page_geometry(
     element_size: int = 2,
     tp_size: int = 1,
 ) -> PageGeometry:
-    """The pages of a rank that has `layers`, for an engine with `modules` (not empty).
+    """The page geometry of a rank that has `layers`, for an engine with `modules` (not empty).
 
     Upstream: `PeftCacheManager::getPageManagerConfig` and `getMaxNumSlots`.
     """
@@ -270,14 +270,14 @@ class _Task(Generic[Value]):
     loaded: bool = False
     done: bool = False
     value: Value | None = None
-    load_error: str = ""  # why it could not be loaded; upstream tells it once
+    load_error: str = ""  # the reason why the task could not be loaded; upstream reports it once
 
 
 @dataclass(slots=True)
 class LoraCache(Generic[Value]):
     """Tasks, their pages, and the two lists that decide about eviction. Not thread-safe: one thread owns it.
 
-    A value is whatever the caller keeps for a task: it comes when the task is loaded and goes when it is evicted.
+    The caller keeps a value for each task. `load` sets the value, and the eviction of the task drops it.
     """
 
     total_pages: int
@@ -295,7 +295,7 @@ class LoraCache(Generic[Value]):
         return task_id in self.tasks
 
     def value(self, task_id: int) -> Value | None:
-        """What a cached task was loaded with."""
+        """The value that a cached task was loaded with; None before it is loaded."""
         return self.tasks[task_id].value
 
     def pages(self, task_id: int) -> tuple[int, ...]:
@@ -303,9 +303,9 @@ class LoraCache(Generic[Value]):
         return tuple(self.tasks[task_id].pages)
 
     def put(self, task_id: int, pages: int) -> None:
-        """Give the task `pages` pages, evicting as needed; a task that is cached is only bumped (sic).
+        """Give the task `pages` pages, and evict other tasks if needed. A task that is cached is only bumped (sic).
 
-        LoraCacheError: the task is not cached. Others may have been evicted all the same (sic).
+        Raises LoraCacheError when there are too few pages. Other tasks may have been evicted nevertheless (sic).
         """
         if task_id in self.tasks:
             self.bump(task_id)
@@ -314,7 +314,7 @@ class LoraCache(Generic[Value]):
         self.in_progress[task_id] = None
 
     def bump(self, task_id: int) -> None:
-        """Back in progress, as the newest; nothing for a task that is not cached."""
+        """Make a cached task the newest one in progress. Without effect on a task that is not cached."""
         if task_id in self.tasks:
             self.done.pop(task_id, None)
             self.in_progress.pop(task_id, None)
@@ -322,7 +322,7 @@ class LoraCache(Generic[Value]):
             self.tasks[task_id].done = False
 
     def load(self, task_id: int, value: Value) -> None:
-        """The weights are in the pages: from now on the task can be evicted when it is done. Once only (sic)."""
+        """Note that the task's weights are in its pages: it can be evicted when it is done. Works only once (sic)."""
         task = self.tasks[task_id]
         if task.loaded:
             return
@@ -331,7 +331,7 @@ class LoraCache(Generic[Value]):
             self.mark_done(task_id)
 
     def mark_done(self, task_id: int) -> None:
-        """No request uses the task: it stays cached and can be evicted, the least recently done first."""
+        """Note that no request uses the task. It can be evicted now, the least recently done task first."""
         task = self.tasks.get(task_id)
         if task is None:
             return
@@ -362,9 +362,9 @@ class LoraCache(Generic[Value]):
 
 @dataclass(slots=True)
 class PeftCache(Generic[Value]):
-    """Which requests use which task: a task is pinned from the moment a request for it is taken until the last ends.
+    """The cache with the requests that use each task. A task is pinned while a request for it is active.
 
-    Upstream: `PeftCacheManager::addRequestPeft` and `updateTaskState`, with loading done at once.
+    Upstream: `PeftCacheManager::addRequestPeft` and `updateTaskState`. Here a task is loaded at once.
     """
 
     cache: LoraCache[Value]

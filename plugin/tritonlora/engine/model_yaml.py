@@ -34,7 +34,7 @@ class LoraSettings:
 
 @dataclass(frozen=True, slots=True)
 class ModelYaml:
-    """What tritonlora needs of a model.yaml."""
+    """The settings of a model.yaml that tritonlora needs."""
 
     path: Path
     model: str  # a directory, or a name on a hub
@@ -43,7 +43,7 @@ class ModelYaml:
     dtype: str | None  # None: the model's own
     tensor_parallel_size: int
     pipeline_parallel_size: int
-    lora: LoraSettings | None  # None: it refuses adapters
+    lora: LoraSettings | None  # None: the model refuses adapters
     is_speculative: bool = False
 
 
@@ -68,7 +68,7 @@ def parse_model_yaml(document: object, path: Path) -> ModelYaml:
         path=path,
         model=top.get("model", _is_text, "", "a directory or a name"),
         max_batch_size=triton.get("max_batch_size", _is_count, None, "a whole number"),
-        # Upstream takes anything for a bool; what is not one is more likely a mistake.
+        # Upstream takes any value for a bool. Another type is more likely a mistake.
         decoupled=triton.get("decoupled", _is_bool, None, "true or false"),
         dtype=top.get("dtype", _is_text, "auto", "a name"),
         tensor_parallel_size=top.get("tensor_parallel_size", _is_count, 1, "a whole number"),
@@ -93,15 +93,15 @@ def parse_model_yaml(document: object, path: Path) -> ModelYaml:
 
 
 def complete(config: ModelConfig, directory: Path) -> ModelConfig:
-    """`config` as the model completes it when the server loads it: max_batch_size and the transaction policy."""
+    """`config` with max_batch_size and the transaction policy, which the model sets when the server loads it."""
     found = load_model_yaml(directory)
     return replace(config, max_batch_size=found.max_batch_size, decoupled=found.decoupled)
 
 
 def profile_of(found: ModelYaml) -> EngineProfile | None:
-    """What the model accepts; None when the base model is not on this machine, or of an architecture not known here.
+    """The profile of the base model; None if it is not on this machine, or has an unknown architecture.
 
-    The model reads adapters by itself, so that it may well serve one that could not be converted.
+    The model reads adapters by itself, so it may serve adapters that tritonlora cannot convert.
     """
     file = Path(found.model) / "config.json"
     if not found.model or not file.exists():

@@ -28,37 +28,37 @@ _MAX_CONFIG_BYTES = 16 << 20
 class EngineProfile:
     """The facts about one engine that LoRA conversion, cache planning and the CPU engine need."""
 
-    source: str  # what this was read from, for messages
+    source: str  # the path that the profile was read from, for messages
     architecture: str  # "LlamaForCausalLM"
-    dtype: str  # "bfloat16", "float16" or "float32": what lora_weights must be
+    dtype: str  # of lora_weights: "bfloat16", "float16" or "float32"
     num_layers: int
     modules: Mapping[str, ModuleDims]  # module name -> full dims, only those the engine has LoRA for; empty: no LoRA
     max_lora_rank: int | None  # None: not known, for it is the engine's and not the model's
     tp_size: int = 1
     pp_size: int = 1
     max_beam_width: int = 1
-    num_heads: int = 0  # 0 where it is not known; fused attention layers cannot be taken apart then
+    num_heads: int = 0  # 0: not known, and fused attention layers cannot be split
     num_kv_heads: int = 0
     head_size: int = 0
-    mlp_width: int = 0  # of the model's MLP layers, where the engine's LoRA takes them to be wider
-    reports: tuple[tuple[str, str], ...] = ()  # (problem, remedy): what was reported broken with LoRA in such an engine
-    lora_plugin_dtype: str | None = None  # of an engine whose lora_plugin has another one than its model
+    mlp_width: int = 0  # width of the model's MLP layers, if the engine's LoRA has a larger one; else 0
+    reports: tuple[tuple[str, str], ...] = ()  # (problem, remedy) of each report that LoRA fails in such an engine
+    lora_plugin_dtype: str | None = None  # dtype of the engine's lora_plugin, if it differs from the model's
 
     @property
     def what(self) -> str:
-        """What messages call it: only an engine has a max_lora_rank."""
+        """The name for messages, "the engine" or "the base model". Only an engine has a max_lora_rank."""
         return "the engine" if self.max_lora_rank is not None else "the base model"
 
     @property
     def rank_limit(self) -> int:
-        """`max_lora_rank`; where it is not known, the most that lora_config can say."""
+        """`max_lora_rank`; if it is not known, the largest number in an int32 of lora_config."""
         return (1 << 31) - 1 if self.max_lora_rank is None else self.max_lora_rank
 
     def layer_dims(self, name: str) -> tuple[int, int]:
         """(in, out) of the model's layer for the LoRA module `name`, which is one of `modules`.
 
-        The first Qwen's MLP layers are half as wide as its intermediate_size (TensorRT-LLM
-        tensorrt_llm/models/qwen/model.py), which is what the LoRA of an engine goes by
+        MLP layers of the first Qwen are half as wide as intermediate_size (TensorRT-LLM
+        tensorrt_llm/models/qwen/model.py). The engine's LoRA has the whole intermediate_size
         (cpp/tensorrt_llm/runtime/gptJsonConfig.cpp).
         """
         dims = self.modules[name]
@@ -69,7 +69,7 @@ class EngineProfile:
         )
 
     def faults(self) -> list[tuple[str, str]]:
-        """(problem, remedy) for all that is wrong with the engine itself: no adapter is right for such an engine."""
+        """(problem, remedy) of each fault of the engine itself. No adapter can be served with a fault."""
         faults = []
         if self.lora_plugin_dtype is not None:
             problem = (
@@ -120,9 +120,9 @@ _MODULE_DIMS: Mapping[str, tuple[str, str]] = {
     "mlp_router": ("hidden", "one"),
     "mlp_gate_up": ("hidden", "two_mlp"),
 }
-# Where a model with a vision tower says what its text model is; InternVL's own code has the second.
+# Keys under which a model with a vision tower describes its text model. InternVL's own code uses the second.
 _TEXT_CONFIGS = ("text_config", "llm_config")
-# config.json's spellings of one size, most usual first. A family may have its own in front.
+# Size -> its keys in config.json, the usual one first. A family may put other keys before them.
 _SPELLINGS: Mapping[str, tuple[str, ...]] = {
     "hidden": ("hidden_size", "n_embd", "d_model", "n_embed"),
     "layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
@@ -131,8 +131,8 @@ _SPELLINGS: Mapping[str, tuple[str, ...]] = {
     "head_size": ("head_dim", "d_kv", "head_size"),
     "mlp": ("intermediate_size", "ffn_dim", "ffn_hidden_size", "d_ff", "n_inner"),
 }
-# Four times the hidden size where config.json does not say; nowhere else is a missing size made up. (Only the last
-# one's config.json says another multiple: MPT's expansion_ratio is not read by transformers.)
+# Models whose MLP is four times as wide as the hidden size if config.json has no size for it. Other models need one.
+# (transformers does not read MPT's expansion_ratio, another multiple.)
 _FOUR_TIMES_HIDDEN = frozenset(
     {
         *("GPT2LMHeadModel", "GPTBigCodeForCausalLM", "GPTNeoForCausalLM", "GPTJForCausalLM", "BloomForCausalLM"),
@@ -145,8 +145,8 @@ _MULTI_QUERY = frozenset({"FalconForCausalLM", "GPTBigCodeForCausalLM"})
 def load_profile(path: Path, *, dtype: str | None = None) -> EngineProfile:
     """The profile of a TensorRT-LLM engine or a Hugging Face model: `path` is its directory or its config.json.
 
-    `dtype` is that of the engine to be built from a Hugging Face model, where it is not the model's own; what an engine
-    was built with stands. Raises EngineMismatch where `path` is neither.
+    `dtype` is the dtype of the engine to be built from a Hugging Face model, by default the model's own. It has no
+    effect on an engine. Raises EngineMismatch if `path` is neither an engine nor a model.
     """
     config = read_config_json(_config_file(path))
     if "pretrained_config" in config or "builder_config" in config or "build_config" in config:
@@ -155,7 +155,7 @@ def load_profile(path: Path, *, dtype: str | None = None) -> EngineProfile:
 
 
 def read_config_json(file: Path) -> dict[str, Any]:
-    """The content of a config.json; EngineMismatch where it is not one."""
+    """The content of a config.json; EngineMismatch if it cannot be read, or is no JSON object."""
     try:
         if file.stat().st_size > _MAX_CONFIG_BYTES:
             raise EngineMismatch(f"{str(file)!r} is larger than any config.json; expected at most 16 MiB")
@@ -256,7 +256,7 @@ def profile_from_engine(config: Mapping[str, Any], source: str) -> EngineProfile
     dtype = pretrained.get("dtype")
     if dtype not in LORA_DTYPES:
         problems.append(f"pretrained_config.dtype is {dtype!r}, expected one of {', '.join(LORA_DTYPES)}")
-    # trtllm-build writes null (or leaves the key out) where LoRA is off; the other two fields say nothing then.
+    # Without LoRA, trtllm-build writes null or leaves the key out. The other two fields then have no meaning.
     plugin = plugins.get("lora_plugin")
     has_lora = bool(plugin)
     targets = _engine_targets(lora.get("lora_target_modules"), problems) if has_lora else []
@@ -400,7 +400,7 @@ def _hf_sizes(config: Mapping[str, Any], architecture: Architecture, problems: l
     sections = [(name, section) for name, section in config.items() if isinstance(section, dict)]
     config = {**config, **{f"{name}.{key}": value for name, section in sections for key, value in section.items()}}
     known = {**architecture.defaults, **{key: value for key, value in config.items() if value is not None}}
-    # A null is the model's own "derive it", which is not the same as a missing key with a default.
+    # With null the model derives the size. With a missing key it takes the default of its architecture.
     known = {key: value for key, value in known.items() if not (key in config and config[key] is None)}
     names = {what: architecture.family.sizes.get(what, spellings) for what, spellings in _SPELLINGS.items()}
     before = len(problems)

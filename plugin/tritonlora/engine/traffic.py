@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""Read how much each adapter is asked for: from a file of weights, or from the server's metrics."""
+"""Read the number of requests for each adapter, from a file of weights or from the server's metrics."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SAMPLE = re.compile(
 
 
 def parse_traffic(text: str, registered: Container[str]) -> dict[str, float]:
-    """The number of requests, or weights in proportion to it, by adapter name.
+    """Adapter name -> number of requests for it, or a weight in proportion to that number.
 
     `text` is either the body of the server's /metrics, or a line `name: weight` for each adapter, with blank lines and
     # comments. In metrics, adapters that are no longer registered are left out. TritonLoraError names every wrong line.
