@@ -6,13 +6,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from typing import TypeAlias
 
 from tritonlora.errors import InvalidAdapter, SourceError
 from tritonlora.files import sha256_of
 from tritonlora.peft.checkpoint import read_json_bytes
 
+OnProgress: TypeAlias = "Callable[[str, int, int | None], None]"
+"""Called with the name of a file, the bytes of it that are here, and its size in bytes, if that is known."""
 CONFIG = "adapter_config.json"
 CHECKPOINTS = ("adapter_model.safetensors", "adapter_model.bin")  # the first one that is there counts
 MOST_NBYTES = 64 << 30  # of an adapter's files; float32 of rank 512 for all layers of 70 billion weights takes 26 GiB

@@ -20,10 +20,10 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Protocol, TypeAlias
+from typing import IO, Protocol
 
 import platformdirs
 
@@ -31,11 +31,9 @@ from tritonlora.errors import SourceError
 from tritonlora.files import HASH_CHUNK, locked, make_directory, sync_directory, write_text, writing
 from tritonlora.serving.file_version import read_file
 from tritonlora.sources import adapter_files
-from tritonlora.sources.adapter_files import CONFIG
+from tritonlora.sources.adapter_files import CONFIG, OnProgress
 from tritonlora.sources.location import ARCHIVES, Location
 
-OnProgress: TypeAlias = "Callable[[str, int, int | None], None]"
-"""Called with the name of a file, the bytes of it that are here, and its size in bytes, if that is known."""
 ATTEMPTS, PAUSE_SECONDS = 4, 1.0  # attempts that brought no byte
 CACHE_VARIABLE = "TRITONLORA_CACHE"
 _KEPT_FREE = 64 << 20  # bytes of the disk

@@ -13,16 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tritonlora.errors import AdapterError, InvalidAdapter, SourceError
-from tritonlora.files import delete, is_abandoned, make_directory, temporary_directory, writing
 from tritonlora.peft.adapter import adapter_directory
 from tritonlora.serving.adapter_table import Source
 from tritonlora.serving.file_version import Version, version_of
-from tritonlora.sources import adapter_files, archive, download, hub
-from tritonlora.sources.bucket import BucketStore
-from tritonlora.sources.download import OnProgress, Store
-from tritonlora.sources.location import HUB, HUB_NAME, WEB, Location, parse_location
+from tritonlora.sources import adapter_files
+from tritonlora.sources.adapter_files import OnProgress
+from tritonlora.sources.location import HUB_NAME, Location, parse_location
 from tritonlora.sources.policy import Policy
-from tritonlora.sources.web import WebStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,18 +54,13 @@ def fetched(text: str, policy: Policy = ALL_ALLOWED, on_progress: OnProgress = n
     location = parse_location(text)
     policy.check(location)
     with _named(location), contextlib.ExitStack() as stack:
-        if not location.scheme:
+        if not location.scheme and not (location.is_archive and Path(location.address).is_file()):
             _check_there(location)
             directory, revision = Path(location.address), None
-        elif location.scheme == HUB:
-            directory, revision = hub.cached(location) if policy.offline else hub.fetch(location, on_progress)
-        elif policy.offline:
-            directory, revision = download.downloaded(location)
         else:
-            directory, revision = download.download(location, _store(location), on_progress)
-        if location.is_archive and (location.scheme or directory.is_file()):
-            path = download.archive_in(directory, location) if location.scheme else directory
-            directory = stack.enter_context(_unpacked(path))
+            from tritonlora.sources import transports  # with http.client and archives, which `list` does not need
+
+            directory, revision = transports.bring(location, stack, offline=policy.offline, on_progress=on_progress)
         yield pinned(directory, location.text, revision)
 
 
@@ -79,14 +71,12 @@ def resolved(text: str, policy: Policy = ALL_ALLOWED) -> tuple[str, str | None]:
     """
     location = parse_location(text)
     policy.check(location)
+    if not location.scheme:
+        return location.text, None
     with _named(location):
-        if not location.scheme:
-            return location.text, None
-        if policy.offline:
-            return location.text, (hub.cached if location.scheme == HUB else download.downloaded)(location)[1]
-        if location.scheme == HUB:
-            return location.text, hub.resolve(location)[0]
-        return location.text, download.resolve(location, _store(location))[1]
+        from tritonlora.sources import transports
+
+        return location.text, transports.revision_of(location, offline=policy.offline)
 
 
 def pinned(path: Path, location: str | None = None, revision: str | None = None) -> Fetched:
@@ -106,28 +96,10 @@ def pinned(path: Path, location: str | None = None, revision: str | None = None)
     return found
 
 
-def _store(location: Location) -> Store:
-    return WebStore(location) if location.scheme in WEB else BucketStore(location)
-
-
 def _check_there(location: Location) -> None:
     """Raise SourceError for a path that does not exist and looks like the name of a repository on the hub."""
     if HUB_NAME.fullmatch(location.address) and not Path(location.address).exists():
         raise SourceError(f"there is no such directory; for the repository of the hub, give hf://{location.address}")
-
-
-@contextlib.contextmanager
-def _unpacked(path: Path) -> Iterator[Path]:
-    """A directory with the files of the adapter in an archive."""
-    home = download.cache_directory() / "unpacked"
-    with writing(home):
-        make_directory(home)
-        for left in home.iterdir():
-            if is_abandoned(left):  # by a command that was killed
-                delete(left)
-    with temporary_directory(home / "adapter") as directory:
-        archive.unpack(path, directory)
-        yield directory
 
 
 @contextlib.contextmanager

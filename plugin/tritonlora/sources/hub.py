@@ -26,8 +26,7 @@ from tritonlora import extras
 from tritonlora.errors import SourceError, TritonLoraError
 from tritonlora.files import HASH_CHUNK
 from tritonlora.sources import adapter_files
-from tritonlora.sources.adapter_files import CONFIG
-from tritonlora.sources.download import OnProgress
+from tritonlora.sources.adapter_files import CONFIG, OnProgress
 from tritonlora.sources.location import Location
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
