@@ -38,7 +38,7 @@ from upstream_configs import protobuf, upstream_repository
 NO_RESTART, RESTART = (f"note: {text}\n" for text in (output.NO_RESTART, output.RESTART))
 COMMANDS = (
     *("demo", "init", "add", "compose", "remove", "alias", "list", "sync", "export", "plan", "check", "convert"),
-    *("serve", "generate", "bench"),
+    *("serve", "openai", "generate", "bench"),
 )
 
 
@@ -330,14 +330,14 @@ def test_an_alias_is_divided_and_led_back(
 ) -> None:
     """With REPO in any place. The list has the shares."""
     run(capsys, "alias", "prod", "pirate", "--repo", repo)
-    divided = (0, "prod is divided: haiku 10 %, pirate 90 % (was: pirate)\n")
+    divided = (0, "prod: divided pirate -> haiku 10 %, pirate 90 %\n")
     assert divided == run(capsys, "alias", repo, "prod", "pirate=90", "haiku=10")[:2]
-    assert "haiku\t2\t8\tattn_q,attn_v\t8.0 KiB\t1\ton first use\tprod 10 %\n" in run(capsys, "list", repo)[1]
+    assert "haiku\t2\t8\tattn_q,attn_v\t8.0 KiB\t1\ton first use\tprod 10 %\t" in run(capsys, "list", repo)[1]
     assert {"haiku": {"prod": 10}, "pirate": {"prod": 90}} == {
         name: about["shares"] for name, about in json.loads(run(capsys, "list", repo, "--json")[1]).items()
     }
     monkeypatch.setenv("TRITONLORA_REPO", str(repo))
-    assert (0, "prod is adapter pirate (was: haiku 10 %, pirate 90 %)\n") == run(capsys, "alias", "prod", "pirate")[:2]
+    assert (0, "prod: adapter haiku 10 %, pirate 90 % -> pirate\n") == run(capsys, "alias", "prod", "pirate")[:2]
     code, out, _ = run(capsys, "alias", "prod", "haiku=50", "pirate=50", "--json")
     shares = {"haiku": 50, "pirate": 50}
     assert (0, {"alias": "prod", "name": shares, "before": "pirate"}) == (code, json.loads(out))

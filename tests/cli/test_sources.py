@@ -18,9 +18,11 @@ import pytest
 
 from repositories import synthetic_adapter
 from source_server import SourceServer, running
-from tritonlora.cli import commands
+from tritonlora.cli import commands, output
 from tritonlora.repository import init
 from tritonlora.sources import download
+
+NO_RESTART = f"note: {output.NO_RESTART}\n"
 
 
 @pytest.fixture(scope="module")
@@ -75,12 +77,12 @@ def test_add_says_where_an_adapter_is_from_and_whether_that_has_moved(
     said += [run(capsys, "add", "pirate", secret), run(capsys, "list"), run(capsys, "list", "--json")]
 
     assert [
-        (0, f"pirate added: lora_task_id 1, 8.0 KiB; from {url} ({first})\n", ""),
+        (0, f"pirate added: lora_task_id 1, 8.0 KiB; from {url} ({first})\n", NO_RESTART),
         (0, f"pirate is unchanged: lora_task_id 1, 8.0 KiB; {url} is still at {first}\n", ""),
         (
             0,
-            f"pirate added: lora_task_id 2, 8.0 KiB (was: lora_task_id 1); {url} has moved from {first} to {second}\n",
-            "",
+            f"pirate replaced: lora_task_id 1 -> 2, 8.0 KiB; {url} has moved from {first} to {second}\n",
+            NO_RESTART,
         ),
     ] == said[:3]
     assert f"\t{url} ({second})\n" in said[3][1]

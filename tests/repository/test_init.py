@@ -358,7 +358,7 @@ def test_init_leads_the_ensemble_past_the_router_when_asked_to(tmp_path: Path, v
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_the_topology_can_be_changed_there_and_back(tmp_path: Path, version: str) -> None:
-    """The models stay: the router asks the resolver, and the resolver reads the router's table."""
+    """The router and the resolver stay: one asks the other, which reads the table of the first."""
     root = upstream_repository(tmp_path / "repo", version)
     init.init(root, topology="forward")
     forward = contents(root)
@@ -370,7 +370,8 @@ def test_the_topology_can_be_changed_there_and_back(tmp_path: Path, version: str
     after = contents(root)
 
     assert planned == done
-    assert {"changed"} == {change.kind for change in done}
+    assert {"changed", "removed"} == {change.kind for change in done}
+    assert not (root / "lora_tokens").exists()
     written = "lora_router/1/originals/written.json"
     assert {"ensemble/config.pbtxt", written} >= {name for name in after if after[name] != forward.get(name)}
     assert protobuf(forward["ensemble/config.pbtxt"]) == protobuf(after["ensemble/config.pbtxt"])

@@ -445,6 +445,6 @@ def _log(level: str, message: str) -> None:
 def import_model(monkeypatch: pytest.MonkeyPatch, name: str) -> ModuleType:
     """The module `name`, which a model runs, imported anew with this fake in the place of the real module."""
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", module())
-    for importing in [name, *(known for known, one in sys.modules.items() if hasattr(one, "pb_utils"))]:
+    for importing in [name, *(known for known, one in [*sys.modules.items()] if hasattr(one, "pb_utils"))]:
         monkeypatch.delitem(sys.modules, importing, raising=False)
     return importlib.import_module(name)
