@@ -32,7 +32,7 @@ from tritonlora.serving.adapter_table import (
 )
 from tritonlora.serving.shares import Shares
 from tritonlora.sources import fetch
-from tritonlora.sources.transports import OnProgress
+from tritonlora.sources.adapter_files import OnProgress
 from tritonlora.sources.policy import Policy
 
 
