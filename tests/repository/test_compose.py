@@ -277,25 +277,31 @@ def test_more_than_the_engine_takes_names_the_rank_that_it_takes(opened: Reposit
 
 
 @pytest.mark.parametrize(
-    ("config", "message"),
+    ("one", "other", "message"),
     [
-        ({"base_model_name_or_path": "org/other"}, "base model: 'base' of 'pirate', 'org/other' of '.*other'"),
-        ({"auto_mapping": {"base_model_class": "Qwen2ForCausalLM"}}, None),
+        ({"base_model_name_or_path": "org/one"}, {}, "base model: 'org/one' of '.*one', 'base' of '.*other'"),
+        (
+            {"auto_mapping": {"base_model_class": "LlamaForCausalLM"}},
+            {"auto_mapping": {"base_model_class": "Qwen2ForCausalLM"}},
+            "its class: 'LlamaForCausalLM' of '.*one', 'Qwen2ForCausalLM' of '.*other'",
+        ),
     ],
 )
 def test_adapters_of_two_base_models_are_refused(
-    opened: Repository, tmp_path: Path, config: dict[str, Any], message: str | None
+    opened: Repository, tmp_path: Path, one: dict[str, Any], other: dict[str, Any], message: str
 ) -> None:
-    """Unless the user says that the names are of one model."""
-    other = synthetic_adapter(tmp_path / "other", 5)
-    written = json.loads((other / "adapter_config.json").read_text())
-    (other / "adapter_config.json").write_text(json.dumps({**written, **config}))
-    weights = {"pirate": 0.5, str(other): 0.5}
+    """Unless the user says that the names are of one model. An adapter that does not say its model is of any."""
+    for seed, (name, config) in enumerate(
+        {"one": one, "other": other, "silent": {"base_model_name_or_path": ""}}.items()
+    ):
+        path = synthetic_adapter(tmp_path / name, seed) / "adapter_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    weights = {str(tmp_path / name): 0.5 for name in ("one", "other")}
 
-    if message:
-        with pytest.raises(EngineMismatch, match=f"(?s)give --any-base.*{message}"):
-            compose.compose(opened, "mix", weights)
+    with pytest.raises(EngineMismatch, match=f"(?s)give --any-base.*{message}"):
+        compose.compose(opened, "mix", weights)
     assert (16,) == compose.compose(opened, "mix", weights, any_base=True).ranks
+    assert (16,) == compose.compose(opened, "mix", {str(tmp_path / "one"): 1.0, str(tmp_path / "silent"): 1.0}).ranks
 
 
 def test_all_parts_that_cannot_be_read_are_told_at_once(opened: Repository, tmp_path: Path) -> None:

@@ -188,11 +188,14 @@ def test_a_corrupted_file_without_a_digest_is_found_by_who_reads_it(server: Sour
 
 
 def test_a_source_that_changes_while_it_is_read_is_refused(server: SourceServer, tmp_path: Path) -> None:
-    """Between two files, and within one. The next command takes the new one."""
+    """Before a file and after one that is here already. The next command takes the new one."""
     url = f"{server.url}/web/pirate"
 
     def change(file: str, done: int, _: int | None) -> None:
-        if (file, done) == moment:
+        if (file, done) == moment and file == WEIGHTS:
+            config = server.root / "web" / "pirate" / "adapter_config.json"
+            config.write_text(config.read_text().replace('"lora_alpha": 16', '"lora_alpha": 32'))
+        elif (file, done) == moment:
             synthetic_adapter(server.root / "web" / "pirate", 5, r=4)
 
     for place in (("adapter_config.json", 0), (WEIGHTS, 1000)):
