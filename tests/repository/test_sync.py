@@ -4,15 +4,18 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 
 import faults
 from repositories import synthetic_adapter, synthetic_repository
+from source_server import SourceServer, running
 from tritonlora.check import checks
 from tritonlora.cli import commands as cli
 from tritonlora.repository import add, desired_state, generated, paths
@@ -24,6 +27,7 @@ from tritonlora.repository.sync import apply, located, plan_sync
 from tritonlora.serving.adapter_table import AdapterTable, with_entry
 from tritonlora.serving.adapter_table_json import render
 from tritonlora.sources.fetch import fetched
+from tritonlora.sources.policy import Policy
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +200,52 @@ def test_a_file_that_was_lost_is_written_again(opened: Repository, wanted: Calla
     sync(opened, wanted(pirate="a"))
 
     assert (1, content) == (ids(read_table(opened))["pirate"], lost.read_bytes())
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory, adapters: dict[str, Path]) -> Iterator[SourceServer]:
+    """A hub whose repository org/pirate has two commits: adapters c and a."""
+    root = tmp_path_factory.mktemp("hub")
+    for commit, name in ((FIRST, "c"), (SECOND, "a")):
+        shutil.copytree(adapters[name], root / "hub" / "org" / "pirate" / commit)
+    with running(root) as server:
+        yield server
+
+
+FIRST, SECOND = "1" * 40, "2" * 40
+
+
+def test_a_source_that_has_moved_is_fetched_again(
+    opened: Repository, hub: SourceServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And one that has not is only asked for its revision, of which the plan tells. Offline, nothing is asked."""
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    branches = hub.root / "hub" / "org" / "pirate" / "refs.json"
+    desired = DesiredState({"new": WantedAdapter("hf://org/pirate")}, {})
+    for task_id, commit, action in ((3, FIRST, "add"), (4, SECOND, "change")):
+        branches.write_text(json.dumps({"main": commit}))
+        (moved,) = plan_sync(opened, desired).changes()
+        assert (action, "hf://org/pirate", commit) == (moved.action, moved.after["source"], moved.after["revision"])
+        sync(opened, desired)
+        hub.requests()
+        assert [] == [*plan_sync(opened, desired).changes()]
+        assert not [one for one in hub.requests() if "/resolve/" in one["path"]]
+        source = read_table(opened).entries["new"].source
+        assert (task_id, commit) == (ids(read_table(opened))["new"], source.revision if source else None)
+    assert [] == [*plan_sync(opened, desired, Policy(offline=True)).changes()]
+    assert [] == hub.requests()
+
+
+def test_no_credentials_of_a_source_are_in_a_plan(opened: Repository, hub: SourceServer) -> None:
+    """Neither of a source that can be reached, nor in the error of one that cannot."""
+    (hub.root / "web").mkdir(exist_ok=True)
+    (hub.root / "web" / "x.zip").write_bytes(b"x")
+    sources = {name: f"{hub.url}/web/{name}.zip?token=sesame" for name in ("x", "absent")}
+    plan = plan_sync(opened, DesiredState({name: WantedAdapter(source) for name, source in sources.items()}, {}))
+
+    assert (["x"], ["absent"]) == ([one.name for one in plan.changes()], [one.name for one in plan.refused])
+    assert "sesame" not in f"{[*plan.changes()]} {plan.refused}"
 
 
 def test_relative_sources_are_beside_the_file(tmp_path: Path) -> None:

@@ -18,9 +18,11 @@ from rich.progress import Progress
 from tritonlora.cli.adapters import led_to, what_was_done
 from tritonlora.cli.options import (
     AllowNonfinite,
+    AllowSource,
     Base,
     Dtype,
     Interrupted,
+    Offline,
     Repo,
     RepoOption,
     import_torch,
@@ -32,9 +34,11 @@ from tritonlora.errors import DesiredStateError, TritonLoraError
 from tritonlora.repository import desired_state
 from tritonlora.repository import sync as syncing
 from tritonlora.repository.add import Options, Refused
+from tritonlora.repository.desired_state import DesiredState
 from tritonlora.repository.paths import Repository, open_repository, read_table
 from tritonlora.repository.sync import Change, SyncPlan
 from tritonlora.serving.file_version import read_file
+from tritonlora.sources.policy import Policy, policy
 
 app = typer.Typer()
 
@@ -53,6 +57,8 @@ def sync(
     prune: Annotated[bool, typer.Option("--prune", help="Remove what FILE does not have.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; write nothing.")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Go on, and follow FILE until a signal ends it.")] = False,
+    offline: Offline = False,
+    allow_source: AllowSource = None,
     dtype: Dtype = None,
     base: Base = None,
     allow_nonfinite: AllowNonfinite = False,
@@ -68,9 +74,12 @@ def sync(
     opened, path = open_repository(root), Path(file)
     options = Options(dtype=dtype, base=base, allow_nonfinite=allow_nonfinite)
 
+    rules = policy(offline=offline, allowed=allow_source or ())
+    directory = Path.cwd() if file == "-" else path.absolute().parent
+
     def once(content: bytes) -> bool:
-        directory = Path.cwd() if file == "-" else path.absolute().parent
-        return _sync(opened, content, file, directory, options, prune=prune, dry_run=dry_run, as_json=as_json)
+        desired = syncing.located(_parsed(content, file), directory)
+        return _sync(opened, desired, file, options, rules, prune=prune, dry_run=dry_run, as_json=as_json)
 
     if watch:
         try:
@@ -114,23 +123,26 @@ def _read(file: str) -> bytes:
         raise DesiredStateError(f"cannot read {file}: {error.strerror or error}") from None
 
 
+def _parsed(content: bytes, file: str) -> DesiredState:
+    try:
+        return desired_state.parse(content)
+    except DesiredStateError as error:
+        raise DesiredStateError(f"{file}: {error}") from None
+
+
 def _sync(
     opened: Repository,
-    content: bytes,
+    desired: DesiredState,
     file: str,
-    directory: Path,
     options: Options,
+    rules: Policy,
     *,
     prune: bool,
     dry_run: bool,
     as_json: bool,
 ) -> bool:
     """Sync once, and say whether nothing was refused."""
-    try:
-        desired = desired_state.parse(content)
-    except DesiredStateError as error:
-        raise DesiredStateError(f"{file}: {error}") from None
-    plan = syncing.plan_sync(opened, syncing.located(desired, directory), prune=prune)
+    plan = syncing.plan_sync(opened, desired, rules, prune=prune)
     changes = [*plan.changes()]
     if not as_json:
         sys.stdout.write("".join(f"{line}\n" for line in _plan_lines(plan, changes, file)))
@@ -138,7 +150,7 @@ def _sync(
     for one in plan.refused:
         _print_refused(one)
     # Without changes, too: a command that was stopped may have left files to complete.
-    results = list[Any](plan.refused) if dry_run else _apply(opened, plan, options)
+    results = list[Any](plan.refused) if dry_run else _apply(opened, plan, options, rules)
     refused = [one for one in results if isinstance(one, Refused)]
     added = [one for one in results if not isinstance(one, Refused)]
     if as_json:
@@ -151,14 +163,20 @@ def _sync(
     return not refused
 
 
-def _apply(opened: Repository, plan: SyncPlan, options: Options) -> list[Any]:
-    """Make the changes of a plan, with a progress bar."""
+def _apply(opened: Repository, plan: SyncPlan, options: Options, rules: Policy) -> list[Any]:
+    """Make the changes of a plan, with a progress bar for the adapters and one for the file that is fetched."""
     if plan.to_convert:
         import_torch()
     total = len(plan.to_convert)
     with Progress(console=stderr, transient=True, disable=not stderr.is_terminal or not total) as progress:
+        download = progress.add_task("fetching", visible=False)
         task = progress.add_task(f"converting {total} adapters", total=total)
-        results = syncing.apply(opened, plan, options, on_done=lambda _: progress.advance(task))
+
+        def fetched(file: str, done: int, size: int | None) -> None:
+            what = f"fetching {file or 'an archive'}"
+            progress.update(download, description=what, completed=done, total=size, visible=done != size)
+
+        results = syncing.apply(opened, plan, options, rules, lambda _: progress.advance(task), fetched)
     for one in results:
         if not isinstance(one, Refused):
             for remark in one.remarks:

@@ -9,14 +9,13 @@ A refused adapter does not stop the others. An alias that should lead to it stay
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tritonlora.errors import AdapterTableError, TritonLoraError
+from tritonlora.errors import AdapterTableError, SourceError, TritonLoraError
 from tritonlora.repository.add import DEFAULTS, Added, Incoming, Options, Refused, change
 from tritonlora.repository.desired_state import DesiredState, WantedAdapter
 from tritonlora.repository.paths import Repository, read_table
@@ -33,6 +32,7 @@ from tritonlora.serving.adapter_table import (
 from tritonlora.serving.shares import Shares
 from tritonlora.sources import fetch
 from tritonlora.sources.adapter_files import OnProgress
+from tritonlora.sources.location import HUB_NAME
 from tritonlora.sources.policy import Policy
 
 
@@ -113,7 +113,7 @@ def located(desired: DesiredState, directory: Path) -> DesiredState:
 
 
 def plan_sync(
-    repository: Repository, desired: DesiredState, policy: Policy | None = None, *, prune: bool = False
+    repository: Repository, desired: DesiredState, policy: Policy = fetch.ALL_ALLOWED, *, prune: bool = False
 ) -> SyncPlan:
     """The changes that make `repository` what `desired` says. Writes nothing.
 
@@ -126,7 +126,7 @@ def plan_sync(
     for name, wanted in desired.adapters.items():
         known = table.entries.get(name)
         try:
-            found = _compared(repository, known, wanted, policy or Policy())
+            found = _compared(repository, known, wanted, policy)
         except TritonLoraError as error:
             refused.append(Refused(name, str(error)))
             continue
@@ -189,23 +189,20 @@ def _compared(
         return known if found.source == known.source else replace(known, source=found.source)
 
 
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-
-
 def _check_place(source: str) -> None:
-    """Raise AdapterTableError if `source` is a path that leads nowhere, and may be meant as a name on the hub."""
+    """Raise SourceError if `source` is a path that leads nowhere, and may be meant as a name on the hub."""
     path = Path(source)
     if "://" not in source and not path.exists():
         name = "/".join(path.parts[-2:])
-        hint = f"; for the Hugging Face hub write hf://{name}" if _HUB_NAME.fullmatch(name) else ""
-        raise AdapterTableError(f"there is nothing at {source!r}{hint}")
+        hint = f"; for the Hugging Face hub write hf://{name}" if HUB_NAME.fullmatch(name) else ""
+        raise SourceError(f"there is nothing at {source!r}{hint}")
 
 
 def apply(
     repository: Repository,
     plan: SyncPlan,
     options: Options = DEFAULTS,
-    policy: Policy | None = None,
+    policy: Policy = fetch.ALL_ALLOWED,
     on_done: Callable[[Added | Refused], None] = lambda _: None,
     on_progress: OnProgress = fetch.no_progress,
 ) -> list[Added | Refused]:
@@ -223,7 +220,7 @@ def apply(
         incoming: dict[str, Incoming] = {}
         for name, one in plan.to_convert.items():
             try:
-                found = stack.enter_context(fetch.fetched(one.source, policy or Policy(), on_progress))
+                found = stack.enter_context(fetch.fetched(one.source, policy, on_progress))
             except TritonLoraError as error:
                 refuse(name, error)
             else:
