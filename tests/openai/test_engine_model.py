@@ -56,6 +56,22 @@ def request(**fields: Any) -> CompletionRequest:
     return CompletionRequest.model_validate({"model": "m", "prompt": "x", **fields})
 
 
+def test_the_choices_of_a_request_have_one_split_key(text: ChatTokenizer) -> None:
+    """The user's, or one of the request's own: the choices must not come from different adapters of an alias."""
+    served = model(text, TYPES | {"lora_split_key": "TYPE_STRING"})
+
+    def keys(asked: CompletionRequest) -> list[str]:
+        prompts = [served.request_inputs(asked, Source("x", [7]), 1) for _ in range(2)]
+        choices = [served.choice_inputs(inputs, "prod", number) for inputs in prompts for number in range(2)]
+        assert {(1, 1)} == {one["lora_split_key"].shape for one in choices}
+        return [one["lora_split_key"].item().decode() for one in choices]
+
+    assert ["zoë"] * 4 == keys(request(user="zoë"))
+    first, second = ({*keys(request(user=user))} for user in ("", None))
+    assert (1, 1, 2) == (len(first), len(second), len(first | second))
+    assert "lora_split_key" not in model(text).request_inputs(request(user="zoë"), Source("x", [7]), 1)
+
+
 def test_each_field_goes_to_its_input(text: ChatTokenizer) -> None:
     """With the dtypes and shapes that the engine declares."""
     fields = {

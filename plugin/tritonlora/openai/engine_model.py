@@ -53,7 +53,7 @@ class EngineModel:
     def request_inputs(self, request: GenerationRequest, source: Source, max_tokens: int) -> Inputs:
         """The inputs that all choices of a request share. ApiError naming a field that the model has no input for."""
         declared, tokenizer = self.declared, self.text.tokenizer
-        inputs: Inputs = {"input_ids": np.array([source.tokens], np.int32)}
+        inputs: Inputs = {"input_ids": np.array([source.tokens], np.int32), **declared.split_key(request)}
         scalars: dict[str, float | str] = {"input_lengths": len(source.tokens), "request_output_len": max_tokens}
         scalars |= {declared.name(field, *_NUMBERS[field]): value for field, value in numbers_of(request).items()}
         if tokenizer.end_id is not None and "end_id" in declared.types:

@@ -57,7 +57,7 @@ class LlmApiModel:
             scalars["return_finish_reason"] = True
         if self.decoupled and request.stream:
             scalars["streaming"] = True
-        inputs = {name: declared.scalar(name, value) for name, value in scalars.items()}
+        inputs = {name: declared.scalar(name, value) for name, value in scalars.items()} | declared.split_key(request)
         if stops := stops_of(request):
             inputs[declared.name("stop", "sampling_param_stop")] = declared.strings(stops)
         return inputs

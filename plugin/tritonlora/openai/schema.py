@@ -8,9 +8,10 @@ are extensions with the names of vLLM.
 
 from __future__ import annotations
 
+import secrets
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 MOST_CHOICES = 128
 MOST_STOPS = 16
@@ -72,11 +73,17 @@ class GenerationRequest(_Strict):
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
     guided_grammar: str | None = None
+    user: Text | None = None  # gets the same adapter each time from an alias that is divided between adapters
     # Without effect on the response.
-    user: str | None = None
     metadata: dict[str, Any] | None = None
     service_tier: Literal["auto", "default"] | None = None
     store: Literal[False] | None = None
+    _own_key: str = PrivateAttr(default_factory=lambda: secrets.token_hex(16))
+
+    @property
+    def split_key(self) -> str:
+        """The key by which all choices of the request get the same adapter of an alias: the user, or a random one."""
+        return self.user or self._own_key
 
 
 class CompletionRequest(GenerationRequest):

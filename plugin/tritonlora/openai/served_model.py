@@ -14,6 +14,7 @@ import numpy.typing as npt
 from tritonlora.openai.api_error import UNSUPPORTED, invalid
 from tritonlora.openai.chat_tokenizer import ChatTokenizer
 from tritonlora.openai.schema import GenerationRequest
+from tritonlora.serving.routing import SPLIT_KEY
 
 Inputs = dict[str, npt.NDArray[Any]]
 
@@ -115,6 +116,10 @@ class Declared:
         if dtype is np.uint64:
             value = int(value) % (1 << 64)
         return np.full((1, 1) if self.is_batched else (1,), value, dtype)
+
+    def split_key(self, request: GenerationRequest) -> Inputs:
+        """The input by which all choices of a request get the same adapter, if the model has that input."""
+        return {SPLIT_KEY: self.strings([request.split_key])} if SPLIT_KEY in self.types else {}
 
     def strings(self, values: Sequence[str]) -> npt.NDArray[Any]:
         """A STRING input with these elements, [1, n] or [n]."""
