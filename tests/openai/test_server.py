@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import socket
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 
 import pytest
 import uvicorn
+from starlette.types import Receive, Scope, Send
 
 from tritonlora.errors import ServerError
 from tritonlora.openai import server
@@ -21,11 +23,15 @@ from tritonlora.openai.settings import Settings
 
 @pytest.fixture
 def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    """A door's protocol, which is patient for a moment only, before an application that answers nothing."""
+    """A door's protocol, which is patient for a moment only, before an application that writes without an end."""
     monkeypatch.setattr(server, "HEAD_SECONDS", 0.2)
+    monkeypatch.setattr(server, "UNREAD_SECONDS", 0.2)
 
-    async def application(scope: object, receive: object, send: object) -> None:
-        return None
+    async def application(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        while not LEFT.is_set():
+            await send({"type": "http.response.body", "body": b"x" * (1 << 16), "more_body": True})
+            LEFT.set() if await _has_left(receive) else None
 
     config = uvicorn.Config(application, http=server.PunctualProtocol, ws="none", lifespan="off", log_level="critical")
     running = uvicorn.Server(config)
@@ -35,6 +41,25 @@ def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
         yield listening.getsockname()[1]
         running.should_exit = True
         thread.join()
+
+
+async def _has_left(receive: Receive) -> bool:
+    with contextlib.suppress(asyncio.TimeoutError):
+        message = await asyncio.wait_for(receive(), 0.001)
+        return bool(message["type"] == "http.disconnect")
+    return False
+
+
+LEFT = threading.Event()
+
+
+def test_a_client_that_does_not_read_is_cut_off(port: int) -> None:
+    """The application learns that it has left."""
+    LEFT.clear()
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
+        client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+
+        assert LEFT.wait(20)
 
 
 @pytest.mark.parametrize("sent", [b"", b"POST /v1/models HT", b"GET / HTTP/1.1\r\nX-Slow: "])

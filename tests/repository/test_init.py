@@ -71,7 +71,6 @@ def test_init_puts_its_models_between_the_ensemble_and_the_engine(
     assert engine.model_transaction_policy.decoupled == router.model_transaction_policy.decoupled
     changed = {name for name in after if before.get(name) != after[name]}
     assert {"ensemble/config.pbtxt"} == {name for name in changed if not name.startswith(OURS)}
-    assert (topology == "resolve") == ("lora_tokens/config.pbtxt" in after)
     for model in {*OURS} - {"lora_tokens"}:
         assert code_of(model).keys() <= changed
 
@@ -370,8 +369,7 @@ def test_the_topology_can_be_changed_there_and_back(tmp_path: Path, version: str
     after = contents(root)
 
     assert planned == done
-    assert {"changed", "removed"} == {change.kind for change in done}
-    assert not (root / "lora_tokens").exists()
+    assert {"changed"} == {change.kind for change in done}
     written = "lora_router/1/originals/written.json"
     assert {"ensemble/config.pbtxt", written} >= {name for name in after if after[name] != forward.get(name)}
     assert protobuf(forward["ensemble/config.pbtxt"]) == protobuf(after["ensemble/config.pbtxt"])

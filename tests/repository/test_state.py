@@ -67,7 +67,7 @@ class Counts:
 
 # The first adapter changes the type of the resolver's lora_weights. Meanwhile the ensemble leads to the router.
 DETOUR: dict[str | None, dict[str, int]] = {
-    "forward": {},
+    "forward": {"lora_tokens/config.pbtxt": 2, "lora_router/1/originals/written.json": 3},
     "resolve": {"ensemble/config.pbtxt": 2, "lora_tokens/config.pbtxt": 2, "lora_router/1/originals/written.json": 3},
 }
 # The config.pbtxt of the engine's model, and of the resolver.

@@ -8,8 +8,14 @@ with the text models, is the oracle.
 
 from __future__ import annotations
 
+import asyncio
+import shutil
+import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -17,17 +23,19 @@ import pytest
 from tokenizers import Tokenizer
 
 from openai_door import Running, opened_door, set_tokenizer, wait_until_healthy
-from repositories import resolving
+from repositories import resolving, synthetic_adapter
 from text_tokenizer import save_tokenizer
 from tritonlora.launch import client
 from tritonlora.launch.server import Server
+from tritonlora.machine import free_ports
 from tritonlora.repository import add
 from tritonlora.repository.paths import Repository
 
 TEXT = "é日🎉ü"
 MESSAGES: Any = [{"role": "user", "content": TEXT}]
 RENDERED = f"<user>{TEXT}<model>"  # by the template of text_tokenizer
-CONTEXT = 500
+CONTEXT = 100_000
+TAG = 3  # characters before the prompt in the engine's text
 
 
 @dataclass(frozen=True)
@@ -51,10 +59,11 @@ def served(launch: Callable[..., Server], tmp_path_factory: pytest.TempPathFacto
     directory = tmp_path_factory.mktemp("openai")
     opened = resolving(directory / "repo", ("pirate",), ("haiku",), pages=100)
     add.alias(opened, "arr", "pirate")
+    add.set_parameters(opened, {"synthetic_token_seconds": "0.002", "max_num_requests": "64"})
     save_tokenizer(directory / "tokenizer")
     set_tokenizer(opened, directory / "tokenizer")
     server = launch(opened.root)
-    with opened_door(server.grpc_url, "--context-length", CONTEXT) as door:
+    with opened_door(server.grpc_url, "--repo", opened.root, "--context-length", CONTEXT) as door:
         wait_until_healthy(door)
         with openai.OpenAI(base_url=door.url, api_key="unused", max_retries=0) as official:
             yield Served(
@@ -109,3 +118,243 @@ def test_an_unknown_model_is_named_with_those_that_there_are(served: Served, mod
 
     assert ("model_not_found", "model") == (caught.value.code, caught.value.param)
     assert f"The model {model!r} does not exist; available: base/tensorrt_llm, arr, haiku, pirate" in str(caught.value)
+
+
+def test_64_at_once_get_their_own_responses(served: Served) -> None:
+    """The asynchronous client, whole and streamed by turns, each with a prompt of its own."""
+
+    async def ask(client: openai.AsyncOpenAI, number: int) -> str:
+        model, prompt = ("pirate", "haiku", "arr")[number % 3], f"{number} é日"
+        request: Any = {"model": model, "prompt": prompt, "max_tokens": 20 + number % 7}
+        if number % 2:
+            return str((await client.completions.create(**request)).choices[0].text)
+        stream = await client.completions.create(**request, stream=True)
+        return "".join([event.choices[0].text async for event in stream])
+
+    async def all_of_them() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=served.door.url, api_key="unused", max_retries=0) as client:
+            return await asyncio.gather(*(ask(client, number) for number in range(64)))
+
+    texts = asyncio.run(all_of_them())
+
+    for number, text in enumerate(texts):
+        unit = served.tokenizer.encode(f"{number} é日").ids
+        tag = list(b"[2]" if number % 3 == 1 else b"[1]")
+        tokens = 20 + number % 7
+        assert served.tokenizer.decode(([*tag, *unit] * tokens)[:tokens]) == text
+
+
+@pytest.mark.filterwarnings("ignore")  # of its own, about other packages
+def test_litellm_is_served(served: Served) -> None:
+    """Whole, streamed, and its error of an unknown model."""
+    import litellm  # with warnings, too
+
+    settled: Any = {"api_base": served.door.url, "api_key": "unused", "messages": MESSAGES, "max_tokens": 17}
+    expected = served.generated("pirate", RENDERED, 17)
+    whole: Any = litellm.completion("openai/pirate", **settled)
+    pieces: Any = litellm.completion("openai/pirate", stream=True, **settled)
+
+    assert (expected, "length", 17) == (
+        whole.choices[0].message.content, whole.choices[0].finish_reason, whole.usage.completion_tokens,
+    )  # fmt: skip
+    assert expected == "".join(piece.choices[0].delta.content or "" for piece in pieces)
+    with pytest.raises(litellm.exceptions.NotFoundError, match="available: base/tensorrt_llm, arr, haiku, pirate"):
+        litellm.completion("openai/parrot", **settled)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_langchain_is_served(served: Served) -> None:
+    """Whole and streamed."""
+    import langchain_openai
+
+    options: Any = {"model": "haiku", "base_url": served.door.url, "api_key": "unused", "max_completion_tokens": 17}
+    chat = langchain_openai.ChatOpenAI(**options)
+    expected = served.generated("haiku", RENDERED, 17)
+
+    assert expected == chat.invoke(TEXT).content
+    assert expected == "".join(str(piece.content) for piece in chat.stream(TEXT))
+
+
+@pytest.mark.parametrize(
+    ("stop", "expected"), [("日", "|R~é"), (["🎉ü", "zz"], "|R~é日"), ("R~é日🎉ü|", "|"), ("nowhere", None)]
+)
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_stop_string_ends_the_response_in_the_engine(
+    served: Served, stop: Any, expected: str | None, stream: bool
+) -> None:
+    """Before the string; long before max_tokens, which would take minutes."""
+    tokens = 40 if expected is None else 50_000
+    found: Any = served.client.completions.create(
+        model="pirate", prompt=TEXT, max_tokens=tokens, stop=stop, stream=stream
+    )
+    choices = [event.choices[0] for event in found] if stream else [found.choices[0]]
+
+    whole = served.generated("pirate", TEXT, 40) if expected is None else expected
+    reason = "length" if expected is None else "stop"
+    assert (whole, reason) == ("".join(choice.text for choice in choices), choices[-1].finish_reason)
+
+
+def test_several_choices_and_prompts_have_their_own_places(served: Served) -> None:
+    """n choices of each prompt, in their order, whole and streamed."""
+    request: Any = {"model": "pirate", "prompt": ["ab", "cd"], "n": 2, "max_tokens": 9}
+    whole = served.client.completions.create(**request)
+    texts = dict.fromkeys(range(4), "")
+    for event in served.client.completions.create(**request, stream=True):
+        texts[event.choices[0].index] += event.choices[0].text
+
+    expected = [served.generated("pirate", prompt, 9) for prompt in ("ab", "ab", "cd", "cd")]
+    assert expected == [choice.text for choice in whole.choices] == [texts[index] for index in range(4)]
+    assert whole.usage is not None
+    assert (4, 36) == (whole.usage.prompt_tokens, whole.usage.completion_tokens)
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"max_tokens": 1_000_000}, "the context has 100000 tokens"),
+        ({"messages": [{"role": "user", "content": "x" * 2_000_000}]}, "too few for 2000013 characters"),
+        ({"messages": [{"role": "user", "content": "x" * 100_000}]}, "the context has 100000 tokens"),
+        ({"logprobs": True}, "return_log_probs"),
+        ({"logit_bias": {"5": 1.0}}, "embedding_bias"),
+        ({"response_format": {"type": "json_object"}}, "response_format: model 'tensorrt_llm' has no input"),
+        ({"min_tokens": 9, "max_tokens": 8}, "min_tokens is 9"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(served: Served, fields: dict[str, Any], told: str) -> None:
+    """By the door, or by the engine before the response has begun."""
+    body = {"model": "pirate", "messages": MESSAGES, "max_tokens": 4, **fields}
+    for stream in (True, False):
+        with pytest.raises(openai.BadRequestError) as caught:
+            served.client.post("/chat/completions", body={**body, "stream": stream}, cast_to=object)
+
+        assert told in str(caught.value)
+
+
+def test_the_base_model_answers_for_no_adapter(served: Served) -> None:
+    """An adapter that comes, changes its alias, and goes while the door runs."""
+    base = served.client.models.list().data[0].id
+
+    def said(model: str) -> str:
+        return served.client.completions.create(model=model, prompt="x", max_tokens=9).choices[0].text
+
+    texts = {said(model) for model in (base, "pirate", "haiku")}
+    assert 3 == len(texts)
+    add.add(served.opened, "new", synthetic_adapter(served.opened.root.parent / "new", 7))
+    add.alias(served.opened, "arr", "new")
+
+    assert "new" in {one.id for one in served.client.models.list()}
+    assert said("new") == said("arr")
+    assert said("new") not in texts
+    add.alias(served.opened, "arr", "pirate")
+    add.remove(served.opened, "new")
+    with pytest.raises(openai.NotFoundError, match="available: base/tensorrt_llm, arr, haiku, pirate"):
+        said("new")
+
+
+def test_an_adapter_s_own_template_renders_its_conversations(served: Served) -> None:
+    """And those of its alias; the others have the tokenizer's. A template may refuse."""
+    directory = synthetic_adapter(served.opened.root.parent / "own", 8)
+    (directory / "chat_template.jinja").write_text(
+        "{% if messages[0].content == 'no' %}{{ raise_exception('not that') }}{% endif %}own {{ messages[0].content }}"
+    )
+    add.add(served.opened, "own", directory)
+    add.alias(served.opened, "mine", "own")
+    ask: Any = served.client.chat.completions.create
+    texts = [ask(model=model, messages=MESSAGES, max_tokens=18).choices[0].message.content for model in ("own", "mine")]
+    with pytest.raises(openai.BadRequestError, match="the chat template refuses these messages: not that"):
+        ask(model="own", messages=[{"role": "user", "content": "no"}], max_tokens=18)
+    add.remove(served.opened, "mine")
+    add.remove(served.opened, "own")
+
+    plain = served.client.completions.create(model="pirate", prompt=f"own {TEXT}", max_tokens=18).choices[0].text
+    assert [plain[TAG:]] * 2 == [text[TAG:] for text in texts]
+
+
+def test_tools_are_rendered_and_calls_are_not_parsed(served: Served) -> None:
+    """tool_choice none, or nothing."""
+    directory = synthetic_adapter(served.opened.root.parent / "tools", 9)
+    (directory / "chat_template.jinja").write_text("{{ tools[0].function.name }}")
+    add.add(served.opened, "tools", directory)
+    tools: Any = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+    ask: Any = served.client.chat.completions.create
+    said = ask(model="tools", messages=MESSAGES, max_tokens=10, tools=tools, tool_choice="none").choices[0].message
+    for choice in ("auto", "required", {"type": "function", "function": {"name": "weather"}}):
+        with pytest.raises(openai.BadRequestError, match="tool_choice"):
+            ask(model="tools", messages=MESSAGES, max_tokens=10, tools=tools, tool_choice=choice)
+    add.remove(served.opened, "tools")
+
+    assert "weather" == said.content[TAG:]
+
+
+def leave(served: Served, path: str, body: str) -> None:
+    """Send a request, and leave after the first byte of the response, or at once if it is not streamed."""
+    with socket.create_connection(("127.0.0.1", served.door.port), timeout=30) as connection:
+        head = (
+            f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
+        connection.sendall((head + body).encode())
+        if "stream" in body:
+            assert connection.recv(1)
+
+
+@pytest.mark.parametrize("extra", ['"stream": true', '"n": 1', '"n": 4, "stream": true'])
+def test_clients_that_leave_end_their_requests_in_the_engine(served: Served, extra: str) -> None:
+    """The engine takes 64 at a time: each round would fill it for minutes."""
+    body = f'{{"model": "pirate", "prompt": "x", "max_tokens": 90000, {extra}}}'
+    for _ in range(2):
+        for _ in range(64 // (4 if "4" in extra else 1)):
+            leave(served, "/v1/completions", body)
+
+        assert served.client.completions.create(model="pirate", prompt="x", max_tokens=5, timeout=60).choices[0].text
+
+
+def test_the_api_is_as_its_own_document_says(served: Served) -> None:
+    """schemathesis, against the door's OpenAPI document: no 5xx, and each response is one that the document has."""
+    checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
+    document = f"http://127.0.0.1:{served.door.port}/openapi.json"
+    command = [sys.executable, "-m", "schemathesis.cli", "run", document, "--checks", checks, "--max-examples", "10"]
+    done = subprocess.run([*command, "--phases", "coverage,fuzzing", "--no-color"], text=True, capture_output=True)
+
+    assert 0 == done.returncode, done.stdout
+
+
+def test_serve_with_the_api_drains_it_and_ends(served: Served, tmp_path: Path) -> None:
+    """SIGTERM: a stream that is under way comes to its end first."""
+    ports = free_ports()
+    repo = shutil.copytree(served.opened.root, tmp_path / "repo")
+    api = free_ports().http
+    with (tmp_path / "log").open("w") as log:
+        options = ["--http-port", ports.http, "--grpc-port", ports.grpc, "--metrics-port", ports.metrics]
+        command = [sys.executable, "-m", "tritonlora", "serve", repo, *options, "--openai-port", api]
+        process = subprocess.Popen([*map(str, command)], stdout=log, stderr=log)
+    door = Running(process, api)
+    wait_until_healthy(door)
+    with openai.OpenAI(base_url=door.url, api_key="unused", max_retries=0) as client_:
+        stream = client_.completions.create(model="pirate", prompt="x", max_tokens=1000, stream=True)
+        texts = [next(stream).choices[0].text]
+        process.terminate()
+        texts += [event.choices[0].text for event in stream]
+
+    assert 1001 == len(texts), "1,000 tokens and the event with the reason"
+    assert 0 == process.wait(60), (tmp_path / "log").read_text()
+    with pytest.raises(OSError):
+        door.get("/health")
+
+
+def test_without_its_server_the_door_asks_to_come_again(served: Served) -> None:
+    """The last test: it ends the server. A stream that is under way ends with an error, and the door lives on."""
+    stream = served.client.completions.create(model="pirate", prompt="x", max_tokens=90_000, stream=True)
+    next(stream)
+    served.server.stop()
+    with pytest.raises(openai.APIError, match="does not answer"):
+        list(stream)
+    for path, prompt in (("/completions", {"prompt": "x"}), ("/chat/completions", {"messages": MESSAGES})):
+        for is_streamed in (False, True):
+            body = {"model": "pirate", "max_tokens": 5, "stream": is_streamed, **prompt}
+            with pytest.raises(openai.InternalServerError) as caught:
+                served.client.post(path, body=body, cast_to=object)
+
+            assert 503 == caught.value.status_code
+    assert [503, 503] == [served.door.get(path)[0] for path in ("/health", "/v1/models")]
+    served.door.process.terminate()
+    assert 0 == served.door.process.wait(30)

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import sys
@@ -15,11 +14,11 @@ from typing import Annotated
 import typer
 
 from tritonlora import extras, machine
-from tritonlora.cli.options import Interrupted, Repo, RepoOption, from_environment
+from tritonlora.cli.options import Interrupted, Repo, RepoOption, command_group, from_environment
 from tritonlora.machine import LOCAL, host_and_port
 from tritonlora.openai.settings import API_KEY_VARIABLE, DEFAULT_PORT, DEFAULT_URL, Settings
 
-app = typer.Typer()
+app = command_group()
 
 
 @app.command("openai")
@@ -76,7 +75,6 @@ def serve_openai(
         workers=workers,
         drain_seconds=drain_seconds,
     )
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     sys.stdout.write(f"listening on http://{host_and_port(settings.address, port)}/v1, before {url}\n")
     sys.stdout.flush()
     if while_stdin:

@@ -130,13 +130,13 @@ def serve(
         sys.stdout.flush()
         try:
             with contextlib.ExitStack() as beside:
-                before = None
+                api = None
                 if openai_port is not None:
                     started = door.opened(root, running.grpc_url, address=address, port=openai_port)
-                    before = beside.enter_context(started)
+                    api = beside.enter_context(started)
                     sys.stdout.write(f"OpenAI API on http://{machine.host_and_port(address, openai_port)}/v1\n")
                     sys.stdout.flush()
-                exit_status = running.wait() if before is None else door.wait(running, before)
+                exit_status = running.wait() if api is None else door.wait(api, running)
         except Interrupted as end:
             if end.args != (signal.SIGTERM,):
                 raise

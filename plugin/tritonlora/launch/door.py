@@ -14,8 +14,8 @@ from tritonlora.errors import ServerError
 from tritonlora.interrupts import held
 from tritonlora.launch.server import Server
 
-KILL_SECONDS = 60.0  # the door ends requests under way after 30 seconds
 POLL_SECONDS = 1.0
+KILL_SECONDS = 60.0  # the door ends requests under way after 30 seconds
 
 
 @contextlib.contextmanager
@@ -39,8 +39,8 @@ def opened(repository: Path, grpc_url: str, *, address: str, port: int) -> Itera
             process.wait()
 
 
-def wait(running: Server, door: subprocess.Popen[bytes]) -> int:
-    """Wait for the server to end by itself, and return its exit status. ServerError when the door has ended before."""
+def wait(door: subprocess.Popen[bytes], running: Server) -> int:
+    """Wait for the server to end by itself, as `Server.wait` does. ServerError when the door ends before that."""
     while (status := running.wait(POLL_SECONDS)) is None:
         if door.poll() is not None:
             raise ServerError(f"the OpenAI API ended by itself, with status {door.returncode}; its messages say why")

@@ -7,10 +7,9 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from tritonlora.openai.api_error import unavailable
+from tritonlora.openai.api_error import invalid, unavailable
 from tritonlora.repository import chat_templates
 from tritonlora.repository.paths import open_repository
-from tritonlora.serving.adapter_table import AdapterEntry
 from tritonlora.serving.file_version import read_file
 from tritonlora.serving.table_file import TableFile
 
@@ -28,19 +27,19 @@ class AdapterTemplates:
     def template_of(self, name: str) -> str | None:
         """The template of an adapter, or of the adapters that an alias leads to; None if they have none of their own.
 
-        ApiError when it cannot be read, since the base model's may be another one, or when the adapters of an alias
-        have different ones, since the server chooses between them after the template was rendered.
+        ApiError when it cannot be read, or when an alias leads to adapters with different templates: the resolver
+        chooses among these adapters only when it has the prompt.
         """
         table = self._table.table()
-        names = table.aliases.get(name, {name: 100})
-        found = {self._of_entry(name, table.entries[one]) for one in names if one in table.entries}
+        adapters = [one for one in table.aliases.get(name, (name,)) if one in table.entries]
+        found = {self._template(one, table.entries[one].lora_task_id) for one in adapters}
         if len(found) > 1:
-            raise unavailable(f"the adapters of {name!r} have different chat templates; ask for one of them by name")
+            raise invalid(f"the adapters of {name!r} have different chat templates; name one of {adapters}", "model")
         return next(iter(found), None)
 
-    def _of_entry(self, name: str, entry: AdapterEntry) -> str | None:
+    def _template(self, name: str, lora_task_id: int) -> str | None:
         try:
-            return read_file(chat_templates.path_of(self._repository, entry.lora_task_id)).decode()
+            return read_file(chat_templates.path_of(self._repository, lora_task_id)).decode()
         except FileNotFoundError:
             return None
         except (OSError, UnicodeDecodeError) as error:

@@ -5,8 +5,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from typing import Any
 
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
@@ -14,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 from tritonlora.openai import responses
 from tritonlora.openai.api_error import ApiError
 from tritonlora.openai.discovery import Served
-from tritonlora.openai.generation import Generations, Prompt
+from tritonlora.openai.generation import Audience, Generations, Prompt
 from tritonlora.openai.sampling import wants_logprobs
 from tritonlora.openai.schema import GenerationRequest
 from tritonlora.openai.served_model import ChoiceState, Piece
@@ -37,6 +38,7 @@ class Answer(Response):
         self._request = request
         self._head = responses.header(kind, request.model)
         self._prompts = prompts
+        self._audience = Audience()
         self._choices = [(prompt, number) for prompt in prompts for number in range(request.n or 1)]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -44,26 +46,30 @@ class Answer(Response):
         gone = asyncio.create_task(_disconnected(receive))
         try:
             await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
-            if work.done():
-                work.result()
         finally:
-            for task in (work, gone):
-                task.cancel()
-            await asyncio.gather(work, gone, return_exceptions=True)
+            gone.cancel()
+            self._leave([work])
+        if work.done():
+            work.result()
+
+    def _leave(self, tasks: Sequence[asyncio.Task[Any]]) -> None:
+        """Let tasks that have not ended end by themselves, with their next token."""
+        for task in tasks:
+            if not task.done():
+                self._audience.has_left = True
+                self._generations.leave(task)
 
     def _pieces(self, index: int) -> tuple[ChoiceState, AsyncGenerator[Piece, None]]:
         prompt, number = self._choices[index]
         sequence = self._served.model.sequence(self._request, prompt.source, prompt.max_tokens)
-        return sequence, self._generations.run(self._served, self._request, prompt, sequence, number)
+        return sequence, self._generations.run(self._served, self._request, prompt, sequence, number, self._audience)
 
     async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
         tasks = [asyncio.create_task(self._choice(index)) for index in range(len(self._choices))]
         try:
             choices = await asyncio.gather(*tasks)
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            self._leave(tasks)
         body = responses.whole(self._head, choices, self._usage(sum(one.tokens for one in choices)))
         await JSONResponse(body)(scope, receive, send)
 
@@ -135,9 +141,7 @@ class Answer(Response):
                 else:
                     yield event
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            self._leave(tasks)
 
     async def _events_of(self, events: responses.Events, counts: list[int], index: int) -> AsyncGenerator[bytes, None]:
         sequence, pieces = self._pieces(index)

@@ -107,7 +107,8 @@ def _cards(served: Served, found: Mapping[str, Mapping[str, Any]]) -> list[dict[
     base = served.base_name
     roots: dict[str, str] = {}
     for name, one in sorted(found.items()):
-        roots |= dict.fromkeys((name, *one.get("aliases", ())), name)
+        divided = one.get("shares", {})  # aliases that lead to other adapters, too
+        roots |= {alias: alias if alias in divided else name for alias in (name, *one.get("aliases", ()))}
     common = {"object": "model", "created": _STARTED, "owned_by": "tritonlora"}
     cards: list[dict[str, Any]] = [{"id": base, **common, "root": base, "parent": None}]
     return cards + [{"id": name, **common, "root": root, "parent": base} for name, root in roots.items()]

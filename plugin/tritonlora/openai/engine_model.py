@@ -69,7 +69,9 @@ class EngineModel:
             field, kind, text = guide
             scalars[declared.name(field, "guided_decoding_guide_type")] = kind
             scalars |= {declared.name(field, "guided_decoding_guide"): text} if text else {}
-        if self._streams(request):
+        if self.decoupled:
+            # Also if the client wants the whole. A stop string may begin in the middle of a token, where the engine
+            # does not find it, and a client may leave. With the next token the door asks the engine to stop.
             scalars["streaming"] = True
         elif "exclude_input_in_output" in declared.types:
             scalars["exclude_input_in_output"] = True
@@ -90,13 +92,8 @@ class EngineModel:
 
     def sequence(self, request: GenerationRequest, source: Source, max_tokens: int) -> TokenSequence:
         """The state of one choice."""
-        has_prompt = not self._streams(request) and "exclude_input_in_output" not in self.declared.types
+        has_prompt = not self.decoupled and "exclude_input_in_output" not in self.declared.types
         return TokenSequence(self.text, stops_of(request), max_tokens, skip=len(source.tokens) if has_prompt else 0)
-
-    def _streams(self, request: GenerationRequest) -> bool:
-        # A stop string may begin in the middle of a token, and then the engine does not find it. So the door looks at
-        # the text of each token, and asks the engine to stop.
-        return self.decoupled and bool(request.stream or request.stop)
 
 
 def _bias(biases: Mapping[str, float], vocab_size: int) -> npt.NDArray[np.float32]:

@@ -36,72 +36,81 @@ class Prompt:
     max_tokens: int
 
 
+@dataclass(slots=True)
+class Audience:
+    """Whoever waits for the choices of one request."""
+
+    has_left: bool = False
+
+
 class Generations:
     """Sends requests to the server, and ends those that nobody waits for."""
 
     def __init__(self, client: TritonClient) -> None:
         self._client = client
         self._own_ids = itertools.count(secrets.randbits(62))  # old engines take numbers alone
-        self._abandoned: set[asyncio.Task[None]] = set()
+        self._unattended: set[asyncio.Task[Any]] = set()
 
     async def run(
-        self, served: Served, request: GenerationRequest, prompt: Prompt, sequence: ChoiceState, number: int
+        self,
+        served: Served,
+        request: GenerationRequest,
+        prompt: Prompt,
+        state: ChoiceState,
+        number: int,
+        audience: Audience,
     ) -> AsyncGenerator[Piece, None]:
-        """The pieces of choice `number`. Closing the iterator ends the request in the engine. Raises ApiError."""
+        """The pieces of choice `number`. Raises ApiError.
+
+        When the audience has left, the request ends in the engine with its next response. Do not cancel the task that
+        reads here: gRPC would cancel the call, of which no step of an ensemble learns. Triton 2.51 crashed once after
+        many cancelled calls.
+        """
         model, request_id = served.model, str(next(self._own_ids))
         lora_name = None if request.model == served.base_name else request.model
         inputs = model.choice_inputs(prompt.inputs, lora_name, number)
         stream = self._client.stream(infer_request(model.model, request_id, inputs, model.outputs(request)))
-        has_begun = has_ended = False
         try:
             async for response in stream:
-                has_begun = True
-                part = sequence.add(response)
-                if sequence.is_stopped:
-                    yield part
-                    return
+                part = state.add(response)
                 if part.text or part.logprobs:
                     yield part
-            has_ended = True
-            yield sequence.end()
+                if state.is_stopped or audience.has_left:
+                    self.leave(asyncio.create_task(self._stop(stream, model, request_id)))
+                    return
+            yield state.end()
         except ServerGone as error:
-            has_ended = True
             log.warning("the server at %s does not answer: %s", self._client.url, error)
             raise unavailable("the server behind this API does not answer; ask again") from None
         except ServerRefused as error:
-            has_ended = True
             found = error_of_server(str(error), request.model, served.base_name)
             if found.status >= 500:
                 log.warning("the server answered: %s", error)
             raise found from None
-        finally:
-            if not has_ended:
-                self._abandon(stream, model, request_id, has_begun=has_begun)
 
-    def _abandon(
-        self, stream: AsyncGenerator[Any, None], model: ServedModel, request_id: str, *, has_begun: bool
-    ) -> None:
-        task = asyncio.create_task(self._stop(stream, model, request_id, has_begun=has_begun))
-        self._abandoned.add(task)
-        task.add_done_callback(self._abandoned.discard)
-
-    async def _stop(self, stream: Any, model: ServedModel, request_id: str, *, has_begun: bool) -> None:
-        async with aclosing(stream):
-            try:
-                inputs = model.stop_inputs()
-                if inputs is None:
-                    return
-                if not has_begun:
-                    await anext(stream, None)
-                async with aclosing(self._client.stream(infer_request(model.target, request_id, inputs, []))) as ends:
-                    async for _ in ends:
-                        pass
-                async for _ in stream:
-                    pass
-            except (ServerGone, ServerRefused) as error:
-                log.info("a request whose client has left ended with: %s", error)
+    def leave(self, task: asyncio.Task[Any]) -> None:
+        """Let a task end by itself."""
+        self._unattended.add(task)
+        task.add_done_callback(self._forget)
 
     async def close(self) -> None:
         """Wait until the engine has been asked to end what nobody waits for."""
-        if self._abandoned:
-            await asyncio.wait(self._abandoned, timeout=STOP_SECONDS)
+        if self._unattended:
+            await asyncio.wait(self._unattended, timeout=STOP_SECONDS)
+
+    def _forget(self, task: asyncio.Task[Any]) -> None:
+        self._unattended.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.info("a request that nobody waited for ended with: %s", error)
+
+    async def _stop(self, stream: AsyncGenerator[Any, None], model: ServedModel, request_id: str) -> None:
+        """End the request that `stream` responds to. Where the target can stop it, the stream is read to its end."""
+        async with aclosing(stream):
+            inputs = model.stop_inputs()
+            if inputs is None:
+                return
+            async with aclosing(self._client.stream(infer_request(model.target, request_id, inputs, []))) as ends:
+                async for _ in ends:
+                    pass
+            async for _ in stream:
+                pass

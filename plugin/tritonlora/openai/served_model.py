@@ -141,7 +141,9 @@ DTYPES: Mapping[str, Any] = {
 def with_choice(declared: Declared, inputs: Inputs, seeds: Sequence[str], lora_name: str | None, number: int) -> Inputs:
     """`inputs` with the adapter's name, and with the seed of choice `number`. `seeds` are the inputs of a seed."""
     own = dict(inputs)
-    if lora_name is not None:
+    if lora_name is None:
+        own.pop(SPLIT_KEY, None)
+    else:
         own["lora_name"] = declared.strings([lora_name])
     for name in seeds:
         if number and name in own:

@@ -9,9 +9,11 @@ import json
 import logging
 import resource
 import socket
-from asyncio import Transport
+import sys
+from asyncio import TimerHandle, Transport
 
 import uvicorn
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.supervisors import Multiprocess
 
@@ -23,6 +25,7 @@ from tritonlora.openai.settings import Settings, check_access
 
 HEAD_SECONDS = 60.0  # until a connection has sent the head of a request
 KEEP_ALIVE_SECONDS = 75  # between two requests of a client
+UNREAD_SECONDS = 60.0  # that a client may take before it reads on
 
 
 def run(settings: Settings) -> None:
@@ -30,7 +33,7 @@ def run(settings: Settings) -> None:
     check_access(settings.address, settings.api_key)
     _allow_many_connections()
     config = uvicorn.Config(
-        functools.partial(create_app, settings),
+        functools.partial(_application, settings),
         factory=True,
         http=PunctualProtocol,
         ws="none",
@@ -47,6 +50,11 @@ def run(settings: Settings) -> None:
             Multiprocess(config, sockets=[listening]).run()
         else:
             uvicorn.Server(config).run(sockets=[listening])
+
+
+def _application(settings: Settings) -> ASGIApp:
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)  # in each process
+    return create_app(settings)
 
 
 def _listening(settings: Settings) -> socket.socket:
@@ -69,12 +77,13 @@ def _allow_many_connections() -> None:
 
 
 class PunctualProtocol(HttpToolsProtocol):
-    """uvicorn's protocol, which closes a connection that does not send the head of a request in time.
+    """uvicorn's protocol, which closes a connection whose client does not send the head of a request, or does not read.
 
-    uvicorn itself waits for ever for a first request, and for the rest of a head.
+    uvicorn itself waits for ever for a first request, for the rest of a head, and for a client that does not read.
     """
 
     _deadline: float | None = None
+    _unread: TimerHandle | None = None
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -83,6 +92,23 @@ class PunctualProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         self._await_head()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._unread = self.loop.call_later(UNREAD_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._forget_unread()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._forget_unread()
+
+    def _forget_unread(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
 
     def send_400_response(self, msg: str) -> None:
         """Answer what is no HTTP in the form of OpenAI's API."""

@@ -246,9 +246,10 @@ class _Planned:
 def _read(name: str, source: Path | Fetched, options: Options) -> tuple[Adapter, Fetched]:
     """The adapter at `source`; AdapterTableError for an illegal name, AdapterError for a bad adapter."""
     check_name(name)
-    adapter = load_adapter(source.directory if isinstance(source, Fetched) else source, options.base)
+    fetched = source if isinstance(source, Fetched) else pinned(source)
+    adapter = load_adapter(fetched.directory, options.base)
     chat_templates.template_in(adapter.directory)  # which may refuse it
-    return adapter, source if isinstance(source, Fetched) else pinned(source)
+    return adapter, fetched
 
 
 def _plan(

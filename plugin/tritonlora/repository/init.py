@@ -154,13 +154,12 @@ def plan_init(
         files[f"{ROUTER}/config.pbtxt"] = _with_parameters(router_config, _kept_parameters(tuned) | known)
         ensemble = model_configs.one_step_ensemble(engine_config, parse_config(router_config), name=ENSEMBLE)
         files[f"{RESOLVER}/config.pbtxt"] = _resolver_config(models, target, engine_config)
-        if resolves:
+        if not _why_past_the_resolver(target, engine_config):
             tokens = model_configs.tokens_ensemble(engine_config, name=TOKENS, target_name=target, router=ROUTER)
             files[f"{TOKENS}/config.pbtxt"] = ensemble_edits.rewire_to_resolve(parse(tokens), target=target).text
             files[f"{TOKENS}/1/.gitkeep"] = ""
     except ConfigError as error:
         raise RepositoryError(f"{models.path(target)}: {error}") from None
-    ours = [model for model in OURS if resolves or model != TOKENS]
     for model in WITH_CODE:
         files |= code_of(model)
     if not (root / ROUTER / "adapters.json").exists():
@@ -170,10 +169,8 @@ def plan_init(
     for name, content in files.items():
         path = root / name
         changes.append(FileChange(path, read_text(path) if path.exists() else None, content))
-    if present == RESOLVE and not resolves:
-        changes += [FileChange(path, read_text(path), None) for path in undo.files_of(root, TOKENS)]
     # Files that an earlier version wrote into these models, and this version does not write.
-    unused = [root / name for name in undo.recorded(root) if name not in files and Path(name).parts[0] in ours]
+    unused = [root / name for name in undo.recorded(root) if name not in files and Path(name).parts[0] in OURS]
     changes += [FileChange(path, read_text(path), None) for path in unused if path.is_file()]
     return [change for change in changes if change.before != change.after]
 
@@ -185,7 +182,7 @@ def topology_of(root: Path) -> str | None:
 
 def _topology_of(models: Models) -> str | None:
     led = ((topology, model) for topology, model in ((RESOLVE, RESOLVER), (FORWARD, ROUTER)))
-    configs = models.configs().values()
+    configs = [config for name, config in models.configs().items() if name != TOKENS]
     return next((topology for topology, model in led if any(config.leads_to(model) for config in configs)), None)
 
 
@@ -272,10 +269,7 @@ def init(
                 _add_model(model, root, planned)
         ordered = sorted(planned, key=_step)
         undo.write(root, {one.path: one.after.encode() for one in ordered if one.after is not None})
-        gone = [change.path for change in planned if change.after is None]
-        if with_model := [path for path in gone if path.is_relative_to(root / TOKENS)]:
-            undo.take_out(root, [TOKENS])
-        undo.delete_recorded(root, [path for path in gone if path not in with_model])
+        undo.delete_recorded(root, [change.path for change in planned if change.after is None])
     return changes
 
 
@@ -468,6 +462,11 @@ def _why_not_resolve(target: str, engine: ModelConfig, ensembles: Mapping[str, M
     """The reason why the resolve topology is not possible; "" when it is possible."""
     if not ensembles:
         return f"the resolve topology needs an ensemble with a step for {target!r}, and there is none"
+    return _why_past_the_resolver(target, engine)
+
+
+def _why_past_the_resolver(target: str, engine: ModelConfig) -> str:
+    """The reason why no ensemble can lead through the resolver to this engine; "" when one can."""
     if not target_of(engine).WIRE.sends_weights:
         return f"{target!r} reads adapters by itself, so it needs the forward topology"
     required = engine.input(REQUIRED)

@@ -83,13 +83,12 @@ class Dispatcher:
         on_error: Callable[[str], None],
         on_load: Callable[[int, float], None] = lambda *_: None,
         on_miss: Callable[[int], None] = lambda _: None,
-        watch: Callable[[], None] = lambda: None,
     ) -> None:
         """Start the threads. A load or probe is abandoned after `load_timeout` seconds without a response.
 
         `on_error` is called with the text of each error of the threads. `on_load` is called with the lora_task_id of
         each adapter that was loaded, and the seconds that the load took. `on_miss` is called with the lora_task_id of
-        an adapter that the engine lacked, and was believed to hold. `watch` is called again and again.
+        an adapter that the engine lacked, and was believed to hold.
         """
         self._admission = admission
         self._engine = engine
@@ -97,7 +96,7 @@ class Dispatcher:
         self._on_error = on_error
         self._on_load = on_load
         self._on_miss = on_miss
-        self._watch = watch
+        self._watch: Callable[[], None] = lambda: None
         self._lock = threading.Condition()
         self._requests: dict[Ticket, Request] = {}  # those that have not been sent
         self._with_weights: SimpleQueue[list[Ticket] | None] = SimpleQueue()
@@ -125,6 +124,10 @@ class Dispatcher:
             self._lock.notify_all()
         for one in by_id:
             self._send(one)
+
+    def watch(self, look: Callable[[], None]) -> None:
+        """Call `look` again and again from now on, from a thread that sends no requests of clients."""
+        self._watch = look
 
     def leave(self, ticket: Ticket) -> bool:
         """Take a request out of the queue without a response; False when it has left the queue already."""

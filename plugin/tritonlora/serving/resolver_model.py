@@ -102,10 +102,11 @@ class TritonPythonModel:
                 on_error=pb_utils.Logger.log_error,
                 on_load=self._loaded,
                 on_miss=lambda task_id: self._statistics.add(self._routes[task_id].lora_name, "unexpected_misses"),
-                watch=self._sweep,
             )
         self._sender: Sender = self._dispatcher or PassOn()
         self._leases = Leases(self._sender, is_held)
+        if self._dispatcher:
+            self._dispatcher.watch(self._sweep)
         self._publishing = Publishing(
             self._statistics.counts, self._names_in, float(parameters.get("refresh_seconds", "0.5")), args["model_name"]
         )
