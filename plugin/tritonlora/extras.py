@@ -28,7 +28,7 @@ _OPENAI = (
 _DEMO = (*_CPU, "gguf", "pip")
 MODULES: Mapping[str, Sequence[str]] = {
     "hub": ("huggingface_hub",),
-    "s3": ("fsspec", "s3fs"),
+    "s3": ("s3fs",),
     "convert": _CONVERT,
     "cpu": _CPU,
     "openai": _OPENAI,

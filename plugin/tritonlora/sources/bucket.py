@@ -114,8 +114,10 @@ class BucketStore:
 
 
 def _file_system(scheme: str) -> Any:
-    if importlib.util.find_spec("fsspec") is None or (scheme == "s3" and importlib.util.find_spec("s3fs") is None):
+    if scheme == "s3":
         extras.require("s3")
+    if importlib.util.find_spec("fsspec") is None:
+        raise MissingExtra(f"{scheme}:// needs fsspec and its driver for {scheme}://; install both with pip")
     import fsspec
     from fsspec.registry import known_implementations
 
