@@ -27,6 +27,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter's directory, with a page beside its files."""
     directory = synthetic_adapter(tmp_path_factory.mktemp("archive") / "pirate")
     (directory / "README.md").write_text("a page")
+    (directory / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
     return directory
 
 
@@ -49,7 +50,8 @@ def test_an_archive_of_an_adapter_is_that_adapter(
     root, base = (adapter.parent, adapter.name) if with_directory else (adapter, None)
     path = Path(shutil.make_archive(str(tmp_path / "pirate"), kind, root, base))
     with fetched(str(path)) as found:
-        assert ["adapter_config.json", "adapter_model.safetensors"] == names_in(found.directory)
+        needed = ["adapter_config.json", "adapter_model.safetensors", "tokenizer_config.json"]
+        assert needed == names_in(found.directory)
         assert load_adapter(adapter).modules.keys() == load_adapter(found.directory).modules.keys()
         unpacked = found.directory
 

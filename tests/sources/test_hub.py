@@ -22,6 +22,7 @@ from tritonlora.sources.fetch import fetched, pinned, resolved
 from tritonlora.sources.policy import Policy
 
 WEIGHTS = "adapter_model.safetensors"
+TEMPLATE = "chat_template.jinja"
 FIRST, SECOND = "1" * 40, "2" * 40
 
 
@@ -34,6 +35,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SourceServer]:
         for number, commit in enumerate((FIRST, SECOND)):
             synthetic_adapter(repository / commit, number)
             (repository / commit / "optimizer.pt").write_bytes(bytes(10_000))
+            (repository / commit / TEMPLATE).write_text(f"template {number}")
             synthetic_adapter(repository / commit / "checkpoint-10" / "last", number + 5)
         (repository / "refs.json").write_text(json.dumps({"main": SECOND, "v1": FIRST, "refs/pr/1": FIRST}))
     model = root / "hub" / "org" / "model"
@@ -80,14 +82,14 @@ def enter(*arguments: Any, **options: Any) -> None:
 def test_an_adapter_comes_from_the_hub_pinned_to_its_commit(
     hub: SourceServer, text: str, commit: str, folder: str
 ) -> None:
-    """Only the files that it needs. The second time none is sent; offline, nothing is asked, whatever the revision."""
+    """Only the files that it needs, with its chat template. The second time none is sent; offline, nothing is asked."""
     seen: dict[str, int] = {}
     original = hub.root / "hub" / "org" / "pirate" / commit / folder
     with fetched(text, on_progress=lambda file, done, _: seen.update({file: done})) as first:
         assert pinned(original).source.sha256 == first.source.sha256
         assert (text, commit) == (first.source.location, first.source.revision)
         assert 4 == len(load_adapter(first.directory).modules)
-    names = ("adapter_config.json", WEIGHTS)
+    names = ("adapter_config.json", WEIGHTS, *(() if folder else (TEMPLATE,)))
     assert {name: (original / name).stat().st_size for name in names} == seen
     assert {*names} == {one["path"].rpartition("/")[2] for one in hub.requests() if "/resolve/" in one["path"]}
     with fetched(text) as again:

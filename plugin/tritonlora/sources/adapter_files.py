@@ -18,6 +18,7 @@ OnProgress: TypeAlias = "Callable[[str, int, int | None], None]"
 """Called with the name of a file, the bytes of it that are here, and its size in bytes, if that is known."""
 CONFIG = "adapter_config.json"
 CHECKPOINTS = ("adapter_model.safetensors", "adapter_model.bin")  # the first one that is there counts
+TEMPLATES = ("chat_template.jinja", "tokenizer_config.json")  # of an adapter that was saved with its tokenizer
 MOST_NBYTES = 64 << 30  # of an adapter's files; float32 of rank 512 for all layers of 70 billion weights takes 26 GiB
 MOST_INDEX_NBYTES = 16 << 20
 INDEX = ".index.json"  # after a checkpoint's name: the file that names its shards
@@ -45,7 +46,7 @@ def shards(index: bytes) -> list[str]:
 def needed(directory: Path) -> list[Path]:
     """The files of the adapter in `directory` that are there, sorted by name. A broken index adds none."""
     names = {path.name for path in directory.iterdir() if path.is_file()}
-    found = {CONFIG} & names
+    found = {CONFIG, *TEMPLATES} & names
     if weights := weights_file(names):
         found |= {weights, *_shards_there(directory / weights, names)}
     return [directory / name for name in sorted(found)]

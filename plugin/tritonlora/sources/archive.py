@@ -124,7 +124,7 @@ def _needed(archive: _Archive, found: Mapping[str, _Member]) -> dict[str, _Membe
         several = f"it holds several adapters: {', '.join(map(str, sorted(homes)[:20]))}; make an archive of one"
         raise SourceError(several if homes else f"it holds no {CONFIG}; make it of the directory of a PEFT adapter")
     beside = {path.name: found[str(path)] for path in map(PurePosixPath, found) if path.parent == homes[0]}
-    names = [CONFIG]
+    names = [CONFIG, *(name for name in adapter_files.TEMPLATES if name in beside)]
     if weights := adapter_files.weights_file(beside):
         names.append(weights)
         if weights.endswith(adapter_files.INDEX):

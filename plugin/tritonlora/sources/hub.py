@@ -74,10 +74,14 @@ def fetch(location: Location, on_progress: OnProgress) -> tuple[Path, str]:
     weights = adapter_files.weights_file(files)
     if weights is None:
         raise SourceError(f"it has {CONFIG}, but neither {' nor '.join(adapter_files.CHECKPOINTS)}")
-    if error := adapter_files.too_large(sum(files[name].nbytes for name in (CONFIG, weights))):
+    small = [name for name in (CONFIG, *adapter_files.TEMPLATES) if name in files]
+    if error := adapter_files.too_large(sum(files[name].nbytes for name in (*small, weights))):
         raise error
     if not _COMMIT.fullmatch(location.revision):
         _download(location, CONFIG, location.revision or None, files, on_progress)  # notes the branch, for --offline
+    for name in adapter_files.TEMPLATES:
+        if name in files:
+            _checked(location, name, commit, files, on_progress)
     path = _checked(location, CONFIG, commit, files, on_progress)
     index = _checked(location, weights, commit, files, on_progress)
     if weights.endswith(adapter_files.INDEX):
