@@ -20,7 +20,7 @@ from tritonlora.launch.server import Server
 from tritonlora.launch.tritonserver import find_tritonserver
 from tritonlora.repository import init
 from tritonlora.repository.paths import Repository, read_table, read_text
-from tritonlora.repository.undo import OURS
+from tritonlora.repository.undo import WITH_CODE
 
 CACHE = "response_cache { enable: true }\n"
 WITH_CACHE = (
@@ -80,7 +80,7 @@ def test_our_models_do_not_load_with_a_response_cache(tmp_path: Path, launch: La
     opened = synthetic_repository(tmp_path / "repo", cold=["pirate"], decoupled=False, streams=1)
     init.init(opened.root, topology="resolve")
     server = launch(opened.root, extra=EXPLICIT)
-    for model in OURS:
+    for model in WITH_CODE:
         path = opened.root / model / "config.pbtxt"
         write_text(path, read_text(path) + CACHE)
         status, answer = post(server, f"/v2/repository/models/{model}/load", {})

@@ -26,17 +26,17 @@ class Sender:
     def __init__(self) -> None:
         self.log: list[tuple[str, int]] = []
         self.holds_up = False
-        self.waiting: list[Ticket] = []
+        self.held_up: list[Ticket] = []
 
     def ask(self, ticket: Ticket, request: Request) -> None:
         if self.holds_up:
-            self.waiting.append(ticket)
+            self.held_up.append(ticket)
         else:
             self._note("ask", ticket)
             request.pass_on(with_weights=False)
 
     def leave(self, ticket: Ticket) -> bool:
-        return ticket in self.waiting
+        return ticket in self.held_up
 
     def end(self, ticket: Ticket, *, had_it: bool) -> None:
         self._note("end" if had_it else "failed", ticket)
@@ -46,6 +46,15 @@ class Sender:
 
     def leave_behind(self, ticket: Ticket) -> None:
         self._note("left behind", ticket)
+
+    def states(self) -> dict[int, bool]:
+        return {}
+
+    def in_use(self) -> list[int]:
+        return []
+
+    def waiting(self) -> list[int]:
+        return []
 
     def _note(self, what: str, ticket: Ticket) -> None:
         [task_id] = ticket.adapters

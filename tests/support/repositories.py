@@ -171,6 +171,7 @@ def lead_as_before(opened: Repository) -> None:
         assert 1 == text.count(declared)
         text = text.replace(declared, "")
     text = text.replace("optional: true\n  ", "", 1)  # of input_lengths
+    shutil.rmtree(opened.root / "lora_tokens")  # which those did not write
     linear = rewire_to_resolve(rewire_to_forward(parse(paths.read_text(ensemble)))).text
     contents = {ensemble: as_rewired_before(linear), resolver: text}
     undo.write(opened.root, {path: content.encode() for path, content in contents.items()})

@@ -47,6 +47,8 @@ from collections import deque
 
 import triton_python_backend_utils as pb_utils
 
+OUTPUTS = {NAMES}  # of the engine's model; Triton asks for the router's own outputs, too, when a client names none
+
 
 class TritonPythonModel:
     def initialize(self, args):
@@ -58,7 +60,7 @@ class TritonPythonModel:
             forwarded = pb_utils.InferenceRequest(
                 model_name="tensorrt_llm",
                 inputs=request.inputs(),
-                requested_output_names=[*request.requested_output_names()],
+                requested_output_names=[*OUTPUTS.intersection(request.requested_output_names())],
             )
             answers = forwarded.exec(decoupled=True)
             self.last_streams.append(answers)
@@ -215,7 +217,7 @@ def _put_bare_models(opened: Repository, streams: int) -> None:
     """Add the bare models, which have the router's inputs. They and the router get `streams` instances each."""
     target = paths.read_config(opened.config_path)
     for name, parts in _BARE_MODELS.items():
-        model = _BARE_MODEL
+        model = _BARE_MODEL.replace("NAMES", ", ".join(repr(spec.name) for spec in target.outputs))
         for place, part in parts.items():
             model = model.replace(place, part)
         (opened.root / name / "1").mkdir(parents=True)

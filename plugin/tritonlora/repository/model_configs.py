@@ -149,14 +149,16 @@ def resolver_config(
     declared = {spec.name: spec for spec in target.inputs}
     inputs = [declared[name] for name in (REQUIRED, INPUT_LENGTHS) if name in declared]
     inputs += [TensorSpec("lora_name", "TYPE_STRING", (1,)), declared[kind.WIRE.task_id]]
-    inputs += [TensorSpec(name, "TYPE_STRING", (1,)) for name in (SPLIT_KEY, CONTROL)]
+    inputs.append(TensorSpec(SPLIT_KEY, "TYPE_STRING", (1,)))
+    own = (1,) if target.max_batch_size else (1, 1)  # with the batch dim, both have the same shape
+    inputs.append(TensorSpec(CONTROL, "TYPE_STRING", own))
     outputs = [
         # lora_config has one more column for adapters with DoRA.
         replace(declared[name], dims=(-1, -1) if name == "lora_config" else declared[name].dims)
         for name in (REQUIRED, *kind.WIRE.resolved)
         if name in declared
     ]
-    outputs.append(TensorSpec(STATE, "TYPE_STRING", (1,)))
+    outputs.append(TensorSpec(STATE, "TYPE_STRING", own))
     parameters = {
         "router": router,
         "target": target_name,

@@ -14,6 +14,7 @@ model is being unloaded. A load needs no guard, because a client's request waits
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import secrets
 import threading
@@ -40,10 +41,10 @@ class Guard:
     ServerStopping when the server takes no more requests for this model.
     """
 
-    def __init__(self, model: str, *, batching: bool) -> None:
+    def __init__(self, model: str) -> None:
         self._model = model
-        self._shape = (1, 1) if batching else (1,)
-        self.key = secrets.token_hex(16)  # a value of lora_control that only this process knows
+        self.key = secrets.token_hex(16)  # the beginning of a lora_control that only this process knows
+        self._numbers = itertools.count()  # Triton's response cache would respond to an equal request by itself
         self._arrivals: SimpleQueue[Any] = SimpleQueue()  # response senders, or None if the server has refused
 
     def arrive(self, sender: Any) -> None:
@@ -64,7 +65,7 @@ class Guard:
             thread.join()
 
     def _ask(self) -> None:
-        control = pb_utils.Tensor(CONTROL, np.array([self.key.encode()], np.object_).reshape(self._shape))
+        control = pb_utils.Tensor(CONTROL, np.array([[f"{self.key} {next(self._numbers)}".encode()]], np.object_))
         request = pb_utils.InferenceRequest(model_name=self._model, inputs=[control], requested_output_names=[STATE])
         is_answered = False
         try:

@@ -41,9 +41,8 @@ class ResolverError(Exception):
 class ResolverClient:
     """Sends messages to the model `name`."""
 
-    def __init__(self, name: str, *, batching: bool = True) -> None:
+    def __init__(self, name: str) -> None:
         self._name = name
-        self._batching = batching
         self._holder = Holder()
         self._numbers = itertools.count()
 
@@ -65,18 +64,18 @@ class ResolverClient:
         number: int,
         tensors: Sequence[pb_utils.Tensor] = (),
         names: Sequence[str] = (),
+        rows: int = 1,
         **more: object,
     ) -> tuple[dict[str, Any], dict[str, pb_utils.Tensor]]:
         """Send a message, with `tensors`, and wait for the response: lora_state, and the outputs `names` that it has.
 
-        ResolverError when the resolver refuses, or is not there.
+        `rows` is the number of rows of `tensors`. ResolverError when the resolver refuses, or is not there.
         """
         message = json.dumps({"holder": self._holder.token, "number": number, "do": do, **more}).encode()
-        rows = tensors[0].shape()[0] if tensors and self._batching else 1
-        control = np.array([message] * rows, np.object_)
+        control = pb_utils.Tensor(CONTROL, np.array([[message]] * rows, np.object_))
         request = pb_utils.InferenceRequest(
             model_name=self._name,
-            inputs=[pb_utils.Tensor(CONTROL, control[:, None] if self._batching else control), *tensors],
+            inputs=[control, *tensors],
             requested_output_names=[*names, STATE],
         )
         found = {one.name(): one for one in self._responded(request).output_tensors()}
@@ -115,15 +114,13 @@ class RouterLease:
         self.waits = False  # whether a thread waits for the resolver
         self._is_refused = False
 
-    def enter(self, inputs: Inputs, parameters: Mapping[str, object]) -> None:
+    def enter(self, inputs: Inputs, rows: int, parameters: Mapping[str, object]) -> None:
         """Begin: resolve the rows' adapters, and wait until the engine has that of the first row."""
         tensors = [inputs[name] for name in (*ASKED, self._wire.task_id) if name in inputs]
-        # The resolver needs to know the number of rows.
-        tensors = tensors or [next(iter(inputs.values()))]
         self.waits = True
         try:
             state, self._naming = self._client.ask(
-                "enter", self._number, tensors, self._wire.names, parameters=parameters
+                "enter", self._number, tensors, self._wire.names, rows, parameters=parameters
             )
         except BaseException:
             self._is_refused = True
@@ -158,6 +155,6 @@ class RouterLease:
     def _wait(self, do: str, **more: object) -> None:
         self.waits = True
         try:
-            self._client.ask(do, self._number, (), (), **more)
+            self._client.ask(do, self._number, (), (), 1, **more)
         finally:
             self.waits = False

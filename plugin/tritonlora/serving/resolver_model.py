@@ -15,7 +15,7 @@ import json
 import os
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,12 +76,12 @@ class TritonPythonModel:
             Path("/dev/shm", name_for(args["model_name"])),  # noqa: S108
             contents_of(table, only_warm=is_fresh),
         )
-        self._guard = Guard(args["model_name"], batching=self._batching)
+        self._guard = Guard(args["model_name"])
+        warm = warmed_at_start(table, started_at(server)) if is_fresh else {}
         self._engine: OwnRequests | None = None
         self._dispatcher: Dispatcher | None = None
         if self._wire.sends_weights:
             now = time.monotonic()
-            warm = warmed_at_start(table, started_at(server)) if is_fresh else {}
             self._engine = OwnRequests(
                 parameters["target"],
                 parameters["engine_request"],
@@ -103,7 +103,7 @@ class TritonPythonModel:
                 on_load=self._loaded,
                 on_miss=lambda task_id: self._statistics.add(self._routes[task_id].lora_name, "unexpected_misses"),
             )
-        self._sender: Sender = self._dispatcher or PassOn()
+        self._sender: Sender = self._dispatcher or PassOn(warm)
         self._leases = Leases(self._sender, is_held)
         if self._dispatcher:
             self._dispatcher.watch(self._sweep)
@@ -116,7 +116,7 @@ class TritonPythonModel:
         for request in requests:
             inputs = inputs_of(request)
             control = (values_of(inputs, CONTROL) or [None])[0]
-            if control == self._guard.key.encode():
+            if control and control.startswith(self._guard.key.encode()):
                 self._guard.arrive(request.get_response_sender())
                 continue
             call = Call(self, request)
@@ -198,8 +198,7 @@ class TritonPythonModel:
         call.respond({})
 
     def _tell(self, key: Key, message: dict[str, Any], inputs: Any, call: Call) -> None:  # noqa: ARG002
-        states = self._dispatcher.states() if self._dispatcher else {}
-        call.respond({"states": states, "contents": self._bindings.contents()})
+        call.respond({"states": self._sender.states(), "contents": self._bindings.contents()})
 
     def _routes_of(self, inputs: Any, parameters: dict[str, Any]) -> list[Route]:
         """The adapters of the rows; none for the base model."""
@@ -240,9 +239,8 @@ class TritonPythonModel:
         return [pb_utils.Tensor(name, value) for name, value in values.items()]
 
     def state_tensor(self, state: dict[str, Any]) -> pb_utils.Tensor:
-        """lora_state (1, 1) string, or (1,) without batches: JSON."""
-        value = np.array([json.dumps(state).encode()], np.object_)
-        return pb_utils.Tensor(STATE, value[None] if self._batching else value)
+        """lora_state (1, 1) string: JSON."""
+        return pb_utils.Tensor(STATE, np.array([[json.dumps(state).encode()]], np.object_))
 
     def weights_of(self, route: Route) -> list[pb_utils.Tensor]:
         """lora_weights and lora_config, to be sent once. Call `weights_sent` after sending them."""
@@ -287,7 +285,7 @@ class TritonPythonModel:
     def _names_in(self) -> tuple[list[str], list[str], int]:
         """The names of the adapters in use, and of those that requests wait for, and the number of all adapters."""
         table = self._published_table.table()
-        in_use, waiting = (self._dispatcher.in_use(), self._dispatcher.waiting()) if self._dispatcher else ([], [])
+        in_use, waiting = self._sender.in_use(), self._sender.waiting()
         used, awaited = ([name for one in ids if (name := table.name_of(one))] for ids in (in_use, waiting))
         return used, awaited, len(table.entries)
 
@@ -316,16 +314,33 @@ def _longest(inputs: Any) -> float:
 class PassOn:
     """In the place of a dispatcher, for an engine that reads adapters by itself: each request goes on at once."""
 
-    def ask(self, ticket: Ticket, request: Request) -> None:  # noqa: ARG002
+    def __init__(self, warm: Iterable[int]) -> None:
+        """`warm` are the adapters that the engine's warmup loads."""
+        self._states = dict.fromkeys(warm, False)
+
+    def ask(self, ticket: Ticket, request: Request) -> None:
         """Send the request on."""
         request.pass_on(with_weights=False)
+        self._states = dict.fromkeys(self._states, False) | dict.fromkeys(ticket.adapters, True)
+
+    def states(self) -> dict[int, bool]:
+        """The adapters that the engine may have. It certainly has the one that was used last."""
+        return self._states
 
     def leave(self, ticket: Ticket) -> bool:  # noqa: ARG002
         """No request waits."""
         return False
 
+    def waiting(self) -> list[int]:
+        """No request waits."""
+        return []
+
+    def in_use(self) -> list[int]:
+        """It is not known which adapters are in use."""
+        return []
+
     def end(self, ticket: Ticket, *, had_it: bool) -> None:
-        """Nothing is believed of the engine."""
+        """Nothing follows from the end of a request."""
 
     def lost(self, ticket: Ticket) -> None:
         """As `end`."""

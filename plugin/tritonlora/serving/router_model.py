@@ -54,7 +54,7 @@ class TritonPythonModel:
         self._wire = wire_of(inputs)
         self._batching = config["max_batch_size"] > 0
         self._decoupled = pb_utils.using_decoupled_model_transaction_policy(config)
-        self._resolver = ResolverClient(parameters.get("resolver", "lora_resolver"), batching=self._batching)
+        self._resolver = ResolverClient(parameters.get("resolver", "lora_resolver"))
         self._engine = Engine(
             parameters["target"],
             self._wire,
@@ -105,13 +105,14 @@ class TritonPythonModel:
     def _serve(self, request: pb_utils.InferenceRequest, reply: Reply, silence: Silence, lease: RouterLease) -> None:
         try:
             inputs, parameters = inputs_of(request), parameters_of(request)
-            lease.enter(inputs, parameters)
+            rows = next(iter(inputs.values())).shape()[0] if self._batching else 1
+            lease.enter(inputs, rows, parameters)
             wanted = wanted_outputs(
                 request.requested_output_names(), self._wire.needed_outputs, is_stream=self._is_stream(inputs)
             )
             outgoing = self._engine.request(request, parameters, wanted.of_engine, silence)
             beam_widths, sequence_counts = (values_of(inputs, name) for name in ("beam_width", "num_return_sequences"))
-            for row, tensors in self._rows(inputs, lease):
+            for row, tensors in self._rows(inputs, rows, lease):
                 if row and lease.names:
                     lease.row(row)
                 name = lease.names[row or 0] if lease.names else None
@@ -133,7 +134,9 @@ class TritonPythonModel:
     def _is_stream(self, inputs: Inputs) -> bool:
         return self._decoupled and any(values_of(inputs, "streaming") or [])
 
-    def _rows(self, inputs: Inputs, lease: RouterLease) -> Iterator[tuple[int | None, list[pb_utils.Tensor]]]:
+    def _rows(
+        self, inputs: Inputs, rows: int, lease: RouterLease
+    ) -> Iterator[tuple[int | None, list[pb_utils.Tensor]]]:
         """(row, tensors) of each request to the engine.
 
         The rows of a batch go one by one if they name adapters or are streamed. Otherwise the batch goes as a whole,
@@ -142,7 +145,6 @@ class TritonPythonModel:
         tensors = [
             tensor for name, tensor in inputs.items() if name not in ("lora_name", self._wire.task_id, SPLIT_KEY)
         ]
-        rows = next(iter(inputs.values())).shape()[0] if self._batching else 1
         if rows == 1 or not (lease.names or self._is_stream(inputs)):
             yield None, tensors
             return
