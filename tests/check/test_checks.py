@@ -693,17 +693,20 @@ def test_a_small_dev_shm_is_found(opened: Repository, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("cold", [False, True])
-def test_a_dev_shm_that_is_too_small_for_all_instances_is_found(
+def test_a_dev_shm_that_is_too_small_for_both_copies_of_the_resolver_is_found(
     cold: bool, opened: Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each keeps what it has been given; only who never has to send an adapter needs none of it."""
-    usage = shutil.disk_usage("/")._replace(total=64 * 2105392 - 1)
+    """It keeps what it has sent; where no adapter is ever sent again, it needs none of it."""
+    usage = shutil.disk_usage("/")._replace(total=2 * 2105392 - 1)
     monkeypatch.setattr("tritonlora.check.around.shutil.disk_usage", lambda _: usage)
     if not cold:
         add.remove(opened, "cold")
 
-    problem = f"{SHARED_MEMORY}: each of the router's 64 instances keeps shared memory for the largest adapter that "
-    expected = [("warning", f"{problem}it has sent: 134745088 bytes in all, more than there is")] if cold else []
+    problem = (
+        f"{SHARED_MEMORY}: lora_resolver keeps shared memory for the largest adapter twice, for its loads and for "
+        "requests that carry weights: 4210784 bytes in all, more than there is"
+    )
+    expected = [("warning", problem)] if cold else []
 
     assert expected == [one for one in found(opened) if str(SHARED_MEMORY) in one[1]]
 

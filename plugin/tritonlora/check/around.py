@@ -218,7 +218,7 @@ def serving_code(subject: Subject) -> Iterator[Finding]:
 
 
 def shared_memory(subject: Subject) -> Iterator[Finding]:
-    """Shared memory has the capacity for the weights that the router sends. Triton never gives any of it back."""
+    """Shared memory has the capacity for the weights that the resolver sends. Triton never gives any of it back."""
     plan = subject.plan
     if plan is None or not SHARED_MEMORY.is_dir():
         return
@@ -229,15 +229,13 @@ def shared_memory(subject: Subject) -> Iterator[Finding]:
             f"to send an adapter again takes {plan.resend_shm_bytes} bytes of shared memory, more than there is",
             "docker run --shm-size …",
         )
-    elif not plan.fits or not all(adapter.warm for adapter in plan.adapters):
-        instances = subject.configs[ROUTER].instance_count if ROUTER in subject.configs else 1
-        if isinstance(instances, int) and there_is < instances * plan.resend_shm_bytes:
-            yield warning(
-                str(SHARED_MEMORY),
-                f"each of the router's {instances} instances keeps shared memory for the largest adapter that it has "
-                f"sent: {instances * plan.resend_shm_bytes} bytes in all, more than there is",
-                f"docker run --shm-size …, or a smaller count in the instance_group of {ROUTER}/config.pbtxt",
-            )
+    elif there_is < 2 * plan.resend_shm_bytes and not (plan.fits and all(adapter.warm for adapter in plan.adapters)):
+        yield warning(
+            str(SHARED_MEMORY),
+            f"{RESOLVER} keeps shared memory for the largest adapter twice, for its loads and for requests that carry "
+            f"weights: {2 * plan.resend_shm_bytes} bytes in all, more than there is",
+            "docker run --shm-size …",
+        )
 
 
 def ports(subject: Subject) -> Iterator[Finding]:

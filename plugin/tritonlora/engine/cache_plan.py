@@ -120,7 +120,7 @@ class CachePlan:
     recommendations: tuple[Recommendation, ...]
     room: Mapping[int, int]  # adapter size -> number of further adapters of it, on all modules and layers, that fit
     load_bytes: int  # host memory that loading takes: Triton holds all warmup files at once
-    resend_shm_bytes: int  # /dev/shm that the router needs for each adapter it sends at one time
+    resend_shm_bytes: int  # /dev/shm that it takes to send the largest adapter
 
     @property
     def tightest(self) -> RankPlan:
