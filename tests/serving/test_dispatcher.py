@@ -123,7 +123,10 @@ def test_a_held_adapter_goes_by_id_and_another_takes_its_weights_along(start: Ca
 
 
 def test_the_router_may_tell_the_end_of_a_request_as_soon_as_it_is_passed_on(start: Callable[..., Dispatcher]) -> None:
-    """Before the thread that passed it on goes on. The adapter is not in use then, and is still believed."""
+    """Before the thread that passed it on goes on. The adapter is not in use then, and is still believed.
+
+    A load that comes later does not wait for the request.
+    """
     dispatcher = start(warm=(1,))
     of_router = Ticket({1: 1}, 4, time.monotonic(), WAIT_SECONDS, takes_weights=False, is_routers=True)
     answers = Answers(meanwhile=lambda: dispatcher.end(of_router, had_it=True))
@@ -131,6 +134,11 @@ def test_the_router_may_tell_the_end_of_a_request_as_soon_as_it_is_passed_on(sta
 
     assert "by id" == answers.get()
     assert ([], {1: True}, []) == (dispatcher.in_use(), dispatcher.states(), dispatcher.waiting())
+
+    later = Answers()
+    dispatcher.ask(ticket(2), later)
+
+    assert "with weights" == later.get()
 
 
 def test_a_request_of_the_router_s_that_cannot_be_passed_on_uses_nothing(start: Callable[..., Dispatcher]) -> None:

@@ -121,6 +121,19 @@ def test_the_requests_of_the_router_count_when_they_end(resolver: Any) -> None:
     assert 1 == counts[""]["NOT_FOUND"]
 
 
+def test_what_is_refused_counts_for_the_adapter_that_was_asked_for(resolver: Any, opened: Repository) -> None:
+    """By an ensemble or by the router. Nothing is under way after that."""
+    resolver._bindings._bind(read_table(opened).entries["pirate"].lora_task_id, "another")
+    assert TritonError.UNAVAILABLE == ask(resolver, lora_name=b"pirate")["error"]
+    with closing(Holder()) as holder:
+        refused = send(resolver, holder, "enter", lora_name="pirate", parameters={})
+    counts = resolver._statistics.counts()
+
+    assert "UNAVAILABLE" == refused["refused"][1]
+    assert ["pirate"] == list(counts)
+    assert (2, 0) == (counts["pirate"]["UNAVAILABLE"], counts["pirate"]["running"])
+
+
 def test_a_router_that_ends_lets_go_of_its_adapters(resolver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """And no request of it is under way any more."""
     monkeypatch.setattr("tritonlora.serving.leases.SWEEP_SECONDS", 0.0)

@@ -22,12 +22,8 @@ from .routing import SPLIT_KEY
 from .triton import Inputs, code_of, error_of
 from .wire import CONTROL, INPUT_LENGTHS, REQUIRED, STATE, Wire
 
-ASKED = (
-    "lora_name",
-    SPLIT_KEY,
-    REQUIRED,
-    INPUT_LENGTHS,
-)  # inputs of a client's request that the resolver needs, beside the id
+# The inputs of a client's request that the resolver needs, beside the id.
+ASKED = ("lora_name", SPLIT_KEY, REQUIRED, INPUT_LENGTHS)
 
 
 class ResolverError(Exception):

@@ -140,7 +140,7 @@ class TritonPythonModel:
 
     def _begin(self, inputs: Any, parameters: dict[str, Any], call: Call) -> None:
         """Begin a request of an ensemble."""
-        call.routes = self._routes_of(inputs, parameters)
+        self._resolve(inputs, parameters, call)
         if not call.routes:
             call.pass_on(with_weights=False)
             return
@@ -174,7 +174,7 @@ class TritonPythonModel:
             return Ticket(pages, tokens, now, self._patience, takes_weights=False, is_routers=True, misses=misses)
 
         call.key = key
-        call.routes = self._routes_of(inputs, message["parameters"])
+        self._resolve(inputs, message["parameters"], call)
         lease = call.lease = Lease(call.routes, new_ticket)
         self._count(call.routes, "running")
         self._leases.enter(key, lease, call)
@@ -200,8 +200,8 @@ class TritonPythonModel:
     def _tell(self, key: Key, message: dict[str, Any], inputs: Any, call: Call) -> None:  # noqa: ARG002
         call.respond({"states": self._sender.states(), "contents": self._bindings.contents()})
 
-    def _routes_of(self, inputs: Any, parameters: dict[str, Any]) -> list[Route]:
-        """The adapters of the rows; none for the base model."""
+    def _resolve(self, inputs: Any, parameters: dict[str, Any], call: Call) -> None:
+        """Set the adapters of the request's rows: none for the base model."""
         table = self._table.table()
         if table is not self._seen_table:
             self._new_table(table)
@@ -209,14 +209,13 @@ class TritonPythonModel:
         names = ("lora_name", self._wire.task_id, SPLIT_KEY)
         lora_names, lora_task_ids, split_keys = (values_of(inputs, name) for name in names)
         rows = next(iter(inputs.values())).shape()[0] if self._batching else 1
-        routes = [route for route in resolve_rows(table, lora_names, lora_task_ids, rows, split_keys) if route]
-        for route in routes:
+        call.routes = [route for route in resolve_rows(table, lora_names, lora_task_ids, rows, split_keys) if route]
+        for route in call.routes:
             if self._wire.sends_weights:
                 self._bindings.check(route)
             else:
                 self._bindings.bind(route)  # the engine may read the adapter's files at any time
             self._routes[route.entry.lora_task_id] = route
-        return routes
 
     def _new_table(self, table: AdapterTable) -> None:
         self._seen_table = table
@@ -259,11 +258,12 @@ class TritonPythonModel:
 
     def failed(self, call: Call, code: str) -> None:
         """Count a request that was refused. A later message of the router counts when its request ends."""
-        if not call.is_own:
-            self._count(call.routes, code)
-        elif call.key is not None:
+        if call.is_own and call.key is None:
+            return
+        if call.lease is not None and call.key is not None:
             self._leases.drop(call.key)
-            self._ended(call.lease, code)
+            self._count(call.routes, "running", -1)
+        self._count(call.routes, code)
 
     # Counts
 
