@@ -57,6 +57,17 @@ def test_where_all_adapters_fit_the_first_token_comes_as_from_the_engine_itself(
     assert resolver.counts["waited"] == 0
 
 
+def test_many_streams_that_begin_together_carry_weights_one_after_the_other_without_a_pause() -> None:
+    """No weights evict anything where all adapters fit, so they need not wait for what was sent before them."""
+    world = World()
+    engine = Engine(world, 50, lambda _: 0.08)
+    clients = Clients(adapters=50, streams=256, tokens=64)
+    outcome = run(world, Resolver(world, engine, 50, {}).ask, clients, 10)
+
+    assert {"ok"} == outcome.responses.keys()
+    assert outcome.quantile(0.99) < 3 * 0.08
+
+
 def test_requests_by_id_leave_nothing_behind() -> None:
     """However many they are, and though no weights are ever sent again."""
     admission = Admission(EngineCache(4, {1: 1}, 0.0), 0.0)
@@ -159,8 +170,8 @@ def test_the_router_s_clients_see_nothing_of_an_engine_that_was_loaded_again_bef
     engine = Engine(world, 8, lambda _: PACE)
     resolver = Resolver(world, engine, 8, {}, routed=1)
     clients = Clients(adapters=8, streams=8, tokens=4, think=1)
-    for number in range(20):
-        world.after(1 + number, engine.submit, 1000 + number, 1, True, lambda *_: None)
+    for number in range(80):
+        world.after(1 + number / 4, engine.submit, 1000 + number, 1, True, lambda *_: None)
     outcome = run(world, resolver.ask, clients, 30)
 
     assert {"ok"} == outcome.responses.keys()

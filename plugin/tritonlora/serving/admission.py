@@ -16,8 +16,8 @@ probes run one at a time.
 The queue is first in, first out by adapter. Requests for held adapters overtake the queue until its head has waited for
 OVERTAKING_SECONDS.
 
-Order matters, because weights that reach the engine evict an adapter. Requests that were sent by id before them must
-have arrived by then. So a thread that sends weights waits until `is_due`.
+Order matters where weights that reach the engine evict an adapter. Requests that were sent by id before them must have
+arrived by then. So a thread that sends weights waits until `is_due`.
 
 The router's requests differ. They never carry weights. The router tells when they end. If the engine lacks the adapter
 after all, the router asks again, and its client sees nothing of it. So they go on when the engine is believed to hold
@@ -173,9 +173,12 @@ class Admission:
         return released
 
     def is_due(self, number: int, now: float) -> bool:
-        """Whether all requests and loads with a smaller number have reached the engine."""
+        """Whether weights with this number may be sent: they evict nothing that a request with a smaller number needs.
+
+        Either all of these requests have reached the engine, or the engine evicts nothing.
+        """
         self._note_arrivals(now)
-        return next(iter(self._unsent), number) >= number
+        return self.cache.fits_all or next(iter(self._unsent), number) >= number
 
     def sent(self, ticket: Ticket, now: float) -> None:
         """Note that the request was sent to the engine."""
