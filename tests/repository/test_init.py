@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from repositories import lead_as_before, llm_api_repository, synthetic_adapter
+from repositories import lead_as_before, synthetic_adapter
 from tritonlora import files
 from tritonlora.errors import RepositoryError
 from tritonlora.files import TEMPORARY_SUFFIX
@@ -456,11 +456,6 @@ def test_the_resolve_topology_is_refused_where_it_cannot_be(tmp_path: Path) -> N
     assert "forward" == init.topology_of(optional)
     with pytest.raises(RepositoryError, match="the input request_output_len, which must not be optional"):
         init.init(optional, topology="resolve")
-
-    llm_api = llm_api_repository(tmp_path / "llm", tmp_path)
-    init.init(llm_api)
-    with pytest.raises(RepositoryError, match="'tensorrt_llm' reads adapters by itself, so it needs the forward topol"):
-        init.init(llm_api, topology="resolve")
 
 
 def test_the_ensemble_loads_while_the_type_of_the_weights_changes(

@@ -87,20 +87,58 @@ def test_init_declares_what_clients_may_send(tmp_path: Path, decoupled: bool) ->
 
 
 def test_init_makes_an_ensemble_under_the_engine_model_s_names(opened: Repository) -> None:
-    """So that a client asks both alike."""
+    """So that a client asks both alike. The path of an adapter comes from the resolver alone."""
     ensemble = protobuf((opened.root / "ensemble" / "config.pbtxt").read_text())
-    [step] = ensemble.ensemble_scheduling.step
+    engine, resolver = ensemble.ensemble_scheduling.step
     inputs = {one.name: one for one in ensemble.input}
+    resolved = {
+        "text_input": "_RESOLVED_TEXT_INPUT", "lora_id": "_LORA_ID", "lora_name": "_LORA_NAME",
+        "lora_path": "_LORA_PATH",
+    }  # fmt: skip
 
-    assert ("ensemble", "lora_router") == (ensemble.platform, step.model_name)
+    assert ("ensemble", "tensorrt_llm", "lora_resolver") == (ensemble.platform, engine.model_name, resolver.model_name)
     assert {
-        "text_input": "text_input", "sampling_param_max_tokens": "max_tokens", "streaming": "stream",
-        "sampling_param_stop": "stop_words", "lora_name": "lora_name", "lora_id": "lora_task_id",
-    }.items() <= dict(step.input_map).items()  # fmt: skip
-    assert {"text_diff": "text_output"} == dict(step.output_map)
-    assert set(step.input_map.values()) == set(inputs)
+        "sampling_param_max_tokens": "max_tokens", "streaming": "stream", "sampling_param_stop": "stop_words",
+        **resolved,
+    }.items() <= dict(engine.input_map).items()  # fmt: skip
+    assert resolved == dict(resolver.output_map)
+    assert {
+        "text_input": "text_input", "lora_name": "lora_name", "lora_id": "lora_task_id",
+        "lora_split_key": "lora_split_key",
+    } == dict(resolver.input_map)  # fmt: skip
+    assert {"text_output": "text_output"} == dict(engine.output_map)
+    assert {*engine.input_map.values(), *resolver.input_map.values()} == {*inputs, *resolved.values()}
     assert ["text_input"] == [name for name, one in inputs.items() if not one.optional]
     assert (opened.root / "ensemble" / "1").is_dir()
+
+
+def test_the_ensemble_can_lead_through_the_router(opened: Repository) -> None:
+    """And back. There text_output is the new text, which the router makes of the whole one."""
+    config = opened.root / "ensemble" / "config.pbtxt"
+    before = config.read_text()
+    init.init(opened.root, topology="forward")
+    ensemble = protobuf(config.read_text())
+    [step] = ensemble.ensemble_scheduling.step
+    router = protobuf((opened.root / "lora_router" / "config.pbtxt").read_text())
+
+    assert ("lora_router", {"text_diff": "text_output"}) == (step.model_name, dict(step.output_map))
+    assert {"lora_id": "lora_task_id", "lora_name": "lora_name"}.items() <= dict(step.input_map).items()
+    assert {one.name for one in router.input} == set(step.input_map)
+    assert set(step.input_map.values()) == {one.name for one in ensemble.input}
+    assert [] == init.init(opened.root)
+
+    init.init(opened.root, topology="resolve")
+    assert protobuf(before) == protobuf(config.read_text())
+
+
+def test_init_leads_past_the_router_with_the_model_s_own_names(opened: Repository) -> None:
+    """For the OpenAI API, whatever ensembles there are."""
+    ensemble = protobuf((opened.root / "lora_tokens" / "config.pbtxt").read_text())
+    engine = protobuf((opened.root / "tensorrt_llm" / "config.pbtxt").read_text())
+    left_out = {"lora_id", "lora_path", "lora_ckpt_source"}
+
+    assert {one.name for one in ensemble.input} == {one.name for one in engine.input} - left_out | {"lora_split_key"}
+    assert [one.name for one in ensemble.output] == [one.name for one in engine.output]
 
 
 def test_init_is_idempotent_and_can_be_undone(root: Path) -> None:
@@ -115,7 +153,7 @@ def test_init_is_idempotent_and_can_be_undone(root: Path) -> None:
 
 
 def test_init_rewires_an_ensemble_that_is_there(root: Path) -> None:
-    """Instead of making one; its own path goes."""
+    """Instead of making one; the path comes from the resolver, and from no client."""
     (root / "mine" / "1").mkdir(parents=True)
     (root / "mine" / "config.pbtxt").write_text("""
         platform: "ensemble"
@@ -130,15 +168,24 @@ def test_init_rewires_an_ensemble_that_is_there(root: Path) -> None:
     """)
     init.init(root)
     ensemble = protobuf((root / "mine" / "config.pbtxt").read_text())
-    [step] = ensemble.ensemble_scheduling.step
+    engine, resolver = ensemble.ensemble_scheduling.step
 
     assert not (root / "ensemble").exists()
     naming = ["lora_name", "lora_split_key"]
-    assert ("lora_router", {"text_input": "question", **{name: name for name in naming}}) == (
-        step.model_name,
-        dict(step.input_map),
+    assert ("lora_resolver", {"text_input": "question", **{name: name for name in naming}}) == (
+        resolver.model_name,
+        dict(resolver.input_map),
     )
+    assert "_LORA_PATH" == engine.input_map["lora_path"]
     assert ["question", *naming] == [one.name for one in ensemble.input]
+
+
+def test_an_ensemble_that_forwards_stays_so(root: Path) -> None:
+    """Until it is asked to resolve."""
+    init.init(root, topology="forward")
+
+    assert [] == init.init(root)
+    assert "forward" == init.topology_of(root)
 
 
 def test_a_model_from_before_lora_is_refused_with_where_to_get_one(root: Path) -> None:

@@ -53,7 +53,7 @@ class Served:
     decoupled: bool
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["decoupled", "whole"])
+@pytest.fixture(scope="module", params=[True, False], ids=["decoupled, resolve", "whole, forward"])
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, launch: Launch) -> Served:
     """A small random Llama with four random adapters, of which the engine holds two at a time."""
     directory = tmp_path_factory.mktemp("llm_api")
@@ -61,7 +61,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     root = llm_api_repository(
         directory / "repo", directory / "base", triton_config={"decoupled": request.param, "max_batch_size": 0}
     )
-    init.init(root)
+    init.init(root, topology=None if request.param else init.FORWARD)
     opened = paths.open_repository(root)
     set_streams(opened, 4)
     for name in ADAPTERS:
@@ -157,14 +157,34 @@ def test_an_alias_is_divided_by_the_key(served: Served) -> None:
 # Streams
 
 
-def test_the_ensemble_streams_what_is_new(served: Served) -> None:
-    """A piece for each token, as ever, though each answer of the engine has the whole text so far."""
+def test_the_client_gives_what_is_new(served: Served) -> None:
+    """A piece for each token, though each response has the whole text so far."""
     prompt = PROMPTS[0]
     pieces = list(client.generate(prompt, lora_name="rslora", max_tokens=TOKENS, url=served.server.http_url))
     whole = served.answers["rslora", prompt]
 
-    assert whole == "".join(pieces)
-    assert [*whole, ""] == pieces or [whole] == pieces
+    assert ([*whole, ""] if served.decoupled else [whole]) == pieces
+
+
+@pytest.mark.parametrize("served", [True], indirect=True, ids=["decoupled, resolve"])
+def test_the_router_makes_the_new_text_and_the_ensemble_past_it_does_not(served: Served) -> None:
+    """Past the router, text_output is the engine's own."""
+    prompt, whole = PROMPTS[0], served.answers["rslora", PROMPTS[0]]
+    values = {"text_input": prompt.encode(), "lora_name": b"rslora"}
+    diffs = results(
+        served,
+        "lora_router",
+        outputs=[grpc.InferRequestedOutput(name) for name in ("text_output", "text_diff")],
+        sampling_param_max_tokens=TOKENS,
+        streaming=True,
+        **values,
+    )
+    texts = results(served, "ensemble", max_tokens=TOKENS, stream=True, **values)
+
+    assert [character.encode() for character in [*whole, ""]] == [one.as_numpy("text_diff").item() for one in diffs]
+    assert [whole[:length].encode() for length in (*range(1, len(whole) + 1), len(whole))] == [
+        one.as_numpy("text_output").item() for one in texts
+    ]
 
 
 def test_the_router_passes_on_the_engine_s_own_answers(served: Served) -> None:
@@ -250,11 +270,11 @@ def test_a_name_that_is_not_an_adapter_is_an_error(served: Served, inputs: dict[
 
 
 def test_an_adapter_whose_directory_is_gone_is_an_error_without_a_path(served: Served) -> None:
-    """The engine's error, with the adapter's name and nothing of this machine; and the others serve on."""
+    """An error with the adapter's name and nothing of this machine; and the others serve on."""
     add.add(served.opened, "gone", register_again(served, "narrow"), add.Options(warm=False))
     entry = read_table(served.opened).entries["gone"]
     shutil.rmtree(served.opened.root / str(entry.lora_path))
-    with pytest.raises(ServerError, match="LoRA adapter 'gone': .*lora_path does not exist") as raised:
+    with pytest.raises(ServerError, match="LoRA adapter 'gone': adapter_model.safetensors is missing") as raised:
         ask(served, "gone", "x")
     add.remove(served.opened, "gone")
 

@@ -17,7 +17,8 @@ from tritonlora.repository.paths import COPY_AGAIN, LISTING, RESOLVER, ROUTER, d
 from tritonlora.repository.undo import WITH_CODE
 from tritonlora.serving.file_version import has_content
 from tritonlora.serving.response_cache import CACHED
-from tritonlora.serving.wire import REQUIRED, STATE
+from tritonlora.serving.wire import STATE
+from tritonlora.targets import target_of
 
 # Upstream's models do not load without these parameters. Other parameters that are still a ${…} get default values.
 _OF_THE_ENGINE = ("gpt_model_path",)
@@ -173,13 +174,14 @@ def resolver(subject: Subject) -> Iterator[Finding]:
     engine's step fail, so that step takes a required input from the resolver.
     """
     root, target = subject.repository.root, subject.repository.target
+    required = target_of(subject.config).WIRE.required
     for name, config in subject.configs.items():
         given = {tensor for step in config.steps if step.model_name == RESOLVER for tensor in step.output_map.values()}
         past = [step for step in config.steps if step.model_name == target]
-        if given and any(step.input_map.get(REQUIRED) not in given for step in past):
+        if given and any(step.input_map.get(required) not in given for step in past):
             yield warning(
                 f"{name}/config.pbtxt",
-                f"{REQUIRED} goes past {RESOLVER}: {target} would take an empty response for a base model request",
+                f"{required} goes past {RESOLVER}: {target} would take an empty response for a base model request",
                 f"tritonlora init {shlex.quote(str(root))}",
             )
     for spec in subject.configs[RESOLVER].outputs if RESOLVER in subject.configs else ():

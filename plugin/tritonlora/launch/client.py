@@ -15,6 +15,7 @@ import re
 import urllib.parse
 import uuid
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from tritonlora.errors import ServerError
@@ -56,20 +57,34 @@ def generate(
     for each wait on the connection. An engine that is not decoupled cannot stream: the whole text comes as one piece.
 
     Each request has an id of its own, unless `inputs` has an `id`. By the id the server joins the pieces of a streamed
-    character. Closing the iterator cancels the request. Raises ServerError with the server's message, or if the server
-    cannot be reached.
+    character. If a model's responses have the whole text so far, the pieces are the new part of each. Closing the
+    iterator cancels the request. Raises ServerError with the server's message, or if the server cannot be reached.
     """
     for stream in (True, False):
         own: dict[str, Any] = {"id": uuid.uuid4().hex, "stream": stream}
         body = request_body(prompt, lora_name, max_tokens, {**own, **(inputs or {})})
+        sent = 0  # characters
         try:
+            is_whole = stream and _has_whole_texts(url, model, timeout)
             for event in _answers(url, model, body, timeout):
-                text = event.get("text_output", "")
-                yield "".join(map(str, text)) if isinstance(text, list) else str(text)
+                found = event.get("text_output", "")
+                text = "".join(map(str, found)) if isinstance(found, list) else str(found)
+                yield text[sent:]
+                sent = len(text) if is_whole else 0
             return
         except ServerError as error:
             if not stream or _CANNOT_STREAM not in str(error):
                 raise
+
+
+def _has_whole_texts(url: str, model: str, timeout: float) -> bool:
+    """Whether each streamed response of a model has the whole text so far.
+
+    So it is in an ensemble whose text is the engine's own: the LLM API's model gives text_output.
+    """
+    config = _json_of(url, f"/v2/models/{urllib.parse.quote(model, safe='')}/config", timeout)
+    steps = config.get("ensemble_scheduling", {}).get("step", [])
+    return any("text_output" in step.get("output_map", {}) for step in steps)
 
 
 def ask(model: str, inputs: Mapping[str, Any], *, url: str = DEFAULT_URL, timeout: float = TIMEOUT_SECONDS) -> int:
@@ -102,19 +117,15 @@ def metrics(url: str) -> str:
 
     ServerError when the server cannot be reached, or answers with an error.
     """
-    connection = _connection(url, METRICS_TIMEOUT_SECONDS)
-    try:
+    with _connected(url, METRICS_TIMEOUT_SECONDS) as connection:
         connection.request("GET", urllib.parse.urlsplit(url).path or "/metrics")
         response = connection.getresponse()
         if response.status != http.client.OK:
             raise ServerError(f"no metrics at {url}: HTTP status {response.status}; give http://HOST:8002/metrics")
-        return response.read().decode()
-    except (OSError, http.client.HTTPException) as error:
-        raise ServerError(f"no answer from {url}: {error or type(error).__name__}; is the server running?") from None
-    except UnicodeDecodeError:
-        raise ServerError(f"{url} answered something other than text; is it the metrics endpoint?") from None
-    finally:
-        connection.close()
+        try:
+            return response.read().decode()
+        except UnicodeDecodeError:
+            raise ServerError(f"{url} answered something other than text; is it the metrics endpoint?") from None
 
 
 def _answers(url: str, model: str, body: bytes, timeout: float) -> Iterator[dict[str, Any]]:
@@ -126,23 +137,41 @@ def _answers(url: str, model: str, body: bytes, timeout: float) -> Iterator[dict
 
 def _events(url: str, path: str, body: bytes, timeout: float) -> Iterator[dict[str, Any]]:
     """The JSON objects of a stream of server-sent events. Raises ServerError."""
-    connection = _connection(url, timeout)
-    try:
+    with _connected(url, timeout) as connection:
         connection.request("POST", path, body, {"Content-Type": "application/json"})
         response = connection.getresponse()
         if response.status != http.client.OK:
             raise ServerError(_error_text(response))
-        for line in response:
-            if line.startswith(b"data:"):
-                yield _json_object(line[len(b"data:") :])
+        try:
+            for line in response:
+                if line.startswith(b"data:"):
+                    yield _json_object(line[len(b"data:") :])
+        except (ValueError, RecursionError) as error:
+            raise ServerError(
+                f"{url} answered something other than a JSON object: {error}; is it a Triton server?"
+            ) from None
+
+
+def _json_of(url: str, path: str, timeout: float) -> dict[str, Any]:
+    """The JSON object of a GET; {} if the server does not give it. ServerError when there is no server."""
+    with _connected(url, timeout) as connection:
+        connection.request("GET", path)
+        try:
+            return _json_object(connection.getresponse().read())
+        except (ValueError, RecursionError):
+            return {}
+
+
+@contextmanager
+def _connected(url: str, timeout: float) -> Iterator[http.client.HTTPConnection]:
+    """A connection for one request. ServerError when the server cannot be reached, or does not use HTTP."""
+    connection = _connection(url, timeout)
+    try:
+        yield connection
     except (OSError, http.client.HTTPException) as error:
         if isinstance(error, http.client.BadStatusLine) and not isinstance(error, http.client.RemoteDisconnected):
             raise ServerError(f"{url} does not answer in HTTP: {error!r}; is that the HTTP endpoint?") from None
         raise ServerError(f"no answer from {url}: {error or type(error).__name__}; is the server running?") from None
-    except (ValueError, RecursionError) as error:
-        raise ServerError(
-            f"{url} answered something other than a JSON object: {error}; is it a Triton server?"
-        ) from None
     finally:
         connection.close()
 

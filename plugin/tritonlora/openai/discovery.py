@@ -69,7 +69,8 @@ def _model_of(settings: Settings, configs: Mapping[str, Any], model: str, target
         directory = settings.tokenizer or _model_yaml(settings, target).get("model")
         if directory is None:
             raise ModelConfigError("the base model's tokenizer is not known here; give --repo REPO or --tokenizer DIR")
-        return LlmApiModel(model, target, declared, decoupled, chat_tokenizer.load(Path(directory)))
+        text = chat_tokenizer.load(Path(directory))
+        return LlmApiModel(model, target, declared, decoupled, text, has_new_text=model == ROUTER)
     directory, added, skipped = _tokenizer_of(settings, configs)
     text = chat_tokenizer.load(directory, add_special_tokens=added, skip_special_tokens=skipped)
     return EngineModel(model, target, declared, _types(behind), decoupled, text)

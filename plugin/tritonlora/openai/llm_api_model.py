@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""The LLM API's model as the door asks it, through the router: text in, text out.
+"""The LLM API's model as the door asks it, through the resolver or the router: text in, text out.
 
 The model does not tell how many tokens its text has. The base model's tokenizer counts them.
 """
@@ -27,13 +27,14 @@ _NEW, _WHOLE, _REASON = "text_diff", "text_output", "finish_reason"
 
 @dataclass(frozen=True, slots=True)
 class LlmApiModel:
-    """The router before the LLM API's model. It implements `served_model.ServedModel`."""
+    """The model that leads to the LLM API's model. It implements `served_model.ServedModel`."""
 
     model: str
     target: str
     declared: Declared
     decoupled: bool
     text: ChatTokenizer
+    has_new_text: bool  # as the router does; otherwise a response has only the whole text so far
 
     def request_inputs(self, request: GenerationRequest, source: Source, max_tokens: int) -> Inputs:
         """The inputs that all choices of a request share. ApiError naming a field that the model has no input for."""
@@ -69,10 +70,10 @@ class LlmApiModel:
     def outputs(self, request: GenerationRequest) -> list[str]:
         """The outputs to ask for. The model takes a stop string out again, which only the whole text shows."""
         reason = [_REASON] if "return_finish_reason" in self.declared.types else []
-        return [_WHOLE if request.stop else _NEW, *reason]
+        return [_NEW if self.has_new_text and not request.stop else _WHOLE, *reason]
 
     def stop_inputs(self) -> Inputs | None:
-        """None: the router learns that the call was closed."""
+        """None: the model has no request that ends another one. Only the router learns that the call was closed."""
         return None
 
     def sequence(self, request: GenerationRequest, source: Source, max_tokens: int) -> TextSequence:  # noqa: ARG002

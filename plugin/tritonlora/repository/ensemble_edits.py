@@ -5,6 +5,10 @@
     forward    preprocessing -> lora_router -> postprocessing; the router sends requests to the engine's model
     resolve    preprocessing -> lora_resolver -> tensorrt_llm -> postprocessing
 
+The LLM API's model takes and gives text, so it needs neither preprocessing nor postprocessing. In the forward topology,
+its ensemble's text_output is the new text, which the router makes. Otherwise it is the whole text so far, as the model
+gives it.
+
 The edits are lossless and idempotent, and each topology can be changed into the other. In the resolve topology, a step
 of tritonlora's postprocessing announces each request before the engine gets it (see `serving.text_streams`).
 """
@@ -19,7 +23,7 @@ from tritonlora.pbtxt.model_config import DATA_TYPES
 from tritonlora.pbtxt.text_format import Document, Message, error_at
 from tritonlora.repository.paths import DEFAULT_TARGET, RESOLVER, ROUTER
 from tritonlora.serving.routing import SPLIT_KEY
-from tritonlora.serving.wire import INPUT_LENGTHS, REQUIRED, WIRES
+from tritonlora.serving.wire import ENGINE_MODEL, INPUT_LENGTHS, REQUIRED, WIRES, Wire, wire_of
 
 PREVIOUS_TOKENS = "_PREVIOUS_TOKENS"
 ANNOUNCED_LENGTH = "_ANNOUNCED_OUTPUT_LEN"
@@ -35,13 +39,12 @@ ANNOUNCED = {
 # Outputs of the engine -> inputs of the step that decodes tokens.
 INDICES = {"batch_index": "BATCH_INDEX", "sequence_index": "SEQUENCE_INDEX"}
 NAMING = ("lora_name", SPLIT_KEY)  # optional inputs of the ensemble, which its step for the router or resolver gets
-# Outputs of the resolver -> the ensemble's tensors, from which the engine's step gets its inputs of the same names.
-RESOLVED = {
-    REQUIRED: "_RESOLVED_OUTPUT_LEN",
-    "lora_task_id": "_LORA_TASK_ID",
-    "lora_weights": "_LORA_WEIGHTS",
-    "lora_config": "_LORA_CONFIG",
-}
+RESOLVED_INPUTS = {REQUIRED: "_RESOLVED_OUTPUT_LEN", "text_input": "_RESOLVED_TEXT_INPUT"}  # `Wire.required` -> tensor
+
+
+def resolved_tensors(wire: Wire) -> dict[str, str]:
+    """Output of the resolver -> the ensemble's tensor, from which the target's step gets its input of the same name."""
+    return {wire.required: RESOLVED_INPUTS[wire.required], **{name: f"_{name.upper()}" for name in wire.resolved}}
 
 
 def rewire_to_forward(
@@ -54,7 +57,8 @@ def rewire_to_forward(
 
     Inputs that only the router may send to the target are disconnected. Tensors that are unused then are removed, since
     Triton refuses an ensemble with an unused tensor. `postprocessing` is the name of a step with the input
-    PREVIOUS_TOKENS, which gets the router's previous_ids.
+    PREVIOUS_TOKENS, which gets the router's previous_ids. An ensemble that resolved gets the router's own output in the
+    place of the target's output that it is made of (`Wire.router_output`).
 
     Raises ConfigError when not exactly one step is for `target` or the router.
     """
@@ -73,43 +77,53 @@ def rewire_to_forward(
 
 
 def rewire_to_resolve(
-    document: Document, *, target: str = DEFAULT_TARGET, postprocessing: str | None = None
+    document: Document,
+    *,
+    target: str = DEFAULT_TARGET,
+    wire: Wire = ENGINE_MODEL,
+    postprocessing: str | None = None,
 ) -> Document:
     """An ensemble's config.pbtxt with a step for the resolver, which sends the step for `target` its LoRA inputs.
 
-    The resolver gets the inputs in `NAMING`, and lora_task_id if the ensemble had one for the target.
-    request_output_len goes through the resolver to the target. The target does not run without it, so an empty response
-    of the resolver never becomes a request to the base model. The router's previous_ids are disconnected: the resolver
-    does not have them. `postprocessing` is a model with the output OUT_REQUEST_OUTPUT_LEN; a step of it announces each
-    request.
+    `wire` is that of the target. The resolver gets the inputs in `NAMING`, and the adapter's id if the ensemble had one
+    for the target. `Wire.required` goes through the resolver to the target. The target does not run without it, so an
+    empty response of the resolver never becomes a request to the base model. The router's own outputs are disconnected:
+    the resolver does not have them. `postprocessing` is a model with the output OUT_REQUEST_OUTPUT_LEN; a step of it
+    announces each request.
 
     Raises ConfigError when not exactly one step is for `target` or the router, or when that step has no
-    request_output_len.
+    `Wire.required`.
     """
     _require_one_step(document, target)
     document = _rename_step(document, ROUTER, target)
     for name in NAMING:
         document = _declare_string(document, name)
     given, asked = _maps(document, "input_map", target), _maps(document, "input_map", RESOLVER)
-    required = asked.get(REQUIRED, given.get(REQUIRED))
+    required = asked.get(wire.required, given.get(wire.required))
     if required is None:
-        raise ConfigError(f"the ensemble leads no {REQUIRED} to the step for {target!r}; rewire this ensemble by hand")
-    inputs = {REQUIRED: required, **{name: name for name in NAMING}}
+        raise ConfigError(
+            f"the ensemble leads no {wire.required} to the step for {target!r}; rewire this ensemble by hand"
+        )
+    resolved = resolved_tensors(wire)
+    inputs = {wire.required: required, **{name: name for name in NAMING}}
     if INPUT_LENGTHS in given:
         inputs[INPUT_LENGTHS] = given[INPUT_LENGTHS]
-    task_id = given.get("lora_task_id", RESOLVED["lora_task_id"])
-    if task_id != RESOLVED["lora_task_id"]:
-        inputs["lora_task_id"] = task_id
+    task_id = given.get(wire.task_id, resolved[wire.task_id])
+    if task_id != resolved[wire.task_id]:
+        inputs[wire.task_id] = task_id
     if _find_step(document, RESOLVER):
-        for kind, tensors in (("input_map", inputs), ("output_map", RESOLVED)):
+        for kind, tensors in (("input_map", inputs), ("output_map", resolved)):
             for key, tensor in tensors.items():
                 document = _connect(document, RESOLVER, kind, key, tensor)
     else:
-        document = _add_step(document, RESOLVER, inputs, RESOLVED)
+        document = _add_step(document, RESOLVER, inputs, resolved)
     for name in NAMING:
-        document = _disconnect(document, target, name)
-    for key, tensor in RESOLVED.items():
+        if name not in resolved:
+            document = _disconnect(document, target, name)
+    for key, tensor in resolved.items():
         document = _reconnect(document, target, key, tensor)
+    if wire.router_output:
+        document = _rename_output(document, target, *wire.router_output)
     for model in _step_names(document):
         for key, tensor in _maps(document, "input_map", model).items():
             if tensor == PREVIOUS_TOKENS:
@@ -150,15 +164,22 @@ def _remove_announcement(document: Document) -> Document:
 
 
 def _remove_resolver(document: Document, target: str) -> Document:
-    """The ensemble without the resolver's step. The target's inputs that went through it lead to `target` again."""
+    """The ensemble without the resolver's step. The target's inputs that went through it lead to `target` again.
+
+    The step for `target`, which the router is to take over, gets the router's own output.
+    """
     if _find_step(document, RESOLVER) is None:
         return document
+    wire = wire_of(_maps(document, "output_map", RESOLVER))
     given, asked = _maps(document, "input_map", target), _maps(document, "input_map", RESOLVER)
-    for key, tensor in RESOLVED.items():
+    for key, tensor in resolved_tensors(wire).items():
         if given.get(key) == tensor:
             document = (
                 _reconnect(document, target, key, asked[key]) if key in asked else _disconnect(document, target, key)
             )
+    if wire.router_output:
+        own, source = wire.router_output
+        document = _rename_output(document, target, source, own)
     gone = _find_step(document, RESOLVER)
     return remove_value(document, document.message.messages("ensemble_scheduling")[-1], gone) if gone else document
 
@@ -190,6 +211,14 @@ def _rename_step(document: Document, old: str, new: str) -> Document:
         )
     model_name = step.scalars("model_name")[0]
     return replace_value(document, model_name, quote(new))
+
+
+def _rename_output(document: Document, model: str, old: str, new: str) -> Document:
+    """Connect the ensemble's tensor of the output `old` of the step for `model` with its output `new` instead."""
+    step = _find_step(document, model)
+    entry = step.find("output_map", "key", old) if step else None
+    key = entry.scalar("key") if entry else None
+    return replace_value(document, key, quote(new)) if key else document
 
 
 def _declare_string(document: Document, name: str) -> Document:

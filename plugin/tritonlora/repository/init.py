@@ -51,7 +51,6 @@ from tritonlora.repository.state import Models
 from tritonlora.repository.undo import OURS, WITH_CODE, FileChange
 from tritonlora.serving.adapter_table import AdapterTable
 from tritonlora.serving.adapter_table_json import render
-from tritonlora.serving.wire import REQUIRED
 from tritonlora.targets import target_of
 
 PACKAGE = Path(tritonlora.__file__).resolve().parent
@@ -107,7 +106,7 @@ def plan_init(
     - `target` is by default the target of the present router, or else "tensorrt_llm".
     - `topology` is by default the present one. If there is none, it is "resolve" if the ensembles can use the resolver,
       and otherwise "forward".
-    - A target that takes text, and to which no ensemble leads, gets an ensemble of the router alone.
+    - A target that takes text, and to which no ensemble leads, gets an ensemble of its own.
 
     RepositoryError when a model of the repository does not allow it.
     """
@@ -116,6 +115,7 @@ def plan_init(
     models = Models(root)
     target = _choose_target(models, target)
     engine_config = models.served_config(target)
+    wire = target_of(engine_config).WIRE
     found = _ensembles_of(models, target)
     present = _topology_of(models)
     obstacle = _why_not_resolve(target, engine_config, found)
@@ -131,7 +131,7 @@ def plan_init(
         takes_previous_ids |= postprocessing is not None
         try:
             after = (
-                ensemble_edits.rewire_to_resolve(before, target=target, postprocessing=announcing)
+                ensemble_edits.rewire_to_resolve(before, target=target, wire=wire, postprocessing=announcing)
                 if resolves
                 else ensemble_edits.rewire_to_forward(before, target=target, postprocessing=postprocessing)
             )
@@ -152,20 +152,22 @@ def plan_init(
         )
         known = {REPOSITORY_PATH: served_at} if served_at else {}
         files[f"{ROUTER}/config.pbtxt"] = _with_parameters(router_config, _kept_parameters(tuned) | known)
-        ensemble = model_configs.one_step_ensemble(engine_config, parse_config(router_config), name=ENSEMBLE)
         files[f"{RESOLVER}/config.pbtxt"] = _resolver_config(models, target, engine_config)
-        if not _why_past_the_resolver(target, engine_config):
-            tokens = model_configs.tokens_ensemble(engine_config, name=TOKENS, target_name=target, router=ROUTER)
-            files[f"{TOKENS}/config.pbtxt"] = ensemble_edits.rewire_to_resolve(parse(tokens), target=target).text
-            files[f"{TOKENS}/1/.gitkeep"] = ""
+        tokens = model_configs.target_ensemble(engine_config, name=TOKENS, target_name=target, router=ROUTER)
+        text = model_configs.text_ensemble(engine_config, name=ENSEMBLE, target_name=target)
+        is_needed = not found and not (root / ENSEMBLE).exists()
+        generated = {TOKENS: tokens} | ({ENSEMBLE: text} if text and is_needed else {})
     except ConfigError as error:
         raise RepositoryError(f"{models.path(target)}: {error}") from None
+    for name, text in {} if _why_past_the_resolver(target, engine_config) else generated.items():
+        ensemble = ensemble_edits.rewire_to_resolve(parse(text), target=target, wire=wire)
+        if name == ENSEMBLE and not resolves:
+            ensemble = ensemble_edits.rewire_to_forward(ensemble, target=target)
+        files |= {f"{name}/1/.gitkeep": "", f"{name}/config.pbtxt": ensemble.text}
     for model in WITH_CODE:
         files |= code_of(model)
     if not (root / ROUTER / "adapters.json").exists():
         files[f"{ROUTER}/adapters.json"] = render(AdapterTable())
-    if ensemble is not None and not found and not (root / ENSEMBLE).exists():
-        files |= {f"{ENSEMBLE}/1/.gitkeep": "", f"{ENSEMBLE}/config.pbtxt": ensemble}
     for name, content in files.items():
         path = root / name
         changes.append(FileChange(path, read_text(path) if path.exists() else None, content))
@@ -460,19 +462,17 @@ def _first_step(models: Models, ensemble: ModelConfig, has: Callable[[ModelConfi
 
 def _why_not_resolve(target: str, engine: ModelConfig, ensembles: Mapping[str, ModelConfig]) -> str:
     """The reason why the resolve topology is not possible; "" when it is possible."""
-    if not ensembles:
+    if not ensembles and target_of(engine).ENSEMBLE_INPUTS is None:
         return f"the resolve topology needs an ensemble with a step for {target!r}, and there is none"
     return _why_past_the_resolver(target, engine)
 
 
 def _why_past_the_resolver(target: str, engine: ModelConfig) -> str:
     """The reason why no ensemble can lead through the resolver to this engine; "" when one can."""
-    if not target_of(engine).WIRE.sends_weights:
-        return f"{target!r} reads adapters by itself, so it needs the forward topology"
-    required = engine.input(REQUIRED)
-    if engine.max_batch_size == 0 or required is None or required.optional:
-        return (
-            f"the resolve topology needs {target!r} to have a max_batch_size above 0, and the input {REQUIRED}, which "
-            "must not be optional"
-        )
+    wire = target_of(engine).WIRE
+    required = engine.input(wire.required)
+    if required is None or required.optional:
+        return f"the resolve topology needs {target!r} to have the input {wire.required}, which must not be optional"
+    if wire.sends_weights and engine.max_batch_size == 0:
+        return f"the resolve topology needs {target!r} to have a max_batch_size above 0"
     return ""

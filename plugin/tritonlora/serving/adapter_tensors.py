@@ -95,6 +95,13 @@ class AdapterFiles:
         self._read(route, entry.lora_config_file, entry.lora_config_sha256, memory, whole(len(memory)))
         return memory.view("<i4").reshape(1, *entry.lora_config_shape)
 
+    def check(self, route: Route) -> None:
+        """Raise AdapterUnavailable when a file of the adapter is not there, for a target that reads them by itself."""
+        for file in (route.entry.lora_weights_file, route.entry.lora_config_file):
+            path = self.repository / file
+            with _reasons(route, path):
+                path.stat()
+
     def _read(self, route: Route, file: str, sha256: str, memory: Memory, ranges: Ranges) -> None:
         path = self.repository / file
         with _reasons(route, path), open(open_file(path), "rb") as opened:  # noqa: PTH123  a descriptor

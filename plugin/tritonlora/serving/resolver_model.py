@@ -57,6 +57,7 @@ class TritonPythonModel:
         check_config(config)
         parameters = parameters_in(config)
         self._wire = wire_of([one["name"] for one in config["output"]])
+        self.required = self._wire.required
         self._repository = Path(args["model_repository"]).parent
         self._batching = config["max_batch_size"] > 0
         self._patience = float(parameters["cache_full_timeout_seconds"])
@@ -214,6 +215,7 @@ class TritonPythonModel:
             if self._wire.sends_weights:
                 self._bindings.check(route)
             else:
+                self._files.check(route)  # the engine's own error would have the server's paths
                 self._bindings.bind(route)  # the engine may read the adapter's files at any time
             self._routes[route.entry.lora_task_id] = route
 
@@ -355,9 +357,9 @@ class Call:
     def __init__(self, model: TritonPythonModel, request: pb_utils.InferenceRequest) -> None:
         self._model = model
         self._sender = request.get_response_sender()
-        asked = {REQUIRED} & set(request.requested_output_names())
-        # The response returns request_output_len as it came. Triton's response cache turns an error into an empty
-        # response, which must not mean the base model. An older ensemble neither sends nor requests this tensor.
+        asked = {model.required} & set(request.requested_output_names())
+        # The response returns this input as it came. Triton's response cache turns an error into an empty response,
+        # which must not mean the base model. An older ensemble neither sends nor requests it.
         self._required = [(one.name(), one.as_numpy()) for one in request.inputs() if one.name() in asked]
         self.routes: list[Route] = []  # the adapters of its rows; empty for the base model
         self.is_own = False  # a message of the router or of `lora_adapters`

@@ -23,8 +23,7 @@ from .routing import Route
 
 # Tensors of the resolver beside those of adapters.
 INPUT_LENGTHS = "input_lengths"  # tells how long the engine takes for the prompt
-# The engine refuses a request without this input. Triton itself only counts the required inputs of a request.
-REQUIRED = "request_output_len"
+REQUIRED = "request_output_len"  # `Wire.required` of the engine's model; tells how long a request may take
 CONTROL, STATE = "lora_control", "lora_state"  # between tritonlora's own models
 
 
@@ -38,7 +37,10 @@ class Wire:
     # (repository, adapters of the rows) -> the inputs that name the adapters
     naming_inputs: Callable[[Path, Sequence[Route]], dict[str, npt.NDArray[Any]]]
     names: tuple[str, ...]  # the names of these inputs
-    resolved: tuple[str, ...]  # the inputs for which the resolver has outputs
+    # An input that every request has: it goes through the resolver, so that the target does not take an empty response
+    # of the resolver for a request to the base model. Triton itself only counts the required inputs of a request.
+    required: str
+    resolved: tuple[str, ...]  # the inputs that name or hold adapters, which the resolver responds with
     stop: str  # an input: a request with it ends the request with the same id; "": there is no such input
     needed_outputs: tuple[str, ...]  # the target refuses a request that does not ask for all of these
     sends_weights: bool  # requests carry weights into a cache of pages; False: the target reads adapters by itself
@@ -74,6 +76,7 @@ ENGINE_MODEL = Wire(
     router_only=("lora_weights", "lora_config"),
     naming_inputs=_by_id,
     names=("lora_task_id",),
+    required=REQUIRED,
     resolved=("lora_task_id", "lora_weights", "lora_config"),
     stop="stop",
     needed_outputs=("output_ids", "sequence_length"),
@@ -87,11 +90,12 @@ LLM_API = Wire(
     router_only=("lora_path", "lora_ckpt_source"),
     naming_inputs=_by_path,
     names=("lora_id", "lora_name", "lora_path"),
+    required="text_input",
     resolved=("lora_id", "lora_name", "lora_path"),
     stop="",
     needed_outputs=("text_output",),
     sends_weights=False,
-    # Each streamed response has the whole text so far, and clients of an ensemble expect the new text alone.
+    # Each streamed response has the whole text so far. Where an ensemble forwards, its clients get the new text alone.
     router_output=("text_diff", "text_output"),
 )
 

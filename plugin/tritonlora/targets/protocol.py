@@ -71,7 +71,7 @@ class Target(Protocol):
     PLACES: AdapterPlaces
     SHARED_INPUTS: Mapping[str, SharedInput]
     ASSUMED_DTYPE: str | None  # the dtype if the engine is not known; None: the user must name it
-    ENSEMBLE_INPUTS: Mapping[str, str] | None  # input -> its name in an ensemble of the router alone; None: no ensemble
+    ENSEMBLE_INPUTS: Mapping[str, str] | None  # input -> its name in ensembles; None: the target takes no text
     COMPLETES_CONFIGS: bool  # whether the server has to complete config.pbtxt
     SERVER_FOR_EACH_PROCESS: bool  # whether each process of an engine needs a server; False: the model starts them
 
