@@ -31,7 +31,7 @@ def generate(model: Any, prompt: Sequence[int], length: int, **options: Any) -> 
         output = model.generate(
             input_ids=torch.tensor([prompt]),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-            generation_config=transformers.GenerationConfig(  # type: ignore[no-untyped-call]
+            generation_config=transformers.GenerationConfig(
                 do_sample=False, max_new_tokens=length, eos_token_id=EOS, pad_token_id=0, **options
             ),
         )
