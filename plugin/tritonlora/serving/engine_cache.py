@@ -27,7 +27,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import OrderedDict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 ARRIVAL_SECONDS = 0.003  # from sending a request to Triton until it has reached the engine
@@ -122,21 +122,25 @@ class EngineCache:
 
         The adapter that was used last was not evicted, even if the size of the cache is not known.
         """
-        seen = [one for one in self._adapters.values() if one.seen_at is not None]
-        last = max(seen, key=lambda one: one.used_at, default=None)
-        found = {one.task_id: one is last or self._fit([one]) for one in seen}
+        seen = self._by_use(one for one in self._adapters.values() if one.seen_at is not None)
+        found = {one.task_id: one is seen[-1] or fits for one, fits in self._each_fits(seen)}
         if self.capacity and not self.has_open:  # all ends are known, so an adapter that does not fit was evicted
             found = {task_id: is_certain for task_id, is_certain in found.items() if is_certain}
         return dict.fromkeys(self._unconfirmed, False) | found
+
+    @property
+    def pages_held(self) -> int:
+        """The pages of the adapters that the engine certainly has, unless it was loaded again."""
+        return sum(self._adapters[task_id].pages for task_id, is_certain in self.states().items() if is_certain)
 
     def least_recent(self, *, warm: bool) -> int | None:
         """The held adapter that the engine evicts next; `warm` tells whether warm adapters count.
 
         If all held adapters may be in use, the one whose last request was sent first.
         """
-        held = (one for one in self._adapters.values() if one.seen_at is not None and (warm or not one.is_warm))
-        by_eviction = sorted(held, key=lambda one: (one.is_in_use, one.used_at))
-        return next((one.task_id for one in by_eviction if self._fit([one])), None)
+        seen = (one for one in self._adapters.values() if one.seen_at is not None and (warm or not one.is_warm))
+        held = [one for one, fits in self._each_fits(self._by_use(seen)) if fits]
+        return min(held, key=lambda one: (one.is_in_use, one.used_at)).task_id if held else None
 
     # Events
 
@@ -281,3 +285,16 @@ class EngineCache:
             if other not in adapters:
                 free_pages -= other.pages
         return free_pages >= 0
+
+    def _by_use(self, adapters: Iterable[_Adapter]) -> list[_Adapter]:
+        return sorted(adapters, key=lambda one: one.used_at)
+
+    def _each_fits(self, by_use: Sequence[_Adapter]) -> Iterator[tuple[_Adapter, bool]]:
+        """`_fit` of each of these adapters by itself, from the one that was used last to the first, in one pass."""
+        ended = [self._adapters[task_id] for task_id in self._ended]
+        later = 0  # pages of the adapters that may have been used after `one`, and are not in use
+        for one in reversed(by_use):
+            while ended and ended[-1].ended_at > one.used_at:
+                later += ended.pop().pages
+            own = 0 if one.is_in_use or one.ended_at > one.used_at else one.pages
+            yield one, self.fits_all or self._in_use + later + own <= self.capacity
