@@ -70,6 +70,11 @@ def task_id_of(opened: Repository, lora_name: str) -> int:
     return read_table(opened).entries[lora_name].lora_task_id
 
 
+def loaded_or_not(server: Server) -> set[str]:
+    """The adapters of which the metrics tell whether they are loaded."""
+    return {dict(labels)["lora_name"] for name, labels in samples(server) if name == "lora_adapter_loaded"}
+
+
 @dataclass(frozen=True)
 class Answered:
     """One request and when it was under way."""
@@ -209,6 +214,9 @@ def test_adapters_come_and_go_under_load(server: Server, opened: Repository, tmp
                 list(ask(server, "guest"))
         answered = take(answers)
 
+    deadline = time.monotonic() + 30
+    while loaded_or_not(server) != {*read_table(opened).entries}:  # nothing is told of an adapter that is gone
+        assert time.monotonic() < deadline, loaded_or_not(server)
     assert all(one.text == text_of(task_id_of(opened, one.lora_name)) for one in answered)
 
 

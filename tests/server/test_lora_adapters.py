@@ -24,6 +24,7 @@ from tritonlora.launch import client
 from tritonlora.launch.server import Server
 from tritonlora.repository.paths import Repository, read_table
 from tritonlora.serving.adapter_table_json import render
+from tritonlora.serving.counters import RESULTS
 
 Launch = Callable[..., Server]
 
@@ -196,6 +197,43 @@ def test_metrics_count_what_was_asked_and_loaded(server: Server) -> None:
 
     assert await_sample(server, "lora_load_seconds_total", lambda n: n > 0, lora_name="counted") < 60
     assert await_sample(server, "lora_loads_total", lambda n: n > 0, lora_name="counted", reason="first_use") == 1
+
+
+def test_metrics_tell_what_the_cache_holds_and_how_long_requests_took(server: Server) -> None:
+    """It has one page. Each stream that has had a response has had a first token, and each load took some time."""
+    for name in ("haiku", "pirate", "pirate"):
+        "".join(ask(server, name))
+
+    def found() -> dict[str, object]:
+        known = samples(server)
+
+        def total(metric: str, **labels: str) -> float:
+            return sum(n for (name, of), n in known.items() if name == metric and labels.items() <= dict(of).items())
+
+        return {
+            "loaded": {dict(of)["lora_name"]: n for (name, of), n in known.items() if name == "lora_adapter_loaded"},
+            "pages": (total("lora_cache_pages"), total("lora_cache_pages_used")),
+            "more waits": total("lora_wait_seconds_count") - total("lora_cache_requests_total"),
+            "more loads": total("lora_load_seconds_count") - total("lora_loads_total"),
+            "more tokens": total("lora_time_to_first_token_seconds_count") - total("lora_requests_total", outcome="OK"),
+            "results of pirate": {
+                result: total("lora_cache_requests_total", lora_name="pirate", result=result) > 0 for result in RESULTS
+            },
+            "loads took": 0 < total("lora_load_seconds_sum") < 60,
+            "failures": [n for (name, _), n in known.items() if name == "lora_table_failures_total"],
+        }
+
+    expected = {
+        "loaded": {"pirate": 1, "haiku": 0, "gone": 0, "counted": 0},
+        "pages": (1, 1),
+        **dict.fromkeys(("more waits", "more loads", "more tokens"), 0),
+        "results of pirate": {"hit": True, "miss": False, "wait": True},
+        "loads took": True,
+        "failures": [0],
+    }
+    deadline = time.monotonic() + 30
+    while found() != expected:
+        assert time.monotonic() < deadline, found()
 
 
 def test_the_gateway_sees_what_runs_and_what_waits(server: Server) -> None:

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tritonlora.serving import counters
-from tritonlora.serving.counters import BASE, COLUMNS, OTHERS, Statistics
+from tritonlora.serving.counters import BASE, BUCKETS, COLUMNS, OTHERS, TIMES, Statistics
 
 
 def nonzero(counts: counters.Counts) -> dict[str, dict[str, float]]:
@@ -48,3 +48,19 @@ def test_every_adapter_has_every_column() -> None:
 
     assert [("pirate", list(COLUMNS))] == [(name, list(row)) for name, row in before.items()]
     assert 1.0 == before["pirate"]["OK"]
+
+
+def test_times_are_counted_and_added_up_by_bucket() -> None:
+    """A bound belongs to its bucket. What is longer than the last one has a bucket, too."""
+    counted = Statistics()
+    before = counted.times()
+    for seconds in (0.0, BUCKETS[0], BUCKETS[0] * 1.01, BUCKETS[-1], 1000.0, 2000.0):
+        counted.took("wait", seconds)
+    after = counted.times()
+
+    assert {name: [(0, 0.0)] * (len(BUCKETS) + 1) for name in TIMES} == before
+    assert [(2, BUCKETS[0]), (1, BUCKETS[0] * 1.01), (1, BUCKETS[-1]), (2, 3000.0)] == [
+        bucket for bucket in after["wait"] if bucket[0]
+    ]
+    assert (2, 3000.0) == after["wait"][-1]
+    assert before["load"] == after["load"]

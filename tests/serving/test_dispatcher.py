@@ -14,7 +14,7 @@ import pytest
 from tritonlora.serving.admission import Admission, Ticket
 from tritonlora.serving.dispatcher import Dispatcher
 from tritonlora.serving.engine_cache import EngineCache
-from tritonlora.serving.errors import AdapterUnavailable, EngineSilent, ServerStopping
+from tritonlora.serving.errors import AdapterUnavailable, EngineSilent, RequestError, ServerStopping
 
 FULL = "Assertion failed: There are no done tasks to evict"
 WAIT_SECONDS = 30
@@ -91,11 +91,19 @@ def start(engine: Engine) -> Iterator[Callable[..., Dispatcher]]:
         warm: tuple[int, ...] = (),
         load_timeout: float = WAIT_SECONDS,
         on_miss: Callable[[int], None] = lambda _: None,
+        on_pass: Callable[[Ticket], None] = lambda _: None,
     ) -> Dispatcher:
         now = time.monotonic()
         admission = Admission(EngineCache(pages, dict.fromkeys(warm, 1), now), now)
         started.append(
-            Dispatcher(admission, engine, load_timeout=load_timeout, on_error=lambda _: None, on_miss=on_miss)
+            Dispatcher(
+                admission,
+                engine,
+                load_timeout=load_timeout,
+                on_error=lambda _: None,
+                on_miss=on_miss,
+                on_pass=on_pass,
+            )
         )
         return started[-1]
 
@@ -122,6 +130,35 @@ def test_a_held_adapter_goes_by_id_and_another_takes_its_weights_along(start: Ca
     assert ["by id", "with weights"] == [held.get(), new.get()]
 
 
+def test_how_a_request_found_the_cache_is_told_once_it_has_gone_on(
+    start: Callable[..., Dispatcher], engine: Engine
+) -> None:
+    """One that is refused has not. A wait lasts from the arrival until then."""
+    passed = SimpleQueue[Ticket]()
+    dispatcher, all_wait = start(warm=(1,), on_pass=passed.put), threading.Event()
+    engine.on_load = lambda task_id: "Assertion failed: bad rank" if task_id == 4 else wait_for(all_wait)
+    dispatcher.ask(ticket(1), Answers())
+    hit = passed.get(timeout=WAIT_SECONDS)
+    dispatcher.ask(ticket(2), Answers())
+    miss = passed.get(timeout=WAIT_SECONDS)
+    waiting, refused = [ticket(3, takes_weights=False) for _ in range(2)], Answers()
+    for one in waiting:
+        dispatcher.ask(one, Answers())
+    dispatcher.ask(ticket(4, takes_weights=False), refused)
+
+    assert {3: 2, 4: 1} == dispatcher.waiting()
+
+    asked_until = time.monotonic()
+    all_wait.set()
+    waited = [passed.get(timeout=WAIT_SECONDS) for _ in waiting]
+
+    assert isinstance(refused.get(), RequestError)
+    assert ({}, True) == (dispatcher.waiting(), passed.empty())
+    assert ["hit", "miss", "wait", "wait"] == [one.result for one in (hit, miss, *waited)]
+    assert all(one.arrived_at < asked_until < one.sent_at for one in waited)
+    assert hit.arrived_at < hit.sent_at < asked_until
+
+
 def test_the_router_may_tell_the_end_of_a_request_as_soon_as_it_is_passed_on(start: Callable[..., Dispatcher]) -> None:
     """Before the thread that passed it on goes on. The adapter is not in use then, and is still believed.
 
@@ -133,7 +170,7 @@ def test_the_router_may_tell_the_end_of_a_request_as_soon_as_it_is_passed_on(sta
     dispatcher.ask(of_router, answers)
 
     assert "by id" == answers.get()
-    assert ([], {1: True}, []) == (dispatcher.in_use(), dispatcher.states(), dispatcher.waiting())
+    assert ([], {1: True}, {}) == (dispatcher.in_use(), dispatcher.states(), dispatcher.waiting())
 
     later = Answers()
     dispatcher.ask(ticket(2), later)

@@ -53,8 +53,11 @@ class Sender:
     def in_use(self) -> list[int]:
         return []
 
-    def waiting(self) -> list[int]:
-        return []
+    def pages_held(self) -> int:
+        return 0
+
+    def waiting(self) -> dict[int, int]:
+        return {}
 
     def _note(self, what: str, ticket: Ticket) -> None:
         [task_id] = ticket.adapters

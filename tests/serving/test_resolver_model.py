@@ -20,6 +20,7 @@ from fake_pb_utils import Client, InferenceRequest, InferenceResponse, Tensor, T
 from repositories import synthetic_adapter, synthetic_repository
 from tritonlora.repository import add
 from tritonlora.repository.paths import Repository, read_config, read_table
+from tritonlora.serving.counters import RESULTS
 from tritonlora.serving.holder import Holder
 from tritonlora.serving.server_process import name_for
 
@@ -119,6 +120,29 @@ def test_the_requests_of_the_router_count_when_they_end(resolver: Any) -> None:
 
     assert (0, 1, 0) == tuple(counts["pirate"][column] for column in ("running", "CANCELLED", "OK"))
     assert 1 == counts[""]["NOT_FOUND"]
+
+
+def test_what_is_published_is_what_was_asked_and_what_is_held(resolver: Any, opened: Repository) -> None:
+    """The router's first tokens count, and a request that waits for a load until it goes on."""
+    task_id = read_table(opened).entries["pirate"].lora_task_id
+    ask(resolver, lora_name=b"pirate")
+    with closing(Holder()) as holder:
+        send(resolver, holder, "enter", lora_name="pirate", parameters={})
+        send(resolver, holder, "end", outcome="OK", is_over=True, first_token_seconds=0.3)
+        send(resolver, holder, "enter", number=2, parameters={})
+        send(resolver, holder, "end", number=2, outcome="OK", is_over=True, first_token_seconds=None)
+    deadline, last = time.monotonic() + WAIT_SECONDS, resolver._snapshot()
+    while sum(last.counts["pirate"][result] for result in RESULTS) < 2:  # a request counts after its response
+        assert time.monotonic() < deadline
+        last = resolver._snapshot()
+    row = last.counts["pirate"]
+
+    assert (1, 1) == (row["miss"], row["first_use"])
+    assert {"load": row["evicted"], "wait": 2, "first_token": 1} == {
+        what: sum(number for number, _ in histogram) for what, histogram in last.times.items()
+    }
+    assert ({task_id}, 100, read_table(opened).entries["pirate"].pages) == (last.held, last.pages, last.pages_used)
+    assert ["pirate"] == [*last.adapters]
 
 
 def test_what_is_refused_counts_for_the_adapter_that_was_asked_for(resolver: Any, opened: Repository) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -86,10 +87,12 @@ def router(resolver: ScriptedResolver, monkeypatch: pytest.MonkeyPatch) -> Itera
     fake_pb_utils.clear()
 
 
-def ask(router: Any, client: Client, name: str | None, served: Any) -> list[Any]:
+def ask(router: Any, client: Client, name: str | None, served: Any, *, streaming: bool = False) -> list[Any]:
     """The tokens that the client got, and the codes of its errors."""
     fake_pb_utils.serve("tensorrt_llm", served)
-    arrays = {"input_ids": np.array([[1]], np.int32)}
+    arrays: dict[str, np.ndarray[Any, Any]] = {"input_ids": np.array([[1]], np.int32)}
+    if streaming:
+        arrays["streaming"] = np.array([[True]])
     if name is not None:
         arrays["lora_name"] = np.array([[name.encode()]], np.object_)
     inputs = [Tensor(key, array) for key, array in arrays.items()]
@@ -128,6 +131,25 @@ def test_the_resolver_is_told_the_outcome_of_each_request(router: Any, resolver:
     ask(router, Client(), None, lambda request: Answers(Client(), TOKENS + 1))
 
     assert [("OK", True), ("CANCELLED", True), ("OK", True)] == resolver.outcomes
+
+
+def test_the_resolver_is_told_when_a_stream_has_had_its_first_response(router: Any, resolver: ScriptedResolver) -> None:
+    """From the arrival until it was sent. Nothing is told of a whole answer, or of a stream without any."""
+    asked_for: list[float] = []  # when the engine was asked for each response of the stream
+
+    class Stream(Answers):
+        def __next__(self) -> InferenceResponse:
+            asked_for.append(time.monotonic())
+            return super().__next__()
+
+    began = time.monotonic()
+    ask(router, Client(), "pirate", lambda request: Stream(Client(), TOKENS + 1), streaming=True)
+    ask(router, Client(), "pirate", lambda request: Answers(Client(), TOKENS + 1))
+    ask(router, Client(), "pirate", lambda _: [InferenceResponse(error=TritonError("broken"))], streaming=True)
+    stream, *others = [message["first_token_seconds"] for message in resolver.messages if message["do"] == "end"]
+
+    assert 0 < stream < asked_for[1] - began
+    assert [None, None] == others
 
 
 def test_the_engine_is_asked_by_the_id_that_the_resolver_gives(router: Any) -> None:

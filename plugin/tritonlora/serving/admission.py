@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -50,7 +50,7 @@ PROMPT_TOKENS_A_STEP = 64  # prompt tokens that an engine certainly reads in the
 
 @dataclass(eq=False, slots=True)
 class Ticket:
-    """A request that is to go on to the engine. `Admission` sets `number` and `with_weights`."""
+    """A request that is to go on to the engine. `Admission` sets the last four."""
 
     adapters: Mapping[int, int]  # lora_task_id -> pages, for the adapters of its rows; not empty
     tokens: float  # the most that the engine produces for it, plus its prompt in PROMPT_TOKENS_A_STEP
@@ -62,6 +62,12 @@ class Ticket:
     number: int = -1
     sent_at: float = math.inf
     with_weights: bool = False
+    has_waited: bool = False
+
+    @property
+    def result(self) -> str:
+        """How the request has found the engine's cache: one of `counters.RESULTS`."""
+        return "wait" if self.has_waited else "miss" if self.with_weights else "hit"
 
     @property
     def deadline(self) -> float:
@@ -147,6 +153,7 @@ class Admission:
             raise AdapterUnavailable(f"{self._waiting} requests wait for LoRA adapters to be loaded; ask again")
         self._groups.setdefault(key, _Group(ticket.adapters, now)).tickets.append(ticket)
         self._waiting += 1
+        ticket.has_waited = True
         self._probe_tokens = PROBE_TOKENS[0]
         return False
 
@@ -212,9 +219,12 @@ class Admission:
             self.cache.send(task_id, ticket.tokens, now, with_weights=False)
 
     @property
-    def waiting(self) -> list[int]:
-        """The adapters that requests in the queue wait for, in its order."""
-        return [task_id for group in self._groups.values() for task_id in group.adapters]
+    def waiting(self) -> Counter[int]:
+        """The adapters that requests in the queue wait for, with the number of those requests."""
+        waiting = Counter[int]()
+        for group in self._groups.values():
+            waiting.update(dict.fromkeys(group.adapters, len(group.tickets)))
+        return waiting
 
     @property
     def under_way(self) -> int:

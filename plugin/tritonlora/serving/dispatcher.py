@@ -17,7 +17,7 @@ from __future__ import annotations
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Protocol
@@ -82,19 +82,22 @@ class Dispatcher:
         load_timeout: float,
         on_error: Callable[[str], None],
         on_load: Callable[[int, float], None] = lambda *_: None,
+        on_pass: Callable[[Ticket], None] = lambda _: None,
         on_miss: Callable[[int], None] = lambda _: None,
     ) -> None:
         """Start the threads. A load or probe is abandoned after `load_timeout` seconds without a response.
 
         `on_error` is called with the text of each error of the threads. `on_load` is called with the lora_task_id of
-        each adapter that was loaded, and the seconds that the load took. `on_miss` is called with the lora_task_id of
-        an adapter that the engine lacked, and was believed to hold.
+        each adapter that was loaded, and the seconds that the load took. `on_pass` is called with the ticket of each
+        request that was passed on. `on_miss` is called with the lora_task_id of an adapter that the engine lacked, and
+        was believed to hold.
         """
         self._admission = admission
         self._engine = engine
         self._load_timeout = load_timeout
         self._on_error = on_error
         self._on_load = on_load
+        self._on_pass = on_pass
         self._on_miss = on_miss
         self._watch: Callable[[], None] = lambda: None
         self._lock = threading.Condition()
@@ -164,8 +167,13 @@ class Dispatcher:
         with self._lock:
             return self._admission.cache.in_use
 
-    def waiting(self) -> list[int]:
-        """The adapters that requests in the queue wait for, in its order."""
+    def pages_held(self) -> int:
+        """See `EngineCache.pages_held`."""
+        with self._lock:
+            return self._admission.cache.pages_held
+
+    def waiting(self) -> Mapping[int, int]:
+        """The adapters that requests in the queue wait for, with the number of those requests."""
         with self._lock:
             return self._admission.waiting
 
@@ -219,6 +227,7 @@ class Dispatcher:
             return error
         if not ticket.is_routers:
             self._note_sent(ticket)
+        self._on_pass(ticket)
         return None
 
     def _note_sent(self, ticket: Ticket) -> None:

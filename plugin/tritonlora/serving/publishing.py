@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""Publishes the resolver's counts as Prometheus metrics of the server.
+"""Publishes the resolver's metrics as metrics of the server.
 
 While a model is reloaded, two instances of it run for a time. Triton takes the metrics of both for the same, and the
 older instance deletes them when it ends (seen with 2.51: a crash). So one process of a server publishes at a time. It
@@ -14,25 +14,21 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
 from . import metrics
-from .counters import Counts
+from .counters import BUCKETS, Counts
 from .server_process import name_for
-
-Names = tuple[list[str], list[str], int]  # adapters in use, adapters that requests wait for, the number of all adapters
 
 
 class Publishing:
-    """A thread that publishes the counts until `stop`. Metrics that outlive the model's `finalize` crash the stub."""
+    """A thread that publishes snapshots until `stop`. Metrics that outlive the model's `finalize` crash the stub."""
 
-    def __init__(
-        self, counts: Callable[[], Counts], names: Callable[[], Names], refresh_seconds: float, model: str
-    ) -> None:
-        self._counts = counts
-        self._names = names
+    def __init__(self, snapshot: Callable[[], metrics.Snapshot], refresh_seconds: float, model: str) -> None:
+        self._snapshot = snapshot
         self._refresh_seconds = refresh_seconds
         self._address = f"\0{name_for(model)}"
         self._stop = threading.Event()
@@ -52,7 +48,7 @@ class Publishing:
                     if publisher is None:
                         lock.bind(self._address)
                         publisher = Publisher()
-                    publisher.publish(self._counts(), *self._names())
+                    publisher.publish(self._snapshot())
                 except Exception as error:  # noqa: BLE001  the next round may succeed
                     if publisher is not None or not isinstance(error, OSError):
                         pb_utils.Logger.log_error("".join(traceback.format_exception(error)))
@@ -60,35 +56,46 @@ class Publishing:
 
 
 class Publisher:
-    """Brings Triton's metrics in step with counts.
+    """Brings Triton's metrics in step with snapshots.
 
-    It uses `increment` only. Unlike `set`, `increment` releases the GIL while the server responds.
+    It uses `increment` and `observe` only. Unlike `set`, these release the GIL while the server responds.
     """
 
     def __init__(self) -> None:
-        self._families = {family: new_family(family) for family in metrics.FAMILIES}
-        self._metrics: dict[metrics.Key, Any] = {}
-        self._published: dict[metrics.Key, float] = {}
-        self._info: dict[str, str] | None = None
+        self._families: dict[metrics.Family, pb_utils.MetricFamily] = {}
+        self._metrics: dict[metrics.Family, dict[tuple[str, ...], Any]] = {}
+        self._published: dict[metrics.Family, dict[tuple[str, ...], float]] = {}
+        for family in metrics.FAMILIES:
+            self._begin(family)
+        self._rows: Counts = {}  # of the last snapshot
+        self._observed = {family: [(0, 0.0)] * (len(BUCKETS) + 1) for family in metrics.HISTOGRAMS}
+        for family in metrics.HISTOGRAMS:
+            self._metrics[family][()] = self._families[family].Metric(labels={}, buckets=[*BUCKETS])
 
-    def publish(self, counts: Counts, in_use: list[str], waiting: list[str], max_lora: int) -> None:
-        """Publish the counts once."""
-        for sample in list(metrics.increments(self._published, counts)):
-            key = (sample.family, sample.labels)
-            if key not in self._metrics:
-                self._metrics[key] = self._families[sample.family].Metric(labels=dict(sample.labels))
-            self._metrics[key].increment(sample.value)
-            self._published[key] = self._published.get(key, 0.0) + sample.value
-        labels = metrics.info_labels(in_use, waiting, max_lora)
-        if labels != self._info:
-            # A metric lives as long as its family. So the family is made anew, or the old labels would stay, too.
-            del self._families[metrics.INFO]
-            self._families[metrics.INFO] = new_family(metrics.INFO)
-            self._families[metrics.INFO].Metric(labels=labels).increment(time.time())
-            self._info = labels
+    def publish(self, snapshot: metrics.Snapshot) -> None:
+        """Publish a snapshot."""
+        state = [*metrics.samples_of_state(snapshot, time.time())]
+        for family in metrics.outdated(self._published, state):
+            self._begin(family)
+        rows = metrics.changed(self._rows, snapshot.counts)
+        for sample in metrics.increments(self._published, chain(metrics.samples_of_rows(rows), state)):
+            family, labels = sample.family, sample.labels
+            if labels not in self._metrics[family]:
+                named = dict(zip(family.labels, labels, strict=True))
+                self._metrics[family][labels] = self._families[family].Metric(labels=named)
+            if sample.value:
+                self._metrics[family][labels].increment(sample.value)
+            self._published[family][labels] = self._published[family].get(labels, 0.0) + sample.value
+        self._rows = snapshot.counts
+        for family, bucket, number, value in metrics.observations(self._observed, snapshot.times):
+            for _ in range(number):
+                self._metrics[family][()].observe(value)
+            before, total = self._observed[family][bucket]
+            self._observed[family][bucket] = (before + number, total + number * value)
 
-
-def new_family(family: metrics.Family) -> pb_utils.MetricFamily:
-    """`family` as a metric family of Triton."""
-    kind = pb_utils.MetricFamily.COUNTER if family.is_counter else pb_utils.MetricFamily.GAUGE
-    return pb_utils.MetricFamily(family.name, family.description, kind)
+    def _begin(self, family: metrics.Family) -> None:
+        """Make a family without series. A series lives as long as its family, so that this ends the series before."""
+        self._metrics[family], self._published[family] = {}, {}
+        self._families.pop(family, None)
+        kind = getattr(pb_utils.MetricFamily, family.type.upper())
+        self._families[family] = pb_utils.MetricFamily(family.name, family.description, kind)

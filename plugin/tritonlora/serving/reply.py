@@ -44,7 +44,9 @@ class Reply:
         self._decoupled = decoupled
         self._sending = threading.Lock()  # against a second thread, which completes the reply of an abandoned one
         self._error: pb_utils.TritonError | None = None
-        self._has_sent = False
+        self._arrived_at = time.monotonic()
+        self._first_sent_at: float | None = None
+        self.is_stream = False  # until the request has been read
         self._is_complete = False
         self._has_left = False  # at the last look
         self._next_look = time.monotonic() + LOOK_SECONDS
@@ -59,6 +61,11 @@ class Reply:
     def outcome(self) -> str:
         """The outcome of the request, one of `counters.OUTCOMES`."""
         return self._outcome
+
+    @property
+    def first_token_seconds(self) -> float | None:
+        """The seconds from the request's arrival to the first response of a stream; None without one."""
+        return self._first_sent_at - self._arrived_at if self.is_stream and self._first_sent_at else None
 
     def has_left(self) -> bool:
         """Whether the client has left, or its timeout has passed. Triton is asked every LOOK_SECONDS: it takes 0.2 ms.
@@ -84,7 +91,7 @@ class Reply:
                 self._sender.send(response)
             else:
                 self._sender.send(response, flags=FINAL)
-            self._has_sent = True
+            self._first_sent_at = self._first_sent_at or time.monotonic()
 
     def succeed(self) -> None:
         """Note that all responses were sent. `complete` ends the reply."""
@@ -121,7 +128,7 @@ class Reply:
             self._is_complete = True
             if self._outcome != "OK" and not self._error:  # a reply without an outcome must not look like a success
                 self._error = pb_utils.TritonError(FAILED)
-            if not self._has_sent:
+            if self._first_sent_at is None:
                 self._sender.send(pb_utils.InferenceResponse(error=self._error), flags=FINAL)
             elif self._decoupled:
                 if self._error:

@@ -143,10 +143,22 @@ class RouterLease:
         """Note that the client has left. The thread that waits gets an error with the code CANCELLED."""
         self._client.ask("leave", self._number)
 
-    def end(self, outcome: str, *, is_over: bool) -> None:
-        """End. `outcome` is one of `counters.OUTCOMES`, and `is_over` is False if the engine may still work on it."""
+    def end(self, outcome: str, *, is_over: bool, first_token_seconds: float | None) -> None:
+        """End. `outcome` is one of `counters.OUTCOMES`, and `is_over` is False if the engine may still work on it.
+
+        `first_token_seconds` is None for a request that is not a stream, or that had no response.
+        """
         if not self._is_refused:
-            self._client.ask("end", self._number, outcome=outcome, is_over=is_over)
+            self._client.ask(
+                "end",
+                self._number,
+                (),
+                (),
+                1,
+                outcome=outcome,
+                is_over=is_over,
+                first_token_seconds=first_token_seconds,
+            )
 
     def _wait(self, do: str, **more: object) -> None:
         self.waits = True

@@ -15,7 +15,7 @@ import json
 import os
 import time
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,13 @@ from .adapter_table import AdapterTable
 from .adapter_tensors import AdapterFiles
 from .admission import PROMPT_TOKENS_A_STEP, Admission, Ticket
 from .bindings import Bindings, contents_of
-from .counters import BASE, OUTCOMES, Statistics
+from .counters import BASE, OUTCOMES, Statistics, add_to
 from .dispatcher import Dispatcher, Request
 from .engine_cache import EngineCache
 from .errors import InvalidRequest, RequestError
 from .holder import is_held
 from .leases import Key, Lease, Leases, Sender
+from .metrics import Snapshot
 from .own_requests import Guard, OwnRequests
 from .parameters import check_parameters, parameters_of
 from .publishing import Publishing
@@ -102,6 +103,7 @@ class TritonPythonModel:
                 load_timeout=float(parameters["load_timeout_seconds"]),
                 on_error=pb_utils.Logger.log_error,
                 on_load=self._loaded,
+                on_pass=self._went_on,
                 on_miss=lambda task_id: self._statistics.add(self._routes[task_id].lora_name, "unexpected_misses"),
             )
         self._sender: Sender = self._dispatcher or PassOn(warm)
@@ -109,7 +111,7 @@ class TritonPythonModel:
         if self._dispatcher:
             self._dispatcher.watch(self._sweep)
         self._publishing = Publishing(
-            self._statistics.counts, self._names_in, float(parameters.get("refresh_seconds", "0.5")), args["model_name"]
+            self._snapshot, float(parameters.get("refresh_seconds", "0.5")), args["model_name"]
         )
 
     def execute(self, requests: list[pb_utils.InferenceRequest]) -> None:
@@ -196,6 +198,8 @@ class TritonPythonModel:
         outcome = message["outcome"] if message["outcome"] in OUTCOMES else "INTERNAL"
         lease = self._leases.end(key, had_it=outcome == "OK", is_over=message["is_over"])
         self._ended(lease, outcome)
+        if (seconds := message.get("first_token_seconds")) is not None:
+            self._statistics.took("first_token", seconds)
         call.respond({})
 
     def _tell(self, key: Key, message: dict[str, Any], inputs: Any, call: Call) -> None:  # noqa: ARG002
@@ -252,7 +256,7 @@ class TritonPythonModel:
     def weights_sent(self, route: Route) -> None:
         """Note that the adapter's weights were sent to the engine's step."""
         self._kept.sent()
-        self._loaded(route.entry.lora_task_id, 0.0)
+        self._count_load(route.entry.lora_task_id)
 
     def passed_on(self, call: Call) -> None:
         """Count a request of an ensemble that has gone on."""
@@ -279,17 +283,39 @@ class TritonPythonModel:
             self._statistics.add(name, column, amount)
 
     def _loaded(self, task_id: int, seconds: float) -> None:
-        name = self._routes[task_id].lora_name
-        self._statistics.add(name, "evicted" if task_id in self._was_loaded else "first_use")
-        self._statistics.add(name, "load_seconds", seconds)
+        self._count_load(task_id)
+        self._statistics.add(self._routes[task_id].lora_name, "load_seconds", seconds)
+        self._statistics.took("load", seconds)
+
+    def _count_load(self, task_id: int) -> None:
+        reason = "evicted" if task_id in self._was_loaded else "first_use"
+        self._statistics.add(self._routes[task_id].lora_name, reason)
         self._was_loaded.add(task_id)
 
-    def _names_in(self) -> tuple[list[str], list[str], int]:
-        """The names of the adapters in use, and of those that requests wait for, and the number of all adapters."""
-        table = self._published_table.table()
-        in_use, waiting = self._sender.in_use(), self._sender.waiting()
+    def _went_on(self, ticket: Ticket) -> None:
+        for task_id in ticket.adapters:
+            self._statistics.add(self._routes[task_id].lora_name, ticket.result)
+        self._statistics.took("wait", ticket.sent_at - ticket.arrived_at)
+
+    def _snapshot(self) -> Snapshot:
+        """What is to be published now."""
+        table, counts = self._published_table.table(), self._statistics.counts()
+        in_use, waiting, states = self._sender.in_use(), self._sender.waiting(), self._sender.states()
         used, awaited = ([name for one in ids if (name := table.name_of(one))] for ids in (in_use, waiting))
-        return used, awaited, len(table.entries)
+        for task_id, number in waiting.items():
+            add_to(counts, self._routes[task_id].lora_name, "waiting", number)
+        return Snapshot(
+            counts=counts,
+            times=self._statistics.times(),
+            in_use=used,
+            waiting=awaited,
+            adapters=table.entries,
+            held={task_id for task_id, is_certain in states.items() if is_certain}
+            if self._wire.sends_weights
+            else None,
+            pages=self._capacity if self._wire.sends_weights else 0,
+            pages_used=self._sender.pages_held(),
+        )
 
     def _table_failed(self, problem: str) -> None:
         pb_utils.Logger.log_error(problem)
@@ -333,9 +359,13 @@ class PassOn:
         """No request waits."""
         return False
 
-    def waiting(self) -> list[int]:
+    def pages_held(self) -> int:
+        """It is not known."""
+        return 0
+
+    def waiting(self) -> Mapping[int, int]:
         """No request waits."""
-        return []
+        return {}
 
     def in_use(self) -> list[int]:
         """It is not known which adapters are in use."""

@@ -88,7 +88,7 @@ class TritonPythonModel:
                 reply.fail(EngineSilent(f"the engine's model has sent nothing for {silence.seconds():.3g} s"))
             reply.complete()
             try:
-                lease.end(reply.outcome, is_over=is_done)
+                lease.end(reply.outcome, is_over=is_done, first_token_seconds=reply.first_token_seconds)
             except ResolverError as error:
                 pb_utils.Logger.log_error(f"the resolver was not told the end of a request: {error}")
             self._last_replies.append(reply)
@@ -107,8 +107,9 @@ class TritonPythonModel:
             inputs, parameters = inputs_of(request), parameters_of(request)
             rows = next(iter(inputs.values())).shape()[0] if self._batching else 1
             lease.enter(inputs, rows, parameters)
+            reply.is_stream = self._is_stream(inputs)
             wanted = wanted_outputs(
-                request.requested_output_names(), self._wire.needed_outputs, is_stream=self._is_stream(inputs)
+                request.requested_output_names(), self._wire.needed_outputs, is_stream=reply.is_stream
             )
             outgoing = self._engine.request(request, parameters, wanted.of_engine, silence)
             beam_widths, sequence_counts = (values_of(inputs, name) for name in ("beam_width", "num_return_sequences"))
