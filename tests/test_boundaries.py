@@ -17,9 +17,9 @@ TESTS = ROOT / "tests"
 SOURCES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")}
 # Each part of the package imports only parts that stand before it.
 LAYERS = (
-    "serving", "errors", "extras", "strict_json", "files", "interrupts", "machine", "pbtxt", "architectures", "peft",
-    "sources", "engine",
-    "conversion", "targets", "repository", "check", "launch", "openai", "cpu_engine", "demo", "bench", "cli",
+    "serving", "errors", "extras", "strict_json", "exposition", "files", "interrupts", "machine", "pbtxt",
+    "architectures", "peft", "sources", "engine",
+    "conversion", "targets", "repository", "check", "launch", "top", "openai", "cpu_engine", "demo", "bench", "cli",
     "__main__",
 )  # fmt: skip
 # Modules that import torch when they are imported. The others answer at once.

@@ -38,7 +38,7 @@ from upstream_configs import protobuf, upstream_repository
 NO_RESTART, RESTART = (f"note: {text}\n" for text in (output.NO_RESTART, output.RESTART))
 COMMANDS = (
     *("demo", "init", "add", "compose", "remove", "alias", "list", "sync", "export", "plan", "check", "convert"),
-    *("serve", "openai", "generate", "bench"),
+    *("serve", "openai", "generate", "top", "bench"),
 )
 
 

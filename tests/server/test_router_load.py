@@ -4,10 +4,13 @@
 
 from __future__ import annotations
 
+import functools
 import http.client
 import json
 import random
 import threading
+import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,11 +19,15 @@ from typing import Any
 import pytest
 
 from repositories import register_copies, synthetic_repository
+from synthetic import samples
 from tritonlora.bench import scratch
 from tritonlora.bench.processes import processes_of
+from tritonlora.cli.commands import main
 from tritonlora.launch import client
 from tritonlora.launch.server import Server
 from tritonlora.repository.paths import ROUTER, Repository, read_table
+from tritonlora.top.look import look
+from tritonlora.top.view import view_of
 
 ADAPTERS = 200
 PAGES = 8
@@ -94,6 +101,39 @@ def test_clients_that_leave_do_not_disturb_the_others(server: Server) -> None:
     answers = texts(server, names, leaves=lambda number: number % 6 == 5)
 
     assert ["" if number % 6 == 5 else expected(name) for number, name in enumerate(names)] == answers
+
+
+def test_top_shows_what_each_adapter_was_asked_for(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    """While it is asked, and to the request: the counts are those of the clients."""
+    names = [f"n{1 + number * number % 50}" for number in range(REQUESTS // 5)]
+    port = server.metrics_url.rpartition(":")[2]
+    take = functools.partial(look, server.http_url, f"http://{server.metrics_url}/metrics")
+    before = take()
+    with ThreadPoolExecutor(1) as pool:
+        answers = pool.submit(texts, server, names)
+        code = main(["top", "--url", server.http_url, "--metrics-port", port, "--once", "--json", "--interval", "0.5"])
+        found = json.loads(capsys.readouterr().out)
+
+        assert [expected(name) for name in names] == answers.result()
+    asked = Counter(names)
+    deadline = time.monotonic() + 30
+    while True:  # the resolver publishes twice a second
+        now = take()
+        seconds = now.seconds - before.seconds
+        gained = {one.lora_name: round(seconds * (one.requests_per_second or 0)) for one in view_of(before, now).rows}
+        if sum(gained.values()) >= len(names):
+            break
+        assert time.monotonic() < deadline
+    loads = {one.lora_name: one.loads for one in view_of(None, now).rows}
+    told = samples(server)
+
+    assert (0, True, ADAPTERS) == (code, found["is_ready"], len(found["adapters"]))
+    assert asked == {name: count for name, count in gained.items() if count}
+    for name in asked:
+        series = [
+            value for (metric, labels), value in told.items() if metric == "lora_loads_total" and labels[0][1] == name
+        ]
+        assert (sum(series), True) == (loads[name], sum(series) > 0)
 
 
 def test_weights_that_were_sent_are_only_in_the_resolver_s_shared_memory(tmp_path: Path, launch: Launch) -> None:

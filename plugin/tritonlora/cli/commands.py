@@ -39,6 +39,7 @@ MODULES = {
     "convert": "convert",
     "serve": "server",
     "generate": "server",
+    "top": "top",
     "openai": "openai",
     "bench": "bench",
 }

@@ -5,28 +5,27 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Container
 
+from tritonlora import exposition
 from tritonlora.errors import TritonLoraError, one_message
 
 REQUESTS_METRIC = "lora_requests_total"
-_SAMPLE = re.compile(
-    rf'^{REQUESTS_METRIC}\{{(?:[^"}}]*"[^"]*",)*?\s*lora_name="([^"]*)"[^}}]*\}}\s+(\S+)', re.MULTILINE
-)
 
 
 def parse_traffic(text: str, registered: Container[str]) -> dict[str, float]:
     """Adapter name -> number of requests for it, or a weight in proportion to that number.
 
     `text` is either the body of the server's /metrics, or a line `name: weight` for each adapter, with blank lines and
-    # comments. In metrics, adapters that are no longer registered are left out. TritonLoraError names every wrong line.
+    # comments. In metrics, adapters that are no longer registered are left out. TritonLoraError names every wrong line,
+    in metrics the first one.
     """
     if REQUESTS_METRIC in text:
         sums: dict[str, float] = {}
-        for name, value in _SAMPLE.findall(text):
-            if name in registered:
-                sums[name] = sums.get(name, 0.0) + (_weight(value) or 0.0)
+        for (metric, labels), count in exposition.parse(text).items():
+            adapter = dict(labels).get("lora_name", "")
+            if metric == REQUESTS_METRIC and adapter in registered and _is_weight(count):
+                sums[adapter] = sums.get(adapter, 0.0) + count
         return sums
 
     weights: dict[str, float] = {}
@@ -57,4 +56,8 @@ def _weight(text: str) -> float | None:
         weight = float(text)
     except ValueError:
         return None
-    return weight if math.isfinite(weight) and weight >= 0 else None
+    return weight if _is_weight(weight) else None
+
+
+def _is_weight(value: float) -> bool:
+    return math.isfinite(value) and value >= 0

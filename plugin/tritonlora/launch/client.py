@@ -19,12 +19,14 @@ from contextlib import contextmanager
 from typing import Any
 
 from tritonlora.errors import ServerError
+from tritonlora.machine import host_and_port
 from tritonlora.repository.paths import LISTING
 
 DEFAULT_URL = "localhost:8000"
 DEFAULT_MODEL = "ensemble"
 TIMEOUT_SECONDS = 600.0
 LISTING_TIMEOUT_SECONDS = METRICS_TIMEOUT_SECONDS = 30.0
+READY_TIMEOUT_SECONDS = 5.0
 _CANNOT_STREAM = "Streaming is only supported"  # begins the error of both kinds of target; it arrives before any text
 _CONNECTIONS: dict[str, tuple[type[http.client.HTTPConnection], int]] = {
     "http": (http.client.HTTPConnection, 8000),
@@ -112,12 +114,24 @@ def adapters(url: str = DEFAULT_URL, *, timeout: float = LISTING_TIMEOUT_SECONDS
     return found
 
 
-def metrics(url: str) -> str:
+def is_ready(url: str, *, timeout: float = READY_TIMEOUT_SECONDS) -> bool:
+    """Whether the server says that it is ready. ServerError when it cannot be reached."""
+    with _connected(url, timeout) as connection:
+        connection.request("GET", "/v2/health/ready")
+        return connection.getresponse().status == http.client.OK
+
+
+def metrics_url(url: str, port: int) -> str:
+    """The URL of the metrics of the server whose HTTP endpoint is at `url`. ServerError if `url` is no HOST:PORT."""
+    return f"http://{host_and_port(_connection(url, READY_TIMEOUT_SECONDS).host, port)}/metrics"
+
+
+def metrics(url: str, *, timeout: float = METRICS_TIMEOUT_SECONDS) -> str:
     """The text of a server's metrics. `url` is http://HOST:PORT/metrics, with the port of the metrics endpoint.
 
     ServerError when the server cannot be reached, or answers with an error.
     """
-    with _connected(url, METRICS_TIMEOUT_SECONDS) as connection:
+    with _connected(url, timeout) as connection:
         connection.request("GET", urllib.parse.urlsplit(url).path or "/metrics")
         response = connection.getresponse()
         if response.status != http.client.OK:
