@@ -15,6 +15,7 @@ import sys
 import termios
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 
 class Terminal:
@@ -25,7 +26,7 @@ class Terminal:
         self.written = b""
         self._master = master
 
-    def settings(self) -> list[object]:
+    def settings(self) -> list[Any]:
         """As the terminal's settings are now."""
         return termios.tcgetattr(self._master)
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import re
+import termios
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -92,9 +93,10 @@ def test_ctrl_c_leaves_the_terminal_as_it_was() -> None:
         before = terminal.settings()
         terminal.await_text(b"requests/s 4")
         during = terminal.settings()
-        terminal.press(b"\x1a\x03")
+        terminal.press(b"\x03")
 
         assert 130 == terminal.await_end()
+        assert b"\0" == during[6][termios.VSUSP], "Ctrl-Z would leave the shell with the alternate screen"
         assert before == terminal.settings() != during
         assert is_put_back(terminal.written)
         assert not re.search(rb"\x1b\[[0-9;]*3[0-7][;m]", terminal.written)
