@@ -4,6 +4,7 @@
 
     streams   tokens per second of many streams at a time, against asking the engine's model directly
     first     time to the first token of one request at a time, against asking the engine's model directly
+    burst     the same of many requests at one instant, and the processor time that each process takes for a request
     client    processor time of a streamed token in the official client, beside that in the door
 
 Both sides of a comparison take turns, so that other load on the machine affects them alike.
@@ -26,18 +27,20 @@ from pathlib import Path
 from typing import Any
 
 from tritonlora.bench import load, scratch
-from tritonlora.bench.load import Way
+from tritonlora.bench.load import Times, Way
 from tritonlora.bench.measured import Part, Series, at_least, at_most, series
 from tritonlora.bench.processes import processes_of, processor_seconds
 from tritonlora.errors import ServerError
 from tritonlora.launch.server import Server
 from tritonlora.machine import LOCAL, free_ports, host_and_port
+from tritonlora.repository.paths import TOKENS
 
 PROMPT = "hello"
 MILLI, MICRO = 1e3, 1e6
 READY_SECONDS = 60.0
 EXIT_TIMEOUT_SECONDS = 2
 PROFILED = 12  # functions
+BURSTS = 4  # in a round
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +63,12 @@ def run(options: Options) -> list[Part]:
             with _door(server.grpc_url) as (door, url):
                 streams = _streams(options, server, door, url)
                 first = _first(options, server, url)
+                burst = _burst(options, server, door, url)
                 client = _client(options, door, url)
             profile = Path(directory) / "profile"
             with _door(server.grpc_url, "-m", "cProfile", "-o", str(profile)) as (_, url):
                 load.ask(url, {"door": _ways(server, url, options.tokens)["door"]}, rounds=1, streams=options.streams)
-            return [streams, first, client, _profile(profile, options.streams * options.tokens)]
+            return [streams, first, burst, client, _profile(profile, options.streams * options.tokens)]
 
 
 def _streams(options: Options, server: Server, door: int, url: str) -> Part:
@@ -75,14 +79,7 @@ def _streams(options: Options, server: Server, door: int, url: str) -> Part:
     )
     count = options.streams * options.tokens
     rates = {name: count / statistics.median(one.rounds) for name, one in times.items()}
-    spent = {
-        name: ", ".join(
-            f"{group} {MICRO * seconds / count / options.rounds:.0f}"
-            for group, seconds in one.processor.items()
-            if MICRO * seconds >= count * options.rounds
-        )
-        for name, one in times.items()
-    }
+    spent = {name: _spent(one, count * options.rounds) for name, one in times.items()}
     return Part(
         "streams",
         f"{options.streams} streams of {options.tokens} tokens, {MILLI * options.token_seconds:g} ms a token",
@@ -102,6 +99,36 @@ def _first(options: Options, server: Server, url: str) -> Part:
         (*first.values(), added),
         (at_most("ms that the door adds", added.p50, 5),),
     )
+
+
+def _burst(options: Options, server: Server, door: int, url: str) -> Part:
+    """`ensemble` is the model that the door asks, asked over HTTP: the server's part of the time."""
+    ways = _ways(server, url, 1)
+    body = {**ways["direct"].bodies[0], "lora_name": "n1"}
+    ways["ensemble"] = Way(TOKENS, [body], 1, url=server.http_url)
+    rounds = BURSTS * options.rounds
+    times = load.ask(
+        url,
+        ways,
+        rounds=rounds,
+        streams=options.streams,
+        discarded=1,
+        processes={**processes_of(server.pid), "door": [door]},
+    )
+    count = options.streams * rounds
+    return Part(
+        "burst",
+        f"{options.streams} requests at one instant, of one token",
+        tuple(series(f"first token, {name}", "ms", one.first, scale=MILLI) for name, one in times.items()),
+        (),
+        tuple(f"{name}: processor time of a request in µs: {_spent(one, count)}" for name, one in times.items()),
+    )
+
+
+def _spent(times: Times, count: int) -> str:
+    """The processor time of each process for one of `count`, in µs, where it is at least one."""
+    found = {group: MICRO * seconds / count for group, seconds in times.processor.items()}
+    return ", ".join(f"{group} {spent:.0f}" for group, spent in found.items() if spent >= 1)
 
 
 def _client(options: Options, door: int, url: str) -> Part:

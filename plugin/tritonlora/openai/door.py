@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -82,7 +83,12 @@ class Door:
     async def _look(self) -> None:
         while self._served is None:
             try:
-                self._served = await discover(self.client, self._settings)
+                found = await discover(self.client, self._settings)
+                # The libraries' objects stay for good. A collector that looked at all of them would hold up every
+                # stream, for 50 to 150 ms each time.
+                gc.collect()
+                gc.freeze()
+                self._served = found
                 log.info("the base model is %s", self._served.base_name)
             except (ServerGone, ServerRefused, TritonLoraError) as error:
                 if str(error) != self._problem:

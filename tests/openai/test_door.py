@@ -1,0 +1,45 @@
+# SPDX-FileCopyrightText: the tritonlora authors
+# SPDX-License-Identifier: Apache-2.0
+"""The door once it knows what its server serves."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import Iterator
+from typing import Any, cast
+
+import pytest
+
+from tritonlora.openai import door
+from tritonlora.openai.discovery import Served
+from tritonlora.openai.settings import Settings
+
+
+@pytest.fixture
+def thawed() -> Iterator[None]:
+    """The collector looks at everything again."""
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("thawed")
+def test_the_collector_does_not_look_at_the_libraries_objects(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would hold up every stream."""
+    found = cast(Served, type("Found", (), {"base_name": "base"}))
+
+    async def discover(*_: Any) -> Served:
+        return found
+
+    async def served() -> Served:
+        opened = door.Door(Settings())
+        async with opened.opened():
+            while opened._served is None:
+                await asyncio.sleep(0)
+            return opened.served()
+
+    monkeypatch.setattr(door, "discover", discover)
+    before = gc.get_freeze_count()
+
+    assert found is asyncio.run(served())
+    assert gc.get_freeze_count() > before
