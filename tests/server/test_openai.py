@@ -9,7 +9,9 @@ with the text models, is the oracle.
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -25,6 +27,7 @@ from tokenizers import Tokenizer
 from openai_door import Running, opened_door, set_tokenizer, wait_until_healthy
 from repositories import resolving, synthetic_adapter
 from text_tokenizer import save_tokenizer
+from tritonlora.bench.processes import processes_of
 from tritonlora.launch import client
 from tritonlora.launch.server import Server
 from tritonlora.machine import free_ports
@@ -306,6 +309,36 @@ def test_clients_that_leave_end_their_requests_in_the_engine(served: Served, ext
             leave(served, "/v1/completions", body)
 
         assert served.client.completions.create(model="pirate", prompt="x", max_tokens=5, timeout=60).choices[0].text
+
+
+def test_an_engine_that_falls_silent_is_not_waited_for(served: Served) -> None:
+    """Its process is halted, with all 64 requests that it takes at a time. They have ended when it goes on."""
+    [engine] = processes_of(served.server.pid)["tensorrt_llm"]
+    with opened_door(served.server.grpc_url, "--context-length", CONTEXT, "--stall-seconds", 1) as door:
+        wait_until_healthy(door)
+
+        async def ask(client: openai.AsyncOpenAI, begun: asyncio.Semaphore) -> None:
+            stream = await client.completions.create(model="pirate", prompt="x", max_tokens=90_000, stream=True)
+            await anext(stream)
+            begun.release()
+            with pytest.raises(openai.APIError, match="the engine sent no token for 1 s"):
+                async for _ in stream:
+                    pass
+
+        async def all_of_them() -> None:
+            begun = asyncio.Semaphore(0)
+            async with openai.AsyncOpenAI(base_url=door.url, api_key="unused", max_retries=0) as client:
+                asked = asyncio.gather(*(ask(client, begun) for _ in range(64)))
+                for _ in range(64):
+                    await begun.acquire()
+                os.kill(engine, signal.SIGSTOP)
+                await asked
+
+        try:
+            asyncio.run(all_of_them())
+        finally:
+            os.kill(engine, signal.SIGCONT)
+    assert served.client.completions.create(model="pirate", prompt="x", max_tokens=5, timeout=60).choices[0].text
 
 
 def test_the_api_is_as_its_own_document_says(served: Served, tmp_path: Path) -> None:

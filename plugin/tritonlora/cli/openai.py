@@ -16,7 +16,7 @@ import typer
 from tritonlora import extras, machine
 from tritonlora.cli.options import Interrupted, Repo, RepoOption, command_group, from_environment
 from tritonlora.machine import LOCAL, host_and_port
-from tritonlora.openai.settings import API_KEY_VARIABLE, DEFAULT_PORT, DEFAULT_URL, Settings
+from tritonlora.openai.settings import API_KEY_VARIABLE, DEFAULT_PORT, DEFAULT_URL, STALL_SECONDS, Settings
 
 app = command_group()
 
@@ -57,6 +57,10 @@ def serve_openai(
     drain_seconds: Annotated[
         float, typer.Option("--drain-seconds", min=0.0, help="How long requests under way may take after SIGTERM.")
     ] = 30.0,
+    stall_seconds: Annotated[
+        float,
+        typer.Option("--stall-seconds", min=0.1, help="Give a request up after so long without a token of the engine."),
+    ] = STALL_SECONDS,
     while_stdin: Annotated[bool, typer.Option("--while-stdin", hidden=True)] = False,
 ) -> None:
     """Serve the OpenAI API in front of a running server: model names an adapter, or the base model."""
@@ -74,6 +78,7 @@ def serve_openai(
         api_key=api_key,
         workers=workers,
         drain_seconds=drain_seconds,
+        stall_seconds=stall_seconds,
     )
     sys.stdout.write(f"listening on http://{host_and_port(settings.address, port)}/v1, before {url}\n")
     sys.stdout.flush()

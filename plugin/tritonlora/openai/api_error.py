@@ -55,6 +55,11 @@ def unavailable(message: str) -> ApiError:
     return ApiError(503, message, kind=OVERLOADED, headers={"Retry-After": "1"})
 
 
+def stalled(seconds: float) -> ApiError:
+    """The error of a request for which the engine fell silent."""
+    return ApiError(504, f"the engine sent no token for {seconds:g} s; ask again", kind=FAILED, code="stalled")
+
+
 # What a message of the server contains -> status and code. The first match counts. A gRPC stream of Triton has the
 # message of an error alone, without its code.
 _ERRORS: tuple[tuple[str, int, str | None], ...] = (

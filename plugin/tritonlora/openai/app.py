@@ -36,6 +36,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         413: "the request is too large",
         500: "the engine failed",
         503: "ask again",
+        504: "the engine fell silent",
     }.items()
 }
 

@@ -38,7 +38,7 @@ class Door:
     async def opened(self) -> AsyncIterator[None]:
         """Connected while the block runs."""
         async with TritonClient(self._settings.url) as self.client:
-            self.generations = Generations(self.client)
+            self.generations = Generations(self.client, self._settings.stall_seconds)
             looking = asyncio.create_task(self._look())
             try:
                 yield

@@ -17,11 +17,11 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-from tritonlora.openai.api_error import error_of_server, unavailable
+from tritonlora.openai.api_error import error_of_server, stalled, unavailable
 from tritonlora.openai.discovery import Served
 from tritonlora.openai.schema import GenerationRequest
 from tritonlora.openai.served_model import ChoiceState, Inputs, Piece, ServedModel, Source
-from tritonlora.openai.triton_client import ServerGone, ServerRefused, TritonClient, infer_request
+from tritonlora.openai.triton_client import ServerGone, ServerRefused, ServerSilent, TritonClient, infer_request
 
 log = logging.getLogger("tritonlora.openai")
 STOP_SECONDS = 10.0
@@ -46,8 +46,9 @@ class Audience:
 class Generations:
     """Sends requests to the server, and ends those that nobody waits for."""
 
-    def __init__(self, client: TritonClient) -> None:
+    def __init__(self, client: TritonClient, stall_seconds: float) -> None:
         self._client = client
+        self._stall_seconds = stall_seconds
         self._own_ids = itertools.count(secrets.randbits(62))  # old engines take numbers alone
         self._unattended: set[asyncio.Task[Any]] = set()
 
@@ -69,16 +70,21 @@ class Generations:
         model, request_id = served.model, str(next(self._own_ids))
         lora_name = None if request.model == served.base_name else request.model
         inputs = model.choice_inputs(prompt.inputs, lora_name, number)
-        stream = self._client.stream(infer_request(model.model, request_id, inputs, model.outputs(request)))
+        asked = infer_request(model.model, request_id, inputs, model.outputs(request))
+        stream = self._client.stream(asked, self._stall_seconds)
         try:
             async for response in stream:
                 part = state.add(response)
                 if part.text or part.logprobs:
                     yield part
                 if state.is_stopped or audience.has_left:
-                    self.leave(asyncio.create_task(self._stop(stream, model, request_id)))
+                    self.leave(asyncio.create_task(self._end(stream, model, request_id)))
                     return
             yield state.end()
+        except ServerSilent:
+            log.warning("the server at %s sent no token for %g s", self._client.url, self._stall_seconds)
+            self.leave(asyncio.create_task(self._stop(model, request_id)))
+            raise stalled(self._stall_seconds) from None
         except ServerGone as error:
             log.warning("the server at %s does not answer: %s", self._client.url, error)
             raise unavailable("the server behind this API does not answer; ask again") from None
@@ -101,16 +107,22 @@ class Generations:
     def _forget(self, task: asyncio.Task[Any]) -> None:
         self._unattended.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            log.info("a request that nobody waited for ended with: %s", error)
+            log.info("a request that nobody waited for ended with: %r", error)
 
-    async def _stop(self, stream: AsyncGenerator[Any, None], model: ServedModel, request_id: str) -> None:
+    async def _end(self, stream: AsyncGenerator[Any, None], model: ServedModel, request_id: str) -> None:
         """End the request that `stream` responds to. Where the target can stop it, the stream is read to its end."""
         async with aclosing(stream):
-            inputs = model.stop_inputs()
-            if inputs is None:
-                return
-            async with aclosing(self._client.stream(infer_request(model.target, request_id, inputs, []))) as ends:
-                async for _ in ends:
+            if await self._stop(model, request_id):
+                async for _ in stream:
                     pass
-            async for _ in stream:
+
+    async def _stop(self, model: ServedModel, request_id: str) -> bool:
+        """Ask the target to stop a request. False: it cannot, and closing the call is all."""
+        inputs = model.stop_inputs()
+        if inputs is None:
+            return False
+        asked = infer_request(model.target, request_id, inputs, [])
+        async with aclosing(self._client.stream(asked, STOP_SECONDS)) as ends:
+            async for _ in ends:
                 pass
+        return True

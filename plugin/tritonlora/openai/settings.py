@@ -13,6 +13,7 @@ from tritonlora.machine import LOCAL
 
 DEFAULT_PORT = 9000
 DEFAULT_URL = "localhost:8001"
+STALL_SECONDS = 300.0  # as lora_router waits
 API_KEY_VARIABLE = "TRITONLORA_API_KEY"
 
 
@@ -29,6 +30,7 @@ class Settings:
     context_length: int | None = None  # tokens of prompt and response; None: as the engine's config.json says
     api_key: str | None = None
     workers: int = 1
+    stall_seconds: float = STALL_SECONDS  # without a response of the engine, after which a request is given up
     drain_seconds: float = 30.0  # for requests under way when the door is stopped
 
 

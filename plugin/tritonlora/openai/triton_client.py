@@ -7,8 +7,9 @@ It uses the stubs of tritonclient. Its InferenceServerClient would copy each res
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -34,6 +35,10 @@ class ServerGone(Exception):
 
 class ServerRefused(Exception):
     """The server answered with an error."""
+
+
+class ServerSilent(Exception):
+    """The server did not respond for too long, in the midst of a stream or before its first response."""
 
 
 class TritonClient:
@@ -75,22 +80,34 @@ class TritonClient:
         found = await self._call(self._stub.ModelInfer, request)
         return json.loads(found.raw_output_contents[0][4:])
 
-    async def stream(self, request: Any) -> AsyncGenerator[Any, None]:
-        """The responses to a request, each a ModelInferResponse. Closing the iterator cancels the call."""
+    async def stream(self, request: Any, silence_seconds: float) -> AsyncGenerator[Any, None]:
+        """The responses to a request, each a ModelInferResponse. Closing the iterator cancels the call.
+
+        ServerSilent when `silence_seconds` pass without a response.
+        """
         call = self._stub.ModelStreamInfer()
+        silence = _Silence(silence_seconds, call.cancel)
         try:
             await call.write(request)
             await call.done_writing()
             while (received := await call.read()) is not grpc.aio.EOF:
+                silence.start_again()
                 if received.error_message:
                     raise ServerRefused(received.error_message)
                 yield received.infer_response
             code = await call.code()
+            if silence.is_over:
+                raise ServerSilent
             if code is not grpc.StatusCode.OK:
                 raise _error_of(code, await call.details())
+        except asyncio.CancelledError:
+            if silence.is_over:
+                raise ServerSilent from None
+            raise
         except grpc.aio.AioRpcError as error:
             raise _error_of(error.code(), error.details()) from None
         finally:
+            silence.close()
             call.cancel()
 
     async def _call(self, method: Any, request: Any) -> Any:
@@ -98,6 +115,31 @@ class TritonClient:
             return await method(request, timeout=ASK_SECONDS)
         except grpc.aio.AioRpcError as error:
             raise _error_of(error.code(), error.details()) from None
+
+
+class _Silence:
+    """Calls `end` when `seconds` have passed since the last `start_again`, which costs no timer of its own."""
+
+    def __init__(self, seconds: float, end: Callable[[], object]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._seconds = seconds
+        self._end = end
+        self.start_again()
+        self._timer = self._loop.call_at(self._due, self._look)
+        self.is_over = False
+
+    def start_again(self) -> None:
+        self._due = self._loop.time() + self._seconds
+
+    def close(self) -> None:
+        self._timer.cancel()
+
+    def _look(self) -> None:
+        if self._loop.time() < self._due:
+            self._timer = self._loop.call_at(self._due, self._look)
+        else:
+            self.is_over = True
+            self._end()
 
 
 _GONE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
