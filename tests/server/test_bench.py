@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tritonlora.bench import clients, load, scratch
+from tritonlora.bench import clients, load, openai, scratch
 from tritonlora.bench.clients import Clients
 from tritonlora.bench.load import Way
 from tritonlora.bench.route import Options, run
@@ -85,6 +85,20 @@ def test_each_part_gives_values_and_ratios(name: str) -> None:
     assert name == part.name
     assert all(one.p50 > 0 for one in part.series if not one.name.startswith("added"))
     assert {"ttft": 2, "tokens": 2, "memory": 1, "streams": 5}[name] == len(part.ratios)
+
+
+def test_the_door_is_measured_beside_the_server() -> None:
+    """Whatever the values are at this size: each part has its series."""
+    parts = openai.run(openai.Options(streams=2, tokens=4, rounds=1, requests=3, token_seconds=0.005))
+    ratios = [ratio.name for part in parts for ratio in part.ratios]
+
+    assert [("streams", 2), ("first", 3), ("burst", 3), ("client", 2), ("profile", 0)] == [
+        (part.name, len(part.series)) for part in parts
+    ]
+    assert all(one.p50 > 0 for part in parts for one in part.series if one.name != "added")
+    assert ["tokens per second of door / direct", "ms that the door adds"] == ratios
+    assert all("µs" in note for note in parts[-1].notes)
+    assert parts[-1].notes
 
 
 def test_an_evicted_adapter_takes_longer_than_a_resident_one() -> None:

@@ -15,14 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openai
 import pytest
 import torch
 import tritonclient.grpc as grpc
 from tritonclient.utils import InferenceServerException
 
+from openai_door import opened_door, wait_until_healthy
 from peft_answers import PROMPTS, TOKENS, save_llama
 from repositories import llm_api_repository, set_streams
 from synthetic import await_sample, listing
+from text_tokenizer import save_tokenizer
 from tritonlora.errors import ServerError
 from tritonlora.launch import client, diagnosis
 from tritonlora.launch.server import Server
@@ -152,6 +155,43 @@ def test_an_alias_is_divided_by_the_key(served: Served) -> None:
             last.as_numpy(output).item() for output in ("lora_name", "text_output")
         ]
     add.remove(served.opened, "prod")
+
+
+def test_the_openai_api_answers_as_peft_does(served: Served, tmp_path: Path) -> None:
+    """Whole, streamed and in conversations, with the tokens counted. What the model cannot do is refused by name."""
+    save_tokenizer(tmp_path)  # a byte is a token, as in the model
+    prompt, chat = PROMPTS[0], f"<user>{PROMPTS[1]}<model>"
+    asked: dict[str, Any] = {"prompt": prompt, "max_tokens": TOKENS}
+    messages: Any = [{"role": "user", "content": PROMPTS[1]}]
+    with opened_door(served.server.grpc_url, "--tokenizer", tmp_path, "--context-length", 500) as door:
+        wait_until_healthy(door)
+        with openai.OpenAI(base_url=door.url, api_key="unused", max_retries=0) as official:
+            base = official.models.list().data[0].id
+            for name in (None, *ADAPTERS):
+                expected, model = served.answers[name, prompt], name or base
+                whole = official.completions.create(model=model, **asked)
+                pieces = list(official.completions.create(model=model, stream=True, **asked))
+                said = official.chat.completions.create(model=model, messages=messages, max_tokens=9).choices[0]
+
+                assert (expected, "length") == (whole.choices[0].text, whole.choices[0].finish_reason)
+                assert whole.usage is not None
+                assert (len(prompt), TOKENS) == (whole.usage.prompt_tokens, whole.usage.completion_tokens)
+                assert expected == "".join(piece.choices[0].text for piece in pieces)
+                assert "length" == pieces[-1].choices[0].finish_reason
+                assert served.decoupled == (len(pieces) > 2)
+                assert ask(served, name, chat)[:9] == said.message.content
+            expected, stop = served.answers["all", prompt], served.answers["all", prompt][5:7]
+            for is_streamed in (False, True):
+                found: Any = official.completions.create(model="all", stop=stop, stream=is_streamed, **asked)
+                choices = [one.choices[0] for one in (found if is_streamed else [found])]
+                assert expected.partition(stop)[0] == "".join(one.text for one in choices)
+                assert "stop" == choices[-1].finish_reason
+            for field, value in (("logit_bias", {"5": 1}), ("logprobs", 0), ("ignore_eos", True), ("prompt", [1, 2])):
+                with pytest.raises(openai.BadRequestError) as refused:
+                    official.post("/completions", body={"model": "all", **asked, field: value}, cast_to=object)
+                assert field == refused.value.param
+            with pytest.raises(openai.NotFoundError, match="available: .*, all, attention, narrow, rslora"):
+                official.completions.create(model="nobody", **asked)
 
 
 # Streams
