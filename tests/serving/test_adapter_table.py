@@ -17,6 +17,7 @@ from tritonlora.serving.adapter_table import (
     as_written,
     available,
     check_name,
+    pins,
     with_adapter,
     with_alias,
     with_entry,
@@ -202,3 +203,14 @@ def test_an_adapter_that_has_aliases_is_not_removed() -> None:
 def test_aliases_stay_when_something_else_changes(changed: AdapterTable) -> None:
     """Whatever else is written."""
     assert PROD.aliases == changed.aliases
+
+
+def test_pins_leave_the_capacity_for_the_largest_other_adapter() -> None:
+    """The smallest ids come first. Without known sizes nothing is kept."""
+    entries = {f"n{number}": entry(number, pages=2, pinned=True) for number in (1, 2, 3)}
+    table = AdapterTable({**entries, "other": entry(9, pages=3)}, 10)
+
+    assert {1: 2, 2: 2, 3: 2} == pins(table, 9)
+    assert {1: 2, 2: 2} == pins(table, 8)
+    assert {1: 2, 2: 2, 3: 2} == pins(AdapterTable(entries, 10), 6)
+    assert [{}, {}] == [pins(table, 0), pins(with_entry(table, "n1", replace(entries["n1"], pages=None)), 9)]

@@ -79,6 +79,7 @@ def test_a_document_that_is_no_table_is_refused(text: str, message: str) -> None
         ({"source": {"location": "", "revision": None, "sha256": "a" * 64}}, "'source' must be an object"),
         ({"source": {"location": "x", "revision": 1, "sha256": "a" * 64}}, "'source' must be an object"),
         ({"source": {"location": "x", "revision": "1", "sha256": "a"}}, "'source' must be an object"),
+        ({"pinned": "yes"}, "'pinned' must be true or false, got 'yes'"),
     ],
 )
 def test_a_bad_field_is_named_with_its_adapter(changes: dict[str, Any], message: str) -> None:
@@ -97,6 +98,16 @@ def test_a_source_is_read_back_and_its_unknown_keys_are_ignored() -> None:
 
     assert table == parse(render(table)) == parse(json.dumps(whole))
     assert source == parse(render(table)).entries["pirate"].source
+
+
+def test_a_pin_is_read_back_and_an_entry_of_an_earlier_version_has_none() -> None:
+    """Older code ignores the field, so that the schema_version stays."""
+    table = with_entry(TABLE, "pirate", replace(TABLE.entries["pirate"], pinned=True))
+    whole = json.loads(render(table))
+    del whole["adapters"]["haiku"]["pinned"]
+
+    assert table == parse(json.dumps(whole))
+    assert 1 == whole["schema_version"]
 
 
 def test_an_adapter_under_a_retired_id_is_refused() -> None:

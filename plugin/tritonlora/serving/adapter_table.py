@@ -58,6 +58,7 @@ class AdapterEntry:
     lora_path: str | None = None  # the directory of both files, for a target that reads it by itself
     remarks: tuple[str, ...] = ()  # of `add`, on layers that adapter_config.json targets and that have no tensors
     source: Source | None = None  # None: not known, as for an adapter that version 0.2 or an older one added
+    pinned: bool = False  # the resolver keeps it in the engine, see `pins`
 
     @property
     def lora_weights_nbytes(self) -> int:
@@ -119,6 +120,23 @@ class AdapterTable:
             for name, share in shares.items():
                 found.setdefault(name, {})[alias] = share
         return found
+
+
+def pins(table: AdapterTable, capacity: int) -> dict[int, int]:
+    """lora_task_id -> pages of the pinned adapters that the resolver keeps in an engine's cache of `capacity` pages.
+
+    The largest of the other adapters fits beside them. If not all pinned adapters leave that capacity, those with the
+    smallest ids are kept. If the capacity or an adapter's pages are not known, none is.
+    """
+    if not capacity or any(entry.pages is None for entry in table.entries.values() if entry.pinned):
+        return {}
+    left = capacity - max((entry.pages or 0 for entry in table.entries.values() if not entry.pinned), default=0)
+    kept = {}
+    for entry in sorted(table.entries.values(), key=lambda entry: entry.lora_task_id):
+        if entry.pinned and entry.pages is not None and entry.pages <= left:
+            kept[entry.lora_task_id] = entry.pages
+            left -= entry.pages
+    return kept
 
 
 def check_name(name: str) -> None:

@@ -302,6 +302,7 @@ _FIELD_CHECKS: dict[str, _Check] = {
         lambda value: value is None or _is_source(value),
         "an object with location, revision and sha256, or null",
     ),
+    "pinned": (lambda value: value is None or isinstance(value, bool), "true or false"),
 }
 
 
@@ -344,6 +345,7 @@ def _entries(adapters: Mapping[str, Any]) -> tuple[dict[str, AdapterEntry], dict
         columns[key] = [tuple(value) if type(value) is list else value for value in columns[key]]
     columns["remarks"] = [() if value is None else value for value in columns["remarks"]]
     columns["source"] = [*map(_source, columns["source"])]
+    columns["pinned"] = [*map(bool, columns["pinned"])]
     entries = map(AdapterEntry, *columns.values())  # _FIELD_CHECKS has the order of AdapterEntry's fields
     return {name: entry for name, entry in zip(objects, entries, strict=True) if name not in problems}, problems
 

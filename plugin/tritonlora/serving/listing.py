@@ -64,6 +64,7 @@ def _describe(entry: AdapterEntry) -> dict[str, Any]:
         "modules": list(entry.modules),
         "base_model_name_or_path": public_base(entry.base_model_name_or_path),
         "added_at": entry.added_at,
+        "pinned": entry.pinned,
     }
 
 
