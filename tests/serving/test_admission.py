@@ -236,3 +236,116 @@ def test_another_client_of_the_engine_that_loads_adapters_is_found_out() -> None
     assert resolver.counts["unexpected miss"] <= 3
     assert outcome.errors_at
     assert max(outcome.errors_at) < 14
+
+
+PINS = {1000: 1, 1001: 1}
+
+
+def kept(
+    clients: Clients, pages: int, *, pace: float = PACE, routed: float = 0.0, pins: dict[int, int] = PINS, seed: int = 1
+) -> tuple[Outcome, Resolver, float]:
+    """What clients see beside pinned adapters that none of them asks for, and how often the engine had these."""
+    world = World()
+    engine = Engine(world, pages, lambda _: pace)
+    resolver = Resolver(world, engine, pages, {}, patience=math.inf, routed=routed, pins=pins)
+    seen = list[bool]()
+
+    def look() -> None:
+        seen.extend(engine.holds(pin) for pin in pins)
+        world.after(0.01, look)
+
+    world.after(2, look)
+    outcome = run(world, resolver.ask, clients, 20, seed=seed)
+    return outcome, resolver, sum(seen) / len(seen)
+
+
+@pytest.mark.parametrize("streams", [1, 4, 32])
+@pytest.mark.parametrize(("pace", "routed"), [(PACE, 0), (PACE, 1), (0.0005, 0)])
+def test_pinned_adapters_stay_while_200_adapters_go_through_8_pages(streams: int, pace: float, routed: float) -> None:
+    """Past the resolver, through the router, and with an engine that is faster than any. Each is loaded once."""
+    clients = Clients(adapters=200, streams=streams, tokens=16)
+    outcome, resolver, share = kept(clients, 8, pace=pace, routed=routed)
+
+    assert ({"ok"}, 1.0) == (outcome.responses.keys(), share)
+    assert 0 == resolver.counts["unexpected miss"]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_request_is_refused_for_the_sake_of_a_pin(seed: int) -> None:
+    """Whatever the numbers are. A pin is kept where the requests under way do not need all pages."""
+    chance = random.Random(seed)  # noqa: S311
+    pins = {1000 + number: 1 for number in range(chance.randint(1, 5))}
+    streams = chance.randint(1, 30)
+    clients = Clients(
+        adapters=chance.randint(1, 120),
+        streams=streams,
+        tokens=chance.choice([2, 16, 40]),
+        think=chance.choice([0.001, 0.5]),
+    )
+    spare = chance.choice([chance.randint(1, 10), 2 * streams + 4])
+    outcome, resolver, share = kept(
+        clients, len(pins) + spare, routed=chance.choice([0, 0, 0.5, 1]), pins=pins, seed=seed
+    )
+
+    assert ({"ok"}, 0) == (outcome.responses.keys(), resolver.counts["unexpected miss"])
+    assert share == 1 or spare < 2 * streams, (spare, clients, resolver.counts)
+
+
+def test_pinned_adapters_go_before_requests_wait_for_long() -> None:
+    """A max_tokens of 16 times what is used makes the engine's cache look full: a second in ten is waited."""
+    clients = Clients(adapters=200, streams=32, tokens=16, looseness=16)
+    outcome, _, share = kept(clients, 8)
+    without, _, _ = kept(clients, 8, pins={1000: 0})
+
+    assert {"ok"} == outcome.responses.keys()
+    assert outcome.responses["ok"] > 0.8 * without.responses["ok"]
+    assert share < 0.5
+
+
+@pytest.mark.parametrize("is_asked", [True, False])
+def test_pinned_adapters_come_back_to_an_engine_that_was_loaded_again(is_asked: bool) -> None:
+    """Within ten seconds, though nobody asks for anything."""
+    world = World()
+    engine = Engine(world, 8, lambda _: PACE)
+    resolver = Resolver(world, engine, 8, {}, pins=PINS)
+    clients = Clients(adapters=3, streams=2, tokens=4, until=math.inf if is_asked else 1)
+    run(world, resolver.ask, clients, 10)
+    engine.reload()
+    assert not any(map(engine.holds, PINS))
+    world.run(world.now + (3 if is_asked else 10))
+
+    assert all(map(engine.holds, PINS))
+
+
+def test_a_pinned_adapter_that_cannot_be_loaded_is_tried_again_at_the_given_time() -> None:
+    """The others are loaded meanwhile. A table that pins it anew is a reason to try at once."""
+    admission = Admission(EngineCache(4, {}, 0.0), 0.0)
+    admission.pin(PINS)
+    first = admission.step(0.0)
+    assert first == Load(1000, 0, is_of_pin=True)
+    assert [] == admission.failed(first, 0.1, pin_at=60.0)
+    second = admission.step(0.1)
+    assert isinstance(second, Load)
+    admission.loaded(second, 0.1, 0.2)
+    steps = [admission.step(now) for now in (0.3, 59.9, 60.0)]
+
+    assert 1001 == second.task_id
+    assert [False, False, True] == [isinstance(step, Load) for step in steps]
+
+
+@pytest.mark.parametrize("pages", [0, 8])
+def test_a_ticket_that_only_loads_ends_when_the_engine_has_the_adapter(pages: int) -> None:
+    """Whether or not the size of the cache is known. It leaves nothing behind, and asked again it goes on at once."""
+    cache = EngineCache(pages, {}, 0.0)
+    admission = Admission(cache, 0.0)
+    ticket, again = (Ticket({1: 1}, 0, 0.0, 30, takes_weights=False, only_loads=True) for _ in range(2))
+    assert not admission.ask(ticket, 0.0)
+    load = admission.step(0.0)
+    assert isinstance(load, Load)
+    admission.loaded(load, 0.0, 0.1)
+    assert [[ticket]] == admission.released()
+    admission.sent(ticket, 0.1)
+
+    assert ([], 0, False) == (cache.in_use, admission.under_way, cache.has_open)
+    assert {1: True} == cache.states()
+    assert bool(pages) == admission.ask(again, 0.2)

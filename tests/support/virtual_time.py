@@ -78,6 +78,10 @@ class Engine:
         for task_id in warm:
             self._add(task_id, True)
 
+    def holds(self, task_id: int) -> bool:
+        """Whether its cache has the adapter now."""
+        return task_id in self._cache.cache
+
     def submit(self, task_id: int | None, tokens: float, with_weights: bool, respond: Respond) -> None:
         """A request, of the base model or for an adapter."""
         self._world.after(self._chance.uniform(*HOPS_SECONDS), self._arrive, task_id, tokens, with_weights, respond)
@@ -135,6 +139,7 @@ class Resolver:
         sending: float = 0.0,
         patience: float = 30,
         routed: float = 0.0,
+        pins: Mapping[int, int] = {},
     ) -> None:
         """`sending`: the seconds that weights take on their way. `patience`: the seconds that a request may wait.
 
@@ -147,6 +152,7 @@ class Resolver:
         self._routed = routed
         self._chance = random.Random(2)  # noqa: S311
         self.admission = Admission(EngineCache(pages, warm, world.now), world.now)
+        self.admission.pin(pins)
         self._requests: dict[Ticket, tuple[float, Respond]] = {}
         self._outgoing: deque[Ticket] = deque()  # behind weights that are under way
         self._is_busy = self._is_sending = False

@@ -19,6 +19,12 @@ OVERTAKING_SECONDS.
 Order matters where weights that reach the engine evict an adapter. Requests that were sent by id before them must have
 arrived by then. So a thread that sends weights waits until `is_due`.
 
+Pinned adapters are to stay in the engine, which knows no pins: it evicts the adapter that was used least recently. So a
+probe uses a pinned adapter before the engine would evict it for another one. If requests under way may need all other
+pages, the head of the queue waits for one of them to end. After PIN_SECONDS it waits no longer, and for YIELD_SECONDS
+pinned adapters may be evicted. A pinned adapter that the engine does not have is loaded when nothing waits, or else one
+every PIN_SECONDS.
+
 The router's requests differ. They never carry weights. The router tells when they end. If the engine lacks the adapter
 after all, the router asks again, and its client sees nothing of it. So they go on when the engine is believed to hold
 the adapter, even if that is not certain.
@@ -31,8 +37,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter, OrderedDict, deque
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 
 from .engine_cache import ARRIVAL_SECONDS, EngineCache
 from .errors import AdapterUnavailable
@@ -45,6 +51,9 @@ PROBE_TOKENS = 2, 16  # of the shortest probe, and of the longest
 LATER_AFTER_A_MISS = 4  # times as long as before is a request given to reach the engine, after each miss
 MOST_WAITING = 10_000  # requests in the queue
 CAUTION_SECONDS = 10.0  # after the engine lacked an adapter that it was believed to hold, no weights go along
+PIN_SECONDS = 1.0  # that the queue waits, rather than evict a pinned adapter; and between two tries to bring one back
+YIELD_SECONDS = 10.0  # after such a wait was in vain, weights may evict pinned adapters
+PIN_BELIEF_SECONDS = 5.0  # between two probes when nobody asks, and adapters are pinned
 PROMPT_TOKENS_A_STEP = 64  # prompt tokens that an engine certainly reads in the time of one output token
 
 
@@ -58,6 +67,7 @@ class Ticket:
     patience: float  # seconds that it may wait
     takes_weights: bool = True  # the request may carry weights
     is_routers: bool = False  # the router tells its end, and asks again after a miss
+    only_loads: bool = False  # no request follows: it ends when it goes on
     misses: int = 0  # how often the engine lacked the adapter when the router sent the request
     number: int = -1
     sent_at: float = math.inf
@@ -81,6 +91,7 @@ class Load:
 
     task_id: int
     number: int
+    is_of_pin: bool = False  # no request waits for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +120,7 @@ class _Group:
     arrived_at: float
     tickets: list[Ticket] = field(default_factory=list)
     loaded: set[int] = field(default_factory=set)  # adapters that were loaded since the group came to the head
+    spares_pins_until: float | None = None  # set when the group is at the head, and may evict a pinned adapter
 
 
 class Admission:
@@ -132,8 +144,19 @@ class Admission:
         self._probes_warm = False  # whether the last probe of a held adapter could be of a warm one
         self._retry_at = self._probe_at = -math.inf
         self._cautious_until = now + cautious_for
+        self._pins: dict[int, int] = {}  # lora_task_id -> pages
+        self._absent: set[int] = set()  # pinned adapters that the engine does not have
+        self._touched: int | None = None  # the pinned adapter that a probe under way uses, so that it stays
+        self._pin_at: dict[int, float] = {}  # pinned adapter -> when the next try to bring it back may come
+        self._pins_at = self._yields_until = -math.inf
 
     # Requests
+
+    def pin(self, adapters: Mapping[int, int]) -> None:
+        """From now on, keep these adapters in the engine: lora_task_id -> pages. See `adapter_table.pins`."""
+        self._pins = dict(adapters)
+        self._absent = {task_id for task_id in adapters if not self.cache.may_have(task_id)}
+        self._pin_at.clear()
 
     def ask(self, ticket: Ticket, now: float) -> bool:
         """Whether the request may go on at once; otherwise it waits in the queue.
@@ -188,7 +211,10 @@ class Admission:
         return self.cache.fits_all or next(iter(self._unsent), number) >= number
 
     def sent(self, ticket: Ticket, now: float) -> None:
-        """Note that the request was sent to the engine."""
+        """Note that the request was sent to the engine, or that the adapter of one that only loads is there."""
+        if ticket.only_loads:
+            self.dropped(ticket, now)
+            return
         self._note_arrivals(now)
         ticket.sent_at = now
         self._under_way.append((now + ARRIVAL_SECONDS * LATER_AFTER_A_MISS**ticket.misses, ticket.number))
@@ -245,23 +271,29 @@ class Admission:
         After a Load, call `loaded`, `full` or `failed`. After a Probe, call `probed`, `missed` or `not_probed`.
         """
         may_probe = now >= self._probe_at
-        if may_probe and now >= self._belief_probed_at + BELIEF_SECONDS and now <= self._asked_at + ASKED_SECONDS:
-            return self._probe_belief(now)
+        if may_probe and (step := self._probe_belief(now) or self._bring_pin(now)):
+            return step
         while self._groups:
             group = next(iter(self._groups.values()))
             if self.cache.are_held(group.adapters, now):
                 self._release(group)
+            elif may_probe and (step := self._spare_pin(group, now)):
+                return step
             elif self._may_carry(group.tickets, now):
                 self._release(group, with_weights=True)
             elif now < self._retry_at:
                 return Pause(self._retry_at - now)
             else:
-                return self._load(group)
+                task_id = next(one for one in group.adapters if one not in group.loaded)
+                return self._load(task_id, group.adapters[task_id])
         if not may_probe:
             return Pause(self._probe_at - now)
-        if (unconfirmed := self.cache.unconfirmed) is not None:
+        unconfirmed = self.cache.unconfirmed
+        if unconfirmed is not None and (not self._pins or self._spares_pins(self.cache.pages(unconfirmed))):
             self.cache.lose(unconfirmed)
             return self._probe(unconfirmed)
+        if (pin := self._endangered_soon()) is not None:
+            return self._touch(pin)
         if self.cache.has_open and not self.cache.fits_all:
             return self._probe(None)
         return Pause(BELIEF_SECONDS)
@@ -274,6 +306,7 @@ class Admission:
         """Note that the engine has the adapter, and release the requests that waited for it."""
         del self._unsent[load.number]
         self.cache.see(load.task_id, sent_at)
+        self._absent.discard(load.task_id)
         group = next(iter(self._groups.values()), None)
         if group is not None and load.task_id in group.adapters:
             group.loaded.add(load.task_id)
@@ -287,14 +320,20 @@ class Admission:
         """Note that the engine refused the load, since all of its cached adapters are in use."""
         del self._unsent[load.number]
         self.cache.end(load.task_id, now)
-        self._retry_at = now + RETRY_SECONDS
+        if load.is_of_pin:
+            self._pin_at[load.task_id] = now + PIN_SECONDS
+        else:
+            self._retry_at = now + RETRY_SECONDS
 
-    def failed(self, load: Load, now: float | None) -> list[Ticket]:
+    def failed(self, load: Load, now: float | None, *, pin_at: float = -math.inf) -> list[Ticket]:
         """Note that the adapter cannot be loaded, and take the requests that wait for it out of the queue.
 
-        `now` is None when the engine is silent, and may still load the adapter.
+        `now` is None when the engine is silent, and may still load the adapter. If the adapter is pinned, it is tried
+        again at `pin_at`.
         """
         del self._unsent[load.number]
+        if load.task_id in self._pins:
+            self._pin_at[load.task_id] = pin_at
         if now is not None:
             self.cache.end(load.task_id, now)
         tickets = []
@@ -309,14 +348,18 @@ class Admission:
 
     def probed(self, probe: Probe, sent_at: float, now: float) -> None:
         """Note that the engine has responded to a probe, to its end."""
+        self._touched = None
         if probe.task_id is not None:
             self.cache.see(probe.task_id, sent_at)
             self.cache.end(probe.task_id, now)
 
     def missed(self, probe: Probe, now: float) -> bool:
         """Note that the engine does not have the adapter of a probe. True: it was believed to hold the adapter."""
+        self._touched = None
         if probe.task_id is None:
             return False
+        if probe.task_id in self._pins:
+            self._absent.add(probe.task_id)
         is_unexpected = self.cache.miss(probe.task_id)
         if is_unexpected:
             self._cautious_until = now + CAUTION_SECONDS
@@ -325,6 +368,7 @@ class Admission:
 
     def not_probed(self, probe: Probe, now: float, pause: float) -> None:
         """Note that a probe had another error, or no response. The next probe comes after `pause` seconds."""
+        self._touched = None
         self._probe_at = now + pause
         if probe.task_id is not None:
             self.cache.lose(probe.task_id)
@@ -342,10 +386,10 @@ class Admission:
 
     def _may_carry(self, tickets: list[Ticket], now: float) -> bool:
         """Whether the first of these requests may carry the weights."""
-        [*adapters] = tickets[0].adapters.items()
+        adapters = tickets[0].adapters
         if len(adapters) > 1 or now < self._cautious_until or not all(ticket.takes_weights for ticket in tickets):
             return False
-        return self.cache.has_capacity(*adapters[0])
+        return self._spares_pins(adapters) if now >= self._yields_until else self.cache.has_capacity(adapters)
 
     def _begin(self, ticket: Ticket, *, with_weights: bool) -> None:
         ticket.number, ticket.with_weights = next(self._numbers), with_weights
@@ -366,16 +410,75 @@ class Admission:
         if not group.tickets:
             del self._groups[frozenset(group.adapters)]
 
-    def _load(self, group: _Group) -> Load:
-        task_id = next(one for one in group.adapters if one not in group.loaded)
-        self.cache.begin(task_id, group.adapters[task_id], with_weights=True)
-        load = Load(task_id, next(self._numbers))
+    def _load(self, task_id: int, pages: int, *, is_of_pin: bool = False) -> Load:
+        self.cache.begin(task_id, pages, with_weights=True)
+        load = Load(task_id, next(self._numbers), is_of_pin)
         self._unsent[load.number] = None
         return load
 
-    def _probe_belief(self, now: float) -> Probe:
-        self._belief_probed_at, self._probes_warm = now, not self._probes_warm
-        return self._probe(self.cache.least_recent(warm=self._probes_warm))
+    # Pinned adapters
+
+    def _spare_pin(self, group: _Group, now: float) -> Step | None:
+        """The step before a load of the group's adapters by which the engine keeps its pinned ones. None: load."""
+        if not self._pins or now < self._yields_until or self._spares_pins(group.adapters):
+            return None
+        if group.spares_pins_until is None:
+            group.spares_pins_until = now + PIN_SECONDS
+        if now >= group.spares_pins_until:
+            self._yields_until = now + YIELD_SECONDS
+            return None
+        if (
+            self.cache.has_capacity(group.adapters, self._pins)
+            and (pin := self._endangered(group.adapters)) is not None
+        ):
+            return self._touch(pin)
+        return self._probe(None) if self.cache.has_open else Pause(RETRY_SECONDS)
+
+    def _bring_pin(self, now: float) -> Step | None:
+        """The step that tells whether the engine has a pinned adapter, or loads one that it does not have."""
+        if self._groups and now < self._pins_at:
+            return None
+        for task_id, pages in self._pins.items():
+            is_there = self.cache.are_believed([task_id]) or self.cache.is_in_use(task_id)
+            if is_there or now < self._pin_at.get(task_id, -math.inf):
+                continue
+            adapter = {task_id: pages}
+            if task_id not in self._absent:
+                self._pins_at = self._pin_at[task_id] = now + PIN_SECONDS
+                return self._touch(task_id)
+            if self.cache.has_capacity(adapter, self._pins):
+                self._pins_at = now + PIN_SECONDS
+                other = self._endangered(adapter)
+                return self._load(task_id, pages, is_of_pin=True) if other is None else self._touch(other)
+        return None
+
+    def _spares_pins(self, adapters: Mapping[int, int]) -> bool:
+        """Whether the engine can certainly take these adapters now, and keeps all pinned ones."""
+        return self.cache.has_capacity(adapters, self._pins) and self._endangered(adapters) is None
+
+    def _endangered(self, adapters: Mapping[int, int]) -> int | None:
+        """The pinned adapter that the engine may evict first when it takes these adapters; None: it keeps all."""
+        return self.cache.endangered(self.cache.new_pages(adapters), self._idle_pins(adapters))
+
+    def _endangered_soon(self) -> int | None:
+        """The pinned adapter that half of the pages for others would endanger. A probe now saves later requests one."""
+        pages = self.cache.spare_pages(self._pins) // 2
+        return self.cache.endangered(pages, self._idle_pins()) if pages > 0 else None
+
+    def _idle_pins(self, without: Collection[int] = ()) -> list[int]:
+        """The pinned adapters that no request uses, except for a probe that may not have reached the engine."""
+        return [
+            one for one in self._pins if one not in without and (one == self._touched or not self.cache.is_in_use(one))
+        ]
+
+    def _touch(self, pin: int) -> Probe:
+        """A probe by which the engine uses a pinned adapter after all others."""
+        if not self.cache.are_believed([pin]):
+            self.cache.lose(pin)  # so that a miss is not unexpected
+        self._touched = pin
+        return replace(self._probe(pin), tokens=1)
+
+    # Probes
 
     def _probe(self, task_id: int | None) -> Probe:
         shortest, longest = PROBE_TOKENS
@@ -384,3 +487,14 @@ class Admission:
             return Probe(task_id, shortest)
         self._probe_tokens = min(2 * self._probe_tokens, longest)
         return Probe(task_id, self._probe_tokens)
+
+    def _probe_belief(self, now: float) -> Probe | None:
+        """A probe of an adapter that the engine is believed to hold, if it is time for one."""
+        is_asked = now <= self._asked_at + ASKED_SECONDS
+        wait = BELIEF_SECONDS if is_asked else PIN_BELIEF_SECONDS
+        if now < self._belief_probed_at + wait or not (is_asked or self._pins):
+            return None
+        # If nobody asks, a warm adapter tells nothing: an engine that is loaded again has it.
+        self._belief_probed_at, self._probes_warm = now, is_asked and not self._probes_warm
+        task_id = self.cache.least_recent(warm=self._probes_warm)
+        return self._probe(task_id) if is_asked or task_id is not None else None

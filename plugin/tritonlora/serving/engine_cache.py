@@ -29,6 +29,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 ARRIVAL_SECONDS = 0.003  # from sending a request to Triton until it has reached the engine
 EXTRA_ITERATIONS = 4  # a request may be active for so many without a token: while it starts, and while it ends
@@ -91,11 +92,35 @@ class EngineCache:
         seen = self._seen(task_ids)
         return len(seen) == len(task_ids) and (not self.capacity or self._fit(seen))
 
-    def has_capacity(self, task_id: int, pages: int) -> bool:
-        """Whether the engine can certainly take the adapter now, evicting others if need be."""
-        adapter = self._adapters.get(task_id)
-        beside = self._in_use - (adapter.pages if adapter and adapter.is_in_use else 0)
-        return bool(self.capacity) and beside + pages <= self.capacity
+    def has_capacity(self, adapters: Mapping[int, int], beside: Mapping[int, int] = MappingProxyType({})) -> bool:
+        """Whether the engine can certainly take these adapters now, evicting others if need be, but none of `beside`.
+
+        Both are lora_task_id -> pages. The engine evicts none of `beside` if it has used them after all others.
+        """
+        beside = {task_id: pages for task_id, pages in beside.items() if task_id not in adapters}
+        return bool(self.capacity) and self.new_pages(adapters) <= self.spare_pages(beside)
+
+    def spare_pages(self, beside: Mapping[int, int]) -> int:
+        """The pages that are certainly left beside all adapters in use, and beside these. Negative: there are none."""
+        return self.capacity - self._in_use - self.new_pages(beside)
+
+    def pages(self, task_id: int) -> dict[int, int]:
+        """The adapter's id and pages, for `has_capacity`."""
+        return {task_id: self._adapters[task_id].pages}
+
+    def new_pages(self, adapters: Mapping[int, int]) -> int:
+        """The pages of those adapters that no request uses."""
+        return sum(pages for task_id, pages in adapters.items() if not self.is_in_use(task_id))
+
+    def endangered(self, pages: int, kept: Collection[int]) -> int | None:
+        """Of the adapters `kept`, the first one that the engine may evict if it takes so many pages, or has evicted.
+
+        None if it certainly keeps all of them. Requests for `kept` must be under way no longer than a probe is.
+        """
+        if self._ever_sent + pages <= self.capacity:
+            return None
+        first = min(self._seen(kept), key=lambda one: one.used_at, default=None)  # the engine evicts the others later
+        return first.task_id if first is not None and self._free_pages([first]) < pages else None
 
     @property
     def fits_all(self) -> bool:
@@ -111,6 +136,14 @@ class EngineCache:
     def unconfirmed(self) -> int | None:
         """The last adapter whose weights a request carried, if the engine may have refused that request."""
         return next(reversed(self._unconfirmed), None)
+
+    def may_have(self, task_id: int) -> bool:
+        """Whether the adapter's weights were ever sent to the engine, or loaded by its warmup."""
+        return task_id in self._adapters and self._adapters[task_id].was_sent
+
+    def is_in_use(self, task_id: int) -> bool:
+        """Whether requests may use the adapter now."""
+        return task_id in self._adapters and self._adapters[task_id].is_in_use
 
     @property
     def in_use(self) -> list[int]:
@@ -274,8 +307,10 @@ class EngineCache:
 
     def _fit(self, adapters: Collection[_Adapter]) -> bool:
         """Whether all adapters that may have been used after these fit beside them."""
-        if self.fits_all:
-            return True
+        return self.fits_all or self._free_pages(adapters) >= 0
+
+    def _free_pages(self, adapters: Collection[_Adapter]) -> int:
+        """The pages that are left beside these adapters and all that may have been used after them. Negative: none."""
         free_pages = self.capacity - self._in_use - sum(adapter.pages for adapter in adapters if not adapter.is_in_use)
         since = min(adapter.used_at for adapter in adapters)
         for task_id in reversed(self._ended):
@@ -284,7 +319,7 @@ class EngineCache:
                 break
             if other not in adapters:
                 free_pages -= other.pages
-        return free_pages >= 0
+        return free_pages
 
     def _by_use(self, adapters: Iterable[_Adapter]) -> list[_Adapter]:
         return sorted(adapters, key=lambda one: one.used_at)
