@@ -50,14 +50,16 @@ class Engine:
 
     def __init__(self) -> None:
         self.loads: list[int] = []
+        self.pins: list[int] = []  # those of the loads for which no request waited
         self.tokens_of_a_load = 1
         self.probes = 0
         self.was_left_behind = threading.Event()
         self.on_load: Callable[[int], str | None] = lambda _: None
         self.on_probe: Callable[[], str | None] = lambda: None
 
-    def load(self, task_id: int, heard: Callable[[], None]) -> str | None:
+    def load(self, task_id: int, heard: Callable[[], None], *, is_of_pin: bool = False) -> str | None:
         self.loads.append(task_id)
+        self.pins += [task_id] if is_of_pin else []
         error = self.on_load(task_id)
         for _ in range(self.tokens_of_a_load if error is None else 0):
             heard()
@@ -92,6 +94,8 @@ def start(engine: Engine) -> Iterator[Callable[..., Dispatcher]]:
         load_timeout: float = WAIT_SECONDS,
         on_miss: Callable[[int], None] = lambda _: None,
         on_pass: Callable[[Ticket], None] = lambda _: None,
+        on_error: Callable[[str], None] = lambda _: None,
+        on_load: Callable[[int, float], None] = lambda *_: None,
     ) -> Dispatcher:
         now = time.monotonic()
         admission = Admission(EngineCache(pages, dict.fromkeys(warm, 1), now), now)
@@ -100,7 +104,8 @@ def start(engine: Engine) -> Iterator[Callable[..., Dispatcher]]:
                 admission,
                 engine,
                 load_timeout=load_timeout,
-                on_error=lambda _: None,
+                on_error=on_error,
+                on_load=on_load,
                 on_miss=on_miss,
                 on_pass=on_pass,
             )
@@ -332,3 +337,63 @@ def test_what_the_engine_has_lost_is_loaded_again(start: Callable[..., Dispatche
 
     assert "by id" == then.get()
     assert [1] == engine.loads
+
+
+def test_a_pinned_adapter_is_loaded_though_nobody_asks(start: Callable[..., Dispatcher], engine: Engine) -> None:
+    """Again and again until the engine takes it. An error is told once, and none while the engine is not there."""
+    told, loaded = SimpleQueue[str](), threading.Event()
+    outcomes = iter([EngineSilent("not loaded"), ServerStopping(), "out of memory", "out of memory", None])
+
+    def load(_: int) -> str | None:
+        outcome = next(outcomes)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    engine.on_load = load
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("PIN_SECONDS", "PIN_FAILED_SECONDS"):
+            patch.setattr(f"tritonlora.serving.dispatcher.{name}", 0.0)
+        dispatcher = start(on_error=told.put, on_load=lambda *_: loaded.set())
+        dispatcher.pin({7: 1})
+        assert loaded.wait(WAIT_SECONDS)
+
+    assert [7] * 5 == engine.loads == engine.pins
+    assert "the pinned adapter with lora_task_id 7 cannot be loaded" in told.get()
+    assert told.empty()
+
+
+def test_a_request_that_waits_for_a_pinned_adapter_is_not_refused_by_its_failure(
+    start: Callable[..., Dispatcher], engine: Engine
+) -> None:
+    """The request has a load of its own."""
+    dispatcher, answers = start(), Answers()
+    under_way, goes_on = threading.Event(), threading.Event()
+
+    def load(_: int) -> str | None:
+        if engine.pins != engine.loads:
+            return None
+        under_way.set()
+        goes_on.wait(WAIT_SECONDS)
+        raise EngineSilent("not loaded")
+
+    engine.on_load = load
+    dispatcher.pin({7: 1})
+    assert under_way.wait(WAIT_SECONDS)
+    dispatcher.ask(ticket(7, takes_weights=False), answers)
+    goes_on.set()
+
+    assert "by id" == answers.get()
+    assert [7, 7] == engine.loads
+
+
+def test_a_request_that_only_loads_uses_nothing_afterwards(start: Callable[..., Dispatcher], engine: Engine) -> None:
+    """It waits for a load, and goes on at once when the engine has the adapter."""
+    dispatcher, first, again = start(), Answers(), Answers()
+    for answers in (first, again):
+        only = Ticket({2: 1}, 0, time.monotonic(), WAIT_SECONDS, takes_weights=False, only_loads=True)
+        dispatcher.ask(only, answers)
+        assert "by id" == answers.get()
+
+    assert [2] == engine.loads
+    assert [] == dispatcher.in_use()

@@ -20,7 +20,7 @@ from fake_pb_utils import Client, InferenceRequest, InferenceResponse, Tensor, T
 from repositories import synthetic_adapter, synthetic_repository
 from tritonlora.repository import add
 from tritonlora.repository.paths import Repository, read_config, read_table
-from tritonlora.serving.counters import RESULTS
+from tritonlora.serving.counters import OUTCOMES, RESULTS
 from tritonlora.serving.holder import Holder
 from tritonlora.serving.server_process import name_for
 
@@ -143,6 +143,19 @@ def test_what_is_published_is_what_was_asked_and_what_is_held(resolver: Any, ope
     }
     assert ({task_id}, 100, read_table(opened).entries["pirate"].pages) == (last.held, last.pages, last.pages_used)
     assert ["pirate"] == [*last.adapters]
+
+
+def test_a_load_is_no_request_of_a_client(resolver: Any, opened: Repository) -> None:
+    """The engine has the adapter when the response comes. No request is counted, not even one that is refused."""
+    with closing(Holder()) as holder:
+        assert {"lora_names": ["pirate"]} == send(resolver, holder, "load", lora_name="pirate")
+        assert "NOT_FOUND" == send(resolver, holder, "load", lora_name="nobody")["refused"][1]
+        told = send(resolver, holder, "tell")
+    counts = resolver._statistics.counts()
+
+    assert {str(read_table(opened).entries["pirate"].lora_task_id): True} == told["states"]
+    assert [("pirate", 1)] == [(name, row["first_use"]) for name, row in counts.items()]
+    assert 0 == sum(counts["pirate"][outcome] for outcome in OUTCOMES)
 
 
 def test_what_is_refused_counts_for_the_adapter_that_was_asked_for(resolver: Any, opened: Repository) -> None:

@@ -45,7 +45,7 @@ class ScriptedResolver:
             self._has_left.set()
         if message["do"] == "lost":
             return self.on_lost(), []
-        if message["do"] != "enter":
+        if message["do"] not in ("enter", "load"):
             return {}, []
         names = [name.decode() for name in inputs.get("lora_name", np.array([])).reshape(-1)]
         if unknown := [name for name in names if name not in self.task_ids]:
@@ -56,6 +56,10 @@ class ScriptedResolver:
             return {"refused": ["the client has left", "CANCELLED"]}, []
         ids = np.array([[self.task_ids[name]] for name in names], np.uint64)
         return {"lora_names": names}, [Tensor("lora_task_id", ids)] if names else []
+
+    def go_on(self) -> None:
+        """Refuse the requests that wait."""
+        self._has_left.set()
 
     @property
     def done(self) -> list[str]:

@@ -328,15 +328,17 @@ class Admission:
     def failed(self, load: Load, now: float | None, *, pin_at: float = -math.inf) -> list[Ticket]:
         """Note that the adapter cannot be loaded, and take the requests that wait for it out of the queue.
 
-        `now` is None when the engine is silent, and may still load the adapter. If the adapter is pinned, it is tried
-        again at `pin_at`.
+        `now` is None when the engine is silent, and may still load the adapter. A pinned adapter for which no request
+        waited is tried again at `pin_at`. Requests that came meanwhile have a load of their own.
         """
         del self._unsent[load.number]
         if load.task_id in self._pins:
             self._pin_at[load.task_id] = pin_at
         if now is not None:
             self.cache.end(load.task_id, now)
-        tickets = []
+        tickets: list[Ticket] = []
+        if load.is_of_pin:
+            return tickets
         for group in [group for group in self._groups.values() if load.task_id in group.adapters]:
             tickets += group.tickets
             self._drop(group, group.tickets)

@@ -23,7 +23,7 @@ from queue import SimpleQueue
 from typing import Protocol
 
 from .abandonable import Silence, Worker
-from .admission import Admission, Load, Pause, Probe, Ticket
+from .admission import PIN_SECONDS, Admission, Load, Pause, Probe, Ticket
 from .engine_errors import Meaning, is_unavailable, meaning_of, public
 from .errors import AdapterUnavailable, EngineSilent, RequestError, ServerStopping
 
@@ -31,6 +31,7 @@ LONGEST_PAUSE_SECONDS = 0.25  # between two checks for requests whose deadline h
 POLL_SECONDS = 0.001
 ERROR_SECONDS = 0.25  # after an error of the engine
 STOPPING_SECONDS = 5.0  # after the server, being stopped, has refused a probe
+PIN_FAILED_SECONDS = 5.0  # after a pinned adapter could not be loaded
 
 Heard = Callable[[], None]
 
@@ -48,10 +49,11 @@ class Request(Protocol):
 class Engine(Protocol):
     """Sends loads and probes to the engine, one at a time."""
 
-    def load(self, task_id: int, heard: Heard) -> str | None:
+    def load(self, task_id: int, heard: Heard, *, is_of_pin: bool = False) -> str | None:
         """Ask for one token with the adapter's weights, and return the engine's error text, or None.
 
-        `heard` is called for each response. RequestError when the weights cannot be read.
+        `heard` is called for each response. RequestError when the weights cannot be read. With `is_of_pin`, no request
+        waits for the adapter. EngineSilent if the engine is not loaded then, and ServerStopping as for a probe.
         """
 
     def left_behind(self) -> None:
@@ -104,6 +106,7 @@ class Dispatcher:
         self._requests: dict[Ticket, Request] = {}  # those that have not been sent
         self._with_weights: SimpleQueue[list[Ticket] | None] = SimpleQueue()
         self._is_stopping = False
+        self._told: dict[int, str] = {}  # pinned adapters that could not be loaded, and why
         self._worker = Worker()
         self._threads = [
             threading.Thread(target=self._survive, args=(run,), daemon=True) for run in (self._keep, self._send_weights)
@@ -127,6 +130,12 @@ class Dispatcher:
             self._lock.notify_all()
         for one in by_id:
             self._send(one)
+
+    def pin(self, adapters: Mapping[int, int]) -> None:
+        """From now on, keep these adapters in the engine: lora_task_id -> pages."""
+        with self._lock:
+            self._admission.pin(adapters)
+            self._lock.notify_all()
 
     def watch(self, look: Callable[[], None]) -> None:
         """Call `look` again and again from now on, from a thread that sends no requests of clients."""
@@ -292,7 +301,8 @@ class Dispatcher:
     def _load(self, load: Load) -> None:
         self._wait_for(load.number)
         own = self._do(
-            lambda heard: self._engine.load(load.task_id, heard), lambda now: self._admission.let_go(load, now)
+            lambda heard: self._engine.load(load.task_id, heard, is_of_pin=load.is_of_pin),
+            lambda now: self._admission.let_go(load, now),
         )
         now = time.monotonic()
         meaning = meaning_of(own.error)
@@ -300,10 +310,14 @@ class Dispatcher:
         with self._lock:
             if own.is_left_behind:
                 why = EngineSilent(f"the engine has not responded for {self._load_timeout:g} s")
-                refused = self._take(self._admission.failed(load, None))
+                refused = self._take(self._admission.failed(load, None, pin_at=now + PIN_FAILED_SECONDS))
             elif own.failure is not None or meaning in (Meaning.ERROR, Meaning.MISS):
                 why = own.failure or _engine_error(own.error or "")
-                refused = self._take(self._admission.failed(load, now))
+                is_early = isinstance(own.failure, ServerStopping | EngineSilent)
+                pin_at = now + (PIN_SECONDS if is_early else PIN_FAILED_SECONDS)
+                refused = self._take(self._admission.failed(load, now, pin_at=pin_at))
+                if load.is_of_pin and not is_early:
+                    self._tell(load.task_id, str(why))
             elif meaning is Meaning.FULL:
                 self._admission.full(load, now)
             else:
@@ -312,7 +326,14 @@ class Dispatcher:
             for request in refused:
                 request.fail(why)
         elif meaning is Meaning.ANSWER:
+            self._told.pop(load.task_id, None)
             self._on_load(load.task_id, now - own.sent_at)
+
+    def _tell(self, task_id: int, why: str) -> None:
+        """Report that a pinned adapter cannot be loaded, unless the last report said the same."""
+        if self._told.get(task_id) != why:
+            self._told[task_id] = why
+            self._on_error(f"the pinned adapter with lora_task_id {task_id} cannot be loaded: {why}")
 
     def _probe(self, probe: Probe) -> None:
         own = self._do(lambda heard: self._engine.probe(probe.task_id, probe.tokens, heard), lambda _: None)

@@ -26,6 +26,8 @@ from .bindings import check_content
 from .errors import AdapterUnavailable
 from .routing import Route, malformed
 
+HELD = ("warm", "loaded")
+
 
 @dataclass(frozen=True, slots=True)
 class Engine:

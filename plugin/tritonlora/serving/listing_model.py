@@ -1,23 +1,32 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""The model `lora_adapters`: lists the adapters for clients. It asks the resolver which ones the engine holds."""
+"""The model `lora_adapters`: lists the adapters for clients, and has the engine load them.
+
+It asks the resolver, which knows what the engine holds.
+"""
 
 from __future__ import annotations
 
 import json
+import threading
 import traceback
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from .errors import RequestError
-from .listing import Engine, describe
+from .errors import InvalidRequest, RequestError
+from .listing import HELD, Engine, describe
 from .resolver_client import ResolverClient, ResolverError
 from .response_cache import check_config
 from .routing import shares_of
 from .table_file import TableFile
-from .triton import failure, parameters_in
+from .triton import failure, inputs_of, parameters_in, values_of
+
+LOADS_AT_A_TIME = 4  # that wait at the resolver, which sends the engine one adapter after the other
 
 
 class TritonPythonModel:
@@ -30,27 +39,61 @@ class TritonPythonModel:
         parameters = parameters_in(config)
         self._repository = Path(args["model_repository"]).parent
         self._table = TableFile(self._repository / parameters["router"] / "adapters.json", pb_utils.Logger.log_error)
+        self._lock = threading.Lock()  # of the table
         self._resolver = ResolverClient(parameters.get("resolver", "lora_resolver"))
+        self._loads = ThreadPoolExecutor(LOADS_AT_A_TIME)
 
-    def execute(self, requests: list[pb_utils.InferenceRequest]) -> list[pb_utils.InferenceResponse]:
-        """Respond to each request with the listing: JSON, in the output `adapters` (1,) string."""
-        return [self._answer(request) for request in requests]
+    def execute(self, requests: list[pb_utils.InferenceRequest]) -> None:
+        """Respond to each request with the listing: JSON, in the output `adapters` (1,) string.
+
+        A request with `load` waits in a thread until the engine has the adapters, so that no listing waits for it.
+        """
+        for request in requests:
+            inputs = inputs_of(request)
+            sender, names = request.get_response_sender(), values_of(inputs, "lora_name")
+            if any(values_of(inputs, "load") or ()):
+                self._loads.submit(self._respond, sender, names, self._loaded)
+            else:
+                self._respond(sender, names, self._listed)
 
     def finalize(self) -> None:
         """End the proof that messages to the resolver come from here."""
+        self._loads.shutdown()
         self._resolver.close()
 
-    def _answer(self, request: pb_utils.InferenceRequest) -> pb_utils.InferenceResponse:
+    def _respond(
+        self, sender: Any, names: list[bytes] | None, listing: Callable[[bytes | None], dict[str, dict[str, Any]]]
+    ) -> None:
         try:
-            asked = pb_utils.get_input_tensor_by_name(request, "lora_name")
-            table = self._table.table()
-            only = shares_of(table, asked.as_numpy().reshape(-1)[0]) if asked else None
-            told = self._resolver.tell()
-            states, contents = ({int(one): value for one, value in told[key].items()} for key in ("states", "contents"))
-            found = describe(table, self._repository, Engine(states, contents), only)
+            listed = listing(None if names is None else names[0])
+            tensor = pb_utils.Tensor("adapters", np.array([json.dumps(listed)], np.object_))
+            response = pb_utils.InferenceResponse([tensor])
         except (RequestError, ResolverError) as error:
-            return failure(str(error), error.code)
+            response = failure(str(error), error.code)
         except Exception:  # noqa: BLE001  an error of one request must not fail the others
             pb_utils.Logger.log_error(traceback.format_exc())
-            return failure("the listing failed on this request; the server's log says why", "INTERNAL")
-        return pb_utils.InferenceResponse([pb_utils.Tensor("adapters", np.array([json.dumps(found)], np.object_))])
+            response = failure("the listing failed on this request; the server's log says why", "INTERNAL")
+        sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+    def _listed(self, lora_name: bytes | None) -> dict[str, dict[str, Any]]:
+        with self._lock:
+            table = self._table.table()
+        only = None if lora_name is None else shares_of(table, lora_name)
+        told = self._resolver.tell()
+        states, contents = ({int(one): value for one, value in told[key].items()} for key in ("states", "contents"))
+        return describe(table, self._repository, Engine(states, contents), only)
+
+    def _loaded(self, lora_name: bytes | None) -> dict[str, dict[str, Any]]:
+        """The listing of the adapters that a name leads to, once the engine has them, each with its `load`."""
+        if lora_name is None:
+            raise InvalidRequest("load goes with a lora_name")
+        loads = {}
+        for name, before in self._listed(lora_name).items():
+            loads[name] = {"result": "held" if before["state"] in HELD else "loaded"}
+            try:
+                self._resolver.load(name)
+            except ResolverError as error:
+                loads[name] = {"result": "refused", "reason": str(error)}
+        return {
+            name: {**about, "load": loads[name]} for name, about in self._listed(lora_name).items() if name in loads
+        }

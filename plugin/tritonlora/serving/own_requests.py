@@ -8,7 +8,7 @@ One thread sends them, one at a time: two decoupled BLS requests at a time in on
 No own request may be under way when the resolver is unloaded. Triton's stub would cut off its responses, so that the
 thread that reads them waits for ever, and the server crashes (seen with 2.51). The server unloads no model that still
 has a request to respond to. So a probe holds a `Guard`, which is such a request. If the server refuses the guard, the
-model is being unloaded. A load needs no guard, because a client's request waits for it.
+model is being unloaded. A load needs no guard if a client's request waits for it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from .adapter_tensors import AdapterFiles
-from .errors import AdapterUnavailable, ServerStopping
+from .errors import AdapterUnavailable, EngineSilent, ServerStopping
 from .reused_tensor import KeptWeights
 from .routing import Route
 from .triton import new_kept_weights
@@ -108,8 +108,16 @@ class OwnRequests:
         # A thread of the stub drops its reference to a stream, which must not be the last one. See `outgoing.Engine`.
         self._last_streams: deque[Any] = deque(maxlen=4)
 
-    def load(self, task_id: int, heard: Callable[[], None]) -> str | None:
+    def load(self, task_id: int, heard: Callable[[], None], *, is_of_pin: bool = False) -> str | None:
         """See `dispatcher.Engine`."""
+        if not is_of_pin:
+            return self._load(task_id, heard)
+        with self._guard():
+            if not pb_utils.is_model_ready(self._target):
+                raise EngineSilent(f"{self._target!r} is not loaded")
+            return self._load(task_id, heard)
+
+    def _load(self, task_id: int, heard: Callable[[], None]) -> str | None:
         route = self._route_of(task_id)
         if route is None:
             raise AdapterUnavailable(f"lora_task_id {task_id} is no longer registered")

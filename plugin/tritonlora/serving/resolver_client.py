@@ -2,8 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Asks the resolver, from other models of tritonlora, by BLS requests that are not decoupled.
 
-`leases` has the messages of the router. `lora_adapters` has one more, `tell`, to which the resolver responds with what
-the engine holds.
+`leases` has the messages of the router. `lora_adapters` has two more:
+
+| message | meaning | response |
+|---|---|---|
+| tell | | what the engine holds |
+| load | the engine is to have this adapter | once it has the adapter |
 """
 
 from __future__ import annotations
@@ -53,6 +57,11 @@ class ResolverClient:
     def tell(self) -> dict[str, Any]:
         """What the resolver knows of the engine: `states` and `contents`, see `listing.Engine`."""
         return self.ask("tell", next(self._numbers))[0]
+
+    def load(self, lora_name: str) -> None:
+        """Wait until the engine has the adapter. ResolverError says why it cannot have it."""
+        name = pb_utils.Tensor("lora_name", np.array([[lora_name.encode()]], np.object_))
+        self.ask("load", next(self._numbers), [name])
 
     def ask(
         self,

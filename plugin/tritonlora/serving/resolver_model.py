@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from .adapter_table import AdapterTable
+from .adapter_table import AdapterTable, pins
 from .adapter_tensors import AdapterFiles
 from .admission import PROMPT_TOKENS_A_STEP, Admission, Ticket
 from .bindings import Bindings, contents_of
@@ -44,6 +44,7 @@ from .triton import failure, inputs_of, new_kept_weights, parameters_in, values_
 from .wire import CONTROL, INPUT_LENGTHS, REQUIRED, STATE, wire_of
 
 LONGEST_OUTPUT = 4096  # tokens of a request that does not tell its output length or its input length
+PINS_SECONDS = 1.0  # between two looks for pinned adapters in the table
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 FAILED = "the resolver failed on this request; the server's log says why"
 NOT_FOR_CLIENTS = f"{CONTROL} is no input for clients; leave it out"
@@ -68,6 +69,9 @@ class TritonPythonModel:
         self._table = TableFile(path, self._table_failed)
         self._seen_table = table = self._table.table()
         self._published_table = TableFile(path, lambda _: None)  # for the thread that publishes
+        self._pinned_table = TableFile(path, lambda _: None)  # for the dispatcher's thread
+        self._pinned_of: AdapterTable | None = None  # the table whose pinned adapters the dispatcher keeps
+        self._pins_at = time.monotonic() + PINS_SECONDS  # the server takes no requests of a model that it still loads
         self._files = AdapterFiles(self._repository)
         self._kept = new_kept_weights()
         self._routes: dict[int, Route] = {}  # lora_task_id -> the adapter that requests asked for
@@ -202,6 +206,15 @@ class TritonPythonModel:
             self._statistics.took("first_token", seconds)
         call.respond({})
 
+    def _load(self, key: Key, message: dict[str, Any], inputs: Any, call: Call) -> None:  # noqa: ARG002
+        """Respond once the engine has the adapter. The engine gets no request of a client, and none is counted."""
+        if not self._wire.sends_weights:
+            raise InvalidRequest("this engine loads adapters by itself, each on its first request")
+        self._resolve(inputs, {}, call)
+        adapters = {route.entry.lora_task_id: self._pages(route) for route in call.routes}
+        ticket = Ticket(adapters, 0.0, time.monotonic(), self._patience, takes_weights=False, only_loads=True)
+        self._sender.ask(ticket, call)
+
     def _tell(self, key: Key, message: dict[str, Any], inputs: Any, call: Call) -> None:  # noqa: ARG002
         call.respond({"states": self._sender.states(), "contents": self._bindings.contents()})
 
@@ -235,6 +248,21 @@ class TritonPythonModel:
     def _sweep(self) -> None:
         for lease in self._leases.sweep():
             self._ended(lease, "INTERNAL")
+        if time.monotonic() >= self._pins_at:
+            self._pins_at = time.monotonic() + PINS_SECONDS
+            self._pin()
+
+    def _pin(self) -> None:
+        """Have the pinned adapters of the table kept in the engine, if the table has changed."""
+        table = self._pinned_table.table()
+        if self._dispatcher is None or table is self._pinned_of:
+            return
+        self._pinned_of, kept = table, pins(table, self._capacity)
+        asked = {entry.lora_task_id: Route(name, entry) for name, entry in table.entries.items() if entry.pinned}
+        self._routes |= asked
+        self._dispatcher.pin(kept)
+        if left := [route.lora_name for task_id, route in asked.items() if task_id not in kept]:
+            pb_utils.Logger.log_error(f"pinned, and not kept in the engine: {', '.join(left)}; see: tritonlora check")
 
     # What `Call` needs
 
@@ -328,6 +356,7 @@ _OWN = {
     "lost": TritonPythonModel._lost,
     "leave": TritonPythonModel._leave,
     "end": TritonPythonModel._end,
+    "load": TritonPythonModel._load,
     "tell": TritonPythonModel._tell,
 }
 
