@@ -37,8 +37,8 @@ from upstream_configs import protobuf, upstream_repository
 
 NO_RESTART, RESTART = (f"note: {text}\n" for text in (output.NO_RESTART, output.RESTART))
 COMMANDS = (
-    *("demo", "init", "add", "compose", "remove", "alias", "list", "sync", "export", "plan", "check", "convert"),
-    *("serve", "openai", "generate", "top", "bench"),
+    *("demo", "init", "add", "compose", "remove", "alias", "list", "warm", "sync", "export", "plan", "check"),
+    *("convert", "serve", "openai", "generate", "top", "bench"),
 )
 
 
@@ -221,9 +221,9 @@ def test_list_prints_a_line_for_each_adapter(capsys: pytest.CaptureFixture[str],
 
     assert (0, "") == (code, err)
     assert [line.split("\t") for line in out.splitlines()] == [
-        ["lora_name", "lora_task_id", "rank", "modules", "size", "pages", "start", "aliases", "source"],
-        ["haiku", "2", "8", "attn_q,attn_v", "8.0 KiB", "1", "on first use", "", str(sources / "haiku")],
-        ["pirate", "1", "8", "attn_q,attn_v", "8.0 KiB", "1", "warm", "play,prod", str(sources / "pirate")],
+        ["lora_name", "lora_task_id", "rank", "modules", "size", "pages", "start", "aliases", "source", "pinned"],
+        ["haiku", "2", "8", "attn_q,attn_v", "8.0 KiB", "1", "on first use", "", str(sources / "haiku"), ""],
+        ["pirate", "1", "8", "attn_q,attn_v", "8.0 KiB", "1", "warm", "play,prod", str(sources / "pirate"), ""],
     ]
 
 

@@ -91,10 +91,10 @@ aliases:
     ]  # fmt: skip
     for line in (
         "line 1: anchors are not taken, got &all; write the value itself",
-        "line 2: adapter 'list' must be a source, or a mapping with source and warm, got a list",
+        "line 2: adapter 'list' must be a source, or a mapping with source, warm and pinned, got a list",
         "line 3: 'list' stands twice; first in line 2",
         "line 5: the source of adapter 'nothing' must be a directory or an address, got nothing",
-        "line 6: adapter 'misspelt': 'wrm' is not known; expected source or warm",
+        "line 6: adapter 'misspelt': 'wrm' is not known; expected source, warm or pinned",
         "line 6: warm of adapter 'misspelt' must be true or false, got 'true'",
         "line 8: tags are not taken, got 'tag:yaml.org,2002:python/object:os.system'",
         "line 9: anchors are not taken, got *all; write the value itself",
@@ -138,7 +138,7 @@ def test_nesting_that_is_too_deep_is_a_problem(closed: bool) -> None:
     """Neither the stack nor the memory runs out."""
     found = problems(b"adapters: {a: " + b"[" * 100_000 + b"]" * 100_000 * closed)
 
-    assert "line 1: adapter 'a' must be a source, or a mapping with source and warm, got a list" == found[0]
+    assert "line 1: adapter 'a' must be a source, or a mapping with source, warm and pinned, got a list" == found[0]
     assert found[1].startswith("line 1: it is not YAML: ")
 
 

@@ -26,6 +26,7 @@ from peft_answers import PROMPTS, TOKENS, save_llama
 from repositories import llm_api_repository, set_streams
 from synthetic import await_sample, listing
 from text_tokenizer import save_tokenizer
+from tritonlora.cli import commands
 from tritonlora.errors import ServerError
 from tritonlora.launch import client, diagnosis
 from tritonlora.launch.server import Server
@@ -389,3 +390,13 @@ def test_listing_and_metrics_are_those_of_the_engine_s_model(served: Served) -> 
 
     assert ADAPTERS.keys() == found.keys()
     assert ["warm", "unknown"] == [found[name]["state"] for name in WARM]  # the other one may have left by now
+
+
+def test_its_engine_loads_adapters_by_itself(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    """`warm` says so, and nothing can be pinned."""
+    assert 1 == commands.main(["warm", *WARM, "--url", served.server.http_url])
+    why = "not loaded: this engine loads adapters by itself, each on its first request"
+    assert [f"{name} {why}" for name in WARM] == capsys.readouterr().out.splitlines()
+    assert 1 == commands.main(["warm", WARM[0], "--pin", "--repo", str(served.opened.root)])
+
+    assert "as many as max_cpu_loras in model.yaml says; set max_cpu_loras to" in capsys.readouterr().err

@@ -18,6 +18,7 @@ from tritonclient.utils import InferenceServerException
 from asking import ENSEMBLE, Question, Refusal, ways
 from repositories import resolving, synthetic_adapter
 from synthetic import PROMPT, ask, expected, listing, post
+from tritonlora.cli import commands
 from tritonlora.errors import ServerError
 from tritonlora.launch.server import Server
 from tritonlora.repository import add
@@ -134,7 +135,7 @@ def test_where_all_adapters_fit_those_of_the_start_go_by_id_alone(roomy: tuple[R
     assert {} == resolve(server)
 
 
-def test_an_alias_is_divided_by_the_key(roomy: tuple[Repository, Server]) -> None:
+def test_an_alias_is_divided_by_the_key(roomy: tuple[Repository, Server], capsys: pytest.CaptureFixture[str]) -> None:
     """Per row of a batch, as through the ensemble; the listing has the shares. Without keys, both adapters respond."""
     opened, server = roomy
     add.alias(opened, "prod", {"pirate": 50, "haiku": 50})
@@ -145,6 +146,9 @@ def test_an_alias_is_divided_by_the_key(roomy: tuple[Repository, Server]) -> Non
     assert set(WARM) == set(chosen)
     assert np.array(ids, np.uint64).tobytes() == resolve(server, [b"prod"] * 8, None, keys)["lora_task_id"][1]
     assert [expected(table, name) for name in chosen] == [ask(server, "prod", lora_split_key=key) for key in keys]
+    command = ["generate", PROMPT, "--lora-name", "prod", "--max-tokens", "24", "--url", server.http_url, "--split-key"]
+    assert [0] * 8 == [commands.main([*command, key.decode()]) for key in keys]
+    assert [expected(table, name) for name in chosen] == capsys.readouterr().out.splitlines()
     assert {name: {"prod": 50} for name in WARM} == {
         name: about["shares"] for name, about in listing(server, "prod").items()
     }

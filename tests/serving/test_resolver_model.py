@@ -148,8 +148,8 @@ def test_what_is_published_is_what_was_asked_and_what_is_held(resolver: Any, ope
 def test_a_load_is_no_request_of_a_client(resolver: Any, opened: Repository) -> None:
     """The engine has the adapter when the response comes. No request is counted, not even one that is refused."""
     with closing(Holder()) as holder:
-        assert {"lora_names": ["pirate"]} == send(resolver, holder, "load", lora_name="pirate")
-        assert "NOT_FOUND" == send(resolver, holder, "load", lora_name="nobody")["refused"][1]
+        assert {"lora_names": ["pirate"]} == send(resolver, holder, "load", name="pirate")
+        assert "NOT_FOUND" == send(resolver, holder, "load", name="nobody")["refused"][1]
         told = send(resolver, holder, "tell")
     counts = resolver._statistics.counts()
 

@@ -48,6 +48,7 @@ class ScriptedResolver:
         if message["do"] not in ("enter", "load"):
             return {}, []
         names = [name.decode() for name in inputs.get("lora_name", np.array([])).reshape(-1)]
+        names += [message["name"]] if "name" in message else []
         if unknown := [name for name in names if name not in self.task_ids]:
             return {"refused": [f"unknown LoRA adapter {unknown[0]!r}", "NOT_FOUND"]}, []
         if self.holds_up:

@@ -33,6 +33,7 @@ from tritonlora.repository.paths import (
     read_bytes,
     read_table,
 )
+from tritonlora.repository.pinning import problem_of
 from tritonlora.repository.state import read_state
 from tritonlora.serving.adapter_table import AdapterEntry, AdapterTable
 from tritonlora.serving.dtypes import DTYPES
@@ -366,6 +367,12 @@ def _cache(subject: Subject) -> Iterator[Finding]:
         )
 
 
+def _pins(subject: Subject) -> Iterator[Finding]:
+    """The resolver can keep all pinned adapters in the engine."""
+    if problem := problem_of(subject.state, subject.table):
+        yield _error("pinned adapters", *problem)
+
+
 def _device_cache(where: str, plan: CachePlan) -> Iterator[Finding]:
     """The engine's LoRA cache in GPU memory, if its size is known, has the capacity for each adapter."""
     if plan.device is None:
@@ -431,6 +438,7 @@ CHECKS: tuple[Callable[[Subject], Iterator[Finding]], ...] = (
     _declarations,
     _warmup_block,
     _cache,
+    _pins,
     _leftovers,
     around.response_caches,
     around.resolver,

@@ -43,6 +43,7 @@ from tritonlora.cli.output import (
     size,
     source_text,
     stderr,
+    yes,
 )
 from tritonlora.errors import RepositoryError
 from tritonlora.launch import client
@@ -395,7 +396,7 @@ def list_adapters(
             {name: {**dataclasses.asdict(entry), **described_aliases(aliases.get(name, {}))} for name, entry in entries}
         )
         return
-    columns = ("lora_name", "lora_task_id", "rank", "modules", "size", "pages", "start", "aliases", "source")
+    columns = ("lora_name", "lora_task_id", "rank", "modules", "size", "pages", "start", "aliases", "source", "pinned")
     rows = [
         (
             name,
@@ -407,6 +408,7 @@ def list_adapters(
             "warm" if entry.warm else "on first use",
             aliases_text(described_aliases(aliases.get(name, {}))),
             source_text(entry.source),
+            yes(entry.pinned),
         )
         for name, entry in sorted(table.entries.items())
     ]

@@ -32,6 +32,7 @@ MODULES = {
     "remove": "adapters",
     "alias": "adapters",
     "list": "adapters",
+    "warm": "warm",
     "sync": "desired_state",
     "export": "desired_state",
     "plan": "repository",

@@ -216,7 +216,7 @@ def _adapter_words(one: Change) -> str:
     start = {True: "loaded at start", False: "loaded on its first request"}
     place = f"{after['source']} ({after['revision'][:12]})" if after["revision"] else after["source"]
     if before is None:
-        return f"from {place}, {start[after['warm']]}"
+        return f"from {place}, {start[after['warm']]}{', pinned' if after['pinned'] else ''}"
     words = []
     if "lora_task_id" not in after:
         words.append(f"from {place}, with a new lora_task_id if its content has changed")
@@ -224,6 +224,8 @@ def _adapter_words(one: Change) -> str:
         words.append(f"the same content from {after['source']}")
     if before["warm"] != after["warm"]:
         words.append(f"{start[before['warm']]} -> {start[after['warm']]}")
+    if before["pinned"] != after["pinned"]:
+        words.append("pinned" if after["pinned"] else "no longer pinned")
     return "; ".join(words)
 
 

@@ -120,14 +120,14 @@ def source_text(source: Source | None) -> str:
 
 def print_listing(listing: Mapping[str, Mapping[str, Any]]) -> None:
     """Print the adapters of a server, as `client.adapters` returns them. A malformed entry has only a state."""
-    columns = ("lora_name", "lora_task_id", "rank", "modules", "lora_weights", "aliases", "state")
+    columns = ("lora_name", "lora_task_id", "rank", "modules", "lora_weights", "aliases", "state", "pinned")
     print_table(columns, [_listing_row(name, about) for name, about in sorted(listing.items())])
 
 
 def _listing_row(name: str, about: Mapping[str, Any]) -> tuple[str, ...]:
     state = ": ".join(about[key] for key in ("state", "reason") if key in about)
     if "lora_task_id" not in about:
-        return (name, "?", "?", "?", "?", "", state)
+        return (name, "?", "?", "?", "?", "", state, "")
     return (
         name,
         str(about["lora_task_id"]),
@@ -136,7 +136,13 @@ def _listing_row(name: str, about: Mapping[str, Any]) -> tuple[str, ...]:
         f"{about['dtype']} {about['lora_weights_shape']}",
         aliases_text(about),
         state,
+        yes(about.get("pinned")),
     )
+
+
+def yes(value: object) -> str:
+    """ "yes" for a true value, and nothing for another one. Older servers give no value for a pin."""
+    return "yes" if value else ""
 
 
 def aliases_text(about: Mapping[str, Any]) -> str:

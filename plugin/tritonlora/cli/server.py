@@ -33,6 +33,7 @@ from tritonlora.machine import Ports
 from tritonlora.openai.settings import API_KEY_VARIABLE, check_access
 from tritonlora.repository.paths import open_repository
 from tritonlora.repository.state import read_state
+from tritonlora.serving.routing import SPLIT_KEY
 
 app = command_group()
 
@@ -154,11 +155,18 @@ def generate(
     url: Url = "localhost:8000",
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1)] = 64,
     model: Annotated[str, typer.Option("--model", help="The model to ask.")] = "ensemble",
+    split_key: Annotated[
+        str | None,
+        typer.Option(
+            "--split-key", help="For an alias of several adapters: equal keys get the same one; such as a user's id."
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Send a prompt to a running server and print the response as it arrives."""
     text = text_of(sys.stdin) if prompt == "-" else prompt
-    pieces = client.generate(text, lora_name=lora_name, max_tokens=max_tokens, url=url, model=model)
+    inputs = {} if split_key is None else {SPLIT_KEY: split_key}
+    pieces = client.generate(text, lora_name=lora_name, max_tokens=max_tokens, url=url, model=model, inputs=inputs)
     if as_json:
         print_json({"lora_name": lora_name, "text_output": "".join(pieces)})
         return

@@ -96,8 +96,12 @@ def ask(model: str, inputs: Mapping[str, Any], *, url: str = DEFAULT_URL, timeou
 
 def adapters(url: str = DEFAULT_URL, *, timeout: float = LISTING_TIMEOUT_SECONDS) -> dict[str, dict[str, Any]]:
     """The server's listing of its adapters, by lora_name (`serving.listing.describe`). Raises ServerError."""
+    return _listing(url, {}, timeout)
+
+
+def _listing(url: str, inputs: Mapping[str, Any], timeout: float) -> dict[str, dict[str, Any]]:
     try:
-        texts = [event["adapters"] for event in _answers(url, LISTING, b"{}", timeout)]
+        texts = [event["adapters"] for event in _answers(url, LISTING, json.dumps(inputs).encode(), timeout)]
         found: dict[str, dict[str, Any]] = _json_object(*texts)
     except ServerError as error:
         if _NO_MODEL.search(str(error)):
@@ -111,6 +115,21 @@ def adapters(url: str = DEFAULT_URL, *, timeout: float = LISTING_TIMEOUT_SECONDS
             f"model {LISTING!r} at {url} did not answer with a listing; run tritonlora init on its "
             "model repository, and start it again"
         ) from None
+    return found
+
+
+def load(lora_name: str, url: str = DEFAULT_URL, *, timeout: float = TIMEOUT_SECONDS) -> dict[str, dict[str, Any]]:
+    """Have the server's engine load the adapters that a name leads to, and wait for it.
+
+    Returns their listing, by lora_name, each with `load`: its `result` is "loaded", "held" (it was there already) or
+    "refused", then with a `reason`. Raises ServerError, also when the server knows no such name, or is too old.
+    """
+    found = _listing(url, {"lora_name": lora_name, "load": True}, timeout)
+    if not all("load" in about for about in found.values()):
+        raise ServerError(
+            f"model {LISTING!r} at {url} is of an older tritonlora, which loads nothing; run tritonlora init on its "
+            "model repository, and start it again"
+        )
     return found
 
 

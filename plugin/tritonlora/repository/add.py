@@ -279,6 +279,7 @@ def _plan(
         pages=_pages(name, layout, profile, state.config) if kind.WIRE.sends_weights else None,
         remarks=layout.without_tensors,
         source=fetched.source,
+        pinned=name in table.entries and table.entries[name].pinned,
     )
     fault = kind.backend_fault(state.config, dtype)
     remarks = (*remarks, *layout.remarks, *_other_base(table, name, entry.base_model_name_or_path))

@@ -4,7 +4,7 @@
 
     adapters:
       pirate-v3: adapters/pirate            # a source, as `tritonlora add` takes it
-      pirate-v4: {source: hf://org/pirate, warm: false}
+      pirate-v4: {source: hf://org/pirate, warm: false, pinned: true}
       haiku: {}                             # registered already; its content stays as it is
     aliases:
       canary: pirate-v4
@@ -37,6 +37,7 @@ class WantedAdapter:
 
     source: str | None = None  # None: the adapter is registered, and its content stays
     warm: bool = True
+    pinned: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,15 +73,15 @@ def document_of(table: AdapterTable) -> dict[str, Any]:
     for name, entry in sorted(table.entries.items()):
         location = entry.source.location if entry.source else COMPOSED
         source = {} if location.startswith(COMPOSED) else {"source": location}
-        warm = {} if entry.warm else {"warm": False}
-        adapters[name] = location if source and not warm else {**source, **warm}
+        flags = {**({} if entry.warm else {"warm": False}), **({"pinned": True} if entry.pinned else {})}
+        adapters[name] = location if source and not flags else {**source, **flags}
     aliases = {alias: as_written(shares) for alias, shares in sorted(table.aliases.items())}
     return {"adapters": adapters, **({"aliases": aliases} if aliases else {})}
 
 
 _NULL = {"", "~", "null", "Null", "NULL"}
 _TRUTH = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
-_ADAPTER = "a source, or a mapping with source and warm"
+_ADAPTER = "a source, or a mapping with source, warm and pinned"
 _ALIAS = "the name of an adapter, or a mapping of adapters to percentages"
 
 
@@ -170,16 +171,17 @@ class _Reader:
     def _adapter(self, name: str, line: int, event: Any) -> WantedAdapter:
         if _is_scalar(event):
             return WantedAdapter(self._source(name, line, event))
-        source, warm = None, True
+        source, flags = None, {"warm": True, "pinned": False}
         for key, at, value in self._pairs(event, f"adapter {name!r}", _ADAPTER):
             if key == "source":
                 source = self._source(name, at, value)
-            elif key == "warm":
-                warm = self._truth(name, at, value)
+            elif key in flags:
+                flags[key] = self._truth(f"{key} of adapter {name!r}", at, value)
             else:
-                self.problems.append((at, f"adapter {name!r}: {key[:200]!r} is not known; expected source or warm"))
+                expected = "source, warm or pinned"
+                self.problems.append((at, f"adapter {name!r}: {key[:200]!r} is not known; expected {expected}"))
                 self._pass_over(value)
-        return WantedAdapter(source, warm)
+        return WantedAdapter(source, **flags)
 
     def _source(self, name: str, line: int, event: Any) -> str | None:
         if _is_scalar(event) and event.value and not (_is_plain(event) and event.value in _NULL):
@@ -187,10 +189,10 @@ class _Reader:
         self._expected(f"the source of adapter {name!r}", "a directory or an address", line, event)
         return None
 
-    def _truth(self, name: str, line: int, event: Any) -> bool:
+    def _truth(self, what: str, line: int, event: Any) -> bool:
         if _is_scalar(event) and _is_plain(event) and event.value in _TRUTH:
             return _TRUTH[event.value]
-        self._expected(f"warm of adapter {name!r}", "true or false", line, event)
+        self._expected(what, "true or false", line, event)
         return True
 
     def _alias(self, alias: str, line: int, event: Any) -> Shares:

@@ -148,7 +148,7 @@ def write(state: State, table: AdapterTable, files: Rendered | None) -> State:
     adapters.json is written after the engine model's config.pbtxt; otherwise it is written before.
     """
     repository = state.repository
-    _require_readers(repository.root, schema_version_of(table))
+    _require_readers(repository.root, table)
     _keep_for_a_while(state, table)
     contents = {repository.table_path: render(table).encode()}
     if files is None:
@@ -163,27 +163,35 @@ def write(state: State, table: AdapterTable, files: Rendered | None) -> State:
     return state.after(table, {repository.target, *(path.parent.name for path in files.after_detour)})
 
 
-def _require_readers(root: Path, schema_version: int) -> None:
-    """Raise RepositoryError if code in the repository cannot read an adapters.json of this schema_version.
+def _require_readers(root: Path, table: AdapterTable) -> None:
+    """Raise RepositoryError if code in the repository cannot read the adapters.json of `table`, or knows no pins.
 
-    The server would keep the last table that its code could read.
+    The server would keep the last table that its code could read, or ignore the pins.
     """
-    if schema_version <= _READ_BY_ALL:
+    schema_version, pins = schema_version_of(table), any(entry.pinned for entry in table.entries.values())
+    if schema_version <= _READ_BY_ALL and not pins:
         return
     for model in (ROUTER, RESOLVER, LISTING):
         if not (root / model).is_dir():
             continue
         path = root / model / "1" / SERVING / "adapter_table_json.py"
-        declared = _SCHEMA_VERSIONS.search(read_text(path)) if path.is_file() else None
-        if declared is None or str(schema_version) not in declared[1].split(", "):
-            raise RepositoryError(
-                f"{model} runs code of an older tritonlora, which cannot divide the requests for an alias; "
-                f"update it with: tritonlora init {root}, and start the server again"
-            )
+        code = read_text(path) if path.is_file() else ""
+        declared = _SCHEMA_VERSIONS.search(code)
+        if schema_version > _READ_BY_ALL and (declared is None or str(schema_version) not in declared[1].split(", ")):
+            lacks = "divide the requests for an alias"
+        elif pins and not _KNOWS_PINS.search(code):
+            lacks = "pin adapters"
+        else:
+            continue
+        raise RepositoryError(
+            f"{model} runs code of an older tritonlora, which cannot {lacks}; "
+            f"update it with: tritonlora init {root}, and start the server again"
+        )
 
 
 _READ_BY_ALL = 2  # the highest schema_version that every version of tritonlora reads
 _SCHEMA_VERSIONS = re.compile(r"^SCHEMA_VERSIONS = \(([\d, ]+)\)$", re.MULTILINE)
+_KNOWS_PINS = re.compile(r'^    "pinned": ', re.MULTILINE)
 
 
 def _keep_for_a_while(state: State, table: AdapterTable) -> None:

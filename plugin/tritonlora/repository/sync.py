@@ -15,10 +15,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tritonlora.errors import AdapterTableError, SourceError, TritonLoraError
+from tritonlora.errors import AdapterTableError, RepositoryError, SourceError, TritonLoraError
 from tritonlora.repository.add import DEFAULTS, Added, Incoming, Options, Refused, change
 from tritonlora.repository.desired_state import DesiredState, WantedAdapter
 from tritonlora.repository.paths import Repository, read_table
+from tritonlora.repository.pinning import problem_of
+from tritonlora.repository.state import State, read_state
 from tritonlora.serving.adapter_table import (
     AdapterEntry,
     AdapterTable,
@@ -64,6 +66,7 @@ class SyncPlan:
     before: AdapterTable
     to_convert: Mapping[str, Conversion]
     warm: Mapping[str, bool]  # adapters whose content stays
+    pinned: Mapping[str, bool]  # those for which it is new
     sources: Mapping[str, Source]  # adapters whose content stays, and comes from another place now
     aliases: Mapping[str, Shares]
     removed_aliases: tuple[str, ...]
@@ -71,16 +74,29 @@ class SyncPlan:
     unmanaged: tuple[str, ...]  # adapters and aliases that stay, and are not in the desired state
     refused: tuple[Refused, ...] = field(default=())
 
+    def changed(self, name: str, entries: Mapping[str, AdapterEntry]) -> AdapterEntry:
+        """The entry of an adapter whose content stays, or was converted, with the other changes of the plan."""
+        entry = entries[name]
+        return replace(
+            entry,
+            warm=self.warm.get(name, entry.warm),
+            source=self.sources.get(name, entry.source),
+            pinned=self.pinned.get(name, entry.pinned),
+        )
+
     def changes(self) -> Iterator[Change]:
         """The changes, in the order in which people read them."""
         entries = self.before.entries
         for name, one in self.to_convert.items():
-            after = {"source": one.location, "revision": one.revision, "warm": one.warm}
+            after = {
+                "source": one.location,
+                "revision": one.revision,
+                "warm": one.warm,
+                "pinned": self.pinned.get(name, name in entries and entries[name].pinned),
+            }
             yield Change("change" if name in entries else "add", "adapter", name, _described(entries.get(name)), after)
-        for name in sorted({*self.warm, *self.sources}):
-            entry = entries[name]
-            changed = replace(entry, warm=self.warm.get(name, entry.warm), source=self.sources.get(name, entry.source))
-            yield Change("change", "adapter", name, _described(entry), _described(changed))
+        for name in sorted({*self.warm, *self.sources, *self.pinned} - self.to_convert.keys()):
+            yield Change("change", "adapter", name, _described(entries[name]), _described(self.changed(name, entries)))
         for name in self.removed:
             yield Change("remove", "adapter", name, _described(entries[name]), None)
         for alias, shares in self.aliases.items():
@@ -98,6 +114,7 @@ def _described(entry: AdapterEntry | None) -> dict[str, Any] | None:
         "source": entry.source.location if entry.source else None,
         "revision": entry.source.revision if entry.source else None,
         "warm": entry.warm,
+        "pinned": entry.pinned,
         "lora_task_id": entry.lora_task_id,
     }
 
@@ -122,7 +139,7 @@ def plan_sync(
     """
     table = read_table(repository)
     to_convert: dict[str, Conversion] = {}
-    warm, sources, refused = dict[str, bool](), dict[str, Source](), list[Refused]()
+    warm, pinned, sources, refused = dict[str, bool](), dict[str, bool](), dict[str, Source](), list[Refused]()
     for name, wanted in desired.adapters.items():
         known = table.entries.get(name)
         try:
@@ -130,6 +147,8 @@ def plan_sync(
         except TritonLoraError as error:
             refused.append(Refused(name, str(error)))
             continue
+        if wanted.pinned != (known is not None and known.pinned):
+            pinned[name] = wanted.pinned
         if isinstance(found, Conversion):
             to_convert[name] = found
             continue
@@ -147,6 +166,7 @@ def plan_sync(
         table,
         to_convert,
         warm,
+        pinned,
         sources,
         aliases,
         tuple(other_aliases) if prune else (),
@@ -225,7 +245,13 @@ def apply(
                 refuse(name, error)
             else:
                 incoming[name] = Incoming(found, replace(options, warm=one.warm))
-        results = change(repository, incoming, lambda table: _with_plan(table, plan, refuse), on_done)
+        state = read_state(repository)
+        results = change(
+            repository,
+            incoming,
+            lambda table: _without_refused_pins(state, _with_plan(table, plan, refuse), plan, refuse),
+            on_done,
+        )
     return [*results, *refused]
 
 
@@ -234,10 +260,8 @@ def _with_plan(table: AdapterTable, plan: SyncPlan, refuse: Callable[[str, Trito
 
     `refuse` is called for each change that `table` does not allow.
     """
-    for name in table.entries.keys() & (plan.warm.keys() | plan.sources.keys()):
-        entry = table.entries[name]
-        changed = replace(entry, warm=plan.warm.get(name, entry.warm), source=plan.sources.get(name, entry.source))
-        table = with_entry(table, name, changed)
+    for name in table.entries.keys() & {*plan.warm, *plan.sources, *plan.pinned}:
+        table = with_entry(table, name, plan.changed(name, table.entries))
     aliases = dict(plan.aliases)
     for alias, problem in _leading_nowhere(aliases, table.entries.keys()):
         refuse(alias, problem)
@@ -255,4 +279,17 @@ def _with_plan(table: AdapterTable, plan: SyncPlan, refuse: Callable[[str, Trito
             table = with_alias(table, alias, shares)
         except AdapterTableError as error:
             refuse(alias, error)
+    return table
+
+
+def _without_refused_pins(
+    state: State, table: AdapterTable, plan: SyncPlan, refuse: Callable[[str, TritonLoraError], None]
+) -> AdapterTable:
+    """`table`, in which the adapters that the plan pins are not pinned if the resolver could not keep all of them."""
+    new = [name for name, pinned in plan.pinned.items() if pinned and name in table.entries]
+    if not new or (problem := problem_of(state, table)) is None:
+        return table
+    for name in new:
+        table = with_entry(table, name, replace(table.entries[name], pinned=False))
+        refuse(name, RepositoryError(f"it is not pinned: {'; '.join(problem)}"))
     return table

@@ -217,12 +217,12 @@ def with_alias(table: AdapterTable, alias: str, to: str | Shares) -> AdapterTabl
     if alias in table.entries:
         raise AdapterTableError(f"{alias!r} is an adapter; an alias needs a name of its own")
     if isinstance(to, str):
-        return replace(table, aliases={**table.aliases, alias: _adapters_of(table, to)})
+        return replace(table, aliases={**table.aliases, alias: adapters_of(table, to)})
     problems = [str(Problem(rule, repr(got))) for rule, got in problems_of(to)]
     shares: dict[str, int] = {}
     for name, share in to.items():
         try:
-            adapter, *others = _adapters_of(table, name)
+            adapter, *others = adapters_of(table, name)
         except AdapterTableError as error:
             problems.append(str(error))
             continue
@@ -236,7 +236,7 @@ def with_alias(table: AdapterTable, alias: str, to: str | Shares) -> AdapterTabl
     return replace(table, aliases={**table.aliases, alias: shares})
 
 
-def _adapters_of(table: AdapterTable, name: str) -> Shares:
+def adapters_of(table: AdapterTable, name: str) -> Shares:
     """The adapters that a name leads to. AdapterTableError when it is neither an adapter nor an alias."""
     shares = table.aliases.get(name, {name: WHOLE})
     for adapter in shares:

@@ -60,8 +60,7 @@ class ResolverClient:
 
     def load(self, lora_name: str) -> None:
         """Wait until the engine has the adapter. ResolverError says why it cannot have it."""
-        name = pb_utils.Tensor("lora_name", np.array([[lora_name.encode()]], np.object_))
-        self.ask("load", next(self._numbers), [name])
+        self.ask("load", next(self._numbers), name=lora_name)
 
     def ask(
         self,

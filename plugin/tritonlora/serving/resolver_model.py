@@ -37,7 +37,7 @@ from .own_requests import Guard, OwnRequests
 from .parameters import check_parameters, parameters_of
 from .publishing import Publishing
 from .response_cache import check_config
-from .routing import SPLIT_KEY, Route, resolve_rows
+from .routing import SPLIT_KEY, Route, resolve, resolve_rows
 from .server_process import STARTING_SECONDS, is_starting, name_for, started_at, warmed_at_start
 from .table_file import TableFile
 from .triton import failure, inputs_of, new_kept_weights, parameters_in, values_of
@@ -210,8 +210,12 @@ class TritonPythonModel:
         """Respond once the engine has the adapter. The engine gets no request of a client, and none is counted."""
         if not self._wire.sends_weights:
             raise InvalidRequest("this engine loads adapters by itself, each on its first request")
-        self._resolve(inputs, {}, call)
-        adapters = {route.entry.lora_task_id: self._pages(route) for route in call.routes}
+        route = resolve(self._current_table(), str(message["name"]), None)
+        if route is None:
+            raise InvalidRequest(NOT_FOR_CLIENTS)
+        call.routes = [route]
+        self._use(route)
+        adapters = {route.entry.lora_task_id: self._pages(route)}
         ticket = Ticket(adapters, 0.0, time.monotonic(), self._patience, takes_weights=False, only_loads=True)
         self._sender.ask(ticket, call)
 
@@ -220,27 +224,33 @@ class TritonPythonModel:
 
     def _resolve(self, inputs: Any, parameters: dict[str, Any], call: Call) -> None:
         """Set the adapters of the request's rows: none for the base model."""
-        table = self._table.table()
-        if table is not self._seen_table:
-            self._new_table(table)
+        table = self._current_table()
         check_parameters(table, parameters)
         names = ("lora_name", self._wire.task_id, SPLIT_KEY)
         lora_names, lora_task_ids, split_keys = (values_of(inputs, name) for name in names)
         rows = next(iter(inputs.values())).shape()[0] if self._batching else 1
         call.routes = [route for route in resolve_rows(table, lora_names, lora_task_ids, rows, split_keys) if route]
         for route in call.routes:
-            if self._wire.sends_weights:
-                self._bindings.check(route)
-            else:
-                self._files.check(route)  # the engine's own error would have the server's paths
-                self._bindings.bind(route)  # the engine may read the adapter's files at any time
-            self._routes[route.entry.lora_task_id] = route
+            self._use(route)
 
-    def _new_table(self, table: AdapterTable) -> None:
-        self._seen_table = table
-        self._statistics.add(BASE, "table_reloads")
-        entries = table.entries.values()
-        self._files.forget_all_but({file for one in entries for file in (one.lora_weights_file, one.lora_config_file)})
+    def _use(self, route: Route) -> None:
+        """Note that a request is for this adapter. AdapterUnavailable when the engine cannot have its content."""
+        if self._wire.sends_weights:
+            self._bindings.check(route)
+        else:
+            self._files.check(route)  # the engine's own error would have the server's paths
+            self._bindings.bind(route)  # the engine may read the adapter's files at any time
+        self._routes[route.entry.lora_task_id] = route
+
+    def _current_table(self) -> AdapterTable:
+        """The table as it is now."""
+        table = self._table.table()
+        if table is not self._seen_table:
+            self._seen_table = table
+            self._statistics.add(BASE, "table_reloads")
+            files = {file for one in table.entries.values() for file in (one.lora_weights_file, one.lora_config_file)}
+            self._files.forget_all_but(files)
+        return table
 
     def _pages(self, route: Route) -> int:
         return route.entry.pages or self._capacity
