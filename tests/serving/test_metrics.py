@@ -124,8 +124,8 @@ def test_an_adapter_is_loaded_or_not_and_leaves_no_series_behind() -> None:
         return of("lora_adapter_loaded", published.publish(held=held, adapters=adapters))
 
     before, after = entry(1, adapter_sizes=(2, 8)), entry(3, adapter_sizes=(16,))
-    other = {("haiku", "4", "false"): 1.0}
-    haiku = entry(2, adapter_sizes=(4,))
+    other = {("haiku", "4", "true"): 1.0}
+    haiku = entry(2, adapter_sizes=(4,), pinned=True)
 
     assert {("pirate", "8", "false"): 0.0, **other} == publish({2}, pirate=before, haiku=haiku)
     assert {("pirate", "8", "false"): 1.0, **other} == publish({1, 2}, pirate=before, haiku=haiku)

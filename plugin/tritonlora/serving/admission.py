@@ -249,7 +249,8 @@ class Admission:
         """The adapters that requests in the queue wait for, with the number of those requests."""
         waiting = Counter[int]()
         for group in self._groups.values():
-            waiting.update(dict.fromkeys(group.adapters, len(group.tickets)))
+            if number := sum(not ticket.only_loads for ticket in group.tickets):
+                waiting.update(dict.fromkeys(group.adapters, number))
         return waiting
 
     @property

@@ -236,7 +236,8 @@ class Dispatcher:
             return error
         if not ticket.is_routers:
             self._note_sent(ticket)
-        self._on_pass(ticket)
+        if not ticket.only_loads:
+            self._on_pass(ticket)
         return None
 
     def _note_sent(self, ticket: Ticket) -> None:

@@ -165,15 +165,12 @@ def _residents(adapters: Mapping[str, AdapterEntry], held: Collection[int]) -> I
     for number, (name, entry) in enumerate(adapters.items()):
         is_held = entry.lora_task_id in held
         if number < MOST_NAMES:
-            yield Sample(RESIDENT, (name, str(max(entry.adapter_sizes, default=0)), _pinned(entry)), is_held)
+            pinned = "true" if entry.pinned else "false"
+            yield Sample(RESIDENT, (name, str(max(entry.adapter_sizes, default=0)), pinned), is_held)
         else:
             others += is_held
     if len(adapters) > MOST_NAMES:
         yield Sample(RESIDENT, (OTHERS, "", ""), others)
-
-
-def _pinned(entry: AdapterEntry) -> str:  # noqa: ARG001
-    return "false"
 
 
 def info_labels(in_use: Collection[str], waiting: Collection[str], max_lora: int) -> tuple[str, str, str]:
