@@ -15,8 +15,10 @@ import pytest
 from tritonclient.utils import InferenceServerException
 
 from asking import ENGINE, Question, Refusal, ways
+from monitoring import metric_names
 from repositories import forget_cache_pages, synthetic_repository
 from synthetic import await_sample, listing, samples
+from tritonlora import exposition
 from tritonlora.cli import commands
 from tritonlora.errors import ServerError
 from tritonlora.files import write_text
@@ -234,6 +236,15 @@ def test_metrics_tell_what_the_cache_holds_and_how_long_requests_took(server: Se
     deadline = time.monotonic() + 30
     while found() != expected:
         assert time.monotonic() < deadline, found()
+
+
+def test_the_metrics_of_alerts_and_dashboard_are_there(server: Server) -> None:
+    """All that a scrape of the server must have. Those of the door are its own."""
+    "".join(ask(server, "pirate"))
+    await_sample(server, "lora_requests_total", lambda n: n > 0, lora_name="pirate", outcome="OK")
+    scraped = {name for name, _ in exposition.parse(client.metrics(f"http://{server.metrics_url}/metrics"))}
+
+    assert set() == {name for name in metric_names() if not name.startswith("tritonlora_")} - scraped
 
 
 def test_the_gateway_sees_what_runs_and_what_waits(server: Server) -> None:

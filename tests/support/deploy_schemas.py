@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""JSON schemas of the custom resources in scripts/deploy, whose definitions no Python package carries.
+"""JSON schemas of the custom resources and of the dashboard in scripts/deploy, for which no package here has any.
 
 Each is written after the definition that it names, narrowed to the fields that scripts/deploy uses, and closed: a field
 that is not listed is an error, whether upstream knows it or not.
@@ -160,3 +160,101 @@ ENDPOINT_PICKER_CONFIG = _closed(
 )
 
 BY_KIND = {"InferencePool": INFERENCE_POOL, "HTTPRoute": HTTP_ROUTE, "PodMonitor": POD_MONITOR}
+
+# grafana v11.6.0, kinds/dashboard/dashboard_kind.cue and the schemas of the panels. A Grafana numbers panels by itself,
+# and has its own source of data.
+_SOURCE = _closed({"type": {"const": "prometheus"}, "uid": {"const": "${datasource}"}}, "type", "uid")
+_FLAG: Schema = {"type": "boolean"}
+
+
+def _up_to(most: int) -> Schema:
+    return {"type": "integer", "minimum": 0, "maximum": most}
+
+
+_PLACE = _closed({"x": _up_to(23), "y": _up_to(1000), "w": _up_to(24), "h": _up_to(100)}, "x", "y", "w", "h")
+_QUERY = _closed(
+    {"datasource": _SOURCE, "refId": _TEXT, "expr": _TEXT, "legendFormat": _TEXT, "format": {"enum": ["heatmap"]}},
+    *("datasource", "refId", "expr", "legendFormat"),
+)
+_TOOLTIP = _closed({"mode": {"enum": ["single", "multi", "none"]}, "sort": {"enum": ["asc", "desc", "none"]}})
+_OPTIONS = {
+    "timeseries": _closed({"tooltip": _TOOLTIP}),
+    "state-timeline": _closed({"showValue": {"enum": ["auto", "never", "always"]}}),
+    "heatmap": _closed({"yAxis": _closed({"unit": _TEXT})}),
+}
+_FIELD = _closed(
+    {
+        "unit": _TEXT,
+        "min": {"type": "number"},
+        "color": _closed({"mode": _TEXT}, "mode"),
+        "custom": _closed(
+            {
+                "drawStyle": {"enum": ["line", "bars", "points"]},
+                "lineWidth": _up_to(10),
+                "fillOpacity": _up_to(100),
+                "showPoints": {"enum": ["auto", "never", "always"]},
+                "stacking": _closed({"mode": {"enum": ["none", "normal", "percent"]}, "group": _TEXT}),
+            }
+        ),
+    }
+)
+
+
+def _panel(kind: str, options: Schema) -> Schema:
+    properties = {
+        "type": {"const": kind},
+        "title": _TEXT,
+        "description": _TEXT,
+        "datasource": _SOURCE,
+        "gridPos": _PLACE,
+        "fieldConfig": _closed({"defaults": _FIELD, "overrides": _list({}, maxItems=0)}, "defaults", "overrides"),
+        "options": options,
+        "targets": _list(_QUERY, minItems=1),
+    }
+    return _closed(properties, *properties)
+
+
+_ROW_PANEL = {"type": {"const": "row"}, "title": _TEXT, "collapsed": _FLAG, "gridPos": _PLACE, "panels": _list(_TEXT)}
+_CHOICE: Schema = {"name": _TEXT, "label": _TEXT, "multi": _FLAG, "includeAll": _FLAG, "refresh": _up_to(2)}
+_QUERIED = _closed({"qryType": {"const": 1}, "query": _TEXT, "refId": _TEXT}, "qryType", "query", "refId")
+_VARIABLES = [
+    _closed({"type": {"const": "datasource"}, "query": {"const": "prometheus"}, **_CHOICE}, "type", "name", "query"),
+    _closed(
+        {
+            "type": {"const": "query"},
+            "datasource": _SOURCE,
+            "query": _QUERIED,
+            "allValue": _TEXT,
+            "sort": _up_to(8),
+            "current": _closed({"selected": _FLAG, "text": _list(_TEXT), "value": _list(_TEXT)}, "text", "value"),
+            **_CHOICE,
+        },
+        *("type", "name", "datasource", "query"),
+    ),
+]
+DASHBOARD = _closed(
+    {
+        "title": _TEXT,
+        "uid": {"type": "string", "minLength": 8, "maxLength": 40},
+        "description": _TEXT,
+        "tags": _list(_TEXT),
+        "schemaVersion": {"const": 41},
+        "version": {"type": "integer"},
+        "editable": _FLAG,
+        "graphTooltip": _up_to(2),
+        "timezone": {"enum": ["browser", "utc"]},
+        "refresh": {"type": "string"},
+        "time": _closed({"from": _TEXT, "to": _TEXT}, "from", "to"),
+        "templating": _closed({"list": _list({"oneOf": _VARIABLES})}, "list"),
+        "annotations": _closed({"list": _list(_TEXT)}, "list"),
+        "panels": _list(
+            {
+                "oneOf": [
+                    _closed(_ROW_PANEL, *_ROW_PANEL),
+                    *(_panel(kind, options) for kind, options in _OPTIONS.items()),
+                ]
+            }
+        ),
+    },
+    *("title", "uid", "schemaVersion", "time", "templating", "annotations", "panels"),
+)
