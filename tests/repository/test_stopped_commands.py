@@ -8,7 +8,9 @@ import errno
 import logging
 import math
 import os
+import re
 import shutil
+import signal
 import stat
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -142,6 +144,33 @@ def test_killed_at_any_operation_the_repository_loads_and_whatever_comes_next_ke
         }, "the files of ids that nobody has any more are gone"
     if what == "a replacement":
         assert named_but_retired, "the state that this is all about never came about"
+
+
+def test_a_killed_command_leaves_what_was_copied_before_its_operation(base: Path, tmp_path: Path) -> None:
+    """So that `faults.stops` need not kill it. Only the random parts of temporary names differ."""
+
+    def left(root: Path) -> dict[str, tuple[int, bytes | None]]:
+        return {
+            re.sub(r"\.[0-9a-f]{8}\.", ".", path.relative_to(root).as_posix()): (
+                path.lstat().st_mode,
+                path.read_bytes() if path.is_file() else None,
+            )
+            for path in root.rglob("*")
+        }
+
+    root, killed = tmp_path / "repo", tmp_path / "killed" / "repo"
+    command = ["remove", "pirate", "haiku", "--repo"]
+    seen = 0
+    for at in faults.stops([*command, str(root)], base, root):
+        shutil.rmtree(killed, ignore_errors=True)
+        shutil.copytree(base, killed)
+        outcome = faults.run([*command, str(killed)], killed, faults.MOST if at is None else at)
+        assert outcome == (
+            faults.Outcome(0, faulted=False) if at is None else faults.Outcome(-signal.SIGKILL, faulted=True)
+        )
+        assert left(root) == left(killed), at
+        seen += any(path.name.endswith(files.TEMPORARY_SUFFIX) for path in killed.rglob("*"))
+    assert seen
 
 
 def _sample(name: str, file: str) -> str:

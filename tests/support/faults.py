@@ -3,7 +3,8 @@
 """Commands that are killed, or whose file system refuses, at any operation on files.
 
 The command runs in a process of its own. An audit hook of Python's sees each operation just before the kernel does,
-whatever function of the standard library asks for it.
+whatever function of the standard library asks for it. A command that is killed leaves what is on the disk just then:
+`stops` runs a command once, and copies what is there before each operation.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from pathlib import Path
@@ -31,6 +32,7 @@ OPERATIONS = frozenset(
 DELETIONS = frozenset({"os.remove", "os.rmdir"})
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 TIMEOUT = 120.0  # seconds
+MOST = 1000  # operations of a command
 _FAULTED = 64  # added to the exit code of a command that met its fault and lived on
 
 _context = multiprocessing.get_context("forkserver")
@@ -75,15 +77,7 @@ def run(
 
     The command is killed there, or gets the `error`, an errno. What it prints goes to `log`.
     """
-    _start_forkserver()
-    process = _context.Process(target=_run, args=([*arguments], str(watched), at, error, operations, umask, str(log)))
-    process.start()
-    process.join(TIMEOUT)
-    exit_code = process.exitcode
-    if exit_code is None:
-        process.kill()
-        process.join()
-        raise TimeoutError(f"{arguments} did not end")
+    exit_code = _join(_run_faulted, [*arguments], str(watched), at, error, operations, umask, str(log))
     if exit_code < 0:
         return Outcome(exit_code, faulted=True)
     return Outcome(exit_code % _FAULTED, faulted=exit_code >= _FAULTED)
@@ -94,7 +88,46 @@ def complete(arguments: Sequence[str], *, umask: int = 0o022, log: Path = Path(o
     return run(arguments, Path("/nowhere"), 0, umask=umask, log=log).exit_code
 
 
-def _run(
+def stops(arguments: list[str], base: Path, root: Path, *, step: int = 1) -> Iterator[int | None]:
+    """What a command leaves of a copy of `base` at `root`, killed before its operation 0, 1, … or at its end (None).
+
+    `step`: before each `step`-th operation only.
+    """
+    states = root.with_name(f"states of {root.name}")
+    states.mkdir()
+    _replace(root, base)
+    assert 0 == _join(_run_copied, [*arguments], str(root), str(states), step)
+    root.rename(states / "end")
+    killed = range(0, step * (len([*states.iterdir()]) - 1), step)
+    assert 5 < len(killed) * step < MOST, "it was seen to do next to nothing, or too much"
+    for at in (*killed, None):
+        _replace(root, states / ("end" if at is None else str(at)))
+        yield at
+    shutil.rmtree(states)
+
+
+def _replace(root: Path, content: Path) -> None:
+    shutil.rmtree(root, ignore_errors=True)
+    shutil.copytree(content, root, symlinks=True)
+
+
+# In the process of the command
+
+
+def _join(function: Callable[..., None], *parameters: object) -> int:
+    """The exit code of a fresh process that calls `function`; negative: the signal that killed it."""
+    _start_forkserver()
+    process = _context.Process(target=function, args=parameters)
+    process.start()
+    process.join(TIMEOUT)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+        raise TimeoutError(f"{parameters[0]} did not end")
+    return process.exitcode
+
+
+def _run_faulted(
     arguments: list[str],
     watched: str,
     at: int,
@@ -103,25 +136,50 @@ def _run(
     umask: int,
     log: str,
 ) -> None:
-    os.umask(umask)
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    seen, faulted = 0, False
+    faulted = False
 
-    def hook(event: str, parts: tuple[Any, ...]) -> None:
-        nonlocal seen, faulted
-        if event not in operations or (event == "open" and not parts[2] & _WRITES):
-            return
-        if not any(path.startswith(watched) for path in _paths(event, parts)):
-            return
-        seen += 1
-        if seen == at + 1:
+    def meet(number: int, name: object) -> None:
+        nonlocal faulted
+        if number == at:
             faulted = True
             if error is None:
                 os.kill(os.getpid(), signal.SIGKILL)
             else:
-                raise OSError(error, os.strerror(error), str(parts[0]))
+                raise OSError(error, os.strerror(error), str(name))
+
+    os.umask(umask)
+    code = _main(arguments, log, watched, operations, meet)
+    os._exit(code + _FAULTED * faulted)
+
+
+def _run_copied(arguments: list[str], watched: str, states: str, step: int) -> None:
+    def copy(number: int, name: object) -> None:
+        if number < MOST and number % step == 0:
+            shutil.copytree(watched, os.path.join(states, str(number)), symlinks=True)  # noqa: PTH118
+
+    os._exit(_main(arguments, os.devnull, watched, OPERATIONS, copy))
+
+
+def _main(
+    arguments: list[str],
+    log: str,
+    watched: str,
+    operations: frozenset[str],
+    before: Callable[[int, object], None],
+) -> int:
+    """Run a command, which prints to `log`; `before(number, name)` is called before each operation in `watched`."""
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    seen = 0
+
+    def hook(event: str, parts: tuple[Any, ...]) -> None:
+        nonlocal seen
+        if event not in operations or (event == "open" and not parts[2] & _WRITES):
+            return
+        if any(path.startswith(watched) for path in _paths(event, parts)):
+            seen += 1
+            before(seen - 1, parts[0])
 
     from tritonlora.cli import commands
 
@@ -129,7 +187,7 @@ def _run(
     code = commands.main(arguments)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code + _FAULTED * faulted)
+    return code
 
 
 def _paths(event: str, parts: tuple[Any, ...]) -> list[str]:
@@ -148,20 +206,3 @@ def _path(name: Any, directory: int) -> str:
 
 def _opened(descriptor: int) -> Path:
     return Path(f"/proc/self/fd/{descriptor}").readlink()
-
-
-def stops(arguments: list[str], base: Path, root: Path, *, step: int = 1) -> Iterator[int]:
-    """Kill a command before its first, second, … operation, each time on a fresh copy of `base` at `root`.
-
-    The last time it comes to its end. `step`: before each `step`-th operation only.
-    """
-    for at in range(0, 1000, step):
-        shutil.rmtree(root, ignore_errors=True)
-        shutil.copytree(base, root, symlinks=True)
-        outcome = run(arguments, root, at)
-        assert outcome.exit_code == (-signal.SIGKILL if outcome.faulted else 0)
-        yield at
-        if not outcome.faulted:
-            assert at > 5, "it was seen to do next to nothing"
-            return
-    pytest.fail("it never came to its end")
