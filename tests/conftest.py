@@ -44,12 +44,17 @@ def _place(item: pytest.Item) -> int:
 
 _TESTS = Path(__file__).parent
 _LONGEST = (
+    "packaging/test_installed.py",
+    "server/test_serve.py",
+    "docs/test_blocks.py",
+    "server/test_openai.py",
+    "server/test_llm_api.py",
+    "server/test_dead_stubs.py",
+    "server/test_answers.py",
+    "server/test_demo_answers.py",
     "repository/test_stopped_undo.py",
     "repository/test_stopped_commands.py",
     "test_regular_files.py",
-    "packaging/",
-    "docs/test_blocks.py",
-    "server/test_demo_answers.py",
     "server/",
     "repository/",
     "cpu_engine/",

@@ -39,22 +39,19 @@ class Served:
 
 
 def _peft_answers(base: Path) -> dict[tuple[str | None, str], str]:
-    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(base)
-    answers = {}
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(base, padding_side="left")
+    conversations = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    answers: dict[tuple[str | None, str], str] = {}
     for name in NAMES:
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
         if name is not None:
             model = peft.PeftModel.from_pretrained(model, str(flow.ADAPTERS / name))
-        for question in QUESTIONS:
-            inputs = tokenizer.apply_chat_template(
-                [{"role": "user", "content": question}],
-                add_generation_prompt=True,
-                return_tensors="pt",
-                return_dict=True,
-            )
-            output = model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)
-            new = output[0, inputs["input_ids"].shape[1] :]
-            answers[name, question] = str(tokenizer.decode(new, skip_special_tokens=True))
+        inputs = tokenizer.apply_chat_template(
+            conversations, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+        )
+        outputs = model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)
+        texts = tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        answers |= {(name, question): text for question, text in zip(QUESTIONS, texts, strict=True)}
     return answers
 
 
