@@ -167,6 +167,7 @@ def test_the_command_line_imports_at_the_top_of_its_modules() -> None:
         ("cli/bench.py", "from tritonlora.bench import openai as benchmark"),
         ("cli/openai.py", "from tritonlora.openai import server"),
         ("cli/bench.py", "from tritonlora.bench import measured, route"),
+        ("cli/bench.py", "from tritonlora.bench import mix"),
     } == inside
 
 

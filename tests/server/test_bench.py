@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tritonlora.bench import clients, load, openai, scratch
+from tritonlora.bench import clients, load, mix, openai, scratch
 from tritonlora.bench.clients import Clients
 from tritonlora.bench.load import Way
 from tritonlora.bench.route import Options, run
@@ -99,6 +99,29 @@ def test_the_door_is_measured_beside_the_server() -> None:
     assert ["tokens per second of door / direct", "ms that the door adds"] == ratios
     assert all("µs" in note for note in parts[-1].notes)
     assert parts[-1].notes
+
+
+def test_a_mix_of_load_is_judged_and_its_processes_are_sampled() -> None:
+    """In three ways, while adapters come and go: no wrong response, and no error without a reason."""
+    part, is_sound = mix.run(
+        mix.Options(
+            adapters=12,
+            pages=4,
+            clients=15,
+            seconds=3.0,
+            tokens=8,
+            think=0.05,
+            token_seconds=0.005,
+            leavers=0.2,
+            change_seconds=0.3,
+        )
+    )
+    sizes = {note.partition(":")[0] for note in part.notes[1:] if "open files" in note}
+
+    assert is_sound, part.notes
+    assert ["first token, grpc", "first token, http", "first token, openai"] == [one.name for one in part.series]
+    assert {"tritonserver", "lora_resolver", "tensorrt_llm", "openai"} <= sizes
+    assert int(part.notes[0].split()[0]) > 15
 
 
 def test_an_evicted_adapter_takes_longer_than_a_resident_one() -> None:

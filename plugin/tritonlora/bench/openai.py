@@ -60,13 +60,13 @@ def run(options: Options) -> list[Part]:
         opened = scratch.paced(Path(directory) / "repo", 1, pages=1, token_seconds=options.token_seconds)
         with Server(opened.root, exit_timeout=EXIT_TIMEOUT_SECONDS) as server:
             server.wait_until_ready()
-            with _door(server.grpc_url) as (door, url):
+            with opened_door(server.grpc_url) as (door, url):
                 streams = _streams(options, server, door, url)
                 first = _first(options, server, url)
                 burst = _burst(options, server, door, url)
                 client = _client(options, door, url)
             profile = Path(directory) / "profile"
-            with _door(server.grpc_url, "-m", "cProfile", "-o", str(profile)) as (_, url):
+            with opened_door(server.grpc_url, "-m", "cProfile", "-o", str(profile)) as (_, url):
                 load.ask(url, {"door": _ways(server, url, options.tokens)["door"]}, rounds=1, streams=options.streams)
             return [streams, first, burst, client, _profile(profile, options.streams * options.tokens)]
 
@@ -178,7 +178,7 @@ def _ways(server: Server, url: str, tokens: int) -> dict[str, Way]:
 
 
 @contextlib.contextmanager
-def _door(grpc_url: str, *python: str) -> Iterator[tuple[int, str]]:
+def opened_door(grpc_url: str, *python: str) -> Iterator[tuple[int, str]]:
     """(process id, HOST:PORT) of a door that is ready."""
     port = free_ports().http
     command = [sys.executable, *python, "-m", "tritonlora", "openai", "--url", grpc_url, "--port", str(port)]

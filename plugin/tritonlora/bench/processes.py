@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""Processor time and memory of a running tritonserver's processes, from Linux' /proc."""
+"""Processor time, memory and open files of a running tritonserver's processes, from Linux' /proc."""
 
 from __future__ import annotations
 
@@ -38,3 +38,8 @@ def pss_nbytes(processes: Iterable[int]) -> int:
     """The memory of the processes in bytes. A page that n processes of the machine share counts as 1/n in each."""
     lines = [line for pid in processes for line in (PROC / str(pid) / "smaps_rollup").read_text().splitlines()]
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+
+
+def open_files(processes: Iterable[int]) -> int:
+    """The number of file descriptors that the processes have."""
+    return sum(len([*(PROC / str(pid) / "fd").iterdir()]) for pid in processes)

@@ -146,6 +146,11 @@ def paced(root: Path, count: int, *, pages: int, token_seconds: float) -> Reposi
     return opened
 
 
+def put_small(opened: Repository, name: str, *, seed: int) -> int:
+    """Add a random adapter of one page, or replace the one of that name, and return its lora_task_id."""
+    return _add(opened, name, SMALL, SMALL_LAYERS, rank=8, seed=seed).lora_task_id
+
+
 def large_adapters(root: Path, *, rank: int = LARGE_RANK, layers: int = LAYERS) -> Repository:
     """A repository with LARGE_ADAPTERS adapters of a Llama 8B, n1 and so on, in the forward topology.
 

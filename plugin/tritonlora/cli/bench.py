@@ -137,3 +137,46 @@ def bench_openai(
     with stderr.status("measuring"):
         results = benchmark.run(options)
     _print(results, as_json)
+
+
+@bench.command("mix")
+def bench_mix(
+    adapters: Annotated[int, typer.Option("--adapters", min=2)] = 100,
+    pages: Annotated[int, typer.Option("--pages", min=1, help="Adapters that the engine's cache holds.")] = 16,
+    clients: Annotated[int, typer.Option("--clients", min=1)] = 200,
+    seconds: Annotated[float, typer.Option("--seconds", min=1.0)] = 300.0,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens of a response, on average.")] = 32,
+    think: Annotated[float, typer.Option("--think", min=0.0, help="Seconds between two requests of a client.")] = 0.5,
+    pace: Annotated[float, typer.Option("--pace", min=0.0, help="The engine's seconds a token.")] = 0.04,
+    leavers: Annotated[
+        float, typer.Option("--leavers", min=0.0, max=1.0, help="The share of requests whose client leaves.")
+    ] = 0.05,
+    change: Annotated[float, typer.Option("--change", min=0.1, help="Seconds between two changes of adapters.")] = 2.0,
+    door: Annotated[bool, typer.Option("--door/--no-door", help="Let clients ask the OpenAI API, too.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Put a mix of load on a server: many adapters, a small cache, adapters that change, clients that leave.
+
+    Clients ask over HTTP, gRPC and the OpenAI API. The engine's model is the synthetic engine, so each response is
+    checked. The exit code is 1 if a response is of another adapter, or an error has no reason.
+    """
+    extras.require("bench")
+    from tritonlora.bench import mix
+
+    options = mix.Options(
+        adapters=adapters,
+        pages=pages,
+        clients=clients,
+        seconds=seconds,
+        tokens=tokens,
+        think=think,
+        token_seconds=pace,
+        leavers=leavers,
+        change_seconds=change,
+        door=door,
+    )
+    with stderr.status("measuring") as status:
+        result, is_sound = mix.run(options, status.update)
+    _print([result], as_json)
+    if not is_sound:
+        raise typer.Exit(1)
