@@ -137,7 +137,7 @@ def _reason(failure: str, held: Sequence[int | None]) -> str | None:
 class Sizes:
     """The processes of a group at one time."""
 
-    nbytes: float  # proportional set size
+    nbytes: float  # proportional set size, without the pages of files
     files: float  # open file descriptors
 
 
@@ -242,7 +242,7 @@ def _changed(opened: Repository, number: int) -> tuple[str, int | None]:
 
 def _sizes(name: str, pids: Sequence[int]) -> Sizes:
     try:
-        return Sizes(pss_nbytes(pids), open_files(pids))
+        return Sizes(pss_nbytes(pids, "Pss_Anon", "Pss_Shmem"), open_files(pids))
     except OSError:
         raise ServerError(f"a process of {name} ended while the clients asked") from None
 

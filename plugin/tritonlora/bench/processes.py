@@ -34,10 +34,14 @@ def processor_seconds(processes: Mapping[str, Iterable[int]]) -> dict[str, float
     return {name: sum(sum(map(int, stat_of(pid)[11:13])) for pid in pids) / ticks for name, pids in processes.items()}
 
 
-def pss_nbytes(processes: Iterable[int]) -> int:
-    """The memory of the processes in bytes. A page that n processes of the machine share counts as 1/n in each."""
+def pss_nbytes(processes: Iterable[int], *fields: str) -> int:
+    """The memory of the processes in bytes. A page that n processes of the machine share counts as 1/n in each.
+
+    `fields` are those of smaps_rollup, by default Pss. Pss_Anon and Pss_Shmem leave out the pages of files, such as
+    programs. Of those a process has a larger part when other processes with the same program end.
+    """
     lines = [line for pid in processes for line in (PROC / str(pid) / "smaps_rollup").read_text().splitlines()]
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.partition(":")[0] in (fields or ("Pss",)))
 
 
 def open_files(processes: Iterable[int]) -> int:
