@@ -19,6 +19,7 @@ _OPENAI = (
     "grpc",
     "httptools",
     "jinja2",
+    "prometheus_client",
     "pydantic",
     "tokenizers",
     "transformers",

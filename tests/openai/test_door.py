@@ -13,6 +13,7 @@ import pytest
 
 from tritonlora.openai import door
 from tritonlora.openai.discovery import Served
+from tritonlora.openai.metrics import Metrics
 from tritonlora.openai.settings import Settings
 
 
@@ -32,7 +33,7 @@ def test_the_collector_does_not_look_at_the_libraries_objects(monkeypatch: pytes
         return found
 
     async def served() -> Served:
-        opened = door.Door(Settings())
+        opened = door.Door(Settings(), Metrics())
         async with opened.opened():
             while opened._served is None:
                 await asyncio.sleep(0)

@@ -52,18 +52,19 @@ def test_without_the_key_nobody_gets_in(path: str, headers: Any) -> None:
     assert (401, "invalid_api_key") == (response.status_code, response.json()["error"]["code"])
 
 
-def test_with_the_key_one_gets_in_and_health_needs_none() -> None:
-    """The server is not there: 503."""
+def test_with_the_key_one_gets_in_and_probes_need_none() -> None:
+    """The server is not there: 503. The metrics are."""
     statuses = [
         ask("GET", path, key, headers=headers).status_code
         for path, key, headers in (
             ("/v1/models", "right", {"Authorization": "Bearer right"}),
             ("/v1/models", None, {}),
             ("/health", "right", {}),
+            ("/metrics", "right", {}),
         )
     ]
 
-    assert [503] * 3 == statuses
+    assert [503, 503, 503, 200] == statuses
 
 
 @pytest.mark.parametrize(("address", "key"), [(EVERYBODY, None), ("::", None), ("10.0.0.1", None), ("127.0.0.1", "")])

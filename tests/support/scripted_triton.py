@@ -3,7 +3,7 @@
 """A gRPC server with Triton's API, and a door before it, both in the test's process.
 
 A token is a byte. The engine repeats the last token of the prompt. After a prompt that ends with "!" it falls silent
-when it has sent two tokens.
+when it has sent two tokens. After one that ends with "~" it takes a millisecond for each.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class ScriptedTriton(GRPCInferenceServiceServicer):  # type: ignore[misc]
         self.asked: list[Any] = []  # each ModelInferRequest that generates
         self.metadata: list[dict[str, str]] = []  # of the same
         self.stopped: asyncio.Queue[str] = asyncio.Queue()  # ids of requests that were to be stopped
+        self._ended: set[str] = set()
         target = _config("tensorrt_llm")
         ensemble = _config("tensorrt_llm")
         ensemble.name = "lora_tokens"
@@ -71,6 +72,7 @@ class ScriptedTriton(GRPCInferenceServiceServicer):  # type: ignore[misc]
             inputs = dict(zip([one.name for one in request.inputs], request.raw_input_contents, strict=True))
             if "stop" in inputs:
                 self.stopped.put_nowait(request.id)
+                self._ended.add(request.id)
                 continue
             self.asked.append(request)
             self.metadata.append(dict(context.invocation_metadata()))
@@ -82,6 +84,10 @@ class ScriptedTriton(GRPCInferenceServiceServicer):  # type: ignore[misc]
             for number in range(int(np.frombuffer(inputs["request_output_len"], np.int32)[0])):
                 if token == ord("!") and number == BEFORE_SILENCE:
                     await asyncio.Event().wait()
+                if token == ord("~"):
+                    await asyncio.sleep(0.001)
+                if request.id in self._ended:
+                    break
                 yield pb.ModelStreamInferResponse(infer_response=_response(token))
 
 

@@ -16,6 +16,7 @@ from tritonlora.openai import responses
 from tritonlora.openai.api_error import ApiError
 from tritonlora.openai.discovery import Served
 from tritonlora.openai.generation import Audience, Generations, Prompt
+from tritonlora.openai.metrics import record_of
 from tritonlora.openai.sampling import wants_logprobs
 from tritonlora.openai.schema import GenerationRequest
 from tritonlora.openai.served_model import ChoiceState, Piece
@@ -39,15 +40,20 @@ class Answer(Response):
         self._head = responses.header(kind, request.model)
         self._prompts = prompts
         self._audience = Audience()
+        self._sequences: list[ChoiceState] = []
         self._choices = [(prompt, number) for prompt in prompts for number in range(request.n or 1)]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._audience.record = record = record_of(scope)
+        record.prompt_tokens = sum(len(prompt.source.tokens) for prompt in self._prompts)
         work = asyncio.create_task(self._stream(send) if self._request.stream else self._whole(scope, receive, send))
         gone = asyncio.create_task(_disconnected(receive))
         try:
             await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
         finally:
             gone.cancel()
+            record.has_left = not work.done()
+            record.generated_tokens = sum(sequence.count for sequence in self._sequences)
             self._leave([work])
         if work.done():
             work.result()
@@ -62,6 +68,7 @@ class Answer(Response):
     def _pieces(self, index: int) -> tuple[ChoiceState, AsyncGenerator[Piece, None]]:
         prompt, number = self._choices[index]
         sequence = self._served.model.sequence(self._request, prompt.source, prompt.max_tokens)
+        self._sequences.append(sequence)
         return sequence, self._generations.run(self._served, self._request, prompt, sequence, number, self._audience)
 
     async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -107,6 +114,7 @@ class Answer(Response):
         except ApiError as error:
             if not has_started:
                 raise
+            self._audience.record.failed(error)
             await send({"type": "http.response.body", "body": responses.error_event(error.body()), "more_body": False})
             return
         last = events.usage(self._usage(sum(counts))) if includes_usage else b""

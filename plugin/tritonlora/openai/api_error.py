@@ -18,6 +18,7 @@ INVALID, NOT_FOUND, OVERLOADED, FAILED = (
     "server_error",
 )
 UNSUPPORTED, TOO_LONG = "unsupported", "context_length_exceeded"  # codes
+UNKNOWN_MODEL, STALLED = "model_not_found", "stalled"
 
 
 class ApiError(Exception):
@@ -57,7 +58,7 @@ def unavailable(message: str) -> ApiError:
 
 def stalled(seconds: float) -> ApiError:
     """The error of a request for which the engine fell silent."""
-    return ApiError(504, f"the engine sent no token for {seconds:g} s; ask again", kind=FAILED, code="stalled")
+    return ApiError(504, f"the engine sent no token for {seconds:g} s; ask again", kind=FAILED, code=STALLED)
 
 
 # What a message of the server contains -> status and code. The first match counts. A gRPC stream of Triton has the
@@ -96,4 +97,4 @@ def unknown_model(model: str, base_name: str, names: str) -> ApiError:
     """The error of a request for a model that does not exist. `names` are the adapters, separated by commas."""
     available = ", ".join(filter(None, (base_name, names)))
     message = f"The model {model[:200]!r} does not exist; available: {available}"
-    return ApiError(404, message, kind=NOT_FOUND, param="model", code="model_not_found")
+    return ApiError(404, message, kind=NOT_FOUND, param="model", code=UNKNOWN_MODEL)

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
@@ -22,6 +23,7 @@ from tritonlora.openai.discovery import Served
 from tritonlora.openai.door import Door
 from tritonlora.openai.error_responses import add_handlers
 from tritonlora.openai.guard import Guard
+from tritonlora.openai.metrics import CONTENT_TYPE, Metered, Metrics, record_of
 from tritonlora.openai.prompts import chat_prompt, completion_prompts
 from tritonlora.openai.schema import ChatRequest, CompletionRequest, ErrorBody
 from tritonlora.openai.settings import Settings
@@ -43,7 +45,8 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 
 def create_app(settings: Settings) -> ASGIApp:
     """The door as an ASGI application."""
-    door = Door(settings)
+    metrics = Metrics()
+    door = Door(settings, metrics)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -63,6 +66,11 @@ def create_app(settings: Settings) -> ASGIApp:
             raise unavailable("the server behind this API is not ready; ask again")
         return JSONResponse({"status": "ok"})
 
+    @app.get("/metrics", response_class=Response)
+    async def metrics_page() -> Response:
+        """The metrics, as Prometheus reads them."""
+        return Response(metrics.page(), media_type=CONTENT_TYPE)
+
     @app.get("/v1/models")
     async def models() -> JSONResponse:
         """The base model, the adapters and their aliases."""
@@ -79,8 +87,9 @@ def create_app(settings: Settings) -> ASGIApp:
         return JSONResponse(card)
 
     @app.post("/v1/chat/completions", response_model=None)
-    async def chat(request: ChatRequest) -> Response:
+    async def chat(request: ChatRequest, http: Request) -> Response:
         """The next message of a conversation."""
+        record_of(http.scope).model = request.model
         served = door.served()
         await door.check_name(served, request.model)
         try:
@@ -90,8 +99,9 @@ def create_app(settings: Settings) -> ASGIApp:
         return Answer(door.generations, served, request, [prompt], responses.CHAT)
 
     @app.post("/v1/completions", response_model=None)
-    async def completions(request: CompletionRequest) -> Response:
+    async def completions(request: CompletionRequest, http: Request) -> Response:
         """The text after each prompt."""
+        record_of(http.scope).model = request.model
         served = door.served()
         await door.check_name(served, request.model)
         try:
@@ -100,7 +110,7 @@ def create_app(settings: Settings) -> ASGIApp:
             raise await door.first_of(served, request.model, error) from None
         return Answer(door.generations, served, request, prompts, responses.COMPLETION)
 
-    return Guard(app, settings.api_key)
+    return Metered(Guard(app, settings.api_key), metrics)
 
 
 def _cards(served: Served, found: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from tritonlora.errors import TritonLoraError
 from tritonlora.openai.api_error import ApiError, invalid, unavailable, unknown_model
 from tritonlora.openai.discovery import Served, discover, listing
 from tritonlora.openai.generation import Generations
+from tritonlora.openai.metrics import Metrics
 from tritonlora.openai.settings import Settings
 from tritonlora.openai.triton_client import ServerGone, ServerRefused, TritonClient
 from tritonlora.serving.adapter_table import NAME_PATTERN
@@ -29,8 +30,9 @@ class Door:
     client: TritonClient
     generations: Generations
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self._settings = settings
+        self._metrics = metrics
         self._served: Served | None = None
         self._problem = ""
 
@@ -55,10 +57,12 @@ class Door:
     async def adapters(self) -> Mapping[str, Mapping[str, Any]]:
         """The adapters of the server, as they are now."""
         try:
-            return await listing(self.client)
+            found = await listing(self.client)
         except (ServerGone, ServerRefused) as error:
             log.warning("the server at %s does not list its adapters: %s", self._settings.url, error)
             raise unavailable("the server behind this API does not answer; ask again") from None
+        self._metrics.know(_names(found))
+        return found
 
     async def check_name(self, served: Served, name: str) -> None:
         """Refuse a name that cannot be an adapter's, and one that is the base model's as well as an adapter's.

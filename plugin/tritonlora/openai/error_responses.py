@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from tritonlora.openai.api_error import FAILED, INVALID, NOT_FOUND, ApiError, invalid
+from tritonlora.openai.metrics import record_of
 
 
 def add_handlers(app: FastAPI) -> None:
@@ -23,8 +24,9 @@ def add_handlers(app: FastAPI) -> None:
 
 
 def _handler(error_of: Callable[[Any], ApiError]) -> Callable[[Request, Exception], Awaitable[JSONResponse]]:
-    async def handle(_: Request, error: Exception) -> JSONResponse:
+    async def handle(request: Request, error: Exception) -> JSONResponse:
         found = error_of(error)
+        record_of(request.scope).failed(found)
         return JSONResponse(found.body(), found.status, headers=found.headers)
 
     return handle

@@ -14,11 +14,12 @@ import logging
 import secrets
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tritonlora.openai.api_error import error_of_server, stalled, unavailable
 from tritonlora.openai.discovery import Served
+from tritonlora.openai.metrics import Record
 from tritonlora.openai.schema import GenerationRequest
 from tritonlora.openai.served_model import ChoiceState, Inputs, Piece, ServedModel, Source
 from tritonlora.openai.triton_client import ServerGone, ServerRefused, ServerSilent, TritonClient, infer_request
@@ -41,6 +42,7 @@ class Audience:
     """Whoever waits for the choices of one request."""
 
     has_left: bool = False
+    record: Record = field(default_factory=Record)
 
 
 class Generations:
@@ -74,6 +76,7 @@ class Generations:
         stream = self._client.stream(asked, self._stall_seconds)
         try:
             async for response in stream:
+                audience.record.responded()
                 part = state.add(response)
                 if part.text or part.logprobs:
                     yield part

@@ -16,7 +16,7 @@ from tritonlora.openai.api_error import ApiError, unavailable
 MOST_BODY_BYTES = 8 << 20
 BODY_SECONDS = 30.0
 MOST_REQUESTS = 4096
-OPEN_PATHS = ("/health",)  # for the probes of an orchestrator, which have no key
+OPEN_PATHS = ("/health", "/metrics")  # for probes and Prometheus, which have no key
 
 
 class Guard:

@@ -7,9 +7,11 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import os
 import resource
 import socket
 import sys
+import tempfile
 from asyncio import TimerHandle, Transport
 
 import uvicorn
@@ -21,6 +23,7 @@ from tritonlora.errors import ServerError
 from tritonlora.machine import host_and_port, is_ipv6
 from tritonlora.openai.api_error import invalid
 from tritonlora.openai.app import create_app
+from tritonlora.openai.metrics import MULTIPROCESS_DIRECTORY
 from tritonlora.openai.settings import Settings, check_access
 
 HEAD_SECONDS = 60.0  # until a connection has sent the head of a request
@@ -47,7 +50,9 @@ def run(settings: Settings) -> None:
     )
     with _listening(settings) as listening:
         if settings.workers > 1:
-            Multiprocess(config, sockets=[listening]).run()
+            with tempfile.TemporaryDirectory(prefix="tritonlora-metrics-") as directory:
+                os.environ[MULTIPROCESS_DIRECTORY] = directory
+                Multiprocess(config, sockets=[listening]).run()
         else:
             uvicorn.Server(config).run(sockets=[listening])
 
