@@ -7,6 +7,7 @@ The engine is upstream's, as its config.pbtxt of v0.18 declares it. For text the
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +27,7 @@ from tritonlora.openai.schema import CompletionRequest
 from tritonlora.openai.served_model import Declared, Source
 from tritonlora.pbtxt.model_config import parse_config
 from tritonlora.repository.init import shipped_models
+from tritonlora.repository.model_configs import target_ensemble
 
 CONFIG = parse_config((shipped_models() / "tensorrt_llm" / "config.pbtxt").read_text())
 TYPES = {spec.name: str(spec.data_type) for spec in CONFIG.inputs}
@@ -108,6 +110,44 @@ def test_each_field_goes_to_its_input(text: ChatTokenizer) -> None:
     }
     assert (1, text.tokenizer.vocab_size) == bias.shape
     assert {5: -1.5} == {int(index): float(bias[0, index]) for index in bias[0].nonzero()[0]}
+
+
+SCHEMA = {"type": "object", "required": ["é"]}
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"response_format": {"type": "text"}}, (None, None)),
+        ({"response_format": {"type": "json_object"}}, ("json", None)),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}},
+            ("json_schema", SCHEMA),
+        ),
+        ({"guided_json": SCHEMA}, ("json_schema", SCHEMA)),
+        ({"guided_regex": "é+"}, ("regex", "é+")),
+        ({"guided_grammar": 'root ::= "é"'}, ("ebnf_grammar", 'root ::= "é"')),
+    ],
+)
+def test_a_guide_is_what_the_engines_model_reads(
+    text: ChatTokenizer, fields: dict[str, Any], expected: tuple[str | None, Any]
+) -> None:
+    """As TensorRT-LLM does, triton_backend/all_models/inflight_batcher_llm/tensorrt_llm/1/model.py: [1, 1] bytes.
+
+    The ensemble that the door asks has the inputs, and passes them on, where the engine's model declares them.
+    """
+    declared = "".join(
+        f'input {{ name: "{name}" data_type: TYPE_STRING dims: [ 1 ] optional: true }}\n' for name in GUIDES
+    )
+    target = parse_config((shipped_models() / "tensorrt_llm" / "config.pbtxt").read_text() + declared)
+    asked = parse_config(target_ensemble(target, name="lora_tokens", target_name="tensorrt_llm", router="lora_router"))
+    types = {spec.name: str(spec.data_type) for spec in asked.inputs}
+    inputs = model(text, types).request_inputs(request(**fields), Source("x", [1]), 4)
+    kind, guide = (inputs[name].squeeze(axis=0)[0].decode() if name in inputs else None for name in GUIDES)
+
+    assert GUIDES.items() <= types.items()
+    assert any(GUIDES.keys() <= {*step.input_map} for step in asked.steps)
+    assert expected == (kind, json.loads(guide) if kind == "json_schema" else guide)
 
 
 def test_the_end_token_is_told_or_taken_away(text: ChatTokenizer) -> None:
