@@ -147,7 +147,7 @@ def test_a_guide_is_what_the_engines_model_reads(
 
     assert GUIDES.items() <= types.items()
     assert any(GUIDES.keys() <= {*step.input_map} for step in asked.steps)
-    assert expected == (kind, json.loads(guide) if kind == "json_schema" else guide)
+    assert expected == (kind, json.loads(guide or "") if kind == "json_schema" else guide)
 
 
 def test_the_end_token_is_told_or_taken_away(text: ChatTokenizer) -> None:
