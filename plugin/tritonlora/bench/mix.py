@@ -34,11 +34,8 @@ from tritonlora.repository.paths import Repository
 
 EXIT_TIMEOUT_SECONDS = 2  # no client waits for a response any more
 SAMPLE_SECONDS = 1.0
-REPLACED, MOVED, PASSING = (
-    "replaced",
-    "moved",
-    "passing",
-)  # names: of an adapter, an alias, an adapter added and removed
+# Names of an adapter, of an alias, and of an adapter that comes and goes.
+REPLACED, MOVED, PASSING = "replaced", "moved", "passing"
 MIB = 1 << 20
 SHOWN = 10  # examples of what is wrong
 # A process whose memory grows by more than this from the middle to the end is not flat. 5 % and 4 MiB are noise.
