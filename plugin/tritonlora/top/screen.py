@@ -133,7 +133,7 @@ COLUMNS = (
     ),
     Column("loads", "LOADS", 5, lambda row: count(row.loads), lambda row: row.loads, 6),
     Column("load-rate", "LOAD/S", 6, lambda row: rate(row.loads_per_second), lambda row: row.loads_per_second, 8),
-    Column("load-time", "TIME", 6, lambda row: duration(row.load_seconds), lambda row: row.load_seconds, 7),
+    Column("load-time", "TIME", 6, lambda row: duration(row.load_seconds or None), lambda row: row.load_seconds, 7),
     Column("hits", "H/M/W %", 8, _shares, _hit_share, 9),
     Column(
         *("errors", "ERR", 5, lambda row: count(row.errors), lambda row: row.errors, 5),
