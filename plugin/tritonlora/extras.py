@@ -34,6 +34,7 @@ MODULES: Mapping[str, Sequence[str]] = {
     "cpu": _CPU,
     "openai": _OPENAI,
     "demo": _DEMO,
+    "otel": (*_OPENAI, "opentelemetry"),
     "bench": (*_CPU, *_OPENAI, "matplotlib", "openai"),
     "train": (*_DEMO, "peft"),
 }

@@ -22,7 +22,11 @@ from environments import ROOT
 from tritonlora import __version__, extras
 
 DIST_INFO = f"tritonlora-{__version__}.dist-info"
-MODULE_OF = {"grpcio": "grpc", "pyyaml": "yaml"}  # where a module is not called as its package
+MODULE_OF = {
+    "opentelemetry-sdk": "opentelemetry",
+    "grpcio": "grpc",
+    "pyyaml": "yaml",
+}  # where a module is not called as its package
 
 
 def members(wheel: Path) -> dict[str, bytes]:

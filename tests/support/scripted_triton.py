@@ -26,6 +26,7 @@ from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceServicer, add
 
 from tritonlora.openai.app import create_app
 from tritonlora.openai.settings import Settings
+from tritonlora.openai.tracing import Tracing
 from tritonlora.repository.init import shipped_models
 
 ADAPTERS = {"pirate": {"aliases": ["arr"]}, "haiku": {"aliases": []}}
@@ -105,13 +106,15 @@ def _response(token: int) -> Any:
 
 
 @contextlib.asynccontextmanager
-async def opened(**settings: Any) -> AsyncIterator[tuple[ScriptedTriton, httpx.AsyncClient]]:
+async def opened(
+    *, tracing: Tracing | None = None, **settings: Any
+) -> AsyncIterator[tuple[ScriptedTriton, httpx.AsyncClient]]:
     """The server, and a client of the door before it, while the block runs."""
     triton, server = ScriptedTriton(), grpc.aio.server()
     add_GRPCInferenceServiceServicer_to_server(triton, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
-    app = create_app(Settings(url=f"127.0.0.1:{port}", context_length=1000, **settings))
+    app = create_app(Settings(url=f"127.0.0.1:{port}", context_length=1000, **settings), tracing)
     door = uvicorn.Server(uvicorn.Config(app, lifespan="on", log_config=None, timeout_graceful_shutdown=1))
     with socket.create_server(("127.0.0.1", 0)) as listening:
         serving = asyncio.create_task(door.serve(sockets=[listening]))

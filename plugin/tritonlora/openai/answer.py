@@ -20,6 +20,7 @@ from tritonlora.openai.metrics import record_of
 from tritonlora.openai.sampling import wants_logprobs
 from tritonlora.openai.schema import GenerationRequest
 from tritonlora.openai.served_model import ChoiceState, Piece
+from tritonlora.openai.tracing import headers_of
 
 
 class Answer(Response):
@@ -45,6 +46,7 @@ class Answer(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._audience.record = record = record_of(scope)
+        self._audience.trace_headers = headers_of(scope)
         record.prompt_tokens = sum(len(prompt.source.tokens) for prompt in self._prompts)
         work = asyncio.create_task(self._stream(send) if self._request.stream else self._whole(scope, receive, send))
         gone = asyncio.create_task(_disconnected(receive))

@@ -23,10 +23,12 @@ from tritonlora.openai.discovery import Served
 from tritonlora.openai.door import Door
 from tritonlora.openai.error_responses import add_handlers
 from tritonlora.openai.guard import Guard
-from tritonlora.openai.metrics import CONTENT_TYPE, Metered, Metrics, record_of
+from tritonlora.openai.metrics import CONTENT_TYPE, Metrics, record_of
+from tritonlora.openai.observed import Observed
 from tritonlora.openai.prompts import chat_prompt, completion_prompts
 from tritonlora.openai.schema import ChatRequest, CompletionRequest, ErrorBody
 from tritonlora.openai.settings import Settings
+from tritonlora.openai.tracing import Tracing
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": text}
@@ -43,7 +45,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def create_app(settings: Settings) -> ASGIApp:
+def create_app(settings: Settings, tracing: Tracing | None = None) -> ASGIApp:
     """The door as an ASGI application."""
     metrics = Metrics()
     door = Door(settings, metrics)
@@ -52,6 +54,8 @@ def create_app(settings: Settings) -> ASGIApp:
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         async with door.opened():
             yield
+        if tracing is not None:
+            await asyncio.to_thread(tracing.close)
 
     app = FastAPI(
         title="tritonlora", version=__version__, lifespan=lifespan, responses=_ERRORS, docs_url=None, redoc_url=None
@@ -110,7 +114,7 @@ def create_app(settings: Settings) -> ASGIApp:
             raise await door.first_of(served, request.model, error) from None
         return Answer(door.generations, served, request, prompts, responses.COMPLETION)
 
-    return Metered(Guard(app, settings.api_key), metrics)
+    return Observed(Guard(app, settings.api_key), metrics, tracing)
 
 
 def _cards(served: Served, found: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ import asyncio
 import itertools
 import logging
 import secrets
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,6 +43,7 @@ class Audience:
 
     has_left: bool = False
     record: Record = field(default_factory=Record)
+    trace_headers: Mapping[str, str] = field(default_factory=dict)
 
 
 class Generations:
@@ -73,7 +74,7 @@ class Generations:
         lora_name = None if request.model == served.base_name else request.model
         inputs = model.choice_inputs(prompt.inputs, lora_name, number)
         asked = infer_request(model.model, request_id, inputs, model.outputs(request))
-        stream = self._client.stream(asked, self._stall_seconds)
+        stream = self._client.stream(asked, self._stall_seconds, audience.trace_headers)
         try:
             async for response in stream:
                 audience.record.responded()

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import prometheus_client as prometheus
 from prometheus_client import multiprocess
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Scope
 
 from tritonlora.openai.api_error import STALLED, UNKNOWN_MODEL, ApiError
 
@@ -27,7 +27,6 @@ CONTENT_TYPE = prometheus.CONTENT_TYPE_LATEST
 UNKNOWN = "(unknown)"  # no adapter has such a name
 LEFT = 499  # the status of a request whose client left before its response began, as nginx has it
 _ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/models")
-_UNCOUNTED = ("/health", "/metrics")
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0, 180.0, 600.0)
 _RECORD = "tritonlora.record"  # key of a request's scope
 
@@ -139,27 +138,6 @@ class Metrics:
             self._disconnects.labels(model).inc()
         if record.code == STALLED:
             self._stalls.labels(model).inc()
-
-
-class Metered:
-    """An ASGI application before another one, whose requests it counts."""
-
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        self._app = app
-        self._metrics = metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in _UNCOUNTED:
-            await self._app(scope, receive, send)
-            return
-        with self._metrics.recorded(scope) as record:
-
-            async def noted(message: Message) -> None:
-                if message["type"] == "http.response.start":
-                    record.status = message["status"]
-                await send(message)
-
-            await self._app(scope, receive, noted)
 
 
 def _dead_workers(directory: Path) -> Iterator[int]:

@@ -21,6 +21,7 @@ from uvicorn.supervisors import Multiprocess
 
 from tritonlora.errors import ServerError
 from tritonlora.machine import host_and_port, is_ipv6
+from tritonlora.openai import tracing
 from tritonlora.openai.api_error import invalid
 from tritonlora.openai.app import create_app
 from tritonlora.openai.metrics import MULTIPROCESS_DIRECTORY
@@ -59,7 +60,7 @@ def run(settings: Settings) -> None:
 
 def _application(settings: Settings) -> ASGIApp:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)  # in each process
-    return create_app(settings)
+    return create_app(settings, tracing.from_environment())
 
 
 def _listening(settings: Settings) -> socket.socket:

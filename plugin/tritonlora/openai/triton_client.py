@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator, Callable, Mapping
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 import grpc
@@ -80,12 +80,14 @@ class TritonClient:
         found = await self._call(self._stub.ModelInfer, request)
         return json.loads(found.raw_output_contents[0][4:])
 
-    async def stream(self, request: Any, silence_seconds: float) -> AsyncGenerator[Any, None]:
+    async def stream(
+        self, request: Any, silence_seconds: float, headers: Mapping[str, str] = MappingProxyType({})
+    ) -> AsyncGenerator[Any, None]:
         """The responses to a request, each a ModelInferResponse. Closing the iterator cancels the call.
 
         ServerSilent when `silence_seconds` pass without a response.
         """
-        call = self._stub.ModelStreamInfer()
+        call = self._stub.ModelStreamInfer(metadata=tuple(headers.items()) or None)
         silence = _Silence(silence_seconds, call.cancel)
         try:
             await call.write(request)
