@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import compose_spec
+import jsonpatch
 import jsonschema
 import kubernetes_validate
 import pytest
@@ -23,6 +24,7 @@ from deploy_schemas import BY_KIND, ENDPOINT_PICKER_CONFIG
 from tritonlora.cli import commands
 from tritonlora.launch.tritonserver import EXIT_TIMEOUT_SECONDS, Tritonserver, server_command
 from tritonlora.machine import Ports
+from tritonlora.openai.settings import DEFAULT_PORT
 from tritonlora.repository import desired_state
 
 DEPLOY = Path(__file__).parents[1] / "scripts" / "deploy"
@@ -37,10 +39,27 @@ def documents() -> Iterator[tuple[str, Document]]:
     """Every Kubernetes resource, by `<file>: <kind>`."""
     for path in sorted((DEPLOY / "kubernetes").glob("*.yaml")):
         for document in yaml.safe_load_all(path.read_text()):
-            yield f"{path.name}: {document['kind']}", document
+            if path.name != "kustomization.yaml":
+                yield f"{path.name}: {document['kind']}", document
+
+
+def with_openai(resources: dict[str, Document]) -> dict[str, Document]:
+    """The resources that kubernetes-openai changes, as kustomize changes them."""
+    base = yaml.safe_load((DEPLOY / "kubernetes" / "kustomization.yaml").read_text())["resources"]
+    changed = {}
+    for one in yaml.safe_load((DEPLOY / "kubernetes-openai" / "kustomization.yaml").read_text())["patches"]:
+        kind, name = one["target"]["kind"], one["target"]["name"]
+        [key] = [
+            key
+            for key, found in resources.items()
+            if found["kind"] == kind and re.fullmatch(name, found["metadata"]["name"]) and key.split(": ")[0] in base
+        ]
+        changed[key] = jsonpatch.apply_patch(copy.deepcopy(resources[key]), yaml.safe_load(one["patch"]))
+    return changed
 
 
 RESOURCES = dict(documents())
+WITH_OPENAI = with_openai(RESOURCES)
 SERVER = RESOURCES["server.yaml: Deployment"]["spec"]["template"]
 CONTAINER = SERVER["spec"]["containers"][0]
 POOL = RESOURCES["inferencepool.yaml: InferencePool"]["spec"]
@@ -230,7 +249,7 @@ def test_the_image_gets_the_wheel_with_what_add_needs() -> None:
     assert ["--from=build /build/dist dist", "scripts/constraints.txt pins.txt"] == [
         rest for word, rest in second if word == "COPY"
     ]
-    assert "dist/*.whl)[convert]" in installs
+    assert "dist/*.whl)[convert,openai]" in installs
 
 
 def test_the_image_gets_what_it_is_built_from_and_nothing_else() -> None:
@@ -380,6 +399,46 @@ def test_the_endpoint_picker_reads_the_routers_lora_metric_from_these_pods() -> 
     }.items() <= POOL["endpointPickerRef"].items()
     assert f"--pool-name={pool['metadata']['name']}" in PICKER["spec"]["containers"][0]["args"]
     assert {"group": "inference.networking.k8s.io", "kind": "InferencePool", "name": pool["metadata"]["name"]} == route
+
+
+@pytest.mark.parametrize("name", WITH_OPENAI)
+def test_every_resource_with_the_openai_container_is_what_its_kind_allows(name: str) -> None:
+    """After the patches."""
+    validate(WITH_OPENAI[name])
+    assert WITH_OPENAI[name] != RESOURCES[name]
+
+
+def test_the_openai_container_is_as_safe_as_the_server_and_ends_before_the_pod() -> None:
+    """The route and the pool lead to it, its probes to /health, and its arguments are options of the command."""
+    pod = WITH_OPENAI["server.yaml: Deployment"]["spec"]["template"]["spec"]
+    server, door = pod["containers"]
+    program, command, *arguments = door["args"]
+    told = dict(zip(arguments[::2], arguments[1::2], strict=True))
+    options = typer.main.get_command(commands.app).commands["openai"].params  # type: ignore[attr-defined]
+    known = {spelt for option in options for spelt in option.opts}
+    waits = int(door["lifecycle"]["preStop"]["exec"]["command"][-1])
+    mounts = {mount["name"]: mount for mount in server["volumeMounts"]}
+
+    assert server == CONTAINER
+    assert ("tritonlora", "openai", CONTAINER["image"]) == (program, command, door["image"])
+    assert told.keys() <= known
+    assert waits + float(told["--drain-seconds"]) < pod["terminationGracePeriodSeconds"]
+    assert {"TRITONLORA_API_KEY"} == {one["name"] for one in door["env"]}
+    assert {"name": "openai", "containerPort": DEFAULT_PORT} == door["ports"][0]
+    assert ("/health", "openai") == tuple(door["readinessProbe"]["httpGet"][key] for key in ("path", "port"))
+    assert server["securityContext"] == door["securityContext"]
+    assert all(mount == mounts[mount["name"]] for mount in door["volumeMounts"])
+    assert [{"number": DEFAULT_PORT}] == WITH_OPENAI["inferencepool.yaml: InferencePool"]["spec"]["targetPorts"]
+    [rule] = WITH_OPENAI["inferencepool.yaml: HTTPRoute"]["spec"]["rules"]
+    assert "/v1" == rule["matches"][0]["path"]["value"]
+    assert "openai" in [one["port"] for one in RESOURCES["podmonitor.yaml: PodMonitor"]["spec"]["podMetricsEndpoints"]]
+
+
+def test_the_endpoint_picker_reads_openais_bodies_before_it_takes_every_path() -> None:
+    """A parser without paths of its own stops those after it."""
+    parsers = [one["pluginRef"] for one in PICKER_CONFIG["requestHandler"]["parsers"]]
+
+    assert ["openai-parser", "passthrough-parser"] == parsers
 
 
 def test_every_image_of_ours_has_one_name() -> None:

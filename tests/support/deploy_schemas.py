@@ -133,6 +133,7 @@ _PLUGINS: dict[str, Schema | None] = {
     "kv-cache-utilization-scorer": None,
     "lora-affinity-scorer": None,
     "metrics-data-source": _closed({"path": _TEXT, "port": _PORT}),
+    "openai-parser": None,
     "passthrough-parser": None,
     "queue-scorer": None,
 }
