@@ -10,7 +10,6 @@ the tree.
 
 from __future__ import annotations
 
-import functools
 import re
 import sys
 from dataclasses import dataclass
@@ -20,7 +19,6 @@ from tritonlora.errors import ConfigError
 # Triton's ModelConfig does not nest in itself; its deepest field is about eight messages down.
 MAX_DEPTH = 32
 MAX_LENGTH = 64 * 1024 * 1024  # characters; ten thousand warmup samples take about 12 million
-KEPT_LENGTH = 64 * 1024  # characters, of texts whose trees are kept: a command parses the same configs again and again
 
 _TEMPLATE = r"\$(?:\{[^{}\n]*\}|[A-Za-z_]\w*)"
 _TOKEN = re.compile(
@@ -125,14 +123,8 @@ def parse(text: str) -> Document:
     """The document of a config.pbtxt; raises ConfigError with line, column and what was expected there."""
     if len(text) > MAX_LENGTH:
         raise ConfigError(f"expected at most {MAX_LENGTH} characters, got {len(text)}")
-    return (_parse if len(text) > KEPT_LENGTH else _parse_once)(text)
-
-
-def _parse(text: str) -> Document:
-    return Document(text, Message(0, len(text), _Parser(text).fields(closer="", depth=0)))
-
-
-_parse_once = functools.lru_cache(maxsize=64)(_parse)
+    parser = _Parser(text)
+    return Document(text, Message(0, len(text), parser.fields(closer="", depth=0)))
 
 
 def error_at(text: str, offset: int, message: str) -> ConfigError:
