@@ -23,10 +23,11 @@ if TYPE_CHECKING:
     from tritonlora.launch.serve import serve
     from tritonlora.launch.server import Server
     from tritonlora.peft.adapter import Adapter, load_adapter
-    from tritonlora.repository.add import Added, Aliased, Options, Refused, Removed, add, add_all, alias, remove
+    from tritonlora.repository.add import Added, Options, Refused, add, add_all
     from tritonlora.repository.compose import Composed, compose
     from tritonlora.repository.init import create_repository, init
     from tritonlora.repository.paths import Repository, open_repository, read_table
+    from tritonlora.repository.registry import Aliased, Removed, alias, remove
     from tritonlora.repository.state import plan
     from tritonlora.repository.undo import FileChange
     from tritonlora.serving.adapter_table import AdapterEntry, AdapterTable
@@ -73,7 +74,7 @@ _PLACES = {
     "AdapterEntry": "serving.adapter_table:AdapterEntry",
     "AdapterTable": "serving.adapter_table:AdapterTable",
     "Added": "repository.add:Added",
-    "Aliased": "repository.add:Aliased",
+    "Aliased": "repository.registry:Aliased",
     "CachePlan": "engine.cache_plan:CachePlan",
     "Composed": "repository.compose:Composed",
     "Converted": "conversion.convert:Converted",
@@ -81,13 +82,13 @@ _PLACES = {
     "Finding": "check.findings:Finding",
     "Options": "repository.add:Options",
     "Refused": "repository.add:Refused",
-    "Removed": "repository.add:Removed",
+    "Removed": "repository.registry:Removed",
     "Repository": "repository.paths:Repository",
     "Server": "launch.server:Server",
     "TritonLoraError": "errors:TritonLoraError",
     "add": "repository.add:add",
     "add_all": "repository.add:add_all",
-    "alias": "repository.add:alias",
+    "alias": "repository.registry:alias",
     "check_repository": "check.checks:check",
     "client": "launch.client:",
     "compose": "repository.compose:compose",
@@ -98,7 +99,7 @@ _PLACES = {
     "open_repository": "repository.paths:open_repository",
     "plan": "repository.state:plan",
     "read_table": "repository.paths:read_table",
-    "remove": "repository.add:remove",
+    "remove": "repository.registry:remove",
     "serve": "launch.serve:serve",
 }
 

@@ -25,7 +25,7 @@ from tritonlora.cli import commands
 from tritonlora.errors import EngineMismatch
 from tritonlora.files import TEMPORARY_SUFFIX
 from tritonlora.machine import SHARED_MEMORY, free_ports
-from tritonlora.repository import add, init, paths, warmup
+from tritonlora.repository import add, init, paths, registry, upkeep, warmup
 from tritonlora.repository.paths import Repository, read_table, read_text
 from tritonlora.serving.adapter_table import with_entry
 from tritonlora.serving.adapter_table_json import render
@@ -94,7 +94,7 @@ def _engine(opened: Repository) -> Path:
 def _warm_both_in_a_cache_of_one(opened: Repository) -> None:
     table = read_table(opened)
     opened.table_path.write_text(render(with_entry(table, "cold", replace(table.entries["cold"], warm=True))))
-    add.repair(opened)
+    upkeep.repair(opened)
     set_cache_pages(opened, 1)
 
 
@@ -118,7 +118,7 @@ def _bls_model(root: Path) -> None:
 
 
 def _removed_long_ago(opened: Repository, name: str) -> None:
-    add.remove(opened, name)
+    registry.remove(opened, name)
     let_time_pass(opened)
 
 
@@ -151,12 +151,12 @@ PLANTED: dict[str, tuple[Callable[[Repository], object], str, str]] = {
         "adapter cold: lora_config has the row (99, 0, 0), which no engine takes",
     ),
     "the engine has no LoRA for a module": (
-        lambda opened: add.set_parameters(opened, {"lora_target_modules": "attn_q"}),
+        lambda opened: upkeep.set_parameters(opened, {"lora_target_modules": "attn_q"}),
         "error",
         "adapter warm: the engine has no LoRA for attn_v",
     ),
     "the engine's rank is lower": (
-        lambda opened: add.set_parameters(opened, {"max_lora_rank": "4"}),
+        lambda opened: upkeep.set_parameters(opened, {"max_lora_rank": "4"}),
         "error",
         "adapter warm: it has rank 8, and the engine's max_lora_rank is 4",
     ),
@@ -176,12 +176,12 @@ PLANTED: dict[str, tuple[Callable[[Repository], object], str, str]] = {
         "adapter warm: it is bfloat16, and the engine takes float16",
     ),
     "the engine was built without LoRA": (
-        lambda opened: add.set_parameters(opened, {"lora_target_modules": "none"}),
+        lambda opened: upkeep.set_parameters(opened, {"lora_target_modules": "none"}),
         "error",
         "engine: it was built without LoRA: it ignores adapters and answers from the base model",
     ),
     "the engine was built for fewer beams": (
-        lambda opened: add.set_parameters(opened, {"max_beam_width": "4"}),
+        lambda opened: upkeep.set_parameters(opened, {"max_beam_width": "4"}),
         "error",
         "tensorrt_llm/config.pbtxt: max_beam_width is 4, and the engine was built for 1",
     ),
@@ -191,7 +191,7 @@ PLANTED: dict[str, tuple[Callable[[Repository], object], str, str]] = {
         "warmup/my_beams: a model_warmup sample of your own asks for 3 beams, and the engine was built for 1",
     ),
     "the engine is not here": (
-        lambda opened: add.set_parameters(opened, {"gpt_model_path": "/nowhere"}),
+        lambda opened: upkeep.set_parameters(opened, {"gpt_model_path": "/nowhere"}),
         "warning",
         "tensorrt_llm/config.pbtxt: no config.json at gpt_model_path '/nowhere'",
     ),
@@ -272,7 +272,7 @@ PLANTED: dict[str, tuple[Callable[[Repository], object], str, str]] = {
         "warmup/lora_id_1: it is missing or altered, and warmup samples need it",
     ),
     "the cache is too small to load": (
-        lambda opened: add.set_parameters(opened, {"lora_cache_host_memory_bytes": "20000"}),
+        lambda opened: upkeep.set_parameters(opened, {"lora_cache_host_memory_bytes": "20000"}),
         "error",
         "tensorrt_llm/config.pbtxt: the engine will not load: ",
     ),
@@ -303,7 +303,7 @@ PLANTED: dict[str, tuple[Callable[[Repository], object], str, str]] = {
         "adapter cold: it is registered with 7 pages of the engine's cache, and takes 1 now",
     ),
     "a parameter is not a number": (
-        lambda opened: add.set_parameters(opened, {"lora_cache_host_memory_bytes": "a lot"}),
+        lambda opened: upkeep.set_parameters(opened, {"lora_cache_host_memory_bytes": "a lot"}),
         "warning",
         "tensorrt_llm/config.pbtxt: lora_cache_host_memory_bytes",
     ),
@@ -647,7 +647,7 @@ def test_what_is_generated_can_be_put_right(opened: Repository, name: str) -> No
     """check --fix, as the remedy says."""
     PLANTED[name][0](opened)
     assert checks.REPAIR in {one.remedy for one in checks.check(opened)}
-    add.repair(opened)
+    upkeep.repair(opened)
 
     assert [] == found(opened, deep=True)
 
@@ -700,7 +700,7 @@ def test_a_dev_shm_that_is_too_small_for_both_copies_of_the_resolver_is_found(
     usage = shutil.disk_usage("/")._replace(total=2 * 2105392 - 1)
     monkeypatch.setattr("tritonlora.check.around.shutil.disk_usage", lambda _: usage)
     if not cold:
-        add.remove(opened, "cold")
+        registry.remove(opened, "cold")
 
     problem = (
         f"{SHARED_MEMORY}: lora_resolver keeps shared memory for the largest adapter twice, for its loads and for "
@@ -740,7 +740,7 @@ def engine_repository(tmp_path: Path, parameters: dict[str, str] | None = None, 
     init.init(root)
     opened = paths.open_repository(root)
     (tmp_path / "config.json").write_text(json.dumps(engine))
-    add.set_parameters(opened, {"gpt_model_path": str(tmp_path), **(parameters or {})})
+    upkeep.set_parameters(opened, {"gpt_model_path": str(tmp_path), **(parameters or {})})
     return opened
 
 
@@ -774,7 +774,7 @@ def test_a_registered_adapter_that_the_engine_cannot_load_is_found_until_plan_ap
     """It was added while the parameter was larger."""
     opened = engine_repository(tmp_path, {"lora_cache_max_adapter_size": "128"})
     add.add(opened, "wide", dense_adapter(tmp_path, 128))
-    add.set_parameters(opened, {"lora_cache_max_adapter_size": "64"})
+    upkeep.set_parameters(opened, {"lora_cache_max_adapter_size": "64"})
     (before,) = (one for one in checks.check(opened) if "never load" in one.problem)
     command = before.remedy.partition("tritonlora ")[2].partition(",")[0]
 
@@ -795,7 +795,7 @@ def test_adapters_that_pipeline_ranks_cannot_serve_are_refused_and_found(tmp_pat
     config_file = opened.root / read_table(opened).entries["uneven"].lora_config_file
     config_file.write_bytes(rows.tobytes())
     roomy = findings_about(opened, "pages on different pipeline-parallel ranks")
-    add.set_parameters(opened, {"lora_cache_host_memory_bytes": str(8 << 20)})
+    upkeep.set_parameters(opened, {"lora_cache_host_memory_bytes": str(8 << 20)})
     narrow = findings_about(opened, "pages on different pipeline-parallel ranks")
     rows[24:, 1] = 0
     config_file.write_bytes(rows.tobytes())
@@ -843,7 +843,7 @@ def test_the_gpu_s_cache_is_checked_where_its_memory_is_known(tmp_path: Path) ->
     """Too little for the engine to load; and enough for that, but not for one adapter; and enough for all."""
     opened = engine_repository(tmp_path, {"lora_cache_max_adapter_size": "64", "lora_cache_optimal_adapter_size": "8"})
     add.add(opened, "big", dense_adapter(tmp_path, 64))
-    add.set_parameters(opened, {"lora_cache_max_adapter_size": "1"})
+    upkeep.set_parameters(opened, {"lora_cache_max_adapter_size": "1"})
     problems = {
         nbytes: [
             one.problem
@@ -869,7 +869,7 @@ def test_a_real_engine_s_config_is_checked(tmp_path: Path) -> None:
     opened = paths.open_repository(root)
     build = {**ENGINE["build_config"], "plugin_config": {"lora_plugin": None}}
     (tmp_path / "config.json").write_text(json.dumps({**ENGINE, "build_config": build}))
-    add.set_parameters(opened, {"gpt_model_path": str(tmp_path), "max_beam_width": "4"})
+    upkeep.set_parameters(opened, {"gpt_model_path": str(tmp_path), "max_beam_width": "4"})
 
     assert [
         ("error", "engine: it was built without LoRA: it ignores adapters and answers from the base model"),
@@ -912,6 +912,6 @@ def test_the_encoder_of_a_decoder_is_a_warning(tmp_path: Path) -> None:
     opened = engine_repository(tmp_path, {"encoder_model_path": "/engines/encoder"})
     add.add(opened, "x", dense_adapter(tmp_path, 8))
     assert ["encoder-decoder" in one.problem for one in checks.check(opened) if one.where == "engine"] == [True]
-    add.set_parameters(opened, {"encoder_model_path": "${encoder_model_path}"})
+    upkeep.set_parameters(opened, {"encoder_model_path": "${encoder_model_path}"})
 
     assert [] == [one for one in checks.check(opened) if one.where == "engine"]

@@ -31,7 +31,7 @@ from tritonlora.cli import commands, output
 from tritonlora.files import publish
 from tritonlora.interrupts import ENDING
 from tritonlora.machine import free_ports
-from tritonlora.repository import add, init, paths
+from tritonlora.repository import init, paths, registry, upkeep
 from tritonlora.repository.paths import read_table
 from upstream_configs import protobuf, upstream_repository
 
@@ -560,7 +560,7 @@ def test_plan_keeps_the_busy_adapters_warm(
     assert before == {name: entry.lora_task_id for name, entry in table.entries.items()}
     assert {"haiku": True, "pirate": True} == {name: entry.warm for name, entry in table.entries.items()}
     assert [] == [one for one in checks.check(opened, deep=True) if one.severity == "error"]
-    add.keep_warm(opened, ["haiku"])
+    registry.keep_warm(opened, ["haiku"])
     samples = protobuf(paths.read_text(opened.config_path)).model_warmup
     assert ["haiku"] == [name for name, one in read_table(opened).entries.items() if one.warm]
     assert 1 == len(samples)
@@ -578,7 +578,7 @@ def test_plan_can_be_made_from_the_base_model(capsys: pytest.CaptureFixture[str]
     """Where the engine is not, its config.json stands for it."""
     opened = paths.open_repository(repo)
     shutil.copytree(opened.target_directory / "1", tmp_path / "base")
-    add.set_parameters(opened, {"gpt_model_path": "/nowhere"})
+    upkeep.set_parameters(opened, {"gpt_model_path": "/nowhere"})
     code, _, err = run(capsys, "plan", "--repo", repo)
 
     assert (1, True) == (code, "or give the base model's directory with --base" in err)

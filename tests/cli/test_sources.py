@@ -85,7 +85,7 @@ def test_add_says_where_an_adapter_is_from_and_whether_that_has_moved(
             NO_RESTART,
         ),
     ] == said[:3]
-    assert f"\t{url} ({second})\n" in said[3][1]
+    assert f"\t{url} ({second})\t" in said[3][1]
     assert (url, True) == (
         json.loads(said[4][1])["pirate"]["source"]["location"],
         json.loads(said[4][1])["pirate"]["source"]["revision"].startswith(second),

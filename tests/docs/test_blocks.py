@@ -174,7 +174,7 @@ def test_output_that_differs_from_the_page_is_found(told: str, printed: str, sam
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_block_says_what_it_is(page: Page) -> None:
     """A language, and a mark only where it cannot run here."""
-    known = {"bash", "python", "text", "json", "protobuf", "yaml"}
+    known = {"bash", "python", "text", "json", "promql", "protobuf", "yaml"}
 
     assert [] == [block.line for block in page.blocks if block.language not in known or block.mark not in MARKS]
 

@@ -22,7 +22,7 @@ from tritonlora.launch import diagnosis
 from tritonlora.launch.server import Server
 from tritonlora.launch.tritonserver import Tritonserver, World, server_command
 from tritonlora.machine import Ports, ports_in_use
-from tritonlora.repository import add, init, paths
+from tritonlora.repository import init, paths, upkeep
 from tritonlora.repository.paths import read_config
 from tritonlora.serving.adapter_table import AdapterTable
 from upstream_configs import upstream_repository
@@ -89,7 +89,7 @@ def test_the_number_of_processes_is_the_engine_s(tmp_path: Path) -> None:
     engine.mkdir()
     pretrained = {**ENGINE["pretrained_config"], "mapping": {"world_size": 4, "tp_size": 2, "pp_size": 2}}
     (engine / "config.json").write_text(json.dumps({**ENGINE, "pretrained_config": pretrained}))
-    add.set_parameters(opened, {"gpt_model_path": str(engine)})
+    upkeep.set_parameters(opened, {"gpt_model_path": str(engine)})
     assert World(4, "tensorrt_llm") == world()
     assert World(2, "tensorrt_llm") == world(2)
     (engine / "config.json").write_text("{")

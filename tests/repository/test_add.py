@@ -39,7 +39,7 @@ from tritonlora.check.findings import Finding
 from tritonlora.conversion import tensors
 from tritonlora.errors import AdapterTableError, EngineMismatch, InvalidAdapter, RepositoryError, TritonLoraError
 from tritonlora.peft import adapter as peft
-from tritonlora.repository import add, generated, init, paths
+from tritonlora.repository import add, generated, init, paths, registry, upkeep
 from tritonlora.repository.add import Options
 from tritonlora.repository.paths import Repository, read_table, read_text
 from upstream_configs import protobuf, upstream_repository
@@ -223,8 +223,8 @@ def test_what_was_replaced_stays_when_another_adapter_is_removed(
     add.add(opened, "haiku", adapters(1))
     let_time_pass(opened)
     add.add(opened, "pirate", adapters(2))
-    add.remove(opened, "haiku")
-    add.repair(opened)
+    registry.remove(opened, "haiku")
+    upkeep.repair(opened)
 
     assert 3 == len(list(opened.warmup_directory.glob("adapter_model_*")))
     assert [] == checks.check(opened)
@@ -300,10 +300,10 @@ def test_removing_gives_the_config_back_and_retires_the_id(opened: Repository, a
     """Byte for byte; and the next adapter does not get the id. When its files have stayed for long enough, they go."""
     before = read_text(opened.config_path)
     add.add(opened, "pirate", adapters(0))
-    add.remove(opened, "pirate")
+    registry.remove(opened, "pirate")
     assert before == read_text(opened.config_path)
     let_time_pass(opened)
-    add.repair(opened)
+    upkeep.repair(opened)
 
     assert [] == list(opened.warmup_directory.glob("*_1*"))
     assert 2 == add.add(opened, "pirate", adapters(0)).entry.lora_task_id
@@ -411,7 +411,7 @@ def test_an_adapter_of_a_rank_that_the_engine_has_not_is_refused(opened: Reposit
 def test_a_base_model_takes_adapters_of_any_rank(opened: Repository, tmp_path: Path) -> None:
     """max_lora_rank is the engine's, and there is none."""
     shutil.copytree(opened.target_directory / "1", tmp_path / "base")
-    add.set_parameters(opened, {"gpt_model_path": "/nowhere"})
+    upkeep.set_parameters(opened, {"gpt_model_path": "/nowhere"})
     adapter = synthetic_adapter(tmp_path / "big", r=128)
     added = add.add(opened, "big", adapter, Options(dtype="float32", base=tmp_path / "base"))
 
@@ -431,7 +431,7 @@ def test_the_base_model_says_which_architecture_an_engine_is(tmp_path: Path) -> 
         (tmp_path / name / "config.json").write_text(json.dumps(content))
     init.init(upstream_repository(tmp_path / "repo", "v0.18.0"))
     opened = paths.open_repository(tmp_path / "repo")
-    add.set_parameters(opened, {"gpt_model_path": str(tmp_path / "engine")})
+    upkeep.set_parameters(opened, {"gpt_model_path": str(tmp_path / "engine")})
     pair = lora_pair("model.layers.0.mlp.up_proj", r=4, in_features=64, out_features=96)
     adapter = write_adapter(tmp_path / "adapter", pair, r=4, target_modules=["up_proj"])
 
@@ -474,7 +474,7 @@ def test_a_base_model_that_the_engine_was_not_built_from_is_refused(
         (tmp_path / name / "config.json").write_text(json.dumps(content))
     init.init(upstream_repository(tmp_path / "repo", "v0.18.0"))
     opened = paths.open_repository(tmp_path / "repo")
-    add.set_parameters(opened, {"gpt_model_path": str(tmp_path / "engine")})
+    upkeep.set_parameters(opened, {"gpt_model_path": str(tmp_path / "engine")})
     unknown = tmp_path / "unknown" / "config.json"
     unknown.parent.mkdir()
     unknown.write_text(json.dumps({"architectures": ["NewForCausalLM"]}))
@@ -536,7 +536,7 @@ def test_a_table_that_cannot_be_read_is_named(opened: Repository, adapters: Call
 
 def test_without_an_engine_the_dtype_must_be_given(opened: Repository, adapters: Callable[[int], Path]) -> None:
     """A guess would be a silent wrong answer."""
-    add.set_parameters(opened, {"gpt_model_path": "/nowhere"})
+    upkeep.set_parameters(opened, {"gpt_model_path": "/nowhere"})
 
     with pytest.raises(EngineMismatch, match="give --dtype, or --base"):
         add.add(opened, "pirate", adapters(0))
@@ -711,7 +711,7 @@ def test_one_that_is_refused_before_it_is_converted_takes_nobody_s_id(
 ) -> None:
     """Nor are its weights written, which would be another's under the same id."""
     add.add(opened, "pirate", adapters(9))
-    add.alias(opened, "aa", "pirate")
+    registry.alias(opened, "aa", "pirate")
     results = add.add_all(opened, {"aa": adapters(0), "bb": adapters(1)})
 
     assert [("aa", True), ("bb", False)] == [(one.name, isinstance(one, add.Refused)) for one in results]
@@ -730,11 +730,11 @@ def test_shares_are_not_written_for_code_that_cannot_read_them(
     before, shares = snapshot(opened.root), {"pirate": 90, "haiku": 10}
 
     with pytest.raises(RepositoryError, match=f"{model} runs code .* cannot divide .* tritonlora init {opened.root}, "):
-        add.alias(opened, "prod", shares)
+        registry.alias(opened, "prod", shares)
     assert before == snapshot(opened.root)
-    add.alias(opened, "prod", "pirate")
+    registry.alias(opened, "prod", "pirate")
     init.init(opened.root)
-    assert shares == add.alias(opened, "prod", shares).name
+    assert shares == registry.alias(opened, "prod", shares).name
     assert shares == read_table(opened).aliases["prod"]
 
 

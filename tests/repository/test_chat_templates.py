@@ -11,7 +11,7 @@ import pytest
 
 from repositories import let_time_pass, synthetic_adapter, synthetic_repository
 from tritonlora.errors import InvalidAdapter
-from tritonlora.repository import add, chat_templates
+from tritonlora.repository import add, chat_templates, registry
 from tritonlora.repository.paths import Repository, read_table
 
 NAMED = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "named"}]
@@ -75,7 +75,7 @@ def test_the_template_of_a_removed_adapter_goes_with_its_files(opened: Repositor
     """Once no request can need them."""
     (adapter / "chat_template.jinja").write_text("own")
     add.add(opened, "pirate", adapter)
-    add.remove(opened, "pirate")
+    registry.remove(opened, "pirate")
     let_time_pass(opened)
     add.add(opened, "haiku", synthetic_adapter(adapter.parent / "other", 1))
 

@@ -20,7 +20,7 @@ from repositories import llm_api_repository, synthetic_adapter, synthetic_reposi
 from tritonlora.check import checks
 from tritonlora.errors import AdapterTableError, EngineMismatch, InvalidAdapter, RepositoryError, TritonLoraError
 from tritonlora.peft.adapter import load_adapter
-from tritonlora.repository import add, compose, init, paths, undo
+from tritonlora.repository import add, compose, init, paths, registry, undo, upkeep
 from tritonlora.repository.add import Options
 from tritonlora.repository.init import shipped_models
 from tritonlora.repository.paths import Repository, read_table
@@ -113,9 +113,9 @@ def test_composing_again_changes_nothing_and_other_weights_get_another_id(opened
     assert before == snapshot(opened.root)
     other = compose.compose(opened, "mix", {"pirate": 0.6, "haiku": 0.3}, Options(warm=False))
     assert (3, 4) == (other.added.was, other.added.entry.lora_task_id)
-    add.remove(opened, "pirate", "haiku")
+    registry.remove(opened, "pirate", "haiku")
     assert [] == [one for one in checks.check(opened, deep=True) if one.where == "adapter mix"]
-    add.remove(opened, "mix")
+    registry.remove(opened, "mix")
 
 
 def test_a_repository_with_a_composition_is_undone_as_any(tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_a_repository_with_a_composition_is_undone_as_any(tmp_path: Path) -> Non
         {path.name.replace(str(number), "N") for path in opened.warmup_directory.glob(f"*_{number}*")}
         for number in (1, 2)
     ]
-    add.remove(opened, "mix", "pirate")
+    registry.remove(opened, "mix", "pirate")
     undo.undo(opened.root)
 
     assert kinds[0] == kinds[1]
@@ -149,7 +149,7 @@ def test_check_tells_of_a_part_that_was_replaced_since(opened: Repository, tmp_p
 
 def test_an_alias_is_its_adapter(opened: Repository) -> None:
     """In the table, too."""
-    add.alias(opened, "prod", "pirate")
+    registry.alias(opened, "prod", "pirate")
     composed = compose.compose(opened, "loud", {"prod": 2.0})
 
     assert {"pirate": 2.0} == composed.weights
@@ -257,8 +257,8 @@ def test_what_cannot_be_composed_changes_nothing(
     opened: Repository, name: str, weights: dict[str, float], options: dict[str, Any], error: type, message: str
 ) -> None:
     """Nothing is left behind, either."""
-    add.alias(opened, "prod", "pirate")
-    add.alias(opened, "split", {"pirate": 50, "haiku": 50})
+    registry.alias(opened, "prod", "pirate")
+    registry.alias(opened, "split", {"pirate": 50, "haiku": 50})
     before = snapshot(opened.root)
 
     with pytest.raises(error, match=message):
@@ -269,7 +269,7 @@ def test_what_cannot_be_composed_changes_nothing(
 
 def test_more_than_the_engine_takes_names_the_rank_that_it_takes(opened: Repository) -> None:
     """The sum of the ranks is what counts."""
-    add.set_parameters(opened, {"max_lora_rank": "12"})
+    upkeep.set_parameters(opened, {"max_lora_rank": "12"})
 
     with pytest.raises(EngineMismatch, match="has rank 16, the sum of the ranks, .*is 12; compress it with --rank 12"):
         compose.compose(opened, "mix", {"pirate": 0.5, "haiku": 0.5})
@@ -320,7 +320,7 @@ def test_all_parts_that_cannot_be_read_are_told_at_once(opened: Repository, tmp_
 def test_without_the_engine_the_rows_cannot_be_taken_apart(opened: Repository, sound: Path) -> None:
     """--base says the sizes; directories need neither."""
     base = opened.target_directory / "1"
-    add.set_parameters(opened, {"gpt_model_path": "nowhere"})
+    upkeep.set_parameters(opened, {"gpt_model_path": "nowhere"})
 
     with pytest.raises(EngineMismatch, match="adapter 'pirate': the sizes of its rows are not known, .*give --base"):
         compose.compose(opened, "mix", {"pirate": 1.0})

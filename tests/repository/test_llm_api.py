@@ -23,7 +23,7 @@ from tritonlora.errors import EngineMismatch, InvalidAdapter, RepositoryError, T
 from tritonlora.files import TEMPORARY_SUFFIX
 from tritonlora.launch import diagnosis
 from tritonlora.launch.tritonserver import World
-from tritonlora.repository import add, generated, init, paths, undo
+from tritonlora.repository import add, generated, init, paths, registry, undo, upkeep
 from tritonlora.repository.add import Options
 from tritonlora.repository.init import shipped_models
 from tritonlora.repository.paths import Repository, read_table, read_text
@@ -252,16 +252,16 @@ def test_the_same_content_changes_nothing_and_other_content_gets_a_new_id(
     add.add(opened, "pirate", synthetic_adapter(tmp_path / "other", seed=1))
     assert 2 == read_table(opened).entries["pirate"].lora_task_id
     let_time_pass(opened)
-    add.repair(opened)
+    upkeep.repair(opened)
     assert not (opened.warmup_directory / "adapter_1").exists()
 
 
 def test_a_removed_adapter_leaves_nothing(opened: Repository, adapter: Path) -> None:
     """But for the shared files, and for a while what requests under way may need."""
     add.add(opened, "pirate", adapter)
-    add.remove(opened, "pirate")
+    registry.remove(opened, "pirate")
     let_time_pass(opened)
-    add.repair(opened)
+    upkeep.repair(opened)
 
     assert {"text_input", "max_tokens"} == {path.name for path in opened.warmup_directory.iterdir()}
     assert "model_warmup" not in read_text(opened.config_path)
@@ -502,7 +502,7 @@ def test_a_repository_that_was_moved_is_repaired(sound: Repository, tmp_path: Pa
     moved = paths.open_repository(tmp_path / "moved")
 
     assert ["warmup/lora_path_1"] == [one.where for one in checks.check(moved)]
-    add.repair(moved)
+    upkeep.repair(moved)
     assert [] == checks.check(moved)
     assert str(tmp_path / "moved") in string(moved.warmup_directory / "lora_path_1")
 

@@ -13,7 +13,7 @@ import pytest
 
 from repositories import synthetic_adapter
 from tritonlora.pbtxt import text_format
-from tritonlora.repository import add, generated, init, paths, state, warmup
+from tritonlora.repository import add, generated, init, paths, registry, state, warmup
 from tritonlora.repository.paths import Repository
 from tritonlora.repository.state import read_state
 from tritonlora.serving.adapter_table import AdapterTable, with_entry
@@ -131,10 +131,10 @@ def test_remove_and_alias_read_once_and_write_once(
     add.add(opened, "pirate", synthetic_adapter(tmp_path / "adapter"), BFLOAT16)
     with monkeypatch.context() as patch:
         aliasing = Counts(patch)
-        add.alias(opened, "corsair", "pirate")
+        registry.alias(opened, "corsair", "pirate")
     with monkeypatch.context() as patch:
         removing = Counts(patch)
-        add.remove(opened, "corsair", "pirate")
+        registry.remove(opened, "corsair", "pirate")
 
     assert {opened.table_path: 1} == aliasing.written
     assert not aliasing.parsed

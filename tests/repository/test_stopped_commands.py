@@ -26,7 +26,7 @@ from tritonlora.check import checks
 from tritonlora.check.findings import Finding
 from tritonlora.cli import commands as cli
 from tritonlora.errors import InvalidAdapter
-from tritonlora.repository import add, generated, paths, undo
+from tritonlora.repository import add, generated, paths, registry, undo, upkeep
 from tritonlora.repository.paths import read_table, read_text
 from tritonlora.repository.state import read_state
 from upstream_configs import protobuf, upstream_repository
@@ -137,7 +137,7 @@ def test_killed_at_any_operation_the_repository_loads_and_whatever_comes_next_ke
         assert [] == checks.check(opened, deep=True)
         assert [] == unloadable(root)
         let_time_pass(opened)
-        add.repair(opened)
+        upkeep.repair(opened)
         ids = {entry.lora_task_id for entry in read_table(opened).entries.values()}
         assert {f"adapter_model_{task_id}.bin" for task_id in ids} == {
             path.name for path in opened.warmup_directory.glob("adapter_model_*")
@@ -200,9 +200,9 @@ def test_what_a_sample_of_the_user_s_own_names_stays(base: Path, tmp_path: Path,
     if model != "tensorrt_llm" and not file.startswith("../../") and file != "mine":
         file = f"x/../../../tensorrt_llm/warmup/{file.removeprefix('./x/../')}"
     config.write_text(read_text(config) + _sample("mine", file))
-    add.remove(opened, "pirate", "haiku")
+    registry.remove(opened, "pirate", "haiku")
     let_time_pass(opened)
-    add.repair(opened)
+    upkeep.repair(opened)
 
     assert (named / file).is_file()
     assert {"adapter_model_1.bin", "adapter_config_1.bin", "lora_id_1"} == {
@@ -216,7 +216,7 @@ def test_while_a_config_cannot_be_read_no_adapter_s_file_goes(base: Path, tmp_pa
     """Nobody can say what it names. When it can be read again, they go."""
     shutil.copytree(base, tmp_path / "repo")
     opened = paths.open_repository(tmp_path / "repo")
-    add.remove(opened, "pirate")
+    registry.remove(opened, "pirate")
     let_time_pass(opened)
     config = opened.root / name / "config.pbtxt"
     text = read_text(config)
@@ -234,7 +234,7 @@ def test_a_file_that_cannot_be_deleted_stops_no_other_command(base: Path, adapte
     root = tmp_path / "repo"
     shutil.copytree(base, root)
     opened = paths.open_repository(root)
-    add.remove(opened, "pirate")
+    registry.remove(opened, "pirate")
     let_time_pass(opened)
 
     def deleting_fails(arguments: list[str], error: int) -> faults.Outcome:

@@ -17,7 +17,7 @@ from repositories import added, files
 from tritonlora.cli import commands
 from tritonlora.files import TEMPORARY_SUFFIX
 from tritonlora.pbtxt.model_config import parse_config
-from tritonlora.repository import add, init, undo
+from tritonlora.repository import init, registry, undo
 from tritonlora.repository.paths import read_text
 from upstream_configs import upstream_repository
 
@@ -35,7 +35,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dict
         root = upstream_repository(tmp_path_factory.mktemp(topology) / "repo", "v0.18.0")
         before = files(root)
         init.init(root, topology=topology)
-        add.remove(added(root, "pirate"), "pirate")
+        registry.remove(added(root, "pirate"), "pirate")
         modules = [path for model in undo.OURS for path in sorted((root / model).glob("1/serving/*.py"))[FEW:]]
         undo.delete_recorded(root, modules)
         (root / "tensorrt_llm" / f".killed.0{TEMPORARY_SUFFIX}").mkdir()

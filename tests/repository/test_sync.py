@@ -18,7 +18,7 @@ from repositories import synthetic_adapter, synthetic_repository
 from source_server import SourceServer, running
 from tritonlora.check import checks
 from tritonlora.cli import commands as cli
-from tritonlora.repository import add, desired_state, generated, paths
+from tritonlora.repository import add, desired_state, generated, paths, registry
 from tritonlora.repository.add import Added, Refused
 from tritonlora.repository.desired_state import DesiredState, WantedAdapter
 from tritonlora.repository.paths import Repository, read_table
@@ -44,7 +44,7 @@ def base(tmp_path_factory: pytest.TempPathFactory, adapters: dict[str, Path]) ->
     for name, source in (("pirate", "a"), ("haiku", "b")):
         with fetched(str(adapters[source])) as found:
             add.add(opened, name, found)
-    add.alias(opened, "prod", "pirate")
+    registry.alias(opened, "prod", "pirate")
     return opened.root
 
 

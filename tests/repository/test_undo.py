@@ -20,7 +20,7 @@ from tritonlora import files as written
 from tritonlora.cli import commands
 from tritonlora.errors import RepositoryError
 from tritonlora.pbtxt.model_config import parse_config
-from tritonlora.repository import add, init, paths, undo
+from tritonlora.repository import add, init, paths, registry, undo, upkeep
 from tritonlora.repository.paths import read_text
 from tritonlora.serving.adapter_table import AdapterTable
 from tritonlora.serving.adapter_table_json import render
@@ -59,10 +59,10 @@ def test_everything_that_tritonlora_has_done_is_undone(root: Path) -> None:
     before = files(root)
     init.init(root)
     opened = added(root, "pirate")
-    add.set_parameters(opened, {"lora_cache_host_memory_bytes": "1"})
+    upkeep.set_parameters(opened, {"lora_cache_host_memory_bytes": "1"})
     added(root, "bard", 1)
     for name in ("pirate", "bard"):
-        add.remove(opened, name)
+        registry.remove(opened, name)
     assert before["tensorrt_llm/config.pbtxt"] != files(root)["tensorrt_llm/config.pbtxt"]
     undo.undo(root)
 
@@ -78,7 +78,7 @@ def test_files_that_say_already_what_tritonlora_would_write_stay(root: Path) -> 
     opened = added(root, "pirate")
     config_with_bf16 = read_text(config).partition("# tritonlora: model_warmup")[0]
     input_lengths = (warmup / "input_lengths").read_bytes()
-    add.remove(opened, "pirate")
+    registry.remove(opened, "pirate")
     undo.undo(root)
     assert before_init == files(root)
 
@@ -90,7 +90,7 @@ def test_files_that_say_already_what_tritonlora_would_write_stay(root: Path) -> 
     opened = paths.open_repository(root)
     for options in (add.Options(dtype="bfloat16", warm=False), add.Options(dtype="bfloat16")):
         add.add(opened, "pirate", synthetic_adapter(root.parent / "again"), options)
-        add.remove(opened, "pirate")
+        registry.remove(opened, "pirate")
     undo.undo(root)
 
     assert before == files(root)
@@ -119,7 +119,7 @@ def test_a_link_out_of_the_repository_is_not_followed(root: Path, place: str) ->
     name = "tensorrt_llm/config.pbtxt" if place == "tensorrt_llm" else "ensemble/config.pbtxt"
     original = (root / name).read_bytes()
     init.init(root)
-    add.remove(added(root, "pirate"), "pirate")
+    registry.remove(added(root, "pirate"), "pirate")
     before = files(root), read_text(root / name)
     with pytest.raises(RepositoryError, match=f"{name}: a link leads to it, out of the repository: .*elsewhere.*copy"):
         undo.undo(root)
@@ -166,7 +166,7 @@ def test_an_adapter_that_is_added_while_init_is_at_work_is_undone(root: Path, mo
     init.init(root, topology="resolve")
     adding.join()
     assert ["pirate"] == list(paths.read_table(opened).entries)
-    add.remove(opened, "pirate")
+    registry.remove(opened, "pirate")
     undo.undo(root)
 
     assert before == files(root)
@@ -176,7 +176,7 @@ def test_an_adapter_that_is_added_while_init_is_at_work_is_undone(root: Path, mo
 def test_the_ensemble_loads_all_the_while(root: Path, monkeypatch: pytest.MonkeyPatch, topology: str) -> None:
     """Triton loads none that leads from one type to another: the engine has float16 again before it leads there."""
     init.init(root, topology=topology)
-    add.remove(added(root, "pirate"), "pirate")
+    registry.remove(added(root, "pirate"), "pirate")
     seen = []
 
     def look(path: Path, content: bytes) -> None:
@@ -251,7 +251,7 @@ def test_an_edit_before_the_last_write_is_not_lost(root: Path) -> None:
     init.init(root)
     opened = added(root, "pirate")
     opened.config_path.write_text(read_text(opened.config_path) + "# mine\n")
-    add.remove(opened, "pirate")
+    registry.remove(opened, "pirate")
     assert read_text(opened.config_path).endswith("# mine\n")
 
     with pytest.raises(RepositoryError, match="tensorrt_llm/config.pbtxt: it was edited since; copy"):
@@ -263,7 +263,7 @@ def test_a_command_that_was_stopped_can_be_undone(root: Path, monkeypatch: pytes
     before = files(root)
     init.init(root)
     opened = added(root, "pirate")
-    add.remove(opened, "pirate")
+    registry.remove(opened, "pirate")
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
@@ -271,7 +271,7 @@ def test_a_command_that_was_stopped_can_be_undone(root: Path, monkeypatch: pytes
     with monkeypatch.context() as patched:
         patched.setattr("tritonlora.repository.undo.write_bytes", stop)
         with pytest.raises(KeyboardInterrupt):
-            add.set_parameters(opened, {"max_beam_width": "2"})
+            upkeep.set_parameters(opened, {"max_beam_width": "2"})
     undo.undo(root)
 
     assert before == files(root)

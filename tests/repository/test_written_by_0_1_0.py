@@ -13,7 +13,7 @@ import faults
 from repositories import synthetic_adapter, written_by_0_1_0
 from tritonlora.check import checks
 from tritonlora.pbtxt.model_config import parse_config
-from tritonlora.repository import add, init, paths, undo
+from tritonlora.repository import add, init, paths, registry, undo
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_adapters_can_be_changed_before_and_after(former: Path, tmp_path: Path) 
     opened = paths.open_repository(former)
     add.add(opened, "haiku", synthetic_adapter(tmp_path / "haiku", 1))
     init.init(former)
-    add.remove(opened, "pirate")
+    registry.remove(opened, "pirate")
 
     assert ["haiku"] == [*paths.read_table(opened).entries]
     assert [] == [one for one in checks.check(opened) if one.severity == "error"]
@@ -66,7 +66,7 @@ def test_undo_restores_what_was_there_before(former: Path, tmp_path: Path, upgra
     """Byte for byte."""
     if upgrade:
         init.init(former)
-    add.remove(paths.open_repository(former), "pirate")
+    registry.remove(paths.open_repository(former), "pirate")
     undo.undo(former)
 
     assert contents(written_by_0_1_0(tmp_path, "before")) == contents(former)

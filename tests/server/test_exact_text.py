@@ -25,7 +25,7 @@ from repositories import put_many_outputs_engine, resolving
 from text_tokenizer import copy_model, save_tokenizer
 from tritonlora.launch import client
 from tritonlora.launch.server import Server
-from tritonlora.repository import add
+from tritonlora.repository import upkeep
 from tritonlora.repository.paths import Repository
 
 PROMPT = "é日🎉ü"
@@ -44,7 +44,7 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(launch: Callable[..., Server], tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Server:
     """`ensemble` with bytes, `chat_ensemble` with a Hugging Face tokenizer, `two_ensemble` with two instances."""
     opened = resolving(tmp_path_factory.mktemp("exact") / "repo", ("pirate",), (), pages=100)
-    add.set_parameters(opened, {"synthetic_token_seconds": "0.005"})
+    upkeep.set_parameters(opened, {"synthetic_token_seconds": "0.005"})
     for name in ("preprocessing", "postprocessing"):
         copy_model(name, opened.root, f"chat_{name}", tokenizer_dir=str(tokenizer_dir))
         copy_model(name, opened.root, f"two_{name}")

@@ -29,7 +29,7 @@ from tritonlora.engine.traffic import parse_traffic
 from tritonlora.errors import ServerError
 from tritonlora.launch import client
 from tritonlora.launch.server import Server
-from tritonlora.repository import add
+from tritonlora.repository import add, registry
 from tritonlora.repository.paths import Repository, read_table
 from tritonlora.serving.shares import choose
 
@@ -154,14 +154,14 @@ def test_an_adapter_is_replaced_under_load(server: Server, opened: Repository, t
 
 def test_an_alias_is_switched_under_load(server: Server, opened: Repository) -> None:
     """Atomically, and back."""
-    add.alias(opened, "prod", "pirate")
+    registry.alias(opened, "prod", "pirate")
     switches = [(0.0, 0.0, task_id_of(opened, "pirate"))]
     with load(server, ["prod", *OTHERS]) as answers:
         answered = take(answers)
         for number in range(1, SWITCHES):
             name = ("pirate", "haiku")[number % 2]
             began = time.monotonic()
-            add.alias(opened, "prod", name)
+            registry.alias(opened, "prod", name)
             switches.append((began, time.monotonic(), task_id_of(opened, name)))
             answered += take(answers)
 
@@ -172,7 +172,7 @@ def test_an_alias_is_switched_under_load(server: Server, opened: Repository) -> 
 
 def test_an_alias_is_divided_by_the_key_and_led_back(server: Server, opened: Repository) -> None:
     """`lora_router` names the adapter that responds to who asks for its name; metrics count that adapter."""
-    add.alias(opened, "divided", {"pirate": 50, "haiku": 50})
+    registry.alias(opened, "divided", {"pirate": 50, "haiku": 50})
     shares = read_table(opened).aliases["divided"]
     keys = [f"user-{number}" for number in range(6)]
     outputs = [InferRequestedOutput(name) for name in ("output_ids", "lora_name")]
@@ -193,12 +193,12 @@ def test_an_alias_is_divided_by_the_key_and_led_back(server: Server, opened: Rep
     while len(at_random) < len(OTHERS):
         at_random.add("".join(ask(server, "divided")))
     assert {*texts.values()} == at_random
-    add.alias(opened, "divided", "pirate")
+    registry.alias(opened, "divided", "pirate")
     assert {texts["pirate"]} == {"".join(ask(server, "divided", lora_split_key=key)) for key in keys}
     await_sample(server, "lora_requests_total", lambda count: count > 0, lora_name="haiku", outcome="OK")
     assert not [labels for _, labels in samples(server) if ("lora_name", "divided") in labels]
     assert {*OTHERS} == parse_traffic(client.metrics(f"http://{server.metrics_url}/metrics"), OTHERS).keys()
-    add.remove(opened, "divided")
+    registry.remove(opened, "divided")
 
 
 def test_adapters_come_and_go_under_load(server: Server, opened: Repository, tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_adapters_come_and_go_under_load(server: Server, opened: Repository, tmp
 
             assert text_of(task_id_of(opened, "guest")) == "".join(ask(server, "guest"))
 
-            add.remove(opened, "guest")
+            registry.remove(opened, "guest")
             with pytest.raises(ServerError, match="unknown LoRA adapter 'guest'"):
                 list(ask(server, "guest"))
         answered = take(answers)
@@ -226,7 +226,7 @@ def test_a_stream_goes_on_when_its_adapter_is_removed(server: Server, opened: Re
     task_id = task_id_of(opened, "leaver")
     pieces = ask(server, "leaver", tokens=200)
     first = next(pieces)
-    add.remove(opened, "leaver")
+    registry.remove(opened, "leaver")
 
     assert text_of(task_id, 200) == first + "".join(pieces)
 

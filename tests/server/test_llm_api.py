@@ -30,7 +30,7 @@ from tritonlora.cli import commands
 from tritonlora.errors import ServerError
 from tritonlora.launch import client, diagnosis
 from tritonlora.launch.server import Server
-from tritonlora.repository import add, init, paths
+from tritonlora.repository import add, init, paths, registry, upkeep
 from tritonlora.repository.paths import Repository, read_table
 from tritonlora.repository.state import Models
 from tritonlora.serving.shares import choose
@@ -143,7 +143,7 @@ def test_answers_stay_right_when_the_engine_reads_adapters_again(served: Served)
 
 def test_an_alias_is_divided_by_the_key(served: Served) -> None:
     """The router names the adapter that responds to who asks for that output."""
-    add.alias(served.opened, "prod", {"all": 50, "attention": 50})
+    registry.alias(served.opened, "prod", {"all": 50, "attention": 50})
     prompt, keys = PROMPTS[0], [f"user-{number}".encode() for number in range(4)]
     chosen = [choose({"all": 50, "attention": 50}, key) for key in keys]
     values = {"text_input": prompt.encode(), "sampling_param_max_tokens": TOKENS, "lora_name": b"prod"}
@@ -155,7 +155,7 @@ def test_an_alias_is_divided_by_the_key(served: Served) -> None:
         assert [name.encode(), served.answers[name, prompt].encode()] == [
             last.as_numpy(output).item() for output in ("lora_name", "text_output")
         ]
-    add.remove(served.opened, "prod")
+    registry.remove(served.opened, "prod")
 
 
 def test_the_openai_api_answers_as_peft_does(served: Served, tmp_path: Path) -> None:
@@ -317,7 +317,7 @@ def test_an_adapter_whose_directory_is_gone_is_an_error_without_a_path(served: S
     shutil.rmtree(served.opened.root / str(entry.lora_path))
     with pytest.raises(ServerError, match="LoRA adapter 'gone': adapter_model.safetensors is missing") as raised:
         ask(served, "gone", "x")
-    add.remove(served.opened, "gone")
+    registry.remove(served.opened, "gone")
 
     assert str(served.opened.root) not in str(raised.value)
     assert served.answers["all", "x"] == ask(served, "all", "x")
@@ -344,7 +344,7 @@ def test_adapters_come_and_go_without_a_restart(served: Served) -> None:
     assert first != read_table(served.opened).entries["new"].lora_task_id
     assert served.answers["narrow", prompt] == ask(served, "new", prompt)
 
-    add.remove(served.opened, "new")
+    registry.remove(served.opened, "new")
 
     with pytest.raises(ServerError, match="unknown LoRA adapter 'new'"):
         ask(served, "new", prompt)
@@ -368,7 +368,7 @@ def test_a_server_whose_warmup_cannot_read_an_adapter_does_not_start(
     root = shutil.copytree(served.opened.root, tmp_path / "repo")
     shutil.rmtree(root / str(read_table(served.opened).entries["all"].lora_path))
     opened = paths.open_repository(root)
-    add.repair(opened)  # the paths are those of the copy
+    upkeep.repair(opened)  # the paths are those of the copy
 
     why = f"lora_path does not exist on the Triton server's filesystem: {root}"
     for _ in range(TRIES):

@@ -31,7 +31,7 @@ from tritonlora.bench.processes import processes_of
 from tritonlora.launch import client
 from tritonlora.launch.server import Server
 from tritonlora.machine import free_ports
-from tritonlora.repository import add
+from tritonlora.repository import add, registry, upkeep
 from tritonlora.repository.paths import Repository
 
 TEXT = "é日🎉ü"
@@ -61,8 +61,8 @@ def served(launch: Callable[..., Server], tmp_path_factory: pytest.TempPathFacto
     """One for all tests."""
     directory = tmp_path_factory.mktemp("openai")
     opened = resolving(directory / "repo", ("pirate",), ("haiku",), pages=100)
-    add.alias(opened, "arr", "pirate")
-    add.set_parameters(opened, {"synthetic_token_seconds": "0.002", "max_num_requests": "64"})
+    registry.alias(opened, "arr", "pirate")
+    upkeep.set_parameters(opened, {"synthetic_token_seconds": "0.002", "max_num_requests": "64"})
     save_tokenizer(directory / "tokenizer")
     set_tokenizer(opened, directory / "tokenizer")
     server = launch(opened.root)
@@ -243,13 +243,13 @@ def test_the_base_model_answers_for_no_adapter(served: Served) -> None:
     texts = {said(model) for model in (base, "pirate", "haiku")}
     assert 3 == len(texts)
     add.add(served.opened, "new", synthetic_adapter(served.opened.root.parent / "new", 7))
-    add.alias(served.opened, "arr", "new")
+    registry.alias(served.opened, "arr", "new")
 
     assert "new" in {one.id for one in served.client.models.list()}
     assert said("new") == said("arr")
     assert said("new") not in texts
-    add.alias(served.opened, "arr", "pirate")
-    add.remove(served.opened, "new")
+    registry.alias(served.opened, "arr", "pirate")
+    registry.remove(served.opened, "new")
     with pytest.raises(openai.NotFoundError, match="available: base/tensorrt_llm, arr, haiku, pirate"):
         said("new")
 
@@ -261,13 +261,13 @@ def test_an_adapter_s_own_template_renders_its_conversations(served: Served) -> 
         "{% if messages[0].content == 'no' %}{{ raise_exception('not that') }}{% endif %}own {{ messages[0].content }}"
     )
     add.add(served.opened, "own", directory)
-    add.alias(served.opened, "mine", "own")
+    registry.alias(served.opened, "mine", "own")
     ask: Any = served.client.chat.completions.create
     texts = [ask(model=model, messages=MESSAGES, max_tokens=18).choices[0].message.content for model in ("own", "mine")]
     with pytest.raises(openai.BadRequestError, match="the chat template refuses these messages: not that"):
         ask(model="own", messages=[{"role": "user", "content": "no"}], max_tokens=18)
-    add.remove(served.opened, "mine")
-    add.remove(served.opened, "own")
+    registry.remove(served.opened, "mine")
+    registry.remove(served.opened, "own")
 
     plain = served.client.completions.create(model="pirate", prompt=f"own {TEXT}", max_tokens=18).choices[0].text
     assert [plain[TAG:]] * 2 == [text[TAG:] for text in texts]
@@ -284,7 +284,7 @@ def test_tools_are_rendered_and_calls_are_not_parsed(served: Served) -> None:
     for choice in ("auto", "required", {"type": "function", "function": {"name": "weather"}}):
         with pytest.raises(openai.BadRequestError, match="tool_choice"):
             ask(model="tools", messages=MESSAGES, max_tokens=10, tools=tools, tool_choice=choice)
-    add.remove(served.opened, "tools")
+    registry.remove(served.opened, "tools")
 
     assert "weather" == said.content[TAG:]
 

@@ -21,7 +21,7 @@ from synthetic import PROMPT, ask, expected, listing, post
 from tritonlora.cli import commands
 from tritonlora.errors import ServerError
 from tritonlora.launch.server import Server
-from tritonlora.repository import add
+from tritonlora.repository import add, registry
 from tritonlora.repository.paths import Repository, read_table
 from tritonlora.serving.shares import choose
 
@@ -138,7 +138,7 @@ def test_where_all_adapters_fit_those_of_the_start_go_by_id_alone(roomy: tuple[R
 def test_an_alias_is_divided_by_the_key(roomy: tuple[Repository, Server], capsys: pytest.CaptureFixture[str]) -> None:
     """Per row of a batch, as through the ensemble; the listing has the shares. Without keys, both adapters respond."""
     opened, server = roomy
-    add.alias(opened, "prod", {"pirate": 50, "haiku": 50})
+    registry.alias(opened, "prod", {"pirate": 50, "haiku": 50})
     table, keys = read_table(opened), [f"user-{number}".encode() for number in range(8)]
     chosen = [choose(table.aliases["prod"], key) for key in keys]
     ids = [table.entries[name].lora_task_id for name in chosen]
@@ -158,7 +158,7 @@ def test_an_alias_is_divided_by_the_key(roomy: tuple[Repository, Server], capsys
         ServerError, match="lora_split_key is empty; to get one of the adapters at random, leave it out"
     ):
         ask(server, "prod", lora_split_key=b"")
-    add.remove(opened, "prod")
+    registry.remove(opened, "prod")
 
 
 def test_an_adapter_that_the_engine_does_not_have_comes_with_its_weights(roomy: tuple[Repository, Server]) -> None:

@@ -24,7 +24,7 @@ from tritonlora.files import write_text
 from tritonlora.launch import client
 from tritonlora.launch.server import Server
 from tritonlora.pbtxt.text_format import parse
-from tritonlora.repository import add
+from tritonlora.repository import upkeep
 from tritonlora.repository.model_configs import set_parameters
 from tritonlora.repository.paths import Repository, read_table, read_text
 
@@ -35,7 +35,7 @@ COLD = tuple(f"cold{number}" for number in range(12))
 def repository(directory: Path, *, pages: int, pace: float = 0.005, patience: float = 30) -> Repository:
     """Twelve adapters, none of them warm."""
     opened = resolving(directory / "repo", (), COLD, pages=pages)
-    add.set_parameters(opened, {"synthetic_token_seconds": str(pace)})
+    upkeep.set_parameters(opened, {"synthetic_token_seconds": str(pace)})
     set_resolver_parameter(opened, "cache_full_timeout_seconds", f"{patience:g}")
     return opened
 
@@ -92,7 +92,7 @@ def test_a_model_is_loaded_again_under_load(tmp_path: Path, launch: Launch, mode
     server, table = launch(opened.root, extra=EXPLICIT), read_table(opened)
     asked = clients(opened, streams=6, tokens=12, seconds=6.0)
     again = threading.Timer(2.0, control, (server, "load", model))
-    add.set_parameters(opened, {"synthetic_token_seconds": "0.004"})  # without a change Triton loads nothing
+    upkeep.set_parameters(opened, {"synthetic_token_seconds": "0.004"})  # without a change Triton loads nothing
     set_resolver_parameter(opened, "load_timeout_seconds", "60")
     again.start()
     outcome = let_ask(server.http_url, asked)

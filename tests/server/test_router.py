@@ -21,7 +21,7 @@ from synthetic import PROMPT, ask, expected, post
 from tritonlora.errors import ServerError
 from tritonlora.launch import client
 from tritonlora.launch.server import Server
-from tritonlora.repository import add
+from tritonlora.repository import add, registry
 from tritonlora.repository.paths import Repository, read_table
 
 WARM = ("pirate", "haiku")
@@ -172,7 +172,7 @@ def test_adapters_come_and_go_without_a_restart(tmp_path: Path, launch: Launch) 
     assert before != read_table(opened).entries["new"].lora_task_id
     assert expected(read_table(opened), "new") == ask(server, "new")
 
-    add.remove(opened, "new")
+    registry.remove(opened, "new")
 
     with pytest.raises(ServerError, match="unknown LoRA adapter 'new'; available: haiku, pirate"):
         ask(server, "new")

@@ -23,7 +23,7 @@ from repositories import synthetic_repository
 from serving_process import TRITONLORA, start
 from tritonlora.launch import client
 from tritonlora.machine import SHARED_MEMORY, free_ports, ports_in_use
-from tritonlora.repository import add
+from tritonlora.repository import upkeep
 
 
 @pytest.fixture(scope="module")
@@ -236,7 +236,7 @@ def test_serve_ends_when_an_adapter_does_not_answer(
 ) -> None:
     """Exit code 1, the adapter named with the remedy, and no process behind."""
     opened = synthetic_repository(tmp_path / "repo", warm=["bard", "pirate"])
-    add.set_parameters(opened, parameters)
+    upkeep.set_parameters(opened, parameters)
     processes.append(start(opened.root, free_ports(), "--verify"))
     out, err = processes[0].communicate(timeout=60)
 

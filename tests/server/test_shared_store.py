@@ -23,6 +23,7 @@ from tritonlora.errors import ServerError
 from tritonlora.launch import client
 from tritonlora.launch.server import Server
 from tritonlora.repository import add as register
+from tritonlora.repository import registry
 from tritonlora.repository.paths import Repository, read_table
 from tritonlora.serving.shares import choose
 
@@ -98,7 +99,7 @@ def test_every_server_follows_a_replacement_and_a_removal(
     register.add(opened, "poet", synthetic_adapter(tmp_path / "second", 3))
     after = expected(opened, "poet")
     second = [ask(server, "poet") for server in servers]
-    register.remove(opened, "poet")
+    registry.remove(opened, "poet")
 
     assert [before] * 2 == first
     assert [after] * 2 == second

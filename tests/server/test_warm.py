@@ -16,7 +16,7 @@ from synthetic import EXPLICIT, ask, await_sample, control, expected, listing, s
 from tritonlora.cli import commands
 from tritonlora.launch import client
 from tritonlora.launch.server import Server
-from tritonlora.repository import add
+from tritonlora.repository import registry
 from tritonlora.repository.paths import Repository, read_table
 
 PAGES = 8
@@ -35,7 +35,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Repository:
         streams=1,
     )
     register_copies(opened, OTHERS)
-    add.alias(opened, "prod", {"pirate": 50, "haiku": 50})
+    registry.alias(opened, "prod", {"pirate": 50, "haiku": 50})
     set_cache_full_timeout(opened, 1)
     return opened
 

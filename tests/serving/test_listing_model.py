@@ -16,7 +16,7 @@ import fake_pb_utils
 from fake_pb_utils import Client, InferenceResponse, TritonError, import_model
 from repositories import synthetic_repository
 from scripted_resolver import ScriptedResolver
-from tritonlora.repository import add
+from tritonlora.repository import registry
 
 WAIT_SECONDS = 30
 
@@ -33,7 +33,7 @@ def resolver() -> Iterator[ScriptedResolver]:
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resolver: ScriptedResolver) -> Iterator[Any]:
     """Two adapters and an alias of both."""
     opened = synthetic_repository(tmp_path / "repo", cold=["pirate", "haiku"])
-    add.alias(opened, "prod", {"pirate": 90, "haiku": 10})
+    registry.alias(opened, "prod", {"pirate": 90, "haiku": 10})
     model = import_model(monkeypatch, "tritonlora.serving.listing_model").TritonPythonModel()
     parameters = {"router": {"string_value": "lora_router"}}
     model.initialize(

@@ -19,7 +19,7 @@ import yaml
 from adapters import lora_pair, write_adapter
 from tritonlora.files import write_text
 from tritonlora.pbtxt.text_format import parse
-from tritonlora.repository import add, init, paths, undo
+from tritonlora.repository import add, init, paths, undo, upkeep
 from tritonlora.repository.ensemble_edits import rewire_to_forward, rewire_to_resolve
 from tritonlora.repository.init import shipped_models
 from tritonlora.repository.model_configs import set_parameters
@@ -136,10 +136,10 @@ def set_cache_pages(opened: Repository, pages: int) -> None:
     profile = paths.engine_profile(opened, paths.read_config(opened.config_path))
     assert profile is not None
     parameters = {"lora_cache_optimal_adapter_size": "8", "lora_cache_max_adapter_size": "8"}
-    add.set_parameters(opened, parameters)
+    upkeep.set_parameters(opened, parameters)
     plan = paths.plan_of(opened, paths.read_table(opened), paths.read_config(opened.config_path), profile)
     assert plan is not None
-    add.set_parameters(opened, {"lora_cache_host_memory_bytes": str(pages * plan.tightest.page_bytes)})
+    upkeep.set_parameters(opened, {"lora_cache_host_memory_bytes": str(pages * plan.tightest.page_bytes)})
 
 
 def forget_cache_pages(opened: Repository) -> None:

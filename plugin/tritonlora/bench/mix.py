@@ -29,7 +29,7 @@ from tritonlora.bench.openai import opened_door
 from tritonlora.bench.processes import open_files, processes_of, pss_nbytes
 from tritonlora.errors import ServerError
 from tritonlora.launch.server import Server
-from tritonlora.repository import add
+from tritonlora.repository import registry
 from tritonlora.repository.paths import Repository
 
 EXIT_TIMEOUT_SECONDS = 2  # no client waits for a response any more
@@ -206,7 +206,7 @@ def under_load(
 def _repository(root: Path, options: Options) -> tuple[Repository, History]:
     opened = scratch.paced(root, options.adapters, pages=options.pages, token_seconds=options.token_seconds)
     replaced = scratch.put_small(opened, REPLACED, seed=0)
-    add.alias(opened, MOVED, "n1")
+    registry.alias(opened, MOVED, "n1")
     stable: dict[str, int | None] = {f"n{number}": number for number in range(1, options.adapters + 1)}
     return opened, History({**stable, REPLACED: replaced, MOVED: stable["n1"], PASSING: None})
 
@@ -231,9 +231,9 @@ def _changed(opened: Repository, number: int) -> tuple[str, int | None]:
         return REPLACED, scratch.put_small(opened, REPLACED, seed=seed)
     if turn == 2:
         other = 1 + (number // 4 + 1) % 2
-        add.alias(opened, MOVED, f"n{other}")
+        registry.alias(opened, MOVED, f"n{other}")
         return MOVED, other
-    add.remove(opened, PASSING)
+    registry.remove(opened, PASSING)
     return PASSING, None
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from tritonlora.bench.convert import LAYERS, LLAMA_8B, make_adapter
 from tritonlora.errors import RepositoryError
 from tritonlora.files import write_text
-from tritonlora.repository import add, init, model_configs, paths
+from tritonlora.repository import add, init, model_configs, paths, upkeep
 from tritonlora.repository.paths import ROUTER, Repository
 from tritonlora.serving.adapter_table import AdapterEntry, AdapterTable
 from tritonlora.serving.adapter_table_json import render
@@ -140,7 +140,7 @@ def paced(root: Path, count: int, *, pages: int, token_seconds: float) -> Reposi
     opened = paths.open_repository(root)
     _register(opened, count, SMALL, SMALL_LAYERS, rank=8)
     _set_cache(opened, pages)
-    add.set_parameters(opened, {"synthetic_token_seconds": f"{token_seconds:g}", "max_num_requests": "512"})
+    upkeep.set_parameters(opened, {"synthetic_token_seconds": f"{token_seconds:g}", "max_num_requests": "512"})
     _put_ensemble(opened, PAST_ROUTER)
     init.init(opened.root, topology=init.RESOLVE)
     return opened
@@ -193,13 +193,13 @@ def _set_cache(opened: Repository, room: int) -> None:
     """Set the size of the engine's cache to `room` adapters."""
     table = paths.read_table(opened)
     rank = str(max(next(iter(table.entries.values())).adapter_sizes))
-    add.set_parameters(opened, {"lora_cache_optimal_adapter_size": rank, "lora_cache_max_adapter_size": rank})
+    upkeep.set_parameters(opened, {"lora_cache_optimal_adapter_size": rank, "lora_cache_max_adapter_size": rank})
     config = paths.read_config(opened.config_path)
     plan = paths.plan_of(opened, table, config, paths.engine_profile(opened, config))
     if plan is None:
         raise RepositoryError("the engine's cache is not in pages")
     nbytes = room * plan.adapters[0].pages * plan.tightest.page_bytes
-    add.set_parameters(opened, {"lora_cache_host_memory_bytes": str(nbytes)})
+    upkeep.set_parameters(opened, {"lora_cache_host_memory_bytes": str(nbytes)})
 
 
 def _put_resolver(opened: Repository) -> None:
@@ -207,7 +207,7 @@ def _put_resolver(opened: Repository) -> None:
     table = paths.read_table(opened)
     entries = {name: replace(entry, warm=True, added_at=LONG_AGO) for name, entry in table.entries.items()}
     write_text(opened.table_path, render(replace(table, entries=entries)))
-    add.repair(opened)
+    upkeep.repair(opened)
     _put_ensemble(opened, PAST_ROUTER)
     init.init(opened.root, topology=init.RESOLVE)
     _put_ensemble(opened, BARE_ENSEMBLE)  # after `init`, which would put the resolver into it

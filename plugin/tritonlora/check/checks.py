@@ -33,7 +33,7 @@ from tritonlora.repository.paths import (
     read_bytes,
     read_table,
 )
-from tritonlora.repository.pinning import problem_of
+from tritonlora.repository.registry import pin_problem
 from tritonlora.repository.state import read_state
 from tritonlora.serving.adapter_table import AdapterEntry, AdapterTable
 from tritonlora.serving.dtypes import DTYPES
@@ -369,7 +369,7 @@ def _cache(subject: Subject) -> Iterator[Finding]:
 
 def _pins(subject: Subject) -> Iterator[Finding]:
     """The resolver can keep all pinned adapters in the engine."""
-    if problem := problem_of(subject.state, subject.table):
+    if problem := pin_problem(subject.state, subject.table):
         yield _error("pinned adapters", *problem)
 
 

@@ -49,6 +49,7 @@ from tritonlora.errors import RepositoryError
 from tritonlora.launch import client
 from tritonlora.repository import add as adding
 from tritonlora.repository import compose as composing
+from tritonlora.repository import registry
 from tritonlora.repository.add import Added, Options
 from tritonlora.repository.compose import SCHEME
 from tritonlora.repository.paths import Repository, open_repository, read_table
@@ -300,7 +301,7 @@ def remove(
 ) -> None:
     """Take adapters or aliases out of the repository. The lora_task_id of a removed adapter is never used again."""
     root, names = repository_and(words, repo, None)
-    removed = adding.remove(open_repository(root), *names)
+    removed = registry.remove(open_repository(root), *names)
     if as_json:
         print_json(removed)
         return
@@ -334,11 +335,11 @@ def alias(
     names = [word for word in words if "=" not in word or word == words[0]]
     if names == words:
         root, (new, to) = repository_and(words, repo, 2)
-        aliased = adding.alias(open_repository(root), new, to)
+        aliased = registry.alias(open_repository(root), new, to)
     else:
         shares = _shares(words[len(names) :])
         root, (new,) = repository_and(names, repo, 1)
-        aliased = adding.alias(open_repository(root), new, shares)
+        aliased = registry.alias(open_repository(root), new, shares)
     if as_json:
         print_json(aliased)
         return

@@ -42,8 +42,8 @@ from tritonlora.engine.traffic import parse_traffic
 from tritonlora.errors import RepositoryError, TritonLoraError
 from tritonlora.launch import client
 from tritonlora.machine import Ports
-from tritonlora.repository import add
 from tritonlora.repository import init as init_module
+from tritonlora.repository import registry, upkeep
 from tritonlora.repository import undo as undoing
 from tritonlora.repository.paths import Repository, has_gpu_cache, open_repository, plan_entries, read_config
 from tritonlora.repository.state import read_state
@@ -199,11 +199,11 @@ def plan(
     traffic = None if weights is None else parse_traffic(_weights_text(weights), table.entries)
     applied = None
     if apply:
-        applied = add.apply_plan(opened, found.recommendations, profile)
+        applied = upkeep.apply_plan(opened, found.recommendations, profile)
         after = make_plan({**config.parameters, **applied}, gpu_memory=gpu_memory)
         found = dataclasses.replace(after, recommendations=found.recommendations, remarks=found.remarks)
     choice = None if traffic is None else cache_plan.choose_warm(found, traffic)
-    changed = add.keep_warm(opened, choice.warm) if apply and choice else {}
+    changed = registry.keep_warm(opened, choice.warm) if apply and choice else {}
     if as_json:
         said = {"fits": found.fits, "warm_choice": choice, "applied": applied or {}, "warm_changed": changed}
         print_json({**dataclasses.asdict(found), **said})
@@ -243,7 +243,7 @@ def _fix(opened: Repository) -> bool:
     repaired = True
     repairs: tuple[Callable[[], list[FileChange]], ...] = (
         lambda: init_module.init(opened.root),
-        lambda: add.repair(opened),
+        lambda: upkeep.repair(opened),
     )
     for put_right in repairs:
         try:

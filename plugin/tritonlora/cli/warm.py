@@ -17,9 +17,9 @@ from tritonlora.cli.options import RepoOption, command_group, repository_and
 from tritonlora.cli.output import NO_RESTART, AsJson, print_json, print_note, stderr
 from tritonlora.errors import ServerError
 from tritonlora.launch import client
-from tritonlora.repository import pinning
+from tritonlora.repository import registry
 from tritonlora.repository.paths import open_repository
-from tritonlora.repository.pinning import Pinned
+from tritonlora.repository.registry import Pinned
 from tritonlora.serving.listing import HELD
 
 app = command_group()
@@ -75,7 +75,7 @@ def warm(
     names = words
     if pin or unpin:
         root, names = repository_and(words, repo, None)
-        pinned = pinning.pin(open_repository(root), names, pinned=pin)
+        pinned = registry.pin(open_repository(root), names, pinned=pin)
         if not as_json:
             sys.stdout.write("".join(map(_pin_line, pinned)))
             if any(one.before != one.pinned for one in pinned):

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""Put adapters into a model repository and take them out.
+"""Put adapters into a model repository.
 
 Strategy. Everything is decided and converted first. Then the files are written: an adapter's tensors, then
 adapters.json, then config.pbtxt. A removal writes config.pbtxt before adapters.json. If the command is stopped between
@@ -16,7 +16,7 @@ import datetime
 import itertools
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,31 +25,23 @@ from tritonlora.architectures.layers import also_stored_as, families_of
 from tritonlora.architectures.lora_modules import MODULES
 from tritonlora.conversion.layout import Layout, plan_layout
 from tritonlora.engine import cache_plan
-from tritonlora.engine.lora_cache import parse_parameters
 from tritonlora.engine.profile import EngineProfile, load_profile
 from tritonlora.errors import EngineMismatch, RepositoryError, TritonLoraError, UnknownArchitecture, one_message
 from tritonlora.files import locked, make_directory, publish, sha256_of, temporary_name
 from tritonlora.interrupts import held
-from tritonlora.pbtxt.model_config import ModelConfig, config_of
+from tritonlora.pbtxt.model_config import ModelConfig
 from tritonlora.peft.adapter import Adapter, load_adapter
-from tritonlora.repository import chat_templates, generated, model_configs, undo
-from tritonlora.repository.paths import Repository, cache_pages, plan_entries
+from tritonlora.repository import chat_templates, generated
+from tritonlora.repository.paths import Repository
 from tritonlora.repository.state import State, read_state
 from tritonlora.serving.adapter_table import (
     AdapterEntry,
     AdapterTable,
     Source,
-    as_written,
     check_name,
     with_adapter,
-    with_alias,
     with_entry,
-    without_adapter,
-    without_alias,
 )
-from tritonlora.serving.adapter_table_json import render
-from tritonlora.serving.file_version import has_content
-from tritonlora.serving.shares import Shares
 from tritonlora.sources.fetch import Fetched, pinned
 from tritonlora.targets import Target
 
@@ -428,143 +420,6 @@ def _with(table: AdapterTable, added: Added) -> AdapterTable:
     if known is not None and known.lora_task_id == added.entry.lora_task_id:
         return with_entry(table, added.name, added.entry)
     return with_adapter(table, added.name, added.entry)
-
-
-@dataclass(frozen=True, slots=True)
-class Removed:
-    """An adapter or an alias that `remove` took out."""
-
-    name: str
-    entry: AdapterEntry | None  # of an adapter; None for an alias
-    alias_of: str | Shares | None  # of an alias: its adapter, or its adapters with their shares, which stay
-
-
-def remove(repository: Repository, *names: str) -> list[Removed]:
-    """Take adapters and aliases out of the table and the warmup block, all of them or none. Their ids are retired.
-
-    The adapters' files stay while requests under way may need them; a later command deletes them. Removing an alias
-    leaves its adapter alone. AdapterTableError for an unknown name, and for an adapter with an alias that would stay.
-    """
-    with locked(repository.table_path.parent):
-        state = read_state(repository)
-        before = table = state.table
-        removed = []
-        for name in sorted(dict.fromkeys(names), key=lambda name: name not in before.aliases):  # aliases first
-            if name in table.aliases:
-                removed.append(Removed(name, None, alias_of=as_written(table.aliases[name])))
-                table = without_alias(table, name)
-            else:
-                table, entry = without_adapter(table, name), table.entries.get(name)
-                removed.append(Removed(name, entry, alias_of=None))
-        files = generated.rendered(state, table) if table.entries != before.entries else None
-        generated.sweep(generated.write(state, table, files))
-        return removed
-
-
-@dataclass(frozen=True, slots=True)
-class Aliased:
-    """The result of `alias`."""
-
-    alias: str
-    name: str | Shares  # of the adapter, or the adapters' shares in percent
-    before: str | Shares | None  # where the alias led until now
-
-
-def alias(repository: Repository, alias: str, name: str | Shares) -> Aliased:
-    """Make `alias` a second name of an adapter, or lead an existing alias to another adapter, in one step.
-
-    With shares, such as {"pirate-v3": 90, "pirate-v4": 10}, the requests for `alias` are divided between adapters. If
-    `name` is an alias, `alias` leads to the adapters that `name` leads to now, and stays there.
-
-    AdapterTableError for an unknown name or wrong shares. RepositoryError when the code that the server runs cannot
-    divide requests.
-    """
-    with locked(repository.table_path.parent):
-        state = read_state(repository)
-        table = with_alias(state.table, alias, name)
-        generated.write(state, table, None)
-        before = state.table.aliases.get(alias)
-        return Aliased(alias, as_written(table.aliases[alias]), None if before is None else as_written(before))
-
-
-def repair(repository: Repository) -> list[undo.FileChange]:
-    """Write the generated files again from adapters.json, and delete the files that stopped commands left behind.
-
-    Returns the files that were missing or altered, and the files that were deleted. RepositoryError names the files
-    that could not be deleted.
-    """
-    with locked(repository.table_path.parent):
-        state = read_state(repository)
-        files = generated.rendered(state, state.table)
-        changes = [
-            undo.FileChange(path, undo.text_of(path), content.decode(errors="replace"))
-            for path, content in files.files().items()
-            if not has_content(path, content)
-        ]
-        state = generated.write(state, state.table, files)
-        changes += [undo.FileChange(path, "", None) for path in generated.swept(state)]
-        if problems := generated.sweep(state):
-            raise RepositoryError(one_message("not everything that was left behind can be deleted", problems))
-    return changes
-
-
-def set_parameters(repository: Repository, parameters: Mapping[str, str]) -> None:
-    """Set parameters of the engine's model. Every other byte of its config.pbtxt stays as it is.
-
-    The router and the resolver get the new size of the engine's cache.
-    """
-    with locked(repository.table_path.parent):
-        state = read_state(repository)
-        document = model_configs.set_parameters(state.document, parameters)
-        pages = cache_pages(config_of(document), lambda: state.profile)
-        in_step = generated.cache_in_step(state.models, pages)
-        undo.write(repository.root, {repository.config_path: document.text.encode(), **in_step})
-
-
-def apply_plan(
-    repository: Repository, recommendations: Iterable[cache_plan.Recommendation], profile: EngineProfile
-) -> dict[str, str]:
-    """Set the recommended parameters of the engine's model, and the new size of its cache in the router and resolver.
-
-    Returns the parameters of the engine's model that were changed.
-    """
-    with locked(repository.table_path.parent):
-        state = read_state(repository)
-        _, ignored = parse_parameters(state.config.parameters)
-        changed = {
-            one.parameter: str(one.value)
-            for one in recommendations
-            if one.value != one.in_effect or one.parameter in ignored
-        }
-        entries = plan_entries(repository, state.table, state.config)
-        planned = cache_plan.plan_cache(entries, profile, {**state.config.parameters, **changed})
-        pages = {adapter.name: adapter.pages for adapter in planned.adapters}
-        sized = {name: replace(entry, pages=pages[name]) for name, entry in state.table.entries.items()}
-        document = model_configs.set_parameters(state.document, changed)
-        in_step = generated.cache_in_step(state.models, planned.tightest.host_pages)
-        contents = {repository.config_path: document.text.encode(), **in_step}
-        if sized != state.table.entries:
-            contents[repository.table_path] = render(replace(state.table, entries=sized)).encode()
-        undo.write(repository.root, contents)
-    return changed
-
-
-def keep_warm(repository: Repository, warm: Collection[str]) -> dict[str, bool]:
-    """Let the server load these adapters when it starts, and the others on their first request.
-
-    Returns the adapters for which that is new, by name.
-    """
-    changed: dict[str, bool] = {}
-
-    def then(table: AdapterTable) -> AdapterTable:
-        for name, entry in table.entries.items():
-            if entry.warm != (name in warm):
-                changed[name] = name in warm
-                table = with_entry(table, name, replace(entry, warm=name in warm))
-        return table
-
-    change(repository, {}, then)
-    return changed
 
 
 def _task_id(state: State, table: AdapterTable, asked: int | None) -> int:

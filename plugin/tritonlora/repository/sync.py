@@ -19,7 +19,7 @@ from tritonlora.errors import AdapterTableError, RepositoryError, SourceError, T
 from tritonlora.repository.add import DEFAULTS, Added, Incoming, Options, Refused, change
 from tritonlora.repository.desired_state import DesiredState, WantedAdapter
 from tritonlora.repository.paths import Repository, read_table
-from tritonlora.repository.pinning import problem_of
+from tritonlora.repository.registry import pin_problem
 from tritonlora.repository.state import State, read_state
 from tritonlora.serving.adapter_table import (
     AdapterEntry,
@@ -287,7 +287,7 @@ def _without_refused_pins(
 ) -> AdapterTable:
     """`table`, in which the adapters that the plan pins are not pinned if the resolver could not keep all of them."""
     new = [name for name, pinned in plan.pinned.items() if pinned and name in table.entries]
-    if not new or (problem := problem_of(state, table)) is None:
+    if not new or (problem := pin_problem(state, table)) is None:
         return table
     for name in new:
         table = with_entry(table, name, replace(table.entries[name], pinned=False))

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""pinning.py: which adapters may be pinned, what the commands make of a pin, and what `check` says."""
+"""registry.py: which adapters may be pinned, what the commands make of a pin, and what `check` says."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from tritonlora.check import checks
 from tritonlora.cli import commands
 from tritonlora.errors import AdapterTableError, RepositoryError
 from tritonlora.files import write_text
-from tritonlora.repository import add, desired_state, init, paths
+from tritonlora.repository import add, desired_state, init, paths, registry
 from tritonlora.repository.desired_state import DesiredState, WantedAdapter
 from tritonlora.repository.paths import Repository, read_table
-from tritonlora.repository.pinning import Pinned, pin
+from tritonlora.repository.registry import Pinned, pin
 from tritonlora.repository.sync import apply, plan_sync
 from tritonlora.serving.adapter_table import with_entry
 from tritonlora.serving.adapter_table_json import render
@@ -35,7 +35,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three adapters of a page each, and an alias of two of them."""
     root = tmp_path_factory.mktemp("pins") / "repo"
     opened = synthetic_repository(root, cold=["pirate", "haiku", "other"], topology="resolve")
-    add.alias(opened, "prod", {"pirate": 50, "haiku": 50})
+    registry.alias(opened, "prod", {"pirate": 50, "haiku": 50})
     return root
 
 
@@ -119,7 +119,7 @@ def test_a_pin_stays_with_the_name_until_the_adapter_is_removed(opened: Reposito
     for seed in (7, 7):
         add.add(opened, "other", synthetic_adapter(tmp_path / "other", seed))
         assert {"other"} == pinned(opened)
-    add.remove(opened, "other")
+    registry.remove(opened, "other")
     add.add(opened, "other", synthetic_adapter(tmp_path / "other", 7))
 
     assert not pinned(opened)
