@@ -21,6 +21,7 @@ import yaml
 from deploy_schemas import DASHBOARD as DASHBOARD_SCHEMA
 from documentation import ROOT, Page
 from monitoring import ALERTS, DASHBOARD, MONITORING, PANELS, expressions, metric_names
+from tritonlora.openai.metrics import Metrics
 from tritonlora.serving.metrics import FAMILIES
 
 Document = dict[str, Any]
@@ -98,6 +99,15 @@ def test_the_dashboard_has_panels_for_every_metric_that_is_kept() -> None:
     shown = {name.removesuffix("_bucket") for name in metric_names() if name.startswith("lora_")}
 
     assert {family.name for family in FAMILIES} - {"lora_load_seconds_total", "lora_requests_info"} == shown
+
+
+def test_the_door_has_the_metrics_that_are_asked_of_it() -> None:
+    """In its own page of metrics, where a histogram has buckets."""
+    page = Metrics().page().decode()
+    wanted = {name.removesuffix("_bucket") for name in metric_names() if name.startswith("tritonlora_openai_")}
+
+    assert 6 == len(wanted)
+    assert wanted <= set(re.findall(r"^# TYPE (\w+) ", page, re.MULTILINE))
 
 
 def validate(dashboard: Document) -> None:
