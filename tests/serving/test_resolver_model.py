@@ -158,6 +158,13 @@ def test_a_load_is_no_request_of_a_client(resolver: Any, opened: Repository) -> 
     assert 0 == sum(counts["pirate"][outcome] for outcome in OUTCOMES)
 
 
+def test_a_miss_of_an_adapter_that_nobody_has_asked_for_counts(resolver: Any, opened: Repository) -> None:
+    """Of a warm one, which the engine had before any request."""
+    resolver._dispatcher._on_miss(read_table(opened).entries["pirate"].lora_task_id)
+
+    assert 1 == resolver._statistics.counts()["pirate"]["unexpected_misses"]
+
+
 def test_what_is_refused_counts_for_the_adapter_that_was_asked_for(resolver: Any, opened: Repository) -> None:
     """By an ensemble or by the router. Nothing is under way after that."""
     resolver._bindings._bind(read_table(opened).entries["pirate"].lora_task_id, "another")

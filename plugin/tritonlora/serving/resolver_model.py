@@ -74,7 +74,8 @@ class TritonPythonModel:
         self._pins_at = time.monotonic() + PINS_SECONDS  # the server takes no requests of a model that it still loads
         self._files = AdapterFiles(self._repository)
         self._kept = new_kept_weights()
-        self._routes: dict[int, Route] = {}  # lora_task_id -> the adapter that requests asked for
+        # lora_task_id -> adapter: of the table at the start, and those that requests asked for since then.
+        self._routes = {entry.lora_task_id: Route(name, entry) for name, entry in table.entries.items()}
         self._was_loaded: set[int] = set()
         server = os.getppid()
         is_fresh = is_starting(server)
