@@ -35,8 +35,9 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Repository:
 
 @pytest.fixture
 def resolver(opened: Repository, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Before an engine that takes every load."""
+    """Before an engine that takes every load, in a server that has just started."""
     module = import_model(monkeypatch, "tritonlora.serving.resolver_model")
+    monkeypatch.setattr(module, "is_starting", lambda _: True)
     fake_pb_utils.serve("tensorrt_llm", lambda _: [InferenceResponse([Tensor("output_ids", np.array([[[1]]]))])])
     config = read_config(opened.root / "lora_resolver" / "config.pbtxt")
     parameters = {**config.parameters, "refresh_seconds": "3600", "cache_pages": "100"}

@@ -313,9 +313,9 @@ class TritonPythonModel:
     # Counts
 
     def _ended(self, lease: Lease | None, outcome: str) -> None:
+        self._count(lease.routes if lease else (), outcome)
         if lease is not None:
             self._count(lease.routes, "running", -1)
-        self._count(lease.routes if lease else (), outcome)
 
     def _count(self, routes: Sequence[Route], column: str, amount: float = 1.0) -> None:
         for name in [route.lora_name for route in routes] or [BASE]:
