@@ -5,10 +5,14 @@
 from __future__ import annotations
 
 import random
+from datetime import datetime, timedelta, timezone
 
 import pytest
 
+from table import entry
+from tritonlora.serving.adapter_table import AdapterTable
 from tritonlora.serving.engine_cache import EngineCache
+from tritonlora.serving.server_process import warmed_at_start
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -45,3 +49,37 @@ def test_what_is_listed_as_held_is_what_requests_go_on_for(seed: int) -> None:
         assert (cache.least_recent(warm=True) in believed) if believed else cache.least_recent(warm=True) is None
 
     assert held_at_some_time
+
+
+def test_adapters_that_may_have_come_too_late_for_the_warmup_may_have_evicted_others() -> None:
+    """And may not be there."""
+    cache = EngineCache(4, dict.fromkeys(range(1, 7), 1), 0.0, late={4, 5, 6})
+
+    assert [3] == [task_id for task_id in range(1, 7) if cache.are_held([task_id], 0.0)]
+
+
+def test_adapters_that_came_while_the_engine_may_start_may_evict_others() -> None:
+    """Those that were known before are as they were."""
+    cache = EngineCache(4, dict.fromkeys((1, 2, 3), 1), 0.0)
+    before = [cache.are_held([task_id], 0.0) for task_id in (1, 2, 3)]
+    cache.expect(dict.fromkeys((1, 2, 3), 1), 0.1)
+    known = [cache.are_held([task_id], 0.1) for task_id in (1, 2, 3)]
+    cache.expect(dict.fromkeys((1, 2, 3, 4, 5), 1), 0.1)
+
+    assert [True] * 3 == before == known
+    assert [False, True, True, False, False] == [cache.are_held([task_id], 0.1) for task_id in range(1, 6)]
+
+
+def test_the_warmup_of_a_server_is_known_by_when_its_adapters_were_added() -> None:
+    """In the second before the start, or later: maybe not."""
+    started_at = datetime(2026, 1, 1, 12, tzinfo=timezone.utc)
+    table = AdapterTable(
+        {
+            f"n{number}": entry(number, warm=number != 2, added_at=added.isoformat(), pages=number)
+            for number, added in enumerate(
+                (started_at - timedelta(seconds=seconds) for seconds in (60, 60, 1, 0.5, -3)), start=1
+            )
+        }
+    )
+
+    assert ({1: 1, 3: 3, 4: 4, 5: 5}, {4, 5}) == warmed_at_start(table, started_at.timestamp())

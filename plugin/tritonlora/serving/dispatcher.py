@@ -141,6 +141,11 @@ class Dispatcher:
         """Call `look` again and again from now on, from a thread that sends no requests of clients."""
         self._watch = look
 
+    def expect(self, warm: Mapping[int, int]) -> None:
+        """See `EngineCache.expect`."""
+        with self._lock:
+            self._admission.cache.expect(warm, time.monotonic())
+
     def leave(self, ticket: Ticket) -> bool:
         """Take a request out of the queue without a response; False when it has left the queue already."""
         with self._lock:

@@ -55,10 +55,19 @@ class _Adapter:
 class EngineCache:
     """What is certain of one engine's cache of `capacity` pages. 0: its size is not known, and nothing is certain."""
 
-    def __init__(self, capacity: int, warm: Mapping[int, int], now: float, *, is_fresh: bool = True) -> None:
+    def __init__(
+        self,
+        capacity: int,
+        warm: Mapping[int, int],
+        now: float,
+        *,
+        late: Collection[int] = (),
+        is_fresh: bool = True,
+    ) -> None:
         """`warm` has the adapters that the engine's warmup loads, lora_task_id -> pages, in the order of the warmup.
 
-        If the engine `is_fresh`, it holds no other adapters. Otherwise it may have got others before.
+        Those that are `late` may have come too late for it. If the engine `is_fresh`, it holds no other adapters.
+        Otherwise it may have got others before.
         """
         self.capacity = capacity
         self._adapters: dict[int, _Adapter] = {}
@@ -72,9 +81,10 @@ class EngineCache:
         self._confirmed_at = now  # the engine was not loaded again before this time
         for order, (task_id, pages) in enumerate(warm.items()):
             adapter = self._adapter(task_id, pages)
-            adapter.is_warm = True
+            adapter.is_warm = task_id not in late
             self._count(adapter)
-            adapter.seen_at = adapter.used_at = adapter.ended_at = now - 1 + order / len(warm)
+            adapter.used_at = adapter.ended_at = now - 1 + order / len(warm)
+            adapter.seen_at = adapter.used_at if adapter.is_warm else None
             self._ended[task_id] = None
 
     # Decisions
@@ -176,6 +186,18 @@ class EngineCache:
         return min(held, key=lambda one: (one.is_in_use, one.used_at)).task_id if held else None
 
     # Events
+
+    def expect(self, warm: Mapping[int, int], now: float) -> None:
+        """Note adapters that an engine may load at its start, lora_task_id -> pages, beside those known so far.
+
+        The engine may be starting now, and evict others for them.
+        """
+        for task_id, pages in warm.items():
+            adapter = self._adapter(task_id, pages)
+            if not adapter.was_sent:
+                self._count(adapter)
+                adapter.ended_at = now
+                self._ended[task_id] = None
 
     def begin(self, task_id: int, pages: int, *, with_weights: bool) -> None:
         """Note that a request for the adapter, or a load, is about to be sent. It may be active until `send` or `end`.

@@ -84,7 +84,7 @@ class TritonPythonModel:
             contents_of(table, only_warm=is_fresh),
         )
         self._guard = Guard(args["model_name"])
-        warm = warmed_at_start(table, started_at(server)) if is_fresh else {}
+        warm, late = warmed_at_start(table, started_at(server)) if is_fresh else ({}, set())
         self._engine: OwnRequests | None = None
         self._dispatcher: Dispatcher | None = None
         if self._wire.sends_weights:
@@ -100,7 +100,7 @@ class TritonPythonModel:
             )
             self._dispatcher = Dispatcher(
                 Admission(
-                    EngineCache(self._capacity, warm, now, is_fresh=is_fresh),
+                    EngineCache(self._capacity, warm, now, late=late, is_fresh=is_fresh),
                     now,
                     cautious_for=0.0 if is_fresh else STARTING_SECONDS,
                 ),
@@ -111,7 +111,7 @@ class TritonPythonModel:
                 on_pass=self._went_on,
                 on_miss=lambda task_id: self._statistics.add(self._routes[task_id].lora_name, "unexpected_misses"),
             )
-        self._sender: Sender = self._dispatcher or PassOn(warm)
+        self._sender: Sender = self._dispatcher or PassOn(warm.keys() - late)
         self._leases = Leases(self._sender, is_held)
         if self._dispatcher:
             self._dispatcher.watch(self._sweep)
@@ -251,6 +251,10 @@ class TritonPythonModel:
             self._statistics.add(BASE, "table_reloads")
             files = {file for one in table.entries.values() for file in (one.lora_weights_file, one.lora_config_file)}
             self._files.forget_all_but(files)
+            if self._dispatcher:
+                self._dispatcher.expect(
+                    {one.lora_task_id: one.pages or 1 for one in table.entries.values() if one.warm}
+                )
         return table
 
     def _pages(self, route: Route) -> int:

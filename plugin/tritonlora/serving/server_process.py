@@ -47,14 +47,12 @@ def is_starting(pid: int) -> bool:
     return time.time() - started_at(pid) < STARTING_SECONDS
 
 
-def warmed_at_start(table: AdapterTable, started_at: float) -> dict[int, int]:
-    """lora_task_id -> pages of the adapters that the warmup of an engine loaded, in the order of the warmup.
+def warmed_at_start(table: AdapterTable, started_at: float) -> tuple[dict[int, int], set[int]]:
+    """lora_task_id -> pages of the adapters that the warmup of an engine may have loaded, in the order of the warmup.
 
-    `started_at` is the time of the engine's start, in seconds since 1970. An adapter that was added in the same second
-    is left out, since it may have come too late.
+    `started_at` is the time of the engine's start, in seconds since 1970. The second value has the ids of those that
+    may have come too late: they were added in the second before, or later.
     """
-    return {
-        entry.lora_task_id: entry.pages or 1
-        for entry in sorted(table.entries.values(), key=lambda entry: entry.lora_task_id)
-        if entry.warm and datetime.fromisoformat(entry.added_at).timestamp() + 1 <= started_at
-    }
+    warm = sorted((entry for entry in table.entries.values() if entry.warm), key=lambda entry: entry.lora_task_id)
+    late = (one for one in warm if datetime.fromisoformat(one.added_at).timestamp() + 1 > started_at)
+    return {entry.lora_task_id: entry.pages or 1 for entry in warm}, {entry.lora_task_id for entry in late}
