@@ -83,3 +83,16 @@ def test_the_warmup_of_a_server_is_known_by_when_its_adapters_were_added() -> No
     )
 
     assert ({1: 1, 3: 3, 4: 4, 5: 5}, {4, 5}) == warmed_at_start(table, started_at.timestamp())
+
+
+@pytest.mark.parametrize("pages", [0, 1])
+def test_of_a_cache_whose_size_is_not_known_nothing_is_certain(pages: int) -> None:
+    """The pages of an adapter may not be known either: 0. A later one may have evicted it."""
+    cache = EngineCache(0, {}, 0.0)
+    for task_id in (1, 2):
+        cache.begin(task_id, pages, with_weights=True)
+        cache.see(task_id, 0.1)
+        cache.end(task_id, 0.2)
+
+    assert (False, False) == (cache.are_held([1], 0.3), cache.fits_all)
+    assert {1: False, 2: True} == cache.states()

@@ -306,7 +306,8 @@ class EngineCache:
     def _adapter(self, task_id: int, pages: int) -> _Adapter:
         found = self._adapters.get(task_id)
         if found is None:
-            found = self._adapters[task_id] = _Adapter(task_id, pages)
+            # An adapter takes a page at least, also if its pages are not known.
+            found = self._adapters[task_id] = _Adapter(task_id, max(pages, 1))
         return found
 
     def _count(self, adapter: _Adapter) -> None:
