@@ -64,6 +64,7 @@ class Engine:
         self._slots = slots
         self._queue: deque[tuple[int | None, float, bool, Respond]] = deque()
         self._active: list[_Active] = []
+        self._weights_at: dict[int | None, float] = {}  # adapter -> when weights of it arrive that were sent last
         self._numbers = itertools.count()
         self._chance = random.Random(1)  # noqa: S311
         self._iterates = False
@@ -83,8 +84,16 @@ class Engine:
         return task_id in self._cache.cache
 
     def submit(self, task_id: int | None, tokens: float, with_weights: bool, respond: Respond) -> None:
-        """A request, of the base model or for an adapter."""
-        self._world.after(self._chance.uniform(*HOPS_SECONDS), self._arrive, task_id, tokens, with_weights, respond)
+        """A request, of the base model or for an adapter.
+
+        It may overtake others, but not the weights of its adapter: the resolver sends both from one thread, and Triton
+        has given a response to the next step of the ensemble when `send` returns.
+        """
+        hop = self._chance.uniform(*HOPS_SECONDS)
+        arrives_at = max(self._world.now + hop, self._weights_at.get(task_id, 0.0))
+        if with_weights:
+            self._weights_at[task_id] = arrives_at
+        self._world.after(arrives_at - self._world.now, self._arrive, task_id, tokens, with_weights, respond)
 
     def _arrive(self, *request: object) -> None:
         self._queue.append(request)  # type: ignore[arg-type]

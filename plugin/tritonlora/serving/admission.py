@@ -44,7 +44,7 @@ from .engine_cache import ARRIVAL_SECONDS, EngineCache
 from .errors import AdapterUnavailable
 
 OVERTAKING_SECONDS = 1.0
-BELIEF_SECONDS = 1.0  # between two probes of adapters that the engine is believed to hold
+BELIEF_SECONDS = 0.75  # between two probes of adapters that the engine is believed to hold; CONFIRMED_SECONDS has two
 ASKED_SECONDS = 3.0  # after the last request, such probes stop
 RETRY_SECONDS = 0.005  # between two tries to load an adapter while the cache is full
 PROBE_TOKENS = 2, 16  # of the shortest probe, and of the longest
@@ -499,5 +499,5 @@ class Admission:
             return None
         # If nobody asks, a warm adapter tells nothing: an engine that is loaded again has it.
         self._belief_probed_at, self._probes_warm = now, is_asked and not self._probes_warm
-        task_id = self.cache.least_recent(warm=self._probes_warm)
+        task_id = self.cache.next_to_probe(warm=self._probes_warm)
         return self._probe(task_id) if is_asked or task_id is not None else None

@@ -176,14 +176,16 @@ class EngineCache:
         """The pages of the adapters that the engine certainly has, unless it was loaded again."""
         return sum(self._adapters[task_id].pages for task_id, is_certain in self.states().items() if is_certain)
 
-    def least_recent(self, *, warm: bool) -> int | None:
-        """The held adapter that the engine evicts next; `warm` tells whether warm adapters count.
+    def next_to_probe(self, *, warm: bool) -> int | None:
+        """A held adapter, which a probe is to find in the engine.
 
-        If all held adapters may be in use, the one whose last request was sent first.
+        With `warm`, the one that was seen longest ago, so that each has its turn. Otherwise the one whose last request
+        was sent first, of those that the warmup does not load: another client's adapters evict it before the others.
         """
         seen = (one for one in self._adapters.values() if one.seen_at is not None and (warm or not one.is_warm))
         held = [one for one, fits in self._each_fits(self._by_use(seen)) if fits]
-        return min(held, key=lambda one: (one.is_in_use, one.used_at)).task_id if held else None
+        found = min(held, key=lambda one: (one.seen_at or 0.0) if warm else one.used_at, default=None)
+        return found.task_id if found else None
 
     # Events
 
@@ -270,11 +272,8 @@ class EngineCache:
         adapter = self._adapters[task_id]
         if adapter.seen_at is None:
             return False
-        # If all adapters fit, none was evicted: the engine was loaded again, and has its warm adapters. Otherwise
-        # nothing is certain.
-        keeps_warm = self.fits_all and not adapter.is_warm
-        for one in self._adapters.values():
-            one.seen_at = one.seen_at if keeps_warm and one.is_warm else None
+        for one in self._adapters.values():  # those of the warmup, too: another client may have evicted them
+            one.seen_at = None
         return True
 
     def heard(self, sent_at: float, now: float) -> None:
