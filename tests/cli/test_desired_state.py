@@ -20,6 +20,7 @@ import pytest
 from repositories import synthetic_adapter, synthetic_repository
 from tritonlora.cli import commands
 from tritonlora.cli.desired_state import LOOK_SECONDS, RETRY_SECONDS, follow
+from tritonlora.cli.output import RESTART
 from tritonlora.errors import DesiredStateError
 from tritonlora.repository import paths
 from tritonlora.repository.paths import read_table
@@ -104,6 +105,22 @@ def test_a_plan_is_printed_carried_out_and_then_there_is_nothing_to_do(
     ) == run(capsys, "sync", "repo", "two.yaml", "--prune")
 
 
+def test_settings_that_a_running_server_lacks_are_named(capsys: pytest.CaptureFixture[str], place: Path) -> None:
+    """As `add` names them: the first bfloat16 adapter of a repository for float16 changes configs."""
+    for name in ("tensorrt_llm", "lora_resolver"):
+        path = place / "repo" / name / "config.pbtxt"
+        path.write_text(path.read_text().replace("TYPE_BF16", "TYPE_FP16"))
+    Path("two.yaml").write_text(TWO)
+    code, _, err = run(capsys, "sync", "repo", "two.yaml")
+
+    assert (
+        0,
+        "note: tensorrt_llm/config.pbtxt: input lora_weights: TYPE_FP16 [-1, -1] -> TYPE_BF16 [-1, -1]\n"
+        "note: lora_resolver/config.pbtxt: output lora_weights: TYPE_FP16 [-1, -1] -> TYPE_BF16 [-1, -1]\n"
+        f"note: {RESTART}\n",
+    ) == (code, err)
+
+
 def test_what_export_prints_is_as_the_repository_is(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, place: Path
 ) -> None:
@@ -116,7 +133,7 @@ def test_what_export_prints_is_as_the_repository_is(
     assert (0, text.replace(str(place / "adapters"), "adapters")) == (code, TWO_EXPORTED)
     for exported in (text, run(capsys, "export", "--json")[1]):
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(exported.encode())))
-        assert (0, "nothing to do: the repository is as - says\n", "") == run(capsys, "sync", "-")
+        assert (0, "nothing to do: the repository is as standard input says\n", "") == run(capsys, "sync", "-")
 
 
 TWO_EXPORTED = """\

@@ -25,11 +25,12 @@ from tritonlora.cli.options import (
     Offline,
     Repo,
     RepoOption,
+    command_group,
     import_torch,
     repository_and,
     repository_of,
 )
-from tritonlora.cli.output import AsJson, print_json, print_note, stderr
+from tritonlora.cli.output import RESTART, AsJson, print_json, print_note, stderr
 from tritonlora.errors import DesiredStateError, TritonLoraError
 from tritonlora.repository import desired_state
 from tritonlora.repository import sync as syncing
@@ -40,7 +41,7 @@ from tritonlora.repository.sync import Change, SyncPlan
 from tritonlora.serving.file_version import read_file
 from tritonlora.sources.policy import Policy, policy
 
-app = typer.Typer()
+app = command_group()
 
 LOOK_SECONDS = 2.0  # between two looks at a watched file
 RETRY_SECONDS = 60.0  # after a sync that refused something
@@ -75,11 +76,11 @@ def sync(
     options = Options(dtype=dtype, base=base, allow_nonfinite=allow_nonfinite)
 
     rules = policy(offline=offline, allowed=allow_source or ())
-    directory = Path.cwd() if file == "-" else path.absolute().parent
+    directory, called = (Path.cwd(), "standard input") if file == "-" else (path.absolute().parent, file)
 
     def once(content: bytes) -> bool:
-        desired = syncing.located(_parsed(content, file), directory)
-        return _sync(opened, desired, file, options, rules, prune=prune, dry_run=dry_run, as_json=as_json)
+        desired = syncing.located(_parsed(content, called), directory)
+        return _sync(opened, desired, called, options, rules, prune=prune, dry_run=dry_run, as_json=as_json)
 
     if watch:
         try:
@@ -160,6 +161,9 @@ def _sync(
         if changes and not refused and not dry_run:
             sys.stdout.write(f"done: the repository is as {file} says\n")
     sys.stdout.flush()
+    settings = dict.fromkeys(setting for one in added for setting in one.settings)
+    for note in (*settings, RESTART) if settings else ():
+        print_note(note)
     return not refused
 
 
