@@ -538,6 +538,8 @@ def test_plan_says_which_adapters_to_keep_warm(capsys: pytest.CaptureFixture[str
     assert 1.0 == choice["resend_share"]
     weights.write_text("nobody: 3")
     assert (1, "") == run(capsys, "plan", "--repo", repo, "--weights", weights)[:2]
+    code, _, err = run(capsys, "plan", "--repo", repo, "--weights", "localhost:8002")
+    assert (2, True) == (code, "to ask a server, give http://HOST:8002/metrics" in " ".join(err.split()))
     weights.write_bytes(b"\xff\x00")
     code, _, err = run(capsys, "plan", "--repo", repo, "--weights", weights)
     assert (1, True) == (code, f"error: '{weights}' is not text: " in err)

@@ -55,6 +55,14 @@ def test_a_text_that_says_nothing_is_refused() -> None:
         parse_traffic("# nothing\n", {"pirate"})
 
 
+def test_metrics_of_another_server_are_one_problem() -> None:
+    """Such as those of the OpenAI API, which have a line for each bucket of a histogram."""
+    text = '# TYPE tritonlora_openai_requests_total counter\ntritonlora_openai_requests_total{model="pirate"} 9.0\n' * 9
+
+    with pytest.raises(TritonLoraError, match="^these metrics have no lora_requests_total: give those of Triton's"):
+        parse_traffic(text, {"pirate"})
+
+
 def test_the_metric_is_that_of_the_listing() -> None:
     """Under another name, nothing would be found in what the server says."""
     assert REQUESTS.name == REQUESTS_METRIC

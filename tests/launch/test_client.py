@@ -63,16 +63,32 @@ def test_an_answer_that_is_no_json_object_is_an_error(answering: Callable[[bytes
         list(client.generate("hi", url=url))
 
 
+def _refusal(status: int, body: bytes) -> bytes:
+    return b"HTTP/1.1 %d No\r\nContent-Length: %d\r\n\r\n%b" % (status, len(body), body)
+
+
 @pytest.mark.parametrize(
     ("answered", "message"),
     [
-        (b"\0\x1b\n", r"{} does not answer in HTTP: [ -~]*; is that the HTTP endpoint\?"),
+        (b"\0\x1b\n", r"{} does not answer in HTTP; is that the gRPC endpoint\?"),
         (b"", r"no answer from {}: [ -~]*; is the server running\?"),
+        (
+            _refusal(405, b'{"error":"Method Not Allowed"}'),
+            r"{} answered with HTTP status 405: .*; is that Triton's .*",
+        ),
+        (
+            _refusal(404, b'{"error":{"message":"Not Found"}}'),
+            r"{} answered with HTTP status 404: .*; is that Triton's .*",
+        ),
+        (_refusal(404, b'{"error":"unknown"}'), "unknown"),
     ],
-    ids=["bytes", "nothing"],
+    ids=["bytes", "nothing", "metrics", "openai", "triton"],
 )
-def test_an_answer_that_is_no_http_is_an_error(answered: bytes, message: str) -> None:
-    """As that of the gRPC endpoint, whose bytes no terminal should get; a server that goes away says nothing at all."""
+def test_the_answer_of_another_endpoint_is_an_error(answered: bytes, message: str) -> None:
+    """As that of the gRPC endpoint, whose bytes no terminal should get; a server that goes away says nothing at all.
+
+    Triton's own errors stay as they are.
+    """
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def answer() -> None:
@@ -86,7 +102,7 @@ def test_an_answer_that_is_no_http_is_an_error(answered: bytes, message: str) ->
         thread.start()
         url = f"127.0.0.1:{server.getsockname()[1]}"
         with pytest.raises(ServerError, match=f"^{message.format(url)}$"):
-            list(client.generate("hi", url=url))
+            client.adapters(url)
         thread.join()
 
 

@@ -166,6 +166,18 @@ def test_one_view_of_no_server_is_an_error(capfd: pytest.CaptureFixture[str]) ->
     assert f"no answer from 127.0.0.1:{port}" in capfd.readouterr().err
 
 
+def test_metrics_at_another_port_are_asked_for(capfd: pytest.CaptureFixture[str]) -> None:
+    """The message has the address once, and the option."""
+    with serving() as closed:
+        pass
+    with serving() as port:
+        assert 1 == main([*words(port, "--once"), "--metrics-port", str(closed)])
+    message = capfd.readouterr().err
+
+    assert message.startswith(f"error: no answer from http://127.0.0.1:{closed}/metrics: ")
+    assert message.endswith("; is the server running? (another metrics port: --metrics-port PORT)\n")
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [(("--sort", "rank"), "no column 'rank'; there are name, state"), (("--url", "a b"), "'a b' is not HOST:PORT")],

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -224,6 +225,8 @@ def _weights_text(weights: str) -> str:
         return client.metrics(weights)
     if weights == "-":
         return text_of(sys.stdin)
+    if re.fullmatch(r"[^/]+:\d+(/metrics)?", weights) and not Path(weights).exists():
+        raise typer.BadParameter(f"there is no file {weights!r}; to ask a server, give http://HOST:8002/metrics")
     with Path(weights).open() as file:
         return text_of(file)
 

@@ -5,12 +5,14 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Container
 
 from tritonlora import exposition
 from tritonlora.errors import TritonLoraError, one_message
 
 REQUESTS_METRIC = "lora_requests_total"
+_OTHER_METRICS = re.compile(r"^# TYPE \w+ (?:counter|gauge|histogram|summary|untyped)$", re.MULTILINE)
 
 
 def parse_traffic(text: str, registered: Container[str]) -> dict[str, float]:
@@ -27,6 +29,12 @@ def parse_traffic(text: str, registered: Container[str]) -> dict[str, float]:
             if metric == REQUESTS_METRIC and adapter in registered and _is_weight(count):
                 sums[adapter] = sums.get(adapter, 0.0) + count
         return sums
+
+    if _OTHER_METRICS.search(text):
+        raise TritonLoraError(
+            f"these metrics have no {REQUESTS_METRIC}: give those of Triton's metrics port, 8002 by default, after a "
+            "request for an adapter"
+        )
 
     weights: dict[str, float] = {}
     problems = []

@@ -154,7 +154,9 @@ def metrics(url: str, *, timeout: float = METRICS_TIMEOUT_SECONDS) -> str:
         connection.request("GET", urllib.parse.urlsplit(url).path or "/metrics")
         response = connection.getresponse()
         if response.status != http.client.OK:
-            raise ServerError(f"no metrics at {url}: HTTP status {response.status}; give http://HOST:8002/metrics")
+            raise ServerError(
+                f"no metrics at {url}: HTTP status {response.status}; Triton's metrics port is 8002 by default"
+            )
         try:
             return response.read().decode()
         except UnicodeDecodeError:
@@ -174,7 +176,7 @@ def _events(url: str, path: str, body: bytes, timeout: float) -> Iterator[dict[s
         connection.request("POST", path, body, {"Content-Type": "application/json"})
         response = connection.getresponse()
         if response.status != http.client.OK:
-            raise ServerError(_error_text(response))
+            raise ServerError(_error_text(url, response))
         try:
             for line in response:
                 if line.startswith(b"data:"):
@@ -203,7 +205,7 @@ def _connected(url: str, timeout: float) -> Iterator[http.client.HTTPConnection]
         yield connection
     except (OSError, http.client.HTTPException) as error:
         if isinstance(error, http.client.BadStatusLine) and not isinstance(error, http.client.RemoteDisconnected):
-            raise ServerError(f"{url} does not answer in HTTP: {error!r}; is that the HTTP endpoint?") from None
+            raise ServerError(f"{url} does not answer in HTTP; is that the gRPC endpoint?") from None
         raise ServerError(f"no answer from {url}: {error or type(error).__name__}; is the server running?") from None
     finally:
         connection.close()
@@ -228,10 +230,19 @@ def _json_object(text: str | bytes) -> dict[str, Any]:
     return found
 
 
-def _error_text(response: http.client.HTTPResponse) -> str:
-    """Triton's own message for an error status. generate_stream may send the message as an event, too."""
+def _error_text(url: str, response: http.client.HTTPResponse) -> str:
+    """Triton's own message for an error status. generate_stream may send the message as an event, too.
+
+    Triton's metrics endpoint answers 405, and in other servers' errors `error` is no text.
+    """
     body = response.read().decode(errors="replace").removeprefix("data:")
     try:
-        return str(json.loads(body)["error"])
+        message = json.loads(body)["error"]
     except (ValueError, KeyError, TypeError):
-        return f"HTTP status {response.status}: {body[:200].strip() or response.reason}"
+        message = None
+    if isinstance(message, str) and response.status != http.client.METHOD_NOT_ALLOWED:
+        return message
+    return f"{url} answered with HTTP status {response.status}: {body[:200].strip() or response.reason}; {_ELSE}"
+
+
+_ELSE = "is that Triton's HTTP endpoint, port 8000 by default?"

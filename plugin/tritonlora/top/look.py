@@ -32,7 +32,7 @@ def look(url: str, metrics_url: str) -> Look:
     try:
         samples = exposition.parse(client.metrics(metrics_url, timeout=TIMEOUT_SECONDS))
     except TritonLoraError as error:
-        raise ServerError(f"no metrics from {metrics_url}: {error}") from None
+        raise ServerError(f"{error} (another metrics port: --metrics-port PORT)") from None
     return Look(time.monotonic(), is_ready, samples, _states(url))
 
 
