@@ -103,6 +103,24 @@ def test_every_command_has_help(
     assert getattr(group, "commands", {}).keys() <= {*re.findall(r"^  (\w+) ", out, re.MULTILINE)}
 
 
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (("nowhere",), 1, "error: there is no model repository at 'nowhere'"),
+        (("REPO", "--repo", "REPO"), 2, "give REPO once: as the first argument, or with --repo"),
+        (("--url", "http://localhost:8001"), 2, "'http://localhost:8001' is not HOST:PORT; give the gRPC endpoint"),
+    ],
+)
+def test_a_door_that_could_never_be_ready_does_not_begin(
+    capsys: pytest.CaptureFixture[str], words: Sequence[str], code: int, message: str
+) -> None:
+    """Before it listens."""
+    found, out, err = run(capsys, "openai", "--port", free_ports().http, *words)
+
+    assert (code, "") == (found, out)
+    assert message in " ".join(err.split())
+
+
 def test_every_command_is_in_the_docs() -> None:
     """In the table of commands, which has no other."""
     group = typer.main.get_command(commands.app)

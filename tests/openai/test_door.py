@@ -15,6 +15,34 @@ from tritonlora.openai import door
 from tritonlora.openai.discovery import Served
 from tritonlora.openai.metrics import Metrics
 from tritonlora.openai.settings import Settings
+from tritonlora.openai.triton_client import ServerGone
+
+
+def test_a_server_that_does_not_answer_is_told_of_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Although gRPC has another text each time, such as those of two addresses of a host."""
+    texts = ["ipv6:[::1]:8001: refused", "ipv4:127.0.0.1:8001: refused"]
+
+    async def look() -> None:
+        over = asyncio.Event()
+
+        async def discover(*_: Any) -> Served:
+            if texts:
+                raise ServerGone(texts.pop())
+            over.set()
+            return await asyncio.Future()
+
+        monkeypatch.setattr(door, "discover", discover)
+        async with door.Door(Settings(), Metrics()).opened():
+            await asyncio.wait_for(over.wait(), 30)
+
+    monkeypatch.setattr(door, "RETRY_SECONDS", 0)
+    asyncio.run(look())
+
+    assert [
+        "not ready yet: no answer from localhost:8001; is that the gRPC endpoint of a running server?"
+    ] == caplog.messages
 
 
 @pytest.fixture

@@ -101,4 +101,4 @@ def test_a_port_that_is_taken_is_named() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         number = taken.getsockname()[1]
         with pytest.raises(ServerError, match=f"cannot listen at 127.0.0.1:{number}: .*give another --address"):
-            server.run(Settings(port=number))
+            server.run(Settings(port=number), lambda: pytest.fail("it does not listen"))

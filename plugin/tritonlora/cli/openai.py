@@ -17,6 +17,7 @@ from tritonlora import extras, machine
 from tritonlora.cli.options import Interrupted, Repo, RepoOption, command_group, from_environment
 from tritonlora.machine import LOCAL, host_and_port
 from tritonlora.openai.settings import API_KEY_VARIABLE, DEFAULT_PORT, DEFAULT_URL, STALL_SECONDS, Settings
+from tritonlora.repository.paths import open_repository
 
 app = command_group()
 
@@ -67,11 +68,17 @@ def serve_openai(
     extras.require("openai")
     from tritonlora.openai import server  # with FastAPI and gRPC
 
+    if url.startswith(("http://", "https://")):
+        raise typer.BadParameter(f"--url {url!r} is not HOST:PORT; give the gRPC endpoint, such as {DEFAULT_URL}")
+    if argument is not None and repo is not None:
+        raise typer.BadParameter("give REPO once: as the first argument, or with --repo")
+    if (repository := argument or repo or from_environment()) is not None:
+        open_repository(repository)  # a repository that is not there would never come to be ready
     settings = Settings(
         url=url,
         address=machine.numeric_address(address),
         port=port,
-        repository=argument or repo or from_environment(),
+        repository=repository,
         tokenizer=tokenizer,
         base_name=base_name,
         context_length=context_length,
@@ -80,12 +87,15 @@ def serve_openai(
         drain_seconds=drain_seconds,
         stall_seconds=stall_seconds,
     )
-    sys.stdout.write(f"listening on http://{host_and_port(settings.address, port)}/v1, before {url}\n")
-    sys.stdout.flush()
     if while_stdin:
         threading.Thread(target=_end_with_stdin, daemon=True).start()
+
+    def listening() -> None:
+        sys.stdout.write(f"listening on http://{host_and_port(settings.address, port)}/v1, before {url}\n")
+        sys.stdout.flush()
+
     try:
-        server.run(settings)
+        server.run(settings, listening)
     except Interrupted as end:
         if end.args != (signal.SIGTERM,):
             raise

@@ -22,13 +22,17 @@ KILL_SECONDS = 60.0  # the door ends requests under way after 30 seconds
 def opened(repository: Path, grpc_url: str, *, address: str, port: int) -> Iterator[subprocess.Popen[bytes]]:
     """The door before the server at `grpc_url`, while the block runs. Requests under way end first.
 
+    Clients can connect when the block begins. ServerError when the door has ended before that.
+
     The door ends with this process, however that ends, because its stdin is closed then.
     """
     options = ["--url", grpc_url, "--address", address, "--port", str(port), "--while-stdin"]
     with held():  # an interrupt in the midst of Popen would lose the process
         command = [sys.executable, "-m", "tritonlora", "openai", str(repository), *options]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
     try:
+        if process.stdout is None or not process.stdout.readline():  # "listening on …"
+            raise _ended(process.wait())
         yield process
     finally:
         process.terminate()
@@ -43,5 +47,9 @@ def wait(door: subprocess.Popen[bytes], running: Server) -> int:
     """Wait for the server to end by itself, as `Server.wait` does. ServerError when the door ends before that."""
     while (status := running.wait(POLL_SECONDS)) is None:
         if door.poll() is not None:
-            raise ServerError(f"the OpenAI API ended by itself, with status {door.returncode}; its messages say why")
+            raise _ended(door.returncode)
     return status
+
+
+def _ended(status: int) -> ServerError:
+    return ServerError(f"the OpenAI API ended by itself, with status {status}; its messages say why")

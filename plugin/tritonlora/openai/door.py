@@ -95,9 +95,12 @@ class Door:
                 self._served = found
                 log.info("the base model is %s", self._served.base_name)
             except (ServerGone, ServerRefused, TritonLoraError) as error:
-                if str(error) != self._problem:
-                    log.warning("not ready yet: %s", error)
-                self._problem = str(error)
+                problem = str(error)
+                if isinstance(error, ServerGone):  # gRPC's own text differs each time, by the address that it tried
+                    problem = f"no answer from {self._settings.url}; is that the gRPC endpoint of a running server?"
+                if problem != self._problem:
+                    log.warning("not ready yet: %s", problem)
+                self._problem = problem
                 await asyncio.sleep(RETRY_SECONDS)
 
 

@@ -13,6 +13,7 @@ import socket
 import sys
 import tempfile
 from asyncio import TimerHandle, Transport
+from collections.abc import Callable
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -32,8 +33,11 @@ KEEP_ALIVE_SECONDS = 75  # between two requests of a client
 UNREAD_SECONDS = 60.0  # that a client may take before it reads on
 
 
-def run(settings: Settings) -> None:
-    """Listen until a signal ends the process. Raises ServerError when it cannot listen there."""
+def run(settings: Settings, on_listening: Callable[[], None] = lambda: None) -> None:
+    """Listen until a signal ends the process. Raises ServerError when it cannot listen there.
+
+    `on_listening` is called once, when clients can connect.
+    """
     check_access(settings.address, settings.api_key)
     _allow_many_connections()
     config = uvicorn.Config(
@@ -50,6 +54,7 @@ def run(settings: Settings) -> None:
         timeout_graceful_shutdown=int(settings.drain_seconds),
     )
     with _listening(settings) as listening:
+        on_listening()
         if settings.workers > 1:
             with tempfile.TemporaryDirectory(prefix="tritonlora-metrics-") as directory:
                 os.environ[MULTIPROCESS_DIRECTORY] = directory
@@ -68,6 +73,7 @@ def _listening(settings: Settings) -> socket.socket:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((settings.address, settings.port))
+        listening.listen()  # a client that comes early waits
     except OSError as error:
         listening.close()
         where = host_and_port(settings.address, settings.port)
