@@ -606,18 +606,23 @@ def test_plan_can_be_made_from_the_base_model(capsys: pytest.CaptureFixture[str]
     assert 0 == run(capsys, "plan", "--repo", repo, "--base", tmp_path / "base")[0]
 
 
-def test_check_is_silent_about_nothing_and_fails_on_errors(capsys: pytest.CaptureFixture[str], repo: Path) -> None:
+def test_check_is_silent_about_nothing_and_fails_on_errors(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, repo: Path
+) -> None:
     """Exit code 1 on an error; --fix."""
     free = free_ports()
     ports = ("--http-port", free.http, "--grpc-port", free.grpc, "--metrics-port", free.metrics)
     assert (0, "no problem found\n", "") == run(capsys, "check", "--repo", repo, *ports)
 
     (repo / "tensorrt_llm" / "warmup" / "input_ids").unlink()
-    code, out, _ = run(capsys, "check", "--repo", repo, *ports)
+    code, out, err = run(capsys, "check", "--repo", repo, *ports)
 
     assert code == 1
     assert out.startswith("error: warmup/input_ids: it is missing or altered")
     assert "\n  remedy: tritonlora check --fix\n" in out
+    assert f"note: for these commands: export TRITONLORA_REPO={repo.resolve()}\n" == err
+    monkeypatch.setenv("TRITONLORA_REPO", str(repo))
+    assert (1, out, "") == run(capsys, "check", *ports)
     config = repo / "lora_router" / "config.pbtxt"
     config.write_text(config.read_text().replace("TYPE_INT32", "TYPE_INT64", 1))
     code, out, err = run(capsys, "check", "--repo", repo, "--fix", "--json", *ports)

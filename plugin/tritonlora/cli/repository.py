@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ import typer
 
 from tritonlora.check import checks
 from tritonlora.cli.options import (
+    REPO_VARIABLE,
     Base,
     GpuMemory,
     GrpcPort,
@@ -24,6 +26,7 @@ from tritonlora.cli.options import (
     Repo,
     RepoOption,
     command_group,
+    from_environment,
     repository_of,
     text_of,
 )
@@ -294,5 +297,7 @@ def check(
         for one in findings:
             sys.stdout.write(f"{one.severity}: {one.where}: {one.problem}\n  remedy: {one.remedy}\n")
         sys.stdout.write("" if findings else "no problem found\n")
+        if from_environment() is None and any("tritonlora " in one.remedy for one in findings):
+            print_note(f"for these commands: export {REPO_VARIABLE}={shlex.quote(str(opened.root.resolve()))}")
     if failed or any(one.severity == "error" for one in findings):
         raise typer.Exit(1)
