@@ -166,11 +166,24 @@ def _residents(adapters: Mapping[str, AdapterEntry], held: Collection[int]) -> I
         is_held = entry.lora_task_id in held
         if number < MOST_NAMES:
             pinned = "true" if entry.pinned else "false"
-            yield Sample(RESIDENT, (name, str(max(entry.adapter_sizes, default=0)), pinned), is_held)
+            yield Sample(RESIDENT, (name, _rank(entry), pinned), is_held)
         else:
             others += is_held
     if len(adapters) > MOST_NAMES:
         yield Sample(RESIDENT, (OTHERS, "", ""), others)
+
+
+def gauges_of(adapters: Mapping[str, AdapterEntry]) -> Iterator[tuple[Family, tuple[str, ...]]]:
+    """The family and labels of each series of a gauge that a resolver may have published for these adapters."""
+    yield from ((PAGES, ()), (PAGES_USED, ()), (RESIDENT, (OTHERS, "", "")))
+    for name in (BASE, OTHERS, *adapters):
+        yield from ((RUNNING, (name,)), (WAITING, (name,)))
+    for name, entry in adapters.items():
+        yield from ((RESIDENT, (name, _rank(entry), pinned)) for pinned in ("false", "true"))
+
+
+def _rank(entry: AdapterEntry) -> str:
+    return str(max(entry.adapter_sizes, default=0))
 
 
 def info_labels(in_use: Collection[str], waiting: Collection[str], max_lora: int) -> tuple[str, str, str]:

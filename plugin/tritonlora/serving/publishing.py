@@ -67,24 +67,25 @@ class Publisher:
         self._published: dict[metrics.Family, dict[tuple[str, ...], float]] = {}
         for family in metrics.FAMILIES:
             self._begin(family)
-        self._rows: Counts = {}  # of the last snapshot
+        self._rows: Counts | None = None  # of the last snapshot
         self._observed = {family: [(0, 0.0)] * (len(BUCKETS) + 1) for family in metrics.HISTOGRAMS}
         for family in metrics.HISTOGRAMS:
             self._metrics[family][()] = self._families[family].Metric(labels={}, buckets=[*BUCKETS])
 
     def publish(self, snapshot: metrics.Snapshot) -> None:
         """Publish a snapshot."""
+        if self._rows is None:
+            self._rows = {}
+            self._clear(snapshot)
         state = [*metrics.samples_of_state(snapshot, time.time())]
         for family in metrics.outdated(self._published, state):
             self._begin(family)
         rows = metrics.changed(self._rows, snapshot.counts)
         for sample in metrics.increments(self._published, chain(metrics.samples_of_rows(rows), state)):
             family, labels = sample.family, sample.labels
-            if labels not in self._metrics[family]:
-                named = dict(zip(family.labels, labels, strict=True))
-                self._metrics[family][labels] = self._families[family].Metric(labels=named)
+            metric = self._metric(family, labels)
             if sample.value:
-                self._metrics[family][labels].increment(sample.value)
+                metric.increment(sample.value)
             self._published[family][labels] = self._published[family].get(labels, 0.0) + sample.value
         self._rows = snapshot.counts
         for family, bucket, number, value in metrics.observations(self._observed, snapshot.times):
@@ -92,6 +93,25 @@ class Publisher:
                 self._metrics[family][()].observe(value)
             before, total = self._observed[family][bucket]
             self._observed[family][bucket] = (before + number, total + number * value)
+
+    def _metric(self, family: metrics.Family, labels: tuple[str, ...]) -> Any:
+        """The series with these labels, which is made if it is not there."""
+        if labels not in self._metrics[family]:
+            named = dict(zip(family.labels, labels, strict=True))
+            self._metrics[family][labels] = self._families[family].Metric(labels=named)
+        return self._metrics[family][labels]
+
+    def _clear(self, snapshot: metrics.Snapshot) -> None:
+        """End the series of gauges that a killed resolver has left.
+
+        Triton keeps them, and a new metric with the same labels goes on from their value. It ends them when it ends the
+        new one.
+        """
+        for family, labels in metrics.gauges_of(snapshot.adapters):
+            self._metric(family, labels)
+        for family in [*self._metrics]:
+            if family.type == "gauge":
+                self._begin(family)
 
     def _begin(self, family: metrics.Family) -> None:
         """Make a family without series. A series lives as long as its family, so that this ends the series before."""
