@@ -102,3 +102,23 @@ def test_a_port_that_is_taken_is_named() -> None:
         number = taken.getsockname()[1]
         with pytest.raises(ServerError, match=f"cannot listen at 127.0.0.1:{number}: .*give another --address"):
             server.run(Settings(port=number), lambda: pytest.fail("it does not listen"))
+
+
+def test_a_small_piece_goes_out_at_once() -> None:
+    """Without TCP_NODELAY a second small piece waits 40 ms for the client's acknowledgement of the first."""
+    delays = list[int]()
+
+    async def connect() -> None:
+        async def note(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            delays.append(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        with server.listening_socket(Settings(port=0)) as listening:
+            async with await asyncio.start_server(note, sock=listening):
+                reader, writer = await asyncio.open_connection(*listening.getsockname())
+                assert b"" == await reader.read()
+                writer.close()
+
+    asyncio.run(connect())
+
+    assert [1] == delays

@@ -66,6 +66,16 @@ def test_many_streams_that_begin_together_carry_weights_one_after_the_other_with
     assert outcome.quantile(0.99) < 3 * 0.08
 
 
+def test_when_nobody_asks_any_more_no_adapter_is_in_use() -> None:
+    """Also where all adapters fit, so that no request depends on it: metrics say which adapters run."""
+    world = World()
+    resolver = Resolver(world, Engine(world, 8, lambda _: PACE), 8, {})
+    outcome = run(world, resolver.ask, Clients(adapters=4, streams=4, tokens=16, looseness=4, until=5), 20)
+
+    assert {"ok"} == outcome.responses.keys()
+    assert [] == resolver.admission.cache.in_use
+
+
 def test_requests_by_id_leave_nothing_behind() -> None:
     """However many they are, and though no weights are ever sent again."""
     admission = Admission(EngineCache(4, {1: 1}, 0.0), 0.0)

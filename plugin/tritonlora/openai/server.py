@@ -53,7 +53,7 @@ def run(settings: Settings, on_listening: Callable[[], None] = lambda: None) -> 
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=int(settings.drain_seconds),
     )
-    with _listening(settings) as listening:
+    with listening_socket(settings) as listening:
         on_listening()
         if settings.workers > 1:
             with tempfile.TemporaryDirectory(prefix="tritonlora-metrics-") as directory:
@@ -68,8 +68,10 @@ def _application(settings: Settings) -> ASGIApp:
     return create_app(settings, tracing.from_environment())
 
 
-def _listening(settings: Settings) -> socket.socket:
-    listening = socket.socket(socket.AF_INET6 if is_ipv6(settings.address) else socket.AF_INET)
+def listening_socket(settings: Settings) -> socket.socket:
+    """A socket that listens where the settings say. Raises ServerError when it cannot."""
+    family = socket.AF_INET6 if is_ipv6(settings.address) else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # asyncio sets TCP_NODELAY only then
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((settings.address, settings.port))

@@ -295,7 +295,8 @@ class Admission:
             return self._probe(unconfirmed)
         if (pin := self._endangered_soon()) is not None:
             return self._touch(pin)
-        if self.cache.has_open and not self.cache.fits_all:
+        is_idle = now > self._asked_at + ASKED_SECONDS
+        if self.cache.has_open and (is_idle or not self.cache.fits_all):  # if all fit, ends matter to metrics alone
             return self._probe(None)
         return Pause(BELIEF_SECONDS)
 
