@@ -24,10 +24,12 @@ import openai
 import pytest
 from tokenizers import Tokenizer
 
+from monitoring import metric_names
 from openai_door import Running, opened_door, set_tokenizer, wait_until_healthy
 from repositories import resolving, synthetic_adapter
 from text_tokenizer import save_tokenizer
 from tritonlora.bench.processes import processes_of
+from tritonlora.exposition import parse
 from tritonlora.launch import client
 from tritonlora.launch.server import Server
 from tritonlora.machine import free_ports
@@ -373,6 +375,14 @@ def test_serve_with_the_api_drains_it_and_ends(served: Served, tmp_path: Path) -
     assert 0 == process.wait(60), (tmp_path / "log").read_text()
     with pytest.raises(OSError):
         door.get("/health")
+
+
+def test_a_scrape_has_every_metric_that_dashboard_and_alerts_ask_the_door_for(served: Served) -> None:
+    """Once it has answered a request. Prometheus does not see the first event of a counter that begins with it."""
+    served.client.completions.create(model="pirate", prompt="x", max_tokens=2)
+    scraped = {metric for metric, _ in parse(served.door.get("/metrics")[1].decode())}
+
+    assert {name for name in metric_names() if name.startswith("tritonlora_openai_")} <= scraped
 
 
 def test_without_its_server_the_door_asks_to_come_again(served: Served) -> None:

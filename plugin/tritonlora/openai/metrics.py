@@ -134,10 +134,9 @@ class Metrics:
             self._first_token.labels(endpoint).observe(record.first_token)
             self._prompt_tokens.labels(model).inc(record.prompt_tokens)
             self._tokens.labels(model).inc(record.generated_tokens)
-        if record.has_left:
-            self._disconnects.labels(model).inc()
-        if record.code == STALLED:
-            self._stalls.labels(model).inc()
+        # From 0 on, or Prometheus would not see the first one.
+        self._disconnects.labels(model).inc(record.has_left)
+        self._stalls.labels(model).inc(record.code == STALLED)
 
 
 def _dead_workers(directory: Path) -> Iterator[int]:
