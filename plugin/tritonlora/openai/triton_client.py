@@ -48,6 +48,7 @@ class TritonClient:
         self.url = url
         self._channel = grpc.aio.insecure_channel(url, options=_OPTIONS)
         self._stub: Any = GRPCInferenceServiceStub(self._channel)
+        self._readers: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> TritonClient:
         return self
@@ -85,38 +86,51 @@ class TritonClient:
     ) -> AsyncGenerator[Any, None]:
         """The responses to a request, each a ModelInferResponse. Closing the iterator cancels the call.
 
-        ServerSilent when `silence_seconds` pass without a response.
+        ServerSilent when `silence_seconds` pass without a response. Then the call is not cancelled, since Triton 2.51
+        crashes now and then when many calls are: later responses are read, and dropped.
         """
         call = self._stub.ModelStreamInfer(metadata=tuple(headers.items()) or None)
-        silence = _Silence(silence_seconds, call.cancel)
+        found: asyncio.Queue[Any] = asyncio.Queue()
+        silence = _Silence(silence_seconds, lambda: found.put_nowait(ServerSilent()))
+        reader = asyncio.create_task(
+            _read(call, request, lambda one: None if silence.is_over else found.put_nowait(one))
+        )
+        self._readers.add(reader)
+        reader.add_done_callback(self._readers.discard)
         try:
-            await call.write(request)
-            await call.done_writing()
-            while (received := await call.read()) is not grpc.aio.EOF:
+            while (received := await found.get()) is not None:
                 silence.start_again()
-                if received.error_message:
-                    raise ServerRefused(received.error_message)
-                yield received.infer_response
-            code = await call.code()
-            if silence.is_over:
-                raise ServerSilent
-            if code is not grpc.StatusCode.OK:
-                raise _error_of(code, await call.details())
-        except asyncio.CancelledError:
-            if silence.is_over:
-                raise ServerSilent from None
-            raise
-        except grpc.aio.AioRpcError as error:
-            raise _error_of(error.code(), error.details()) from None
+                if isinstance(received, Exception):
+                    raise received
+                yield received
         finally:
             silence.close()
-            call.cancel()
+            if not silence.is_over:
+                call.cancel()
 
     async def _call(self, method: Any, request: Any) -> Any:
         try:
             return await method(request, timeout=ASK_SECONDS)
         except grpc.aio.AioRpcError as error:
             raise _error_of(error.code(), error.details()) from None
+
+
+async def _read(call: Any, request: Any, found: Callable[[Any], None]) -> None:
+    """Send the request of a call, and read its responses. `found` gets each; at the end an exception, or None."""
+    try:
+        await call.write(request)
+        await call.done_writing()
+        while (received := await call.read()) is not grpc.aio.EOF:
+            if received.error_message:
+                found(ServerRefused(received.error_message))
+            else:
+                found(received.infer_response)
+        code = await call.code()
+        found(None if code is grpc.StatusCode.OK else _error_of(code, await call.details()))
+    except grpc.aio.AioRpcError as error:
+        found(_error_of(error.code(), error.details()))
+    except asyncio.CancelledError:
+        found(ServerGone("the call was cancelled"))
 
 
 class _Silence:
