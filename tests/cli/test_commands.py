@@ -313,6 +313,21 @@ def test_list_of_a_server_that_is_not_there_is_refused(
     assert url in err
 
 
+def test_a_word_that_was_taken_for_the_repository_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Where nothing else gives REPO."""
+    monkeypatch.delenv("TRITONLORA_REPO", raising=False)
+    code, _, err = run(capsys, "add", "pirate", "adapters/pirate")
+    why = "; 'pirate' was taken for REPO: TRITONLORA_REPO is not set, and there is no --repo"
+
+    assert (2, True) == (code, f"expected 2 after REPO, got 'adapters/pirate'{why}" in " ".join(err.split()))
+    monkeypatch.setenv("TRITONLORA_REPO", str(tmp_path))
+    code, _, err = run(capsys, "add", "pirate")
+    assert (2, True) == (code, "expected 2 after REPO, got 'pirate'" in err)
+    assert "taken" not in err
+
+
 def test_add_and_remove(capsys: pytest.CaptureFixture[str], repo: Path, adapter: Path) -> None:
     """The whole way, said in a line each."""
     assert (0, "new would be added: lora_task_id 3, 8.0 KiB\n") == run(

@@ -138,16 +138,18 @@ def repository_and(words: list[str], option: Path | None, count: int | None) -> 
     more than `count` words. Any number of words leaves no such test: the first word is then REPO if it has a slash,
     since no adapter's name has one. Raises typer.BadParameter if REPO or the number of words is wrong.
     """
-    if option is None:
-        option = from_environment()
-        is_there = option is None or ("/" in words[0] if count is None else len(words) > count) if words else False
-        if is_there:
-            option, words = some_path(words[0]), words[1:]
-    if option is None:
+    known = option or from_environment()
+    if known is None and not words:
         raise typer.BadParameter(f"give REPO, or set {REPO_VARIABLE}")
-    if len(words) != count and not (count is None and words):
-        raise typer.BadParameter(f"expected {'names' if count is None else count} after REPO, got {' '.join(words)!r}")
-    return option, words
+    is_first = bool(words) and option is None and ("/" in words[0] if count is None else len(words) > count)
+    root, rest = (some_path(words[0]), words[1:]) if known is None or is_first else (known, words)
+    if len(rest) != count and not (count is None and rest):
+        expected = "names" if count is None else count
+        why = f"; {words[0]!r} was taken for REPO: {REPO_VARIABLE} is not set, and there is no --repo"
+        raise typer.BadParameter(
+            f"expected {expected} after REPO, got {' '.join(rest)!r}{why if known is None else ''}"
+        )
+    return root, rest
 
 
 def import_torch() -> None:
