@@ -118,7 +118,7 @@ def test_an_older_server_lacks_figures_and_not_rows() -> None:
         ("warm", 1, "warm"),
         ("unavailable", 0, "unavailable"),
         ("unknown", 1, "loaded"),
-        ("unknown", 0, "cold"),
+        ("unknown", 0, "unknown"),
         (None, 1, "loaded"),
         (None, 0, "cold"),
         ("unknown", None, "unknown"),

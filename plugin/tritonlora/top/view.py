@@ -210,10 +210,13 @@ def _rows(gained: Samples | None, now: Look, seconds: float) -> Iterator[Row]:
 
 
 def _state(name: str, states: Mapping[str, str] | None, loaded: Mapping[str, float] | None) -> str | None:
-    """The listing's state. Where the listing does not know, what the resolver believes, which is a metric."""
+    """The listing's state. Where the listing does not know, or is not there, what the resolver believes, a metric.
+
+    An adapter that the resolver does not take for loaded may be there all the same, if the listing does not know.
+    """
     if name in (BASE, OTHERS):
         return None
     listed = None if states is None else states.get(name, REMOVED)
     if listed in (None, "unknown") and loaded is not None and name in loaded:
-        return LOADED if loaded[name] else COLD
+        return LOADED if loaded[name] else listed or COLD
     return listed
