@@ -7,16 +7,18 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from time import time
+from threading import Barrier
+from time import sleep, time
 
 import pytest
 
 from table import TABLE, entry
 from tritonlora.errors import AdapterTableError, AdapterUnavailable, InvalidRequest, RequestError, UnknownAdapter
 from tritonlora.serving.adapter_table import AdapterTable, Problem, with_adapter, with_alias
-from tritonlora.serving.adapter_table_json import render
+from tritonlora.serving.adapter_table_json import TableReader, render
 from tritonlora.serving.parameters import MOST_JSON_CHARACTERS, check_parameters, parameters_of
 from tritonlora.serving.routing import Route, resolve, resolve_rows
 from tritonlora.serving.shares import choose
@@ -203,6 +205,30 @@ def test_a_changed_table_is_seen_at_once(tmp_path: Path, failures: list[str]) ->
 
     assert changed == file.table()
     assert failures == []
+
+
+def test_threads_read_a_changed_table_once(
+    tmp_path: Path, failures: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that ask while it is read get the same table."""
+    path = tmp_path / "adapters.json"
+    path.write_text(render(TABLE))
+    file = TableFile(path, failures.append)
+    _replace(path, render(with_adapter(TABLE, "new", entry(3))))
+    os.utime(path, (1, 1))  # it was not changed just now
+    together, read, texts = Barrier(8), TableReader.read, list[str]()
+
+    def slow(reader: TableReader, text: str) -> AdapterTable:
+        texts.append(text)
+        sleep(0.05)  # the others come meanwhile
+        return read(reader, text)
+
+    monkeypatch.setattr(TableReader, "read", slow)
+    with ThreadPoolExecutor(8) as pool:
+        found = [*pool.map(lambda _: (together.wait(), file.table())[1], range(8))]
+
+    assert 1 == len(texts) == len({id(table) for table in found})
+    assert "new" in found[0].entries
 
 
 @pytest.mark.parametrize("damage", ["{", None])

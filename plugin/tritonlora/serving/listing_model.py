@@ -8,7 +8,6 @@ It asks the resolver, which knows what the engine holds.
 from __future__ import annotations
 
 import json
-import threading
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -39,7 +38,6 @@ class TritonPythonModel:
         parameters = parameters_in(config)
         self._repository = Path(args["model_repository"]).parent
         self._table = TableFile(self._repository / parameters["router"] / "adapters.json", pb_utils.Logger.log_error)
-        self._lock = threading.Lock()  # of the table
         self._resolver = ResolverClient(parameters.get("resolver", "lora_resolver"))
         self._loads = ThreadPoolExecutor(LOADS_AT_A_TIME)
 
@@ -76,8 +74,7 @@ class TritonPythonModel:
         sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     def _listed(self, lora_name: bytes | None) -> dict[str, dict[str, Any]]:
-        with self._lock:
-            table = self._table.table()
+        table = self._table.table()
         only = None if lora_name is None else shares_of(table, lora_name)
         told = self._resolver.tell()
         states, contents = ({int(one): value for one, value in told[key].items()} for key in ("states", "contents"))

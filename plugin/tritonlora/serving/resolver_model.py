@@ -59,7 +59,6 @@ class TritonPythonModel:
         check_config(config)
         parameters = parameters_in(config)
         self._wire = wire_of([one["name"] for one in config["output"]])
-        self.required = self._wire.required
         self._repository = Path(args["model_repository"]).parent
         self._batching = config["max_batch_size"] > 0
         self._patience = float(parameters["cache_full_timeout_seconds"])
@@ -68,8 +67,6 @@ class TritonPythonModel:
         self._statistics = Statistics()
         self._table = TableFile(path, self._table_failed)
         self._seen_table = table = self._table.table()
-        self._published_table = TableFile(path, lambda _: None)  # for the thread that publishes
-        self._pinned_table = TableFile(path, lambda _: None)  # for the dispatcher's thread
         self._pinned_of: AdapterTable | None = None  # the table whose pinned adapters the dispatcher keeps
         self._pins_at = time.monotonic() + PINS_SECONDS  # the server takes no requests of a model that it still loads
         self._files = AdapterFiles(self._repository)
@@ -269,7 +266,7 @@ class TritonPythonModel:
 
     def _pin(self) -> None:
         """Have the pinned adapters of the table kept in the engine, if the table has changed."""
-        table = self._pinned_table.table()
+        table = self._table.table()
         if self._dispatcher is None or table is self._pinned_of:
             return
         self._pinned_of, kept = table, pins(table, self._capacity)
@@ -280,6 +277,11 @@ class TritonPythonModel:
             pb_utils.Logger.log_error(f"pinned, and not kept in the engine: {', '.join(left)}; see: tritonlora check")
 
     # What `Call` needs
+
+    @property
+    def required(self) -> str:
+        """The input that the engine's model does not run without, see `Wire`."""
+        return self._wire.required
 
     def naming_tensors(self, routes: Sequence[Route]) -> list[pb_utils.Tensor]:
         """The inputs of the engine's model that name these adapters, one for each row."""
@@ -342,7 +344,7 @@ class TritonPythonModel:
 
     def _snapshot(self) -> Snapshot:
         """What is to be published now."""
-        table, counts = self._published_table.table(), self._statistics.counts()
+        table, counts = self._table.table(), self._statistics.counts()
         in_use, waiting, states = self._sender.in_use(), self._sender.waiting(), self._sender.states()
         used, awaited = ([name for one in ids if (name := table.name_of(one))] for ids in (in_use, waiting))
         for task_id, number in waiting.items():

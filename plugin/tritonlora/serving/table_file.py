@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +22,8 @@ MOST_REPORTED = 20  # malformed entries in one log entry
 class TableFile:
     """The table in adapters.json as it is on disk now. Adapters whose own entry is malformed are unavailable.
 
+    Thread-safe: a changed file is read once, and all threads get the same table.
+
     The table depends on the file's content alone, so every process that reads the file has the same table. Only if the
     file is malformed as a whole, or has vanished, the last good table stays in place.
     """
@@ -30,6 +33,7 @@ class TableFile:
 
         `on_failure` is called once with the text of each new problem.
         """
+        self._lock = threading.Lock()
         self._path = path
         self._name = str(path)
         self._on_failure = on_failure
@@ -42,19 +46,17 @@ class TableFile:
         self._read()
 
     def table(self) -> AdapterTable:
-        """The table. Not thread-safe.
-
-        It costs one stat, unless the file has changed since it was read, or had changed just before.
-        """
-        if self._stat() != self._version:
-            try:
-                self._read()
-                self._failure = ""
-            except AdapterTableError as error:
-                if str(error) != self._failure:
-                    self._on_failure(f"keeping the last good adapters.json: {error}")
-                self._failure = str(error)
-        return self._table
+        """The table. It costs one stat, unless the file has changed since it was read, or had changed just before."""
+        with self._lock:
+            if self._stat() != self._version:
+                try:
+                    self._read()
+                    self._failure = ""
+                except AdapterTableError as error:
+                    if str(error) != self._failure:
+                        self._on_failure(f"keeping the last good adapters.json: {error}")
+                    self._failure = str(error)
+            return self._table
 
     def _stat(self) -> object:
         try:
