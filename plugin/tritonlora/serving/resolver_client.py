@@ -158,14 +158,7 @@ class RouterLease:
         """
         if not self._is_refused:
             self._client.ask(
-                "end",
-                self._number,
-                (),
-                (),
-                1,
-                outcome=outcome,
-                is_over=is_over,
-                first_token_seconds=first_token_seconds,
+                "end", self._number, outcome=outcome, is_over=is_over, first_token_seconds=first_token_seconds
             )
 
     def _wait(self, do: str, **more: object) -> None:
