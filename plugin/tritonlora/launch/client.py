@@ -65,13 +65,14 @@ def generate(
     for stream in (True, False):
         own: dict[str, Any] = {"id": uuid.uuid4().hex, "stream": stream}
         body = request_body(prompt, lora_name, max_tokens, {**own, **(inputs or {})})
-        sent = 0  # characters
+        sent, is_whole = 0, None  # characters; whether a response has the whole text, asked once the first has come
         try:
-            is_whole = stream and _has_whole_texts(url, model, timeout)
             for event in _answers(url, model, body, timeout):
                 found = event.get("text_output", "")
                 text = "".join(map(str, found)) if isinstance(found, list) else str(found)
                 yield text[sent:]
+                if is_whole is None:
+                    is_whole = stream and _has_whole_texts(url, model, timeout)
                 sent = len(text) if is_whole else 0
             return
         except ServerError as error:
