@@ -20,7 +20,7 @@ from tritonlora.repository.add import DEFAULTS, Added, Incoming, Options, Refuse
 from tritonlora.repository.desired_state import DesiredState, WantedAdapter
 from tritonlora.repository.paths import Repository, read_table
 from tritonlora.repository.registry import pin_problem
-from tritonlora.repository.state import State, read_state
+from tritonlora.repository.state import read_state
 from tritonlora.serving.adapter_table import (
     AdapterEntry,
     AdapterTable,
@@ -245,11 +245,10 @@ def apply(
                 refuse(name, error)
             else:
                 incoming[name] = Incoming(found, replace(options, warm=one.warm))
-        state = read_state(repository)
         results = change(
             repository,
             incoming,
-            lambda table: _without_refused_pins(state, _with_plan(table, plan, refuse), plan, refuse),
+            lambda table: _without_refused_pins(repository, _with_plan(table, plan, refuse), plan, refuse),
             on_done,
         )
     return [*results, *refused]
@@ -283,11 +282,11 @@ def _with_plan(table: AdapterTable, plan: SyncPlan, refuse: Callable[[str, Trito
 
 
 def _without_refused_pins(
-    state: State, table: AdapterTable, plan: SyncPlan, refuse: Callable[[str, TritonLoraError], None]
+    repository: Repository, table: AdapterTable, plan: SyncPlan, refuse: Callable[[str, TritonLoraError], None]
 ) -> AdapterTable:
     """`table`, in which the adapters that the plan pins are not pinned if the resolver could not keep all of them."""
     new = [name for name, pinned in plan.pinned.items() if pinned and name in table.entries]
-    if not new or (problem := pin_problem(state, table)) is None:
+    if not new or (problem := pin_problem(read_state(repository), table)) is None:
         return table
     for name in new:
         table = with_entry(table, name, replace(table.entries[name], pinned=False))
