@@ -253,6 +253,7 @@ def test_an_announced_request_goes_through_a_second_step_of_postprocessing(versi
     for name in ("streaming", "beam_width", "num_return_sequences"):
         if name in engine.input_map:
             announcing.input_map[name.upper()] = engine.input_map[name]
+    announcing.input_map["STOP_WORDS_LIST"] = engine.input_map["stop_words_list"]
     announcing.output_map["OUT_REQUEST_OUTPUT_LEN"] = "_ANNOUNCED_OUTPUT_LEN"
     resolver.input_map["request_output_len"] = "_ANNOUNCED_OUTPUT_LEN"
     announced = rewire_to_resolve(text, postprocessing="postprocessing")

@@ -130,16 +130,17 @@ def test_end_token_in_the_middle_of_a_character_ends_the_text(server: Server) ->
 
 
 def test_id_may_be_used_again_when_its_stream_was_seen_to_end(server: Server) -> None:
-    """By max_tokens in the middle of a character, by the end token, and by a response that is not streamed."""
+    """By max_tokens in a character, by the end token, by a stop word, and by a response that is not streamed."""
     asked: list[tuple[int, dict[str, Any]]] = [
         (4, {}),
         (30, {"end_id": "日".encode()[-1]}),
+        (30, {"stop_words": ["🎉ü", "日🎉"]}),
         (9, {"stream": False, "exclude_input_in_output": True}),
         (18, {}),
     ]
     texts = ["".join(pieces(server, tokens, "again", **inputs)) for tokens, inputs in asked]
 
-    assert [expected(4), "[1]é\ufffd", expected(9), expected(18)] == texts
+    assert [expected(4), "[1]é\ufffd", "[1]é日🎉", expected(9), expected(18)] == texts
 
 
 def test_streams_with_ids_of_their_own_do_not_mix(server: Server) -> None:

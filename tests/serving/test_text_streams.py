@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tritonlora.errors import InvalidRequest
-from tritonlora.serving.text import begin, postprocess
+from tritonlora.serving.text import begin, postprocess, word_lists
 from tritonlora.serving.text_streams import MAX_ID_LENGTH, MAX_STREAMS, QUIET_SECONDS, TextStreams
 from tritonlora.serving.tokenizer import byte_tokenizer
 
@@ -33,7 +33,10 @@ def announce(streams: TextStreams, request_id: str, lengths: list[int], **inputs
     """A request that streams, unless `inputs` say otherwise."""
     tensors = {"REQUEST_OUTPUT_LEN": np.array([[length] for length in lengths], np.int32)}
     given = {"STREAMING": True, **inputs}
-    tensors |= {name: np.array([[value]] * len(lengths)) for name, value in given.items()}
+    tensors |= {
+        name: value if isinstance(value, np.ndarray) else np.array([[value]] * len(lengths))
+        for name, value in given.items()
+    }
     outputs, is_free = begin(streams, request_id, tensors)
     assert {"OUT_REQUEST_OUTPUT_LEN": [[length] for length in lengths]} == {
         name: tensor.tolist() for name, tensor in outputs.items()
@@ -98,6 +101,20 @@ def test_rows_and_sequences_are_kept_apart() -> None:
     ]
 
     assert ["", "", "", "", "", "", "", "", "€", "€", "€", "€"] == texts
+    assert 0 == len(streams)
+
+
+def test_stop_word_ends_its_row() -> None:
+    """However responses split it; another row has other words, and goes on."""
+    streams = TextStreams()
+    lists = word_lists(byte_tokenizer(), [["stop", "\n\n"], ["é"]])
+    assert lists is not None
+    announce(streams, "a", [30, 30], STOP_WORDS_LIST=lists)
+
+    assert ["a st", "op\n"] == [respond(streams, "a", part, BATCH_INDEX=1) for part in (b"a st", b"op\n")]
+    assert ["a st", "op"] == [respond(streams, "a", part, BATCH_INDEX=0) for part in (b"a st", b"op")]
+    assert 1 == len(streams)
+    assert ["\n", "é"] == [respond(streams, "a", part, BATCH_INDEX=1) for part in (b"\n\xc3", b"\xa9")]
     assert 0 == len(streams)
 
 

@@ -35,6 +35,7 @@ ANNOUNCED = {
     "streaming": "STREAMING",
     "beam_width": "BEAM_WIDTH",
     "num_return_sequences": "NUM_RETURN_SEQUENCES",
+    "stop_words_list": "STOP_WORDS_LIST",
 }
 # Outputs of the engine -> inputs of the step that decodes tokens.
 INDICES = {"batch_index": "BATCH_INDEX", "sequence_index": "SEQUENCE_INDEX"}

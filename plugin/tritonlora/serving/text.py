@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import InvalidRequest, ModelConfigError, one_message
-from .text_streams import SequenceProgress, TextStreams
+from .text_streams import SequenceProgress, TextStreams, Words
 from .tokenizer import REPLACEMENT, Tokenizer, byte_tokenizer, load_tokenizer
 
 Tensors = dict[str, npt.NDArray[Any]]
@@ -186,13 +186,14 @@ def begin(streams: TextStreams | None, request_id: str, inputs: Tensors) -> tupl
 
     Returns the output OUT_REQUEST_OUTPUT_LEN [b, 1], which is the input REQUEST_OUTPUT_LEN, and whether the request id
     is free. An id is not free while the end of another request with the same id was not seen. STREAMING, BEAM_WIDTH and
-    NUM_RETURN_SEQUENCES [b, 1] are the engine's inputs, if the client sent them.
+    NUM_RETURN_SEQUENCES [b, 1] and STOP_WORDS_LIST [b, 2, len] are the engine's inputs, if there are any.
     """
     lengths = inputs["REQUEST_OUTPUT_LEN"]
     given = {name: inputs[name].max() for name in ("STREAMING", "BEAM_WIDTH", "NUM_RETURN_SEQUENCES") if name in inputs}
     is_free = streams is None or streams.begin(
         request_id,
         lengths.reshape(-1).tolist(),
+        _stop_words(inputs.get("STOP_WORDS_LIST"), len(lengths)),
         sequence_count=max(1, int(given.get("NUM_RETURN_SEQUENCES", 1))),
         is_streamed=bool(given.get("STREAMING", False)),
         has_beams=given.get("BEAM_WIDTH", 1) > 1,
@@ -229,7 +230,7 @@ def _progress(
     if streams is None or not streams:
         return None
     row, index = (inputs[name].item() if name in inputs else None for name in ("BATCH_INDEX", "SEQUENCE_INDEX"))
-    return streams.advance(request_id, [[len(ids) for ids in beams] for beams in rows], row=row, index=index)
+    return streams.advance(request_id, rows, row=row, index=index)
 
 
 def _context(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[int]:
@@ -273,6 +274,17 @@ def word_lists(tokenizer: Tokenizer, words: Sequence[Sequence[str]]) -> npt.NDAr
         into[0, : sum(map(len, row))] = [token for ids in row for token in ids]
         into[1, : len(ends)] = ends
     return lists
+
+
+def _stop_words(lists: npt.NDArray[np.int32] | None, batch: int) -> Sequence[Words]:
+    """The words of each row of `word_lists`."""
+    if lists is None:
+        return [()] * batch
+    found = []
+    for tokens, ends in lists.tolist():
+        stops = [end for end in ends if end > 0]
+        found.append([tuple(tokens[start:end]) for start, end in pairwise([0, *stops]) if start < end])
+    return found
 
 
 def _prompts(
