@@ -9,8 +9,9 @@ import random
 
 import pytest
 
-from tritonlora.serving.admission import Admission, Load, Ticket
+from tritonlora.serving.admission import Admission, Load
 from tritonlora.serving.engine_cache import EngineCache
+from tritonlora.serving.tickets import Ticket
 from virtual_time import Clients, Engine, Outcome, Resolver, World, run
 
 PACE = 0.02  # seconds a token

@@ -11,10 +11,11 @@ from queue import SimpleQueue
 
 import pytest
 
-from tritonlora.serving.admission import Admission, Ticket
+from tritonlora.serving.admission import Admission
 from tritonlora.serving.dispatcher import Dispatcher
 from tritonlora.serving.engine_cache import EngineCache
 from tritonlora.serving.errors import AdapterUnavailable, EngineSilent, RequestError, ServerStopping
+from tritonlora.serving.tickets import Ticket
 
 FULL = "Assertion failed: There are no done tasks to evict"
 WAIT_SECONDS = 30

@@ -11,10 +11,10 @@ import pytest
 
 from table import entry
 from tritonlora.errors import AdapterUnavailable, ClientLeft, InvalidRequest
-from tritonlora.serving.admission import Ticket
 from tritonlora.serving.dispatcher import Request
 from tritonlora.serving.leases import MOST_MISSES, Key, Lease, Leases
 from tritonlora.serving.routing import Route
+from tritonlora.serving.tickets import Ticket
 
 ROUTES = [Route(f"n{number}", entry(number)) for number in (1, 2)]
 KEY: Key = ("a router", 7)

@@ -16,9 +16,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from tritonlora.engine.lora_cache import LoraCache, LoraCacheError, PeftCache, TaskNotCachedError
-from tritonlora.serving.admission import Admission, Load, Pause, Probe, Ticket
+from tritonlora.serving.admission import Admission, Load, Pause, Probe
 from tritonlora.serving.engine_cache import EngineCache
 from tritonlora.serving.errors import AdapterUnavailable
+from tritonlora.serving.tickets import Ticket
 
 HOPS_SECONDS = 0.0003, 0.002  # from the resolver to the engine, at least and at most
 HOP_SECONDS = 0.0005  # back

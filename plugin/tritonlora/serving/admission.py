@@ -19,11 +19,7 @@ OVERTAKING_SECONDS.
 Order matters where weights that reach the engine evict an adapter. Requests that were sent by id before them must have
 arrived by then. So a thread that sends weights waits until `is_due`.
 
-Pinned adapters are to stay in the engine, which knows no pins: it evicts the adapter that was used least recently. So a
-probe uses a pinned adapter before the engine would evict it for another one. If requests under way may need all other
-pages, the head of the queue waits for one of them to end. After PIN_SECONDS it waits no longer, and for YIELD_SECONDS
-pinned adapters may be evicted. A pinned adapter that the engine does not have is loaded when nothing waits, or else one
-every PIN_SECONDS.
+Pinned adapters are to stay in the engine. `Pins` tells when weights may evict one, and what brings one back.
 
 The router's requests differ. They never carry weights. The router tells when they end. If the engine lacks the adapter
 after all, the router asks again, and its client sees nothing of it. So they go on when the engine is believed to hold
@@ -36,12 +32,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 from .engine_cache import ARRIVAL_SECONDS, EngineCache
-from .errors import AdapterUnavailable
+from .pins import PIN_SECONDS, Pins
+from .tickets import Group, Queue, Ticket
 
 OVERTAKING_SECONDS = 1.0
 BELIEF_SECONDS = 0.75  # between two probes of adapters that the engine is believed to hold; CONFIRMED_SECONDS has two
@@ -49,40 +46,9 @@ ASKED_SECONDS = 3.0  # after the last request, such probes stop
 RETRY_SECONDS = 0.005  # between two tries to load an adapter while the cache is full
 PROBE_TOKENS = 2, 16  # of the shortest probe, and of the longest
 LATER_AFTER_A_MISS = 4  # times as long as before is a request given to reach the engine, after each miss
-MOST_WAITING = 10_000  # requests in the queue
 CAUTION_SECONDS = 10.0  # after the engine lacked an adapter that it was believed to hold, no weights go along
-PIN_SECONDS = 1.0  # that the queue waits, rather than evict a pinned adapter; and between two tries to bring one back
-YIELD_SECONDS = 10.0  # after such a wait was in vain, weights may evict pinned adapters
 PIN_BELIEF_SECONDS = 5.0  # between two probes when nobody asks, and adapters are pinned
 PROMPT_TOKENS_A_STEP = 64  # prompt tokens that an engine certainly reads in the time of one output token
-
-
-@dataclass(eq=False, slots=True)
-class Ticket:
-    """A request that is to go on to the engine. `Admission` sets the last four."""
-
-    adapters: Mapping[int, int]  # lora_task_id -> pages, for the adapters of its rows; not empty
-    tokens: float  # the most that the engine produces for it, plus its prompt in PROMPT_TOKENS_A_STEP
-    arrived_at: float
-    patience: float  # seconds that it may wait
-    takes_weights: bool = True  # the request may carry weights
-    is_routers: bool = False  # the router tells its end, and asks again after a miss
-    only_loads: bool = False  # no request follows: it ends when it goes on
-    misses: int = 0  # how often the engine lacked the adapter when the router sent the request
-    number: int = -1
-    sent_at: float = math.inf
-    with_weights: bool = False
-    has_waited: bool = False
-
-    @property
-    def result(self) -> str:
-        """How the request has found the engine's cache: one of `counters.RESULTS`."""
-        return "wait" if self.has_waited else "miss" if self.with_weights else "hit"
-
-    @property
-    def deadline(self) -> float:
-        """The time at which the request is refused if it still waits."""
-        return self.arrived_at + self.patience
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,17 +78,6 @@ class Pause:
 Step = Load | Probe | Pause
 
 
-@dataclass(eq=False, slots=True)
-class _Group:
-    """The requests that wait for the same adapters."""
-
-    adapters: Mapping[int, int]
-    arrived_at: float
-    tickets: list[Ticket] = field(default_factory=list)
-    loaded: set[int] = field(default_factory=set)  # adapters that were loaded since the group came to the head
-    spares_pins_until: float | None = None  # set when the group is at the head, and may evict a pinned adapter
-
-
 class Admission:
     """Decides whether each request may go on, and what to send the engine next. Not thread-safe."""
 
@@ -132,8 +87,8 @@ class Admission:
         A resolver that starts beside a running engine does not know which requests are under way there.
         """
         self.cache = cache
-        self._groups: OrderedDict[frozenset[int], _Group] = OrderedDict()  # the queue
-        self._waiting = 0  # tickets in the queue
+        self._queue = Queue()
+        self._pins = Pins(cache)
         self._released: list[list[Ticket]] = []
         self._numbers = itertools.count()
         self._unsent: dict[int, None] = {}  # numbers of requests and loads that have not arrived yet, ascending
@@ -144,19 +99,12 @@ class Admission:
         self._probes_warm = False  # whether the last probe of a held adapter could be of a warm one
         self._retry_at = self._probe_at = -math.inf
         self._cautious_until = now + cautious_for
-        self._pins: dict[int, int] = {}  # lora_task_id -> pages
-        self._absent: set[int] = set()  # pinned adapters that the engine does not have
-        self._touched: int | None = None  # the pinned adapter that a probe under way uses, so that it stays
-        self._pin_at: dict[int, float] = {}  # pinned adapter -> when the next try to bring it back may come
-        self._pins_at = self._yields_until = -math.inf
 
     # Requests
 
     def pin(self, adapters: Mapping[int, int]) -> None:
         """From now on, keep these adapters in the engine: lora_task_id -> pages. See `adapter_table.pins`."""
-        self._pins = dict(adapters)
-        self._absent = {task_id for task_id in adapters if not self.cache.may_have(task_id)}
-        self._pin_at.clear()
+        self._pins.keep(adapters)
 
     def ask(self, ticket: Ticket, now: float) -> bool:
         """Whether the request may go on at once; otherwise it waits in the queue.
@@ -165,37 +113,26 @@ class Admission:
         AdapterUnavailable when MOST_WAITING requests wait already.
         """
         self._asked_at = now
-        key, must_wait = frozenset(ticket.adapters), self._must_wait(now)
         is_held = self.cache.are_held(ticket.adapters, now) or (
             ticket.is_routers and self.cache.are_believed(ticket.adapters)
         )
-        if not must_wait and (is_held or (key not in self._groups and self._may_carry([ticket], now))):
+        if not self._must_wait(now) and (
+            is_held or (not self._queue.has(ticket.adapters) and self._may_carry(ticket.adapters, [ticket], now))
+        ):
             self._begin(ticket, with_weights=not is_held)
             return True
-        if self._waiting >= MOST_WAITING:
-            raise AdapterUnavailable(f"{self._waiting} requests wait for LoRA adapters to be loaded; ask again")
-        self._groups.setdefault(key, _Group(ticket.adapters, now)).tickets.append(ticket)
-        self._waiting += 1
+        self._queue.join(ticket, now)
         ticket.has_waited = True
         self._probe_tokens = PROBE_TOKENS[0]
         return False
 
     def leave(self, ticket: Ticket) -> bool:
         """Take a request out of the queue; False when it has left the queue already."""
-        group = self._groups.get(frozenset(ticket.adapters))
-        if group is None or ticket not in group.tickets:
-            return False
-        self._drop(group, [ticket])
-        return True
+        return self._queue.leave(ticket)
 
     def expired(self, now: float) -> list[Ticket]:
         """Take the requests whose deadline has passed out of the queue."""
-        late = []
-        for group in [*self._groups.values()]:
-            if found := [ticket for ticket in group.tickets if ticket.deadline <= now]:
-                self._drop(group, found)
-                late += found
-        return late
+        return self._queue.take_expired(now)
 
     def released(self) -> list[list[Ticket]]:
         """The groups of requests that were released since the last call. Send the groups, and each group, in order."""
@@ -247,11 +184,7 @@ class Admission:
     @property
     def waiting(self) -> Counter[int]:
         """The adapters that requests in the queue wait for, with the number of those requests."""
-        waiting = Counter[int]()
-        for group in self._groups.values():
-            if number := sum(not ticket.only_loads for ticket in group.tickets):
-                waiting.update(dict.fromkeys(group.adapters, number))
-        return waiting
+        return self._queue.waiting()
 
     @property
     def under_way(self) -> int:
@@ -274,13 +207,12 @@ class Admission:
         may_probe = now >= self._probe_at
         if may_probe and (step := self._probe_belief(now) or self._bring_pin(now)):
             return step
-        while self._groups:
-            group = next(iter(self._groups.values()))
+        while (group := self._queue.head) is not None:
             if self.cache.are_held(group.adapters, now):
                 self._release(group)
-            elif may_probe and (step := self._spare_pin(group, now)):
+            elif may_probe and (step := self._spare_pins(group, now)):
                 return step
-            elif self._may_carry(group.tickets, now):
+            elif self._may_carry(group.adapters, group.tickets, now):
                 self._release(group, with_weights=True)
             elif now < self._retry_at:
                 return Pause(self._retry_at - now)
@@ -290,10 +222,10 @@ class Admission:
         if not may_probe:
             return Pause(self._probe_at - now)
         unconfirmed = self.cache.unconfirmed
-        if unconfirmed is not None and (not self._pins or self._spares_pins(self.cache.pages(unconfirmed))):
+        if unconfirmed is not None and not self._pins.are_at_risk(self.cache.pages(unconfirmed), now):
             self.cache.lose(unconfirmed)
             return self._probe(unconfirmed)
-        if (pin := self._endangered_soon()) is not None:
+        if (pin := self._pins.to_touch_early()) is not None:
             return self._touch(pin)
         is_idle = now > self._asked_at + ASKED_SECONDS
         if self.cache.has_open and (is_idle or not self.cache.fits_all):  # if all fit, ends matter to metrics alone
@@ -308,8 +240,8 @@ class Admission:
         """Note that the engine has the adapter, and release the requests that waited for it."""
         del self._unsent[load.number]
         self.cache.see(load.task_id, sent_at)
-        self._absent.discard(load.task_id)
-        group = next(iter(self._groups.values()), None)
+        self._pins.loaded(load.task_id)
+        group = self._queue.head
         if group is not None and load.task_id in group.adapters:
             group.loaded.add(load.task_id)
             if group.loaded.issuperset(group.adapters):
@@ -323,7 +255,7 @@ class Admission:
         del self._unsent[load.number]
         self.cache.end(load.task_id, now)
         if load.is_of_pin:
-            self._pin_at[load.task_id] = now + PIN_SECONDS
+            self._pins.put_off(load.task_id, now + PIN_SECONDS)
         else:
             self._retry_at = now + RETRY_SECONDS
 
@@ -334,17 +266,10 @@ class Admission:
         waited is tried again at `pin_at`. Requests that came meanwhile have a load of their own.
         """
         del self._unsent[load.number]
-        if load.task_id in self._pins:
-            self._pin_at[load.task_id] = pin_at
+        self._pins.put_off(load.task_id, pin_at)
         if now is not None:
             self.cache.end(load.task_id, now)
-        tickets: list[Ticket] = []
-        if load.is_of_pin:
-            return tickets
-        for group in [group for group in self._groups.values() if load.task_id in group.adapters]:
-            tickets += group.tickets
-            self._drop(group, group.tickets)
-        return tickets
+        return [] if load.is_of_pin else self._queue.take_all_for(load.task_id)
 
     def let_go(self, load: Load, now: float) -> None:
         """Note that a load has ended now for which `failed` was called while the engine was silent."""
@@ -352,18 +277,17 @@ class Admission:
 
     def probed(self, probe: Probe, sent_at: float, now: float) -> None:
         """Note that the engine has responded to a probe, to its end."""
-        self._touched = None
+        self._pins.probed()
         if probe.task_id is not None:
             self.cache.see(probe.task_id, sent_at)
             self.cache.end(probe.task_id, now)
 
     def missed(self, probe: Probe, now: float) -> bool:
         """Note that the engine does not have the adapter of a probe. True: it was believed to hold the adapter."""
-        self._touched = None
+        self._pins.probed()
         if probe.task_id is None:
             return False
-        if probe.task_id in self._pins:
-            self._absent.add(probe.task_id)
+        self._pins.missed(probe.task_id)
         is_unexpected = self.cache.miss(probe.task_id)
         if is_unexpected:
             self._cautious_until = now + CAUTION_SECONDS
@@ -372,7 +296,7 @@ class Admission:
 
     def not_probed(self, probe: Probe, now: float, pause: float) -> None:
         """Note that a probe had another error, or no response. The next probe comes after `pause` seconds."""
-        self._touched = None
+        self._pins.probed()
         self._probe_at = now + pause
         if probe.task_id is not None:
             self.cache.lose(probe.task_id)
@@ -385,15 +309,15 @@ class Admission:
             del self._unsent[self._under_way.popleft()[1]]
 
     def _must_wait(self, now: float) -> bool:
-        first = next(iter(self._groups.values()), None)
-        return first is not None and now - first.arrived_at >= OVERTAKING_SECONDS
+        """Whether the head of the queue has waited so long that no other request overtakes it."""
+        head = self._queue.head
+        return head is not None and now - head.arrived_at >= OVERTAKING_SECONDS
 
-    def _may_carry(self, tickets: list[Ticket], now: float) -> bool:
-        """Whether the first of these requests may carry the weights."""
-        adapters = tickets[0].adapters
+    def _may_carry(self, adapters: Mapping[int, int], tickets: Collection[Ticket], now: float) -> bool:
+        """Whether the first of these requests for the adapters may carry the weights."""
         if len(adapters) > 1 or now < self._cautious_until or not all(ticket.takes_weights for ticket in tickets):
             return False
-        return self._spares_pins(adapters) if now >= self._yields_until else self.cache.has_capacity(adapters)
+        return self._pins.has_capacity(adapters, now)
 
     def _begin(self, ticket: Ticket, *, with_weights: bool) -> None:
         ticket.number, ticket.with_weights = next(self._numbers), with_weights
@@ -401,18 +325,11 @@ class Admission:
         for task_id, pages in ticket.adapters.items():
             self.cache.begin(task_id, pages, with_weights=with_weights)
 
-    def _release(self, group: _Group, *, with_weights: bool = False) -> None:
-        tickets = group.tickets
+    def _release(self, group: Group, *, with_weights: bool = False) -> None:
+        tickets = self._queue.take(group)
         for number, ticket in enumerate(tickets):
             self._begin(ticket, with_weights=with_weights and number == 0)
-        self._drop(group, tickets)
         self._released.append(tickets)
-
-    def _drop(self, group: _Group, tickets: list[Ticket]) -> None:
-        self._waiting -= len(tickets)
-        group.tickets = [ticket for ticket in group.tickets if ticket not in tickets]
-        if not group.tickets:
-            del self._groups[frozenset(group.adapters)]
 
     def _load(self, task_id: int, pages: int, *, is_of_pin: bool = False) -> Load:
         self.cache.begin(task_id, pages, with_weights=True)
@@ -420,85 +337,46 @@ class Admission:
         self._unsent[load.number] = None
         return load
 
-    # Pinned adapters
-
-    def _spare_pin(self, group: _Group, now: float) -> Step | None:
-        """The step before a load of the group's adapters by which the engine keeps its pinned ones. None: load."""
-        if not self._pins or now < self._yields_until or self._spares_pins(group.adapters):
-            return None
-        if group.spares_pins_until is None:
-            group.spares_pins_until = now + PIN_SECONDS
-        if now >= group.spares_pins_until:
-            self._yields_until = now + YIELD_SECONDS
-            return None
-        if (
-            self.cache.has_capacity(group.adapters, self._pins)
-            and (pin := self._endangered(group.adapters)) is not None
-        ):
-            return self._touch(pin)
-        return self._probe(None) if self.cache.has_open else Pause(RETRY_SECONDS)
-
-    def _bring_pin(self, now: float) -> Step | None:
-        """The step that tells whether the engine has a pinned adapter, or loads one that it does not have."""
-        if self._groups and now < self._pins_at:
-            return None
-        for task_id, pages in self._pins.items():
-            is_there = self.cache.are_believed([task_id]) or self.cache.is_in_use(task_id)
-            if is_there or now < self._pin_at.get(task_id, -math.inf):
-                continue
-            adapter = {task_id: pages}
-            if task_id not in self._absent:
-                self._pins_at = self._pin_at[task_id] = now + PIN_SECONDS
-                return self._touch(task_id)
-            if self.cache.has_capacity(adapter, self._pins):
-                self._pins_at = now + PIN_SECONDS
-                other = self._endangered(adapter)
-                return self._load(task_id, pages, is_of_pin=True) if other is None else self._touch(other)
-        return None
-
-    def _spares_pins(self, adapters: Mapping[int, int]) -> bool:
-        """Whether the engine can certainly take these adapters now, and keeps all pinned ones."""
-        return self.cache.has_capacity(adapters, self._pins) and self._endangered(adapters) is None
-
-    def _endangered(self, adapters: Mapping[int, int]) -> int | None:
-        """The pinned adapter that the engine may evict first when it takes these adapters; None: it keeps all."""
-        return self.cache.endangered(self.cache.new_pages(adapters), self._idle_pins(adapters))
-
-    def _endangered_soon(self) -> int | None:
-        """The pinned adapter that half of the pages for others would endanger. A probe now saves later requests one."""
-        pages = self.cache.spare_pages(self._pins) // 2
-        return self.cache.endangered(pages, self._idle_pins()) if pages > 0 else None
-
-    def _idle_pins(self, without: Collection[int] = ()) -> list[int]:
-        """The pinned adapters that no request uses, except for a probe that may not have reached the engine."""
-        return [
-            one for one in self._pins if one not in without and (one == self._touched or not self.cache.is_in_use(one))
-        ]
+    def _probe(self, task_id: int | None, tokens: int = PROBE_TOKENS[0]) -> Probe:
+        if task_id is None:
+            tokens = self._probe_tokens = min(2 * self._probe_tokens, PROBE_TOKENS[1])
+        else:
+            self.cache.begin(task_id, 0, with_weights=False)
+        return Probe(task_id, tokens)
 
     def _touch(self, pin: int) -> Probe:
         """A probe by which the engine uses a pinned adapter after all others."""
-        if not self.cache.are_believed([pin]):
-            self.cache.lose(pin)  # so that a miss is not unexpected
-        self._touched = pin
-        return replace(self._probe(pin), tokens=1)
-
-    # Probes
-
-    def _probe(self, task_id: int | None) -> Probe:
-        shortest, longest = PROBE_TOKENS
-        if task_id is not None:
-            self.cache.begin(task_id, 0, with_weights=False)
-            return Probe(task_id, shortest)
-        self._probe_tokens = min(2 * self._probe_tokens, longest)
-        return Probe(task_id, self._probe_tokens)
+        self._pins.touch(pin)
+        return self._probe(pin, 1)
 
     def _probe_belief(self, now: float) -> Probe | None:
         """A probe of an adapter that the engine is believed to hold, if it is time for one."""
         is_asked = now <= self._asked_at + ASKED_SECONDS
         wait = BELIEF_SECONDS if is_asked else PIN_BELIEF_SECONDS
-        if now < self._belief_probed_at + wait or not (is_asked or self._pins):
+        if now < self._belief_probed_at + wait or not (is_asked or self._pins.pages):
             return None
         # If nobody asks, a warm adapter tells nothing: an engine that is loaded again has it.
         self._belief_probed_at, self._probes_warm = now, is_asked and not self._probes_warm
         task_id = self.cache.next_to_probe(warm=self._probes_warm)
         return self._probe(task_id) if is_asked or task_id is not None else None
+
+    def _bring_pin(self, now: float) -> Step | None:
+        """The step by which a pinned adapter comes back, if one may be gone and it is time."""
+        found = self._pins.to_bring(now, is_queue_empty=self._queue.head is None)
+        if found is None:
+            return None
+        pin, is_absent = found
+        return self._load(pin, self._pins.pages[pin], is_of_pin=True) if is_absent else self._touch(pin)
+
+    def _spare_pins(self, group: Group, now: float) -> Step | None:
+        """The step before a load of the group's adapters by which the engine keeps its pinned ones. None: load."""
+        if not self._pins.are_at_risk(group.adapters, now):
+            return None
+        if group.spares_pins_until is None:
+            group.spares_pins_until = now + PIN_SECONDS
+        if now >= group.spares_pins_until:
+            self._pins.yield_from(now)
+            return None
+        if (pin := self._pins.to_touch(group.adapters)) is not None:
+            return self._touch(pin)
+        return self._probe(None) if self.cache.has_open else Pause(RETRY_SECONDS)

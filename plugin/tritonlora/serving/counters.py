@@ -21,7 +21,7 @@ OUTCOMES = (
     "CANCELLED",
 )
 LOADS = ("first_use", "evicted")  # the reasons of loads
-RESULTS = ("hit", "miss", "wait")  # how requests found the engine's cache, see `admission.Ticket.result`
+RESULTS = ("hit", "miss", "wait")  # how requests found the engine's cache, see `tickets.Ticket.result`
 GAUGES = ("running", "waiting")  # columns that also fall
 COLUMNS = (*OUTCOMES, *LOADS, *RESULTS, *GAUGES, "load_seconds", "unexpected_misses", "table_reloads", "table_failures")
 

@@ -23,9 +23,11 @@ from queue import SimpleQueue
 from typing import Protocol
 
 from .abandonable import Silence, Worker
-from .admission import PIN_SECONDS, Admission, Load, Pause, Probe, Ticket
+from .admission import Admission, Load, Pause, Probe
 from .engine_errors import Meaning, is_unavailable, meaning_of, public
 from .errors import AdapterUnavailable, EngineSilent, RequestError, ServerStopping
+from .pins import PIN_SECONDS
+from .tickets import Ticket
 
 LONGEST_PAUSE_SECONDS = 0.25  # between two checks for requests whose deadline has passed
 POLL_SECONDS = 0.001

@@ -25,10 +25,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from .admission import Ticket
 from .dispatcher import Request
 from .errors import AdapterUnavailable, ClientLeft, InvalidRequest
 from .routing import Route
+from .tickets import Ticket
 
 MOST_MISSES = 3  # of one row, after which its request is refused
 SWEEP_SECONDS = 1.0  # between two looks for processes that have ended

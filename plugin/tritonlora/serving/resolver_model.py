@@ -24,7 +24,7 @@ import triton_python_backend_utils as pb_utils
 
 from .adapter_table import AdapterTable, pins
 from .adapter_tensors import AdapterFiles
-from .admission import PROMPT_TOKENS_A_STEP, Admission, Ticket
+from .admission import PROMPT_TOKENS_A_STEP, Admission
 from .bindings import Bindings, contents_of
 from .counters import BASE, OUTCOMES, Statistics, add_to
 from .dispatcher import Dispatcher, Request
@@ -40,6 +40,7 @@ from .response_cache import check_config
 from .routing import SPLIT_KEY, Route, resolve, resolve_rows
 from .server_process import STARTING_SECONDS, is_starting, name_for, started_at, warmed_at_start
 from .table_file import TableFile
+from .tickets import Ticket
 from .triton import failure, inputs_of, new_kept_weights, parameters_in, values_of
 from .wire import CONTROL, INPUT_LENGTHS, REQUIRED, STATE, wire_of
 
