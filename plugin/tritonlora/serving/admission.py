@@ -240,7 +240,6 @@ class Admission:
         """Note that the engine has the adapter, and release the requests that waited for it."""
         del self._unsent[load.number]
         self.cache.see(load.task_id, sent_at)
-        self._pins.loaded(load.task_id)
         group = self._queue.head
         if group is not None and load.task_id in group.adapters:
             group.loaded.add(load.task_id)
@@ -287,7 +286,6 @@ class Admission:
         self._pins.probed()
         if probe.task_id is None:
             return False
-        self._pins.missed(probe.task_id)
         is_unexpected = self.cache.miss(probe.task_id)
         if is_unexpected:
             self._cautious_until = now + CAUTION_SECONDS

@@ -43,6 +43,7 @@ class _Adapter:
     pages: int
     is_warm: bool = False  # the engine's warmup loads it
     was_sent: bool = False  # its weights were sent to the engine at some time
+    is_absent: bool = True  # the engine certainly does not have it
     seen_at: float | None = None  # the last time at which the engine certainly had it; None: it may not have it
     used_at: float = -math.inf  # when a request for it was last sent
     is_in_use: bool = False  # whether a request may use it now
@@ -82,6 +83,7 @@ class EngineCache:
         for order, (task_id, pages) in enumerate(warm.items()):
             adapter = self._adapter(task_id, pages)
             adapter.is_warm = task_id not in late
+            adapter.is_absent = False
             self._count(adapter)
             adapter.used_at = adapter.ended_at = now - 1 + order / len(warm)
             adapter.seen_at = adapter.used_at if adapter.is_warm else None
@@ -148,8 +150,8 @@ class EngineCache:
         return next(reversed(self._unconfirmed), None)
 
     def may_have(self, task_id: int) -> bool:
-        """Whether the adapter's weights were ever sent to the engine, or loaded by its warmup."""
-        return task_id in self._adapters and self._adapters[task_id].was_sent
+        """Whether the engine does not certainly lack the adapter."""
+        return task_id in self._adapters and not self._adapters[task_id].is_absent
 
     def is_in_use(self, task_id: int) -> bool:
         """Whether requests may use the adapter now."""
@@ -196,6 +198,7 @@ class EngineCache:
         """
         for task_id, pages in warm.items():
             adapter = self._adapter(task_id, pages)
+            adapter.is_absent = False
             if not adapter.was_sent:
                 self._count(adapter)
                 adapter.ended_at = now
@@ -230,6 +233,7 @@ class EngineCache:
         self._unstarted.pop(task_id, None)
         self._unstarted[task_id] = None
         if with_weights:
+            adapter.is_absent = False
             self._unconfirmed.pop(task_id, None)
             self._unconfirmed[task_id] = None
             if len(self._unconfirmed) > MOST_UNCONFIRMED:
@@ -250,6 +254,7 @@ class EngineCache:
         adapter = self._adapters[task_id]
         if adapter.seen_at is not None and not adapter.is_warm:  # the request was sent by id, so the engine had it
             self._confirmed_at = max(self._confirmed_at, sent_at)
+        adapter.is_absent = False
         adapter.seen_at = max(adapter.seen_at or sent_at, sent_at)
         adapter.used_at = max(adapter.used_at, sent_at)
 
@@ -270,6 +275,7 @@ class EngineCache:
         """
         self._unconfirmed.pop(task_id, None)
         adapter = self._adapters[task_id]
+        adapter.is_absent = True
         if adapter.seen_at is None:
             return False
         for one in self._adapters.values():  # those of the warmup, too: another client may have evicted them

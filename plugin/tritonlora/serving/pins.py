@@ -29,7 +29,6 @@ class Pins:
     def __init__(self, cache: EngineCache) -> None:
         self._cache = cache
         self.pages: Mapping[int, int] = {}  # lora_task_id -> pages
-        self._absent: set[int] = set()  # those that the engine does not have
         self._touched: int | None = None  # the one that a probe under way uses, so that it stays
         self._try_at: dict[int, float] = {}  # lora_task_id -> when the next try to bring it back may come
         self._bring_at = self._yield_until = -math.inf
@@ -37,7 +36,6 @@ class Pins:
     def keep(self, adapters: Mapping[int, int]) -> None:
         """Pin these adapters and no others: lora_task_id -> pages."""
         self.pages = adapters
-        self._absent = {task_id for task_id in adapters if not self._cache.may_have(task_id)}
         self._try_at.clear()
 
     # Decisions
@@ -72,7 +70,7 @@ class Pins:
             is_there = self._cache.are_believed([pin]) or self._cache.is_in_use(pin)
             if is_there or now < self._try_at.get(pin, -math.inf):
                 continue
-            if pin not in self._absent:
+            if self._cache.may_have(pin):
                 self._bring_at = self._try_at[pin] = now + PIN_SECONDS
                 return pin, False
             if self._cache.has_capacity({pin: pages}, self.pages):
@@ -84,7 +82,7 @@ class Pins:
     # Events
 
     def touch(self, pin: int) -> None:
-        """Note that a probe is about to use a pinned adapter. Call `probed` or `missed` when the probe has ended."""
+        """Note that a probe is about to use a pinned adapter. Call `probed` when the probe has ended."""
         if not self._cache.are_believed([pin]):
             self._cache.lose(pin)  # so that a miss is not unexpected
         self._touched = pin
@@ -92,15 +90,6 @@ class Pins:
     def probed(self) -> None:
         """Note that the probe under way has ended."""
         self._touched = None
-
-    def missed(self, task_id: int) -> None:
-        """Note that the engine did not have the adapter of a probe."""
-        if task_id in self.pages:
-            self._absent.add(task_id)
-
-    def loaded(self, task_id: int) -> None:
-        """Note that the engine has taken an adapter."""
-        self._absent.discard(task_id)
 
     def put_off(self, task_id: int, until: float) -> None:
         """Bring an adapter that could not be loaded back no earlier than at `until`."""
