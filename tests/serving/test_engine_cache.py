@@ -45,7 +45,7 @@ def test_what_is_listed_as_held_is_what_requests_go_on_for(seed: int) -> None:
 
         assert believed <= certain
         assert len(certain - believed) <= 1  # the one that was used last
-        assert sum(pages[task_id] for task_id in certain) == cache.pages_held
+        assert {task_id: pages[task_id] for task_id in certain} == cache.held()
         assert (cache.next_to_probe(warm=True) in believed) if believed else cache.next_to_probe(warm=True) is None
 
     assert held_at_some_time

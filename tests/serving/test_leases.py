@@ -47,18 +47,6 @@ class Sender:
     def leave_behind(self, ticket: Ticket) -> None:
         self._note("left behind", ticket)
 
-    def states(self) -> dict[int, bool]:
-        return {}
-
-    def in_use(self) -> list[int]:
-        return []
-
-    def pages_held(self) -> int:
-        return 0
-
-    def waiting(self) -> dict[int, int]:
-        return {}
-
     def _note(self, what: str, ticket: Ticket) -> None:
         [task_id] = ticket.adapters
         self.log.append((what, task_id))

@@ -24,9 +24,7 @@ def row(**counted: float) -> Row:
     return dict.fromkeys(COLUMNS, 0.0) | counted
 
 
-EMPTY = metrics.Snapshot(
-    counts={}, times=Statistics().times(), in_use=(), waiting=(), adapters={}, held=(), pages=0, pages_used=0
-)
+EMPTY = metrics.Snapshot(counts={}, times=Statistics().times(), in_use=(), waiting=(), adapters={}, held={}, pages=0)
 
 
 class Published:
@@ -121,7 +119,7 @@ def test_an_adapter_is_loaded_or_not_and_leaves_no_series_behind() -> None:
     published = Published()
 
     def publish(held: set[int], **adapters: AdapterEntry) -> Series:
-        return of("lora_adapter_loaded", published.publish(held=held, adapters=adapters))
+        return of("lora_adapter_loaded", published.publish(held=dict.fromkeys(held, 1), adapters=adapters))
 
     before, after = entry(1, adapter_sizes=(2, 8)), entry(3, adapter_sizes=(16,))
     other = {("haiku", "4", "true"): 1.0}
@@ -138,14 +136,14 @@ def test_adapters_beyond_the_bound_are_one_series(monkeypatch: pytest.MonkeyPatc
     """Its value is their number."""
     monkeypatch.setattr(metrics, "MOST_NAMES", 1)
     adapters = {name: entry(number) for number, name in enumerate("abcd")}
-    found = Published().publish(held={0, 2, 3}, adapters=adapters)
+    found = Published().publish(held={0: 1, 2: 1, 3: 1}, adapters=adapters)
 
     assert {("a", "8", "false"): 1, (OTHERS, "", ""): 2} == of("lora_adapter_loaded", found)
 
 
 def test_what_is_not_known_is_not_told() -> None:
     """Of an engine that reads adapters by itself, or whose cache has an unknown size."""
-    found = Published().publish(held=None, pages=0, adapters={"pirate": entry()})
+    found = Published().publish(held=None, pages=8, adapters={"pirate": entry()})
 
     assert not {name for name, *_ in found} & {"lora_adapter_loaded", "lora_cache_pages", "lora_cache_pages_used"}
 
@@ -153,8 +151,8 @@ def test_what_is_not_known_is_not_told() -> None:
 def test_pages_rise_and_fall() -> None:
     """Those that are used."""
     published = Published()
-    published.publish(pages=8, pages_used=5)
-    found = published.publish(pages=8, pages_used=3)
+    published.publish(pages=8, held={1: 3, 2: 2})
+    found = published.publish(pages=8, held={1: 3})
 
     assert (8, 3) == (found["lora_cache_pages",], found["lora_cache_pages_used",])
 

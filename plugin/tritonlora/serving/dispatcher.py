@@ -183,10 +183,10 @@ class Dispatcher:
         with self._lock:
             return self._admission.cache.in_use
 
-    def pages_held(self) -> int:
-        """See `EngineCache.pages_held`."""
+    def held(self) -> dict[int, int]:
+        """See `EngineCache.held`."""
         with self._lock:
-            return self._admission.cache.pages_held
+            return self._admission.cache.held()
 
     def waiting(self) -> Mapping[int, int]:
         """The adapters that requests in the queue wait for, with the number of those requests."""

@@ -173,10 +173,9 @@ class EngineCache:
             found = {task_id: is_certain for task_id, is_certain in found.items() if is_certain}
         return dict.fromkeys(self._unconfirmed, False) | found
 
-    @property
-    def pages_held(self) -> int:
-        """The pages of the adapters that the engine certainly has, unless it was loaded again."""
-        return sum(self._adapters[task_id].pages for task_id, is_certain in self.states().items() if is_certain)
+    def held(self) -> dict[int, int]:
+        """The adapters that the engine certainly has, unless it was loaded again: lora_task_id -> pages."""
+        return {task_id: self._adapters[task_id].pages for task_id, is_certain in self.states().items() if is_certain}
 
     def next_to_probe(self, *, warm: bool) -> int | None:
         """A held adapter, which a probe is to find in the engine.

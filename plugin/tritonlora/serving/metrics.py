@@ -124,9 +124,8 @@ class Snapshot:
     in_use: Collection[str]  # lora_names
     waiting: Collection[str]
     adapters: Mapping[str, AdapterEntry]  # all that are registered, by lora_name
-    held: Collection[int] | None  # lora_task_ids that the engine is believed to hold; None: it is not known
+    held: Mapping[int, int] | None  # lora_task_id -> pages, that the engine is believed to hold; None: it is not known
     pages: int  # of the engine's adapter cache; 0: not known
-    pages_used: int
 
 
 def changed(before: Counts, now: Counts) -> Counts:
@@ -152,10 +151,10 @@ def samples_of_state(snapshot: Snapshot, now: float) -> Iterator[Sample]:
     base = snapshot.counts.get(BASE, {})
     for column, family in _OF_TABLE.items():
         yield Sample(family, (), base.get(column, 0.0))
-    if snapshot.pages:
-        yield Sample(PAGES, (), snapshot.pages)
-        yield Sample(PAGES_USED, (), snapshot.pages_used)
     if snapshot.held is not None:
+        if snapshot.pages:
+            yield Sample(PAGES, (), snapshot.pages)
+            yield Sample(PAGES_USED, (), sum(snapshot.held.values()))
         yield from _residents(snapshot.adapters, snapshot.held)
     yield Sample(INFO, info_labels(snapshot.in_use, snapshot.waiting, len(snapshot.adapters)), now)
 

@@ -31,7 +31,7 @@ from .dispatcher import Dispatcher, Request
 from .engine_cache import EngineCache
 from .errors import InvalidRequest, RequestError
 from .holder import is_held
-from .leases import Key, Lease, Leases, Sender
+from .leases import Key, Lease, Leases
 from .metrics import Snapshot
 from .own_requests import Guard, OwnRequests
 from .parameters import check_parameters, parameters_of
@@ -109,7 +109,7 @@ class TritonPythonModel:
                 on_pass=self._went_on,
                 on_miss=lambda task_id: self._statistics.add(self._routes[task_id].lora_name, "unexpected_misses"),
             )
-        self._sender: Sender = self._dispatcher or PassOn(warm.keys() - late)
+        self._sender = self._dispatcher or PassOn(warm.keys() - late)
         self._leases = Leases(self._sender, is_held)
         if self._dispatcher:
             self._dispatcher.watch(self._sweep)
@@ -346,7 +346,7 @@ class TritonPythonModel:
     def _snapshot(self) -> Snapshot:
         """What is to be published now."""
         table, counts = self._table.table(), self._statistics.counts()
-        in_use, waiting, states = self._sender.in_use(), self._sender.waiting(), self._sender.states()
+        in_use, waiting = self._sender.in_use(), self._sender.waiting()
         used, awaited = ([name for one in ids if (name := table.name_of(one))] for ids in (in_use, waiting))
         for task_id, number in waiting.items():
             add_to(counts, self._routes[task_id].lora_name, "waiting", number)
@@ -356,11 +356,8 @@ class TritonPythonModel:
             in_use=used,
             waiting=awaited,
             adapters=table.entries,
-            held={task_id for task_id, is_certain in states.items() if is_certain}
-            if self._wire.sends_weights
-            else None,
-            pages=self._capacity if self._wire.sends_weights else 0,
-            pages_used=self._sender.pages_held(),
+            held=self._sender.held(),
+            pages=self._capacity,
         )
 
     def _table_failed(self, problem: str) -> None:
@@ -406,9 +403,8 @@ class PassOn:
         """No request waits."""
         return False
 
-    def pages_held(self) -> int:
-        """It is not known."""
-        return 0
+    def held(self) -> None:
+        """It is not known which adapters the engine holds."""
 
     def waiting(self) -> Mapping[int, int]:
         """No request waits."""
