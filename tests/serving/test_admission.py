@@ -9,7 +9,7 @@ import random
 
 import pytest
 
-from tritonlora.serving.admission import Admission, Load
+from tritonlora.serving.admission import PROBE_SECONDS, Admission, Load
 from tritonlora.serving.engine_cache import EngineCache
 from tritonlora.serving.tickets import Ticket
 from virtual_time import Clients, Engine, Outcome, Resolver, World, run
@@ -22,11 +22,13 @@ def zipf(rank: int) -> float:
     return 1 / rank
 
 
-def served(clients: Clients, pages: int, *, pace: float = PACE, seconds: float = 30) -> tuple[Outcome, Resolver]:
+def served(
+    clients: Clients, pages: int, *, pace: float = PACE, seconds: float = 30, are_large: bool = False
+) -> tuple[Outcome, Resolver]:
     """What clients see past the resolver."""
     world = World()
     engine = Engine(world, pages, lambda _: pace)
-    resolver = Resolver(world, engine, pages, {})
+    resolver = Resolver(world, engine, pages, {}, are_large=are_large)
     return run(world, resolver.ask, clients, seconds, counted_from=seconds / 3), resolver
 
 
@@ -98,6 +100,17 @@ def test_where_all_in_use_fit_the_first_token_comes_as_from_the_engine_itself() 
     assert {"ok"} == outcome.responses.keys()
     assert outcome.quantile(0.5) == pytest.approx(expected.quantile(0.5), abs=PACE)
     assert outcome.quantile(0.9) < expected.quantile(0.9) + PACE
+
+
+@pytest.mark.parametrize("pace", [0.005, PACE, 0.08])
+def test_a_large_adapter_is_sent_once_and_waits_for_no_long_probe(pace: float) -> None:
+    """A load and the request after it take two tokens' time each; before them come a probe or two, or other loads."""
+    clients = Clients(adapters=20, streams=3, tokens=24)
+    outcome, resolver = served(clients, 8, pace=pace, are_large=True)
+
+    assert {"ok"} == outcome.responses.keys()
+    assert 0 == resolver.counts["weights"]
+    assert outcome.quantile(0.9) < PROBE_SECONDS + 8 * pace
 
 
 def test_a_loose_max_tokens_costs_time_and_no_error() -> None:

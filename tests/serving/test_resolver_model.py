@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -91,6 +92,27 @@ def test_a_request_goes_on_with_its_adapter_s_id(resolver: Any, opened: Reposito
     assert {"request_output_len": 4} == ask(resolver)
 
 
+def snapshot_after(resolver: Any, requests: int) -> Any:
+    """What is published after so many requests for pirate. A request counts after its response."""
+    deadline, last = time.monotonic() + WAIT_SECONDS, resolver._snapshot()
+    while sum(last.counts["pirate"][result] for result in RESULTS) < requests:
+        assert time.monotonic() < deadline
+        last = resolver._snapshot()
+    return last
+
+
+@pytest.mark.parametrize(("most_nbytes", "result"), [(1 << 24, "miss"), (0, "wait")])
+def test_large_weights_are_sent_by_a_load_before_the_request(
+    resolver: Any, opened: Repository, monkeypatch: pytest.MonkeyPatch, most_nbytes: int, result: str
+) -> None:
+    """Smaller ones go along with the request."""
+    monkeypatch.setattr(sys.modules[type(resolver).__module__], "MOST_CARRIED_NBYTES", most_nbytes)
+    task_id = read_table(opened).entries["pirate"].lora_task_id
+
+    assert task_id == ask(resolver, lora_name=b"pirate")["lora_task_id"]
+    assert 1 == snapshot_after(resolver, 1).counts["pirate"][result]
+
+
 @pytest.mark.parametrize(
     "control",
     [
@@ -132,10 +154,7 @@ def test_what_is_published_is_what_was_asked_and_what_is_held(resolver: Any, ope
         send(resolver, holder, "end", outcome="OK", is_over=True, first_token_seconds=0.3)
         send(resolver, holder, "enter", number=2, parameters={})
         send(resolver, holder, "end", number=2, outcome="OK", is_over=True, first_token_seconds=None)
-    deadline, last = time.monotonic() + WAIT_SECONDS, resolver._snapshot()
-    while sum(last.counts["pirate"][result] for result in RESULTS) < 2:  # a request counts after its response
-        assert time.monotonic() < deadline
-        last = resolver._snapshot()
+    last = snapshot_after(resolver, 2)
     row = last.counts["pirate"]
 
     assert (1, 1) == (row["miss"], row["first_use"])

@@ -150,16 +150,19 @@ class Resolver:
         patience: float = 30,
         routed: float = 0.0,
         pins: Mapping[int, int] = {},
+        are_large: bool = False,
     ) -> None:
         """`sending`: the seconds that weights take on their way. `patience`: the seconds that a request may wait.
 
         `routed`: the share of requests that come from the router, which tells their ends and asks again after a miss.
+        `are_large`: no request carries weights.
         """
         self._world = world
         self._engine = engine
         self._sending = sending
         self._patience = patience
         self._routed = routed
+        self._are_large = are_large
         self._chance = random.Random(2)  # noqa: S311
         self.admission = Admission(EngineCache(pages, warm, world.now), world.now)
         self.admission.pin(pins)
@@ -174,7 +177,8 @@ class Resolver:
         if self._chance.random() < self._routed:
             self._ask_for_router(task_id, tokens, respond, self._world.now)
         else:
-            self._ask(Ticket({task_id: 1}, most, self._world.now, self._patience), tokens, respond)
+            ticket = Ticket({task_id: 1}, most, self._world.now, self._patience, takes_weights=not self._are_large)
+            self._ask(ticket, tokens, respond)
 
     def _ask_for_router(
         self, task_id: int, tokens: float, respond: Respond, arrived_at: float, misses: int = 0

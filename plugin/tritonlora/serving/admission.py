@@ -5,13 +5,13 @@
 | the engine | the request |
 |---|---|
 | certainly holds the adapter | goes on at once, by its lora_task_id alone |
-| certainly has capacity for it | goes on at once, and the weights go along |
+| certainly has capacity for it | goes on at once, and the weights go along, unless they are large |
 | neither | waits in a queue, until its adapter was loaded or the engine's state is certain |
 
 The resolver loads the adapter at the head of the queue by a request of its own. It repeats that request while the cache
 is full of adapters in use. Between loads it sends probes, which are requests of a few tokens. Probes tell when the
 requests that went on have ended, and whether the engine still holds the adapters that it is believed to hold. Loads and
-probes run one at a time.
+probes run one at a time, so a probe has only as many tokens as the engine makes in PROBE_SECONDS.
 
 The queue is first in, first out by adapter. Requests for held adapters overtake the queue until its head has waited for
 OVERTAKING_SECONDS.
@@ -44,6 +44,7 @@ OVERTAKING_SECONDS = 1.0
 BELIEF_SECONDS = 0.75  # between two probes of adapters that the engine is believed to hold; CONFIRMED_SECONDS has two
 ASKED_SECONDS = 3.0  # after the last request, such probes stop
 RETRY_SECONDS = 0.005  # between two tries to load an adapter while the cache is full
+PROBE_SECONDS = 0.05
 PROBE_TOKENS = 2, 16  # of the shortest probe, and of the longest
 LATER_AFTER_A_MISS = 4  # times as long as before is a request given to reach the engine, after each miss
 CAUTION_SECONDS = 10.0  # after the engine lacked an adapter that it was believed to hold, no weights go along
@@ -95,7 +96,8 @@ class Admission:
         self._under_way: deque[tuple[float, int]] = deque()  # (time of arrival, number) of requests that were sent
         self._asked_at = -math.inf  # the engine may be loaded after the resolver, and is probed after the first request
         self._belief_probed_at = now
-        self._probe_tokens = PROBE_TOKENS[0]
+        self._heard = -math.inf, now  # when the load or probe of the last response was sent, and when that came
+        self._token_seconds = PROBE_SECONDS  # the engine's time for a token, by the last probe
         self._probes_warm = False  # whether the last probe of a held adapter could be of a warm one
         self._retry_at = self._probe_at = -math.inf
         self._cautious_until = now + cautious_for
@@ -123,7 +125,6 @@ class Admission:
             return True
         self._queue.join(ticket, now)
         ticket.has_waited = True
-        self._probe_tokens = PROBE_TOKENS[0]
         return False
 
     def leave(self, ticket: Ticket) -> bool:
@@ -229,11 +230,15 @@ class Admission:
             return self._touch(pin)
         is_idle = now > self._asked_at + ASKED_SECONDS
         if self.cache.has_open and (is_idle or not self.cache.fits_all):  # if all fit, ends matter to metrics alone
-            return self._probe(None)
+            return self._probe_ends()
         return Pause(BELIEF_SECONDS)
 
     def responded(self, sent_at: float, now: float) -> None:
         """Note a response to a load or probe that was sent at `sent_at`: the engine has gone through an iteration."""
+        before_sent_at, before = self._heard
+        if sent_at == before_sent_at:
+            self._token_seconds = now - before
+        self._heard = sent_at, now
         self.cache.heard(sent_at, now)
 
     def loaded(self, load: Load, sent_at: float, now: float) -> None:
@@ -335,12 +340,15 @@ class Admission:
         self._unsent[load.number] = None
         return load
 
-    def _probe(self, task_id: int | None, tokens: int = PROBE_TOKENS[0]) -> Probe:
-        if task_id is None:
-            tokens = self._probe_tokens = min(2 * self._probe_tokens, PROBE_TOKENS[1])
-        else:
-            self.cache.begin(task_id, 0, with_weights=False)
+    def _probe(self, task_id: int, tokens: int = PROBE_TOKENS[0]) -> Probe:
+        self.cache.begin(task_id, 0, with_weights=False)
         return Probe(task_id, tokens)
+
+    def _probe_ends(self) -> Probe:
+        """A probe that tells how many iterations have passed."""
+        shortest, longest = PROBE_TOKENS
+        token_seconds = max(self._token_seconds, PROBE_SECONDS / longest)
+        return Probe(None, max(shortest, int(PROBE_SECONDS / token_seconds)))
 
     def _touch(self, pin: int) -> Probe:
         """A probe by which the engine uses a pinned adapter after all others."""
@@ -356,7 +364,9 @@ class Admission:
         # If nobody asks, a warm adapter tells nothing: an engine that is loaded again has it.
         self._belief_probed_at, self._probes_warm = now, is_asked and not self._probes_warm
         task_id = self.cache.next_to_probe(warm=self._probes_warm)
-        return self._probe(task_id) if is_asked or task_id is not None else None
+        if task_id is None:
+            return self._probe_ends() if is_asked else None
+        return self._probe(task_id)
 
     def _bring_pin(self, now: float) -> Step | None:
         """The step by which a pinned adapter comes back, if one may be gone and it is time."""
@@ -377,4 +387,4 @@ class Admission:
             return None
         if (pin := self._pins.to_touch(group.adapters)) is not None:
             return self._touch(pin)
-        return self._probe(None) if self.cache.has_open else Pause(RETRY_SECONDS)
+        return self._probe_ends() if self.cache.has_open else Pause(RETRY_SECONDS)

@@ -45,6 +45,9 @@ from .triton import failure, inputs_of, new_kept_weights, parameters_in, values_
 from .wire import CONTROL, INPUT_LENGTHS, REQUIRED, STATE, wire_of
 
 LONGEST_OUTPUT = 4096  # tokens of a request that does not tell its output length or its input length
+# Weights up to this size go along with requests until the engine is known to have them. Larger ones take more time on
+# their way than a load takes longer, so each is sent once, by a load.
+MOST_CARRIED_NBYTES = 1 << 24
 PINS_SECONDS = 1.0  # between two looks for pinned adapters in the table
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 FAILED = "the resolver failed on this request; the server's log says why"
@@ -155,7 +158,7 @@ class TritonPythonModel:
             _longest(inputs),
             time.monotonic(),
             self._patience,
-            takes_weights=len(call.routes) == 1,  # the engine takes them in a batch of one
+            takes_weights=_may_carry(call.routes),
         )
         self._sender.ask(ticket, call)
 
@@ -374,6 +377,11 @@ _OWN = {
     "load": TritonPythonModel._load,
     "tell": TritonPythonModel._tell,
 }
+
+
+def _may_carry(routes: Sequence[Route]) -> bool:
+    """Whether a request for these adapters may carry weights. The engine takes them in a batch of one."""
+    return len(routes) == 1 and routes[0].entry.lora_weights_nbytes <= MOST_CARRIED_NBYTES
 
 
 def _longest(inputs: Any) -> float:
