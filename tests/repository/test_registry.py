@@ -127,9 +127,8 @@ def test_a_pin_stays_with_the_name_until_the_adapter_is_removed(opened: Reposito
 
 def test_a_pin_is_not_written_for_code_that_knows_none(opened: Repository) -> None:
     """The resolver would ignore it; `init` puts newer code there."""
-    code = opened.root / "lora_resolver" / "1" / "serving" / "adapter_table_json.py"
-    code.write_text(code.read_text().replace('    "pinned": (', '    "later": ('))
-    with pytest.raises(RepositoryError, match="lora_resolver runs code .* cannot pin adapters; .* tritonlora init"):
+    (opened.root / "lora_resolver" / "1" / "serving" / "__init__.py").write_text('__version__ = "0.1.0"\n')
+    with pytest.raises(RepositoryError, match="lora_resolver runs code .* cannot .* pin adapters; .* tritonlora init"):
         pin(opened, ["pirate"])
     init.init(opened.root)
     pin(opened, ["pirate"])

@@ -13,7 +13,7 @@ from tritonlora.check.findings import Finding, Subject, error, warning
 from tritonlora.machine import SHARED_MEMORY, ports_in_use
 from tritonlora.pbtxt.model_config import ModelConfig, Step, Unfilled, has_template
 from tritonlora.repository import init
-from tritonlora.repository.paths import COPY_AGAIN, LISTING, RESOLVER, ROUTER, dead_links
+from tritonlora.repository.paths import COPY_AGAIN, LISTING, RESOLVER, ROUTER, dead_links, served_version
 from tritonlora.repository.undo import WITH_CODE
 from tritonlora.serving.file_version import has_content
 from tritonlora.serving.response_cache import CACHED
@@ -203,7 +203,7 @@ def serving_code(subject: Subject) -> Iterator[Finding]:
         yield error(link.relative_to(root).as_posix(), "the link leads nowhere: the model does not load", COPY_AGAIN)
     remedy = f"tritonlora init {shlex.quote(str(root))}"
     for model in (model for model in WITH_CODE if (root / model).is_dir()):
-        version = init.served_version(root, model)
+        version = served_version(root, model)
         if version is None:
             yield error(
                 f"{model}/1", "it has no code that a version of tritonlora wrote: the model does not load", remedy

@@ -10,7 +10,6 @@ over NFS may see the change a minute later.
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ from tritonlora.pbtxt.differences import differences
 from tritonlora.pbtxt.model_config import ModelConfig, config_of
 from tritonlora.pbtxt.text_format import Document
 from tritonlora.repository import ensemble_edits, model_configs, undo, warmup
-from tritonlora.repository.paths import LISTING, RESOLVER, ROUTER, SERVING, cache_pages, half_written, read_text
+from tritonlora.repository.paths import LISTING, RESOLVER, ROUTER, cache_pages, half_written, served_version
 from tritonlora.repository.state import Models, State, outlived
 from tritonlora.serving.adapter_table import AdapterEntry, AdapterTable
 from tritonlora.serving.adapter_table_json import render, schema_version_of
@@ -164,34 +163,25 @@ def write(state: State, table: AdapterTable, files: Rendered | None) -> State:
 
 
 def _require_readers(root: Path, table: AdapterTable) -> None:
-    """Raise RepositoryError if code in the repository cannot read the adapters.json of `table`, or knows no pins.
+    """Raise RepositoryError if a model in the repository runs code that is too old for `table`.
 
     The server would keep the last table that its code could read, or ignore the pins.
     """
-    schema_version, pins = schema_version_of(table), any(entry.pinned for entry in table.entries.values())
-    if schema_version <= _READ_BY_ALL and not pins:
-        return
-    for model in (ROUTER, RESOLVER, LISTING):
-        if not (root / model).is_dir():
-            continue
-        path = root / model / "1" / SERVING / "adapter_table_json.py"
-        code = read_text(path) if path.is_file() else ""
-        declared = _SCHEMA_VERSIONS.search(code)
-        if schema_version > _READ_BY_ALL and (declared is None or str(schema_version) not in declared[1].split(", ")):
-            lacks = "divide the requests for an alias"
-        elif pins and not _KNOWS_PINS.search(code):
-            lacks = "pin adapters"
-        else:
-            continue
-        raise RepositoryError(
-            f"{model} runs code of an older tritonlora, which cannot {lacks}; "
-            f"update it with: tritonlora init {root}, and start the server again"
-        )
+    needs = {
+        "divide the requests for an alias": schema_version_of(table) > _SCHEMA_VERSION_OF_OLD,
+        "pin adapters": any(entry.pinned for entry in table.entries.values()),
+    }
+    needed = " or ".join(what for what, is_needed in needs.items() if is_needed)
+    for model in (ROUTER, RESOLVER, LISTING) if needed else ():
+        if (root / model).is_dir() and served_version(root, model) in _OLD:
+            raise RepositoryError(
+                f"{model} runs code of an older tritonlora, which cannot {needed}; "
+                f"update it with: tritonlora init {root}, and start the server again"
+            )
 
 
-_READ_BY_ALL = 2  # the highest schema_version that every version of tritonlora reads
-_SCHEMA_VERSIONS = re.compile(r"^SCHEMA_VERSIONS = \(([\d, ]+)\)$", re.MULTILINE)
-_KNOWS_PINS = re.compile(r'^    "pinned": ', re.MULTILINE)
+_OLD = ("0.1.0", None)  # versions of code that knows neither shares nor pins; None: no version of tritonlora wrote it
+_SCHEMA_VERSION_OF_OLD = 2  # the highest that such code reads
 
 
 def _keep_for_a_while(state: State, table: AdapterTable) -> None:

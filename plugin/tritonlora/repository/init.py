@@ -9,7 +9,6 @@ any instant.
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -34,7 +33,6 @@ from tritonlora.repository import ensemble_edits, model_configs, undo
 from tritonlora.repository.paths import (
     COPY_AGAIN,
     DEFAULT_TARGET,
-    FORMER_SERVING,
     LISTING,
     REPOSITORY_PATH,
     RESOLVER,
@@ -46,6 +44,7 @@ from tritonlora.repository.paths import (
     half_written,
     read_text,
     require_directory,
+    version_in,
 )
 from tritonlora.repository.state import Models
 from tritonlora.repository.undo import OURS, WITH_CODE, FileChange
@@ -224,21 +223,6 @@ def code_of(model: str) -> dict[str, str]:
     return {name: read_text(path) for name, path in (modules | last).items()}
 
 
-def served_version(root: Path, model: str) -> str | None:
-    """The version of tritonlora whose code a model runs; None when the model has no code of tritonlora."""
-    directory = root / model / "1"
-    if (directory / FORMER_SERVING).is_dir() and not (directory / SERVING).is_dir():
-        return "0.1.0"
-    try:
-        match = _VERSION.search(read_text(directory / SERVING / "__init__.py"))
-    except RepositoryError:
-        return None
-    return match[1] if match else None
-
-
-_VERSION = re.compile(r'^__version__ = "([^"]+)"$', re.MULTILINE)
-
-
 def init(
     root: Path,
     target: str | None = None,
@@ -337,9 +321,9 @@ def versions(changes: Sequence[FileChange]) -> dict[str, tuple[str, str]]:
     found = {}
     for change in changes:
         if change.path.parts[-2:] == (SERVING, "__init__.py"):
-            old, new = (_VERSION.search(text or "") for text in (change.before, change.after))
-            if old and new and old[1] != new[1]:
-                found[change.path.parts[-4]] = (old[1], new[1])
+            old, new = (version_in(text or "") for text in (change.before, change.after))
+            if old and new and old != new:
+                found[change.path.parts[-4]] = (old, new)
     return found
 
 

@@ -171,6 +171,23 @@ def has_gpu_cache(config: ModelConfig) -> bool:
     return target_of(config).WIRE.sends_weights and not is_cpu_engine(config.parameters)
 
 
+def served_version(root: Path, model: str) -> str | None:
+    """The version of tritonlora whose code a model runs; None when the model has no code of tritonlora."""
+    directory = root / model / "1"
+    if (directory / FORMER_SERVING).is_dir() and not (directory / SERVING).is_dir():
+        return "0.1.0"
+    try:
+        return version_in(read_text(directory / SERVING / "__init__.py"))
+    except RepositoryError:
+        return None
+
+
+def version_in(code: str) -> str | None:
+    """The version that the text of a `serving/__init__.py` declares."""
+    match = re.search(r'^__version__ = "([^"]+)"$', code, re.MULTILINE)
+    return match[1] if match else None
+
+
 def dead_links(root: Path) -> list[Path]:
     """Links to models' code that lead nowhere. This happens when a repository is copied out of its checkout."""
     links = (path / name for path in sorted(root.glob("*/1")) for name in (SERVING, FORMER_SERVING))

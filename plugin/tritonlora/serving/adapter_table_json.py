@@ -35,7 +35,7 @@ from .shares import WHOLE, Shares, problems_of
 
 MAX_PAGES = 1 << 31  # TensorRT-LLM counts pages in 32 bits
 # Version 2 added aliases, and version 3 the shares of aliases. A table is written with the lowest version that can hold
-# it, so that older code reads it. Commands look for this line in the code that a model runs.
+# it, so that older code reads it.
 SCHEMA_VERSIONS = (1, 2, 3)
 
 
