@@ -260,12 +260,14 @@ class Dispatcher:
                 if failure is None:
                     self._send(ticket)
                 else:
-                    self._drop(ticket, failure)
+                    with self._lock:
+                        self._admission.dropped(ticket, time.monotonic())
+                    self._refuse(ticket, failure)
 
-    def _drop(self, ticket: Ticket, why: Exception) -> None:
+    def _refuse(self, ticket: Ticket, why: Exception) -> None:
+        """Refuse the request of a ticket, unless `stop` has refused it."""
         with self._lock:
             request = self._requests.pop(ticket, None)
-            self._admission.dropped(ticket, time.monotonic())
         if request is not None:
             request.fail(why)
 
@@ -297,14 +299,10 @@ class Dispatcher:
 
     def _refuse_late(self) -> None:
         with self._lock:
-            late = [
-                (ticket, request)
-                for ticket in self._admission.expired(time.monotonic())
-                if (request := self._requests.pop(ticket, None)) is not None
-            ]
-        for ticket, request in late:
+            late = self._admission.expired(time.monotonic())
+        for ticket in late:
             why = f"it does not fit beside the adapters in use; waited {ticket.patience:g} s; ask again"
-            request.fail(AdapterUnavailable(why))
+            self._refuse(ticket, AdapterUnavailable(why))
 
     def _load(self, load: Load) -> None:
         self._wait_for(load.number)
@@ -312,30 +310,32 @@ class Dispatcher:
             lambda heard: self._engine.load(load.task_id, heard, is_of_pin=load.is_of_pin),
             lambda now: self._admission.let_go(load, now),
         )
-        now = time.monotonic()
-        meaning = meaning_of(own.error)
-        why: Exception | None = None
-        with self._lock:
-            if own.is_left_behind:
-                why = EngineSilent(f"the engine has not responded for {self._load_timeout:g} s")
-                refused = self._take(self._admission.failed(load, None, pin_at=now + PIN_FAILED_SECONDS))
-            elif own.failure is not None or meaning in (Meaning.ERROR, Meaning.MISS):
-                why = own.failure or _engine_error(own.error or "")
-                is_early = isinstance(own.failure, ServerStopping | EngineSilent)
-                pin_at = now + (PIN_SECONDS if is_early else PIN_FAILED_SECONDS)
-                refused = self._take(self._admission.failed(load, now, pin_at=pin_at))
-                if load.is_of_pin and not is_early:
-                    self._tell(load.task_id, str(why))
-            elif meaning is Meaning.FULL:
+        meaning, now = meaning_of(own.error), time.monotonic()
+        if own.is_left_behind:
+            why = EngineSilent(f"the engine has not responded for {self._load_timeout:g} s")
+            self._fail(load, why, None, pin_at=now + PIN_FAILED_SECONDS)
+        elif isinstance(own.failure, ServerStopping | EngineSilent):  # the engine is not loaded
+            self._fail(load, own.failure, now, pin_at=now + PIN_SECONDS)
+        elif own.failure is not None or meaning in (Meaning.ERROR, Meaning.MISS):
+            failure = own.failure or _engine_error(own.error or "")
+            self._fail(load, failure, now, pin_at=now + PIN_FAILED_SECONDS)
+            if load.is_of_pin:
+                self._tell(load.task_id, str(failure))
+        elif meaning is Meaning.FULL:
+            with self._lock:
                 self._admission.full(load, now)
-            else:
+        else:
+            with self._lock:
                 self._admission.loaded(load, own.sent_at, now)
-        if why is not None:
-            for request in refused:
-                request.fail(why)
-        elif meaning is Meaning.ANSWER:
             self._told.pop(load.task_id, None)
             self._on_load(load.task_id, now - own.sent_at)
+
+    def _fail(self, load: Load, why: Exception, ended_at: float | None, *, pin_at: float) -> None:
+        """Refuse the requests that wait for a load that has failed. See `Admission.failed`."""
+        with self._lock:
+            tickets = self._admission.failed(load, ended_at, pin_at=pin_at)
+        for ticket in tickets:
+            self._refuse(ticket, why)
 
     def _tell(self, task_id: int, why: str) -> None:
         """Report that a pinned adapter cannot be loaded, unless the last report said the same."""
@@ -357,9 +357,6 @@ class Dispatcher:
                 self._admission.probed(probe, own.sent_at, now)
         if is_unexpected and probe.task_id is not None:
             self._on_miss(probe.task_id)
-
-    def _take(self, tickets: list[Ticket]) -> list[Request]:
-        return [request for ticket in tickets if (request := self._requests.pop(ticket, None)) is not None]
 
     def _do(self, ask: Callable[[Heard], str | None], ended_late: Callable[[float], None]) -> _OwnRequest:
         """Have the worker send a load or probe, and abandon the worker's thread when the engine is silent.
