@@ -27,7 +27,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -167,8 +167,7 @@ class EngineCache:
 
         The adapter that was used last was not evicted, even if the size of the cache is not known.
         """
-        seen = self._by_use(one for one in self._adapters.values() if one.seen_at is not None)
-        found = {one.task_id: one is seen[-1] or fits for one, fits in self._each_fits(seen)}
+        found = {one.task_id: fits or not later for later, (one, fits) in enumerate(self._each_seen())}
         if self.capacity and not self.has_open:  # all ends are known, so an adapter that does not fit was evicted
             found = {task_id: is_certain for task_id, is_certain in found.items() if is_certain}
         return dict.fromkeys(self._unconfirmed, False) | found
@@ -183,8 +182,7 @@ class EngineCache:
         With `warm`, the one that was seen longest ago, so that each has its turn. Otherwise the one whose last request
         was sent first, of those that the warmup does not load: another client's adapters evict it before the others.
         """
-        seen = (one for one in self._adapters.values() if one.seen_at is not None and (warm or not one.is_warm))
-        held = [one for one, fits in self._each_fits(self._by_use(seen)) if fits]
+        held = [one for one, fits in self._each_seen() if fits and (warm or not one.is_warm)]
         found = min(held, key=lambda one: (one.seen_at or 0.0) if warm else one.used_at, default=None)
         return found.task_id if found else None
 
@@ -348,14 +346,12 @@ class EngineCache:
                 free_pages -= other.pages
         return free_pages
 
-    def _by_use(self, adapters: Iterable[_Adapter]) -> list[_Adapter]:
-        return sorted(adapters, key=lambda one: one.used_at)
-
-    def _each_fits(self, by_use: Sequence[_Adapter]) -> Iterator[tuple[_Adapter, bool]]:
-        """`_fit` of each of these adapters by itself, from the one that was used last to the first, in one pass."""
+    def _each_seen(self) -> Iterator[tuple[_Adapter, bool]]:
+        """The adapters with `seen_at`, from the one that was used last to the first, and `_fit` of each by itself."""
+        seen = [one for one in self._adapters.values() if one.seen_at is not None]
         ended = [self._adapters[task_id] for task_id in self._ended]
         later = 0  # pages of the adapters that may have been used after `one`, and are not in use
-        for one in reversed(by_use):
+        for one in sorted(seen, key=lambda one: one.used_at)[::-1]:
             while ended and ended[-1].ended_at > one.used_at:
                 later += ended.pop().pages
             own = 0 if one.is_in_use or one.ended_at > one.used_at else one.pages
