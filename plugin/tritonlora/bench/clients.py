@@ -19,10 +19,9 @@ from dataclasses import asdict, dataclass, field
 from random import Random
 from typing import Any
 
-from tritonlora.bench.load import ANSWER, END, TIMEOUT_SECONDS, Stream, in_process, main, request_bytes
+from tritonlora.bench.load import ANSWER, END, PROMPT, TIMEOUT_SECONDS, Stream, in_process, main, request_bytes
 from tritonlora.errors import ServerError
 
-PROMPT = "hello"
 MIXES = ("uniform", "cyclic", "zipf", "sticky")
 ERRORS_KEPT = 20
 
@@ -55,6 +54,11 @@ class Outcome:
     wrong: int = 0  # responses of another adapter
     errors: list[str] = field(default_factory=list)  # the first ERRORS_KEPT errors, those of discarded seconds too
     failed: int = 0  # the number of errors
+
+    @property
+    def faults(self) -> int:
+        """The number of errors and of wrong responses."""
+        return self.failed + self.wrong
 
 
 def ask(url: str, clients: Clients) -> Outcome:

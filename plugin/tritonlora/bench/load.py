@@ -21,12 +21,14 @@ from random import Random
 from types import MappingProxyType
 from typing import Any
 
+from tritonlora.bench.measured import MICRO
 from tritonlora.bench.processes import processor_seconds
 from tritonlora.errors import ServerError
 
 ANSWER = b"data: "  # Triton's generate_stream: server-sent events in HTTP chunks
 END = b"\r\n0\r\n\r\n"
 TIMEOUT_SECONDS = 120.0
+PROMPT = "hello"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,17 @@ class Times:
     rounds: list[float] = field(default_factory=list)  # each round, up to the end of its last stream
     client: list[float] = field(default_factory=list)  # processor time of the client's process in each round
     processor: dict[str, float] = field(default_factory=dict)  # the same of each group of processes, in all rounds
+
+    def spent(self, count: int) -> str:
+        """The processor time in µs that each group of processes took for one of `count`, where it is at least one."""
+        micros = {name: MICRO * seconds / count for name, seconds in self.processor.items()}
+        return ", ".join(f"{name} {micro:.0f}" for name, micro in micros.items() if micro >= 1)
+
+
+def body(tokens: int) -> dict[str, Any]:
+    """The inputs of the engine's model for a response of `tokens` tokens, as generate_stream takes them."""
+    prompt = list(PROMPT.encode())
+    return {"input_ids": prompt, "input_lengths": len(prompt), "request_output_len": tokens, "streaming": True}
 
 
 def ask(

@@ -5,9 +5,12 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+MILLI, MICRO = 1e3, 1e6  # seconds to ms and to µs
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,13 @@ def series(name: str, unit: str, values: Sequence[float], *, scale: float = 1.0)
     ordered = sorted(values)
     p99 = ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]
     return Series(name, unit, scale * statistics.median(ordered), scale * p99)
+
+
+def seconds_of(call: Callable[[], object]) -> float:
+    """The time that a call takes."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 def at_most(name: str, value: float, target: float) -> Ratio:

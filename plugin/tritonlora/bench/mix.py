@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 import re
 import statistics
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -23,16 +22,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tritonlora.bench import scratch
-from tritonlora.bench.measured import Part, at_most, series
+from tritonlora.bench.measured import MILLI, Part, at_most, series
 from tritonlora.bench.mix_clients import GARBLED, LEFT, Mix, Record, ask
 from tritonlora.bench.openai import opened_door
 from tritonlora.bench.processes import open_files, processes_of, pss_nbytes
 from tritonlora.errors import ServerError
-from tritonlora.launch.server import Server
 from tritonlora.repository import registry
 from tritonlora.repository.paths import Repository
 
-EXIT_TIMEOUT_SECONDS = 2  # no client waits for a response any more
 SAMPLE_SECONDS = 1.0
 # Names of an adapter, of an alias, and of an adapter that comes and goes.
 REPLACED, MOVED, PASSING = "replaced", "moved", "passing"
@@ -151,11 +148,10 @@ def spread(samples: Sequence[Sizes]) -> tuple[Sizes, Sizes, Sizes]:
 
 def run(options: Options, on_progress: Callable[[str], None] = lambda _: None) -> tuple[Part, bool]:
     """Put the load on a server. Returns the results, and whether no response was wrong and no error unexplained."""
-    with tempfile.TemporaryDirectory(prefix="tritonlora-bench-") as directory, ExitStack() as stack:
+    with scratch.directory() as directory, ExitStack() as stack:
         on_progress("starting a server")
-        opened, history = _repository(Path(directory) / "repo", options)
-        server = stack.enter_context(Server(opened.root, exit_timeout=EXIT_TIMEOUT_SECONDS))
-        server.wait_until_ready()
+        opened, history = _repository(directory / "repo", options)
+        server = stack.enter_context(scratch.serving(opened))
         groups = processes_of(server.pid)
         url = None
         if options.door:
@@ -166,7 +162,7 @@ def run(options: Options, on_progress: Callable[[str], None] = lambda _: None) -
             grpc=server.grpc_url,
             door=url,
             model=scratch.PAST_ROUTER,
-            names=[f"n{number}" for number in range(1, options.adapters + 1)],
+            names=[*scratch.task_ids(options.adapters)],
             moving=[REPLACED, MOVED, PASSING],
             clients=options.clients,
             seconds=options.seconds,
@@ -207,7 +203,7 @@ def _repository(root: Path, options: Options) -> tuple[Repository, History]:
     opened = scratch.paced(root, options.adapters, pages=options.pages, token_seconds=options.token_seconds)
     replaced = scratch.put_small(opened, REPLACED, seed=0)
     registry.alias(opened, MOVED, "n1")
-    stable: dict[str, int | None] = {f"n{number}": number for number in range(1, options.adapters + 1)}
+    stable = scratch.task_ids(options.adapters)
     return opened, History({**stable, REPLACED: replaced, MOVED: stable["n1"], PASSING: None})
 
 
@@ -283,7 +279,7 @@ def _part(
     return Part(
         "mix",
         f"{options.clients} clients, {options.adapters} adapters, a cache of {options.pages}, {options.seconds:g} s",
-        tuple(series(f"first token, {way}", "ms", found, scale=1e3) for way, found in sorted(first.items())),
+        tuple(series(f"first token, {way}", "ms", found, scale=MILLI) for way, found in sorted(first.items())),
         (
             at_most("wrong responses", len(verdict.wrong), 0),
             at_most("errors without a reason", len(verdict.unexplained), 0),

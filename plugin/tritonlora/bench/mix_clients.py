@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tritonlora.bench.load import ANSWER, END, TIMEOUT_SECONDS, in_process, main, request_bytes
+from tritonlora.bench.load import ANSWER, END, PROMPT, TIMEOUT_SECONDS, body, in_process, main, request_bytes
 from tritonlora.openai.triton_client import (
     ServerGone,
     ServerRefused,
@@ -32,7 +32,6 @@ from tritonlora.openai.triton_client import (
     outputs_of,
 )
 
-PROMPT = "hello"
 _TAG = re.compile(r"\[(\d+)\]")
 _BYTES_AT_A_TIME = 1 << 16
 LEAST_TOKENS = 8  # of a response, which has to tell its adapter
@@ -108,8 +107,8 @@ async def _over_http(url: str, request: bytes) -> AsyncIterator[dict[str, Any]]:
 
 
 async def _http(mix: Mix, name: str, tokens: int) -> AsyncIterator[bytes]:
-    body = {**_inputs(tokens), "lora_name": name}
-    async for event in _over_http(mix.http, request_bytes(mix.http, mix.model, body)):
+    request = request_bytes(mix.http, mix.model, {**body(tokens), "lora_name": name})
+    async for event in _over_http(mix.http, request):
         if "error" in event:
             raise _Failed(str(event["error"]))
         found = event["output_ids"]
@@ -118,15 +117,15 @@ async def _http(mix: Mix, name: str, tokens: int) -> AsyncIterator[bytes]:
 
 async def _openai(mix: Mix, name: str, tokens: int) -> AsyncIterator[bytes]:
     assert mix.door is not None  # noqa: S101  `_ways` sees to it
-    body = {"model": name, "prompt": PROMPT, "max_tokens": tokens, "stream": True}
-    async for event in _over_http(mix.door, request_bytes(mix.door, name, body, "/v1/completions")):
+    asked = {"model": name, "prompt": PROMPT, "max_tokens": tokens, "stream": True}
+    async for event in _over_http(mix.door, request_bytes(mix.door, name, asked, "/v1/completions")):
         if "error" in event:
             raise _Failed(json.dumps(event["error"]))
         yield "".join(choice["text"] for choice in event["choices"]).encode()
 
 
 async def _grpc(triton: TritonClient, mix: Mix, name: str, tokens: int) -> AsyncIterator[bytes]:
-    arrays = {key: np.array([value if isinstance(value, list) else [value]]) for key, value in _inputs(tokens).items()}
+    arrays = {key: np.array([value if isinstance(value, list) else [value]]) for key, value in body(tokens).items()}
     arrays = {key: array.astype(np.bool_ if key == "streaming" else np.int32) for key, array in arrays.items()}
     request = infer_request(mix.model, "", {**arrays, "lora_name": np.array([[name.encode()]], np.object_)}, [])
     async with contextlib.aclosing(triton.stream(request, TIMEOUT_SECONDS)) as responses:
@@ -134,11 +133,6 @@ async def _grpc(triton: TritonClient, mix: Mix, name: str, tokens: int) -> Async
             outputs = outputs_of(response)
             if "output_ids" in outputs:
                 yield bytes(int32s(outputs["output_ids"]))
-
-
-def _inputs(tokens: int) -> dict[str, Any]:
-    prompt = [*PROMPT.encode()]
-    return {"input_ids": prompt, "input_lengths": len(prompt), "request_output_len": tokens, "streaming": True}
 
 
 async def _record(way: str, name: str, pieces: AsyncIterator[bytes], tokens: int, leaves_after: int | None) -> Record:

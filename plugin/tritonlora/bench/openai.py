@@ -19,7 +19,6 @@ import pstats
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -27,18 +26,15 @@ from pathlib import Path
 from typing import Any
 
 from tritonlora.bench import load, scratch
-from tritonlora.bench.load import Times, Way
-from tritonlora.bench.measured import Part, Series, at_least, at_most, series
+from tritonlora.bench.load import PROMPT, Way
+from tritonlora.bench.measured import MICRO, MILLI, Part, Series, at_least, at_most, series
 from tritonlora.bench.processes import processes_of, processor_seconds
 from tritonlora.errors import ServerError
 from tritonlora.launch.server import Server
 from tritonlora.machine import LOCAL, free_ports, host_and_port
 from tritonlora.repository.paths import TOKENS
 
-PROMPT = "hello"
-MILLI, MICRO = 1e3, 1e6
 READY_SECONDS = 60.0
-EXIT_TIMEOUT_SECONDS = 2
 PROFILED = 12  # functions
 BURSTS = 4  # in a round
 
@@ -56,16 +52,15 @@ class Options:
 
 def run(options: Options) -> list[Part]:
     """Measure all parts."""
-    with tempfile.TemporaryDirectory(prefix="tritonlora-bench-") as directory:
-        opened = scratch.paced(Path(directory) / "repo", 1, pages=1, token_seconds=options.token_seconds)
-        with Server(opened.root, exit_timeout=EXIT_TIMEOUT_SECONDS) as server:
-            server.wait_until_ready()
+    with scratch.directory() as directory:
+        opened = scratch.paced(directory / "repo", 1, pages=1, token_seconds=options.token_seconds)
+        with scratch.serving(opened) as server:
             with opened_door(server.grpc_url) as (door, url):
                 streams = _streams(options, server, door, url)
                 first = _first(options, server, url)
                 burst = _burst(options, server, door, url)
                 client = _client(options, door, url)
-            profile = Path(directory) / "profile"
+            profile = directory / "profile"
             with opened_door(server.grpc_url, "-m", "cProfile", "-o", str(profile)) as (_, url):
                 load.ask(url, {"door": _ways(server, url, options.tokens)["door"]}, rounds=1, streams=options.streams)
             return [streams, first, burst, client, _profile(profile, options.streams * options.tokens)]
@@ -79,7 +74,7 @@ def _streams(options: Options, server: Server, door: int, url: str) -> Part:
     )
     count = options.streams * options.tokens
     rates = {name: count / statistics.median(one.rounds) for name, one in times.items()}
-    spent = {name: _spent(one, count * options.rounds) for name, one in times.items()}
+    spent = {name: one.spent(count * options.rounds) for name, one in times.items()}
     return Part(
         "streams",
         f"{options.streams} streams of {options.tokens} tokens, {MILLI * options.token_seconds:g} ms a token",
@@ -121,14 +116,8 @@ def _burst(options: Options, server: Server, door: int, url: str) -> Part:
         f"{options.streams} requests at one instant, of one token",
         tuple(series(f"first token, {name}", "ms", one.first, scale=MILLI) for name, one in times.items()),
         (),
-        tuple(f"{name}: processor time of a request in µs: {_spent(one, count)}" for name, one in times.items()),
+        tuple(f"{name}: processor time of a request in µs: {one.spent(count)}" for name, one in times.items()),
     )
-
-
-def _spent(times: Times, count: int) -> str:
-    """The processor time of each process for one of `count`, in µs, where it is at least one."""
-    found = {group: MICRO * seconds / count for group, seconds in times.processor.items()}
-    return ", ".join(f"{group} {spent:.0f}" for group, spent in found.items() if spent >= 1)
 
 
 def _client(options: Options, door: int, url: str) -> Part:
@@ -168,11 +157,9 @@ def calls_each_token(calls: int, count: int) -> bool:
 
 
 def _ways(server: Server, url: str, tokens: int) -> dict[str, Way]:
-    prompt = list(PROMPT.encode())
-    direct = {"input_ids": prompt, "input_lengths": len(prompt), "request_output_len": tokens, "streaming": True}
     door = {"model": "n1", "prompt": PROMPT, "max_tokens": tokens, "stream": True}
     return {
-        "direct": Way("tensorrt_llm", [direct], tokens, url=server.http_url),
+        "direct": Way("tensorrt_llm", [load.body(tokens)], tokens, url=server.http_url),
         "door": Way("n1", [door], tokens, url=url, path="/v1/completions"),
     }
 

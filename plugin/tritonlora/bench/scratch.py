@@ -1,23 +1,26 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""The model repositories of the route benchmark: the shipped one with adapters, and the model to compare with."""
+"""Model repositories of the benchmarks, with adapters and models to compare with, and servers on them."""
 
 from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from tritonlora.bench.convert import LAYERS, LLAMA_8B, make_adapter
 from tritonlora.errors import RepositoryError
 from tritonlora.files import write_text
+from tritonlora.launch.server import Server
 from tritonlora.repository import add, init, model_configs, paths, upkeep
 from tritonlora.repository.paths import ROUTER, Repository
 from tritonlora.serving.adapter_table import AdapterEntry, AdapterTable
 from tritonlora.serving.adapter_table_json import render
 
+EXIT_TIMEOUT_SECONDS = 2  # no client waits for a response any more
 PASS_THROUGH = "pass_through"  # noqa: S105
 PAST_ROUTER = "past_router"
 TAKER = "taker"
@@ -114,6 +117,26 @@ ensemble_scheduling {
 """
 
 
+@contextmanager
+def directory() -> Iterator[Path]:
+    """A directory that is there while the `with` block runs."""
+    with tempfile.TemporaryDirectory(prefix="tritonlora-bench-") as name:
+        yield Path(name)
+
+
+@contextmanager
+def serving(opened: Repository) -> Iterator[Server]:
+    """A server on a repository, ready for requests while the `with` block runs."""
+    with Server(opened.root, exit_timeout=EXIT_TIMEOUT_SECONDS) as server:
+        server.wait_until_ready()
+        yield server
+
+
+def task_ids(count: int) -> dict[str, int]:
+    """lora_name -> lora_task_id of `count` adapters of a scratch repository."""
+    return {f"n{number}": number for number in range(1, count + 1)}
+
+
 def small_adapters(root: Path, count: int, *, streams: int, room: int | None = None) -> Repository:
     """The shipped repository with `count` adapters, n1 and so on, and with the models to compare the router with.
 
@@ -171,7 +194,7 @@ def large_adapters(root: Path, *, rank: int = LARGE_RANK, layers: int = LAYERS) 
 
 def table_of(entry: AdapterEntry, count: int) -> AdapterTable:
     """A table of `count` adapters, n1 and so on, each with the fields of `entry` and an id of its own."""
-    entries = {f"n{number}": replace(entry, lora_task_id=number) for number in range(1, count + 1)}
+    entries = {name: replace(entry, lora_task_id=number) for name, number in task_ids(count).items()}
     return AdapterTable(entries, next_lora_task_id=count + 1)
 
 
