@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from tritonlora.bench import route
 from tritonlora.bench.measured import Part, at_least, at_most, draw, ratio_rows, series
 from tritonlora.bench.processes import SERVER, processes_of, processor_seconds, pss_nbytes
-from tritonlora.bench.route import Options, run
+from tritonlora.bench.route import Case, Options, run
 from tritonlora.cli.commands import main
 
 
@@ -50,6 +51,66 @@ def test_an_unknown_part_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no part 'lookups'; there are ttft, tokens, recovery, lookup, memory" in " ".join(
         capsys.readouterr().err.replace("│", " ").split()
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--part streams --adapters 4", "--adapters, --pages, --mix and --max-tokens are for the part cache"),
+        ("--part cache --mix random", "no mix 'random'; there are uniform, cyclic, zipf, sticky"),
+    ],
+)
+def test_a_case_of_cache_that_would_not_be_measured_is_refused(
+    words: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before a server is started."""
+    code = main(["bench", "route", *words.split()])
+
+    assert 2 == code
+    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("words", "case"),
+    [
+        ("--streams 8 --tokens 9", None),
+        ("--pages 8", Case(pages=8)),
+        ("--adapters 5 --pages 3 --mix zipf", Case(adapters=5, pages=3, mix="zipf")),
+        (
+            "--max-tokens 64 --streams 4 --tokens 8 --pace 0 --requests 50 --rank 16",
+            Case(max_tokens=64, streams=4, tokens=8, token_seconds=0.0, requests=50, rank=16),
+        ),
+    ],
+)
+def test_a_case_of_cache_has_the_options_and_the_table_s_defaults(
+    words: str, case: Case | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Options that other parts have, too, do not make a case."""
+    asked: list[Options] = []
+
+    def run(_: object, options: Options, __: object) -> list[Part]:
+        asked.append(options)
+        return []
+
+    monkeypatch.setattr(route, "run", run)
+
+    assert 0 == main(["bench", "route", "--part", "cache", *words.split()])
+    assert [case] == [options.case for options in asked]
+
+
+@pytest.mark.parametrize(
+    ("case", "allowed"),
+    [
+        (Case(200, 8), 12.5),
+        (Case(32, 4, "sticky"), 6.25),
+        (Case(16, 16), None),
+        (Case(100, 50), None),
+        (Case(200, 8, token_seconds=0.0), None),
+    ],
+)
+def test_pages_allow_so_many_requests_as_end_in_a_second(case: Case, allowed: float | None) -> None:
+    """No number where all adapters in use fit, or where a token takes no time."""
+    assert allowed == case.allowed
 
 
 def test_processes_are_found_by_their_model(tmp_path: Path) -> None:

@@ -10,7 +10,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -21,6 +23,7 @@ from tritonlora.bench.load import Way
 from tritonlora.bench.route import Options, run
 from tritonlora.errors import ServerError
 from tritonlora.launch.server import Server
+from tritonlora.repository.init import ENSEMBLE
 from tritonlora.repository.paths import ROUTER
 
 SMALL = Options(rounds=1, instances=1, streams=2, tokens=4, requests=100, token_seconds=0.005, seconds=1.0)
@@ -75,6 +78,27 @@ def test_clients_in_closed_loops_end_whatever_they_are_answered(
         assert (0, message is None) == (outcome.wrong, outcome.failed == 0)
         assert (message is None) == (outcome.requests > 0) == (outcome.errors == [])
         assert all(message in error for error in outcome.errors if message)
+
+
+@pytest.mark.parametrize(
+    ("mix", "options"),
+    [("uniform", {}), ("cyclic", {"allowed": 64}), ("zipf", {"is_text": True, "model": ENSEMBLE}), ("sticky", {})],
+)
+def test_clients_send_so_many_requests_and_check_every_byte(server: Server, mix: str, options: dict[str, Any]) -> None:
+    """A response that does not tell its adapter with every token would be wrong."""
+    asked = Clients(scratch.PAST_ROUTER, {"n1": 1, "n2": 2}, streams=3, tokens=5, mix=mix, requests=20, discarded=0.0)
+    outcome = clients.ask(server.http_url, replace(asked, **options))
+
+    assert (20, 20, 0, []) == (outcome.requests, len(outcome.first), outcome.faults, outcome.errors)
+
+
+def test_a_response_of_another_adapter_is_counted_and_told(server: Server) -> None:
+    """It is no request that was served."""
+    asked = Clients(scratch.PAST_ROUTER, {"n1": 2}, streams=1, tokens=8, requests=3, discarded=0.0)
+    outcome = clients.ask(server.http_url, asked)
+
+    assert (0, 3, 0) == (outcome.requests, outcome.wrong, outcome.failed)
+    assert all("expected b'[2]" in error and "is b'[1]" in error for error in outcome.errors)
 
 
 @pytest.mark.parametrize("name", ["ttft", "tokens", "memory", "streams"])

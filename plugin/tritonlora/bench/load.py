@@ -10,6 +10,7 @@ They are parsed afterwards.
 from __future__ import annotations
 
 import json
+import re
 import select
 import socket
 import subprocess
@@ -25,6 +26,7 @@ from tritonlora.bench.measured import MICRO
 from tritonlora.bench.processes import processor_seconds
 from tritonlora.errors import ServerError
 
+STREAMING = b"HTTP/1.1 200"
 ANSWER = b"data: "  # Triton's generate_stream: server-sent events in HTTP chunks
 END = b"\r\n0\r\n\r\n"
 TIMEOUT_SECONDS = 120.0
@@ -58,10 +60,10 @@ class Times:
         return ", ".join(f"{name} {micro:.0f}" for name, micro in micros.items() if micro >= 1)
 
 
-def body(tokens: int) -> dict[str, Any]:
+def body(tokens: int, prompt: str = PROMPT) -> dict[str, Any]:
     """The inputs of the engine's model for a response of `tokens` tokens, as generate_stream takes them."""
-    prompt = list(PROMPT.encode())
-    return {"input_ids": prompt, "input_lengths": len(prompt), "request_output_len": tokens, "streaming": True}
+    ids = list(prompt.encode())
+    return {"input_ids": ids, "input_lengths": len(ids), "request_output_len": tokens, "streaming": True}
 
 
 def ask(
@@ -118,6 +120,15 @@ def main(do: Callable[[Any], object]) -> int:
     return 0
 
 
+def is_whole(received: bytes | bytearray) -> bool:
+    """Whether an HTTP response has arrived to its end. Streams are in chunks; some errors have a Content-Length."""
+    if received.startswith(STREAMING):
+        return received.endswith(END)
+    head, _, content = received.partition(b"\r\n\r\n")
+    length = re.search(rb"\r\ncontent-length: (\d+)", head.lower())
+    return received.endswith(END) or (length is not None and len(content) >= int(length[1]))
+
+
 class Stream:
     """A connection for one request after another."""
 
@@ -140,7 +151,7 @@ def request_bytes(url: str, model: str, body: Mapping[str, object], path: str = 
 
 def _check(stream: Stream, way: Way) -> None:
     head, _, body = bytes(stream.received).partition(b"\r\n\r\n")
-    if not head.startswith(b"HTTP/1.1 200") or b'"error"' in body or body.count(ANSWER) < way.answers:
+    if not head.startswith(STREAMING) or b'"error"' in body or body.count(ANSWER) < way.answers:
         raise ServerError(f"{way.model} answered: {stream.received[-500:].decode(errors='replace')}")
 
 
@@ -169,7 +180,7 @@ def _round(streams: Sequence[Stream], requests: Sequence[bytes], times: Times, p
             if number not in first and (ANSWER in piece or not piece):
                 first[number] = now - began[number]
             stream.received += piece
-            if not piece or stream.received.endswith(END):
+            if not piece or is_whole(stream.received):
                 times.whole.append(now - began[number])
                 poll.unregister(number)
                 del open_streams[number]

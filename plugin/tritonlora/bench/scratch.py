@@ -153,15 +153,21 @@ def small_adapters(root: Path, count: int, *, streams: int, room: int | None = N
     return opened
 
 
-def paced(root: Path, count: int, *, pages: int, token_seconds: float) -> Repository:
+def paced(
+    root: Path, count: int, *, pages: int, token_seconds: float, rank: int | None = None, layers: int = LAYERS
+) -> Repository:
     """The shipped repository with `count` adapters, n1 and so on, and an engine that takes `token_seconds` for a token.
 
-    The engine's cache has `pages` pages, and an adapter takes one. No adapter is loaded at start. The ensemble
-    PAST_ROUTER leads past the router.
+    The engine's cache has `pages` pages, and an adapter takes one. With a `rank`, the adapters are of that rank and of
+    a Llama 8B of `layers` layers, they differ, and the cache holds `pages` of them. No adapter is loaded at start. The
+    ensemble PAST_ROUTER leads past the router.
     """
     init.create_repository(root)
     opened = paths.open_repository(root)
-    _register(opened, count, SMALL, SMALL_LAYERS, rank=8)
+    if rank is None:
+        _register(opened, count, SMALL, SMALL_LAYERS, rank=8)
+    else:
+        _add_large(opened, count, rank, layers)
     _set_cache(opened, pages)
     upkeep.set_parameters(opened, {"synthetic_token_seconds": f"{token_seconds:g}", "max_num_requests": "512"})
     _put_ensemble(opened, PAST_ROUTER)
@@ -182,10 +188,7 @@ def large_adapters(root: Path, *, rank: int = LARGE_RANK, layers: int = LAYERS) 
     """
     init.create_repository(root)
     opened = paths.open_repository(root)
-    config = LLAMA_8B_CONFIG | {"num_hidden_layers": layers}
-    write_text(opened.target_directory / "1" / "config.json", json.dumps(config))
-    for number in range(1, LARGE_ADAPTERS + 1):
-        _add(opened, f"n{number}", LLAMA_8B, layers, rank=rank, seed=number)
+    _add_large(opened, LARGE_ADAPTERS, rank, layers)
     _set_cache(opened, 1)
     _put_bare_models(opened, FEW_STREAMS)
     init.init(opened.root, topology=init.FORWARD)
@@ -202,6 +205,14 @@ def _register(opened: Repository, count: int, shapes: Mapping[str, tuple[int, in
     """Convert one adapter, and register it under `count` names."""
     entry = _add(opened, "n1", shapes, layers, rank=rank)
     write_text(opened.table_path, render(table_of(entry, count)))
+
+
+def _add_large(opened: Repository, count: int, rank: int, layers: int) -> None:
+    """Make the engine's model a Llama 8B, and add `count` random adapters of it."""
+    config = LLAMA_8B_CONFIG | {"num_hidden_layers": layers}
+    write_text(opened.target_directory / "1" / "config.json", json.dumps(config))
+    for name, number in task_ids(count).items():
+        _add(opened, name, LLAMA_8B, layers, rank=rank, seed=number)
 
 
 def _add(

@@ -8,11 +8,12 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from tritonlora import extras
+from tritonlora.bench.clients import MIXES
 from tritonlora.bench.measured import Part, ratio_rows, series_rows
 from tritonlora.cli.options import command_group
 from tritonlora.cli.output import AsJson, print_json, print_table, stderr
@@ -73,19 +74,60 @@ def bench_route(
         list[str] | None,
         typer.Option("--part", help="ttft, tokens, recovery, lookup, memory, streams or cache; repeat it for several."),
     ] = None,
-    rounds: Annotated[int, typer.Option("--rounds", min=1, help="How often each part is timed.")] = 7,
-    streams: Annotated[int, typer.Option("--streams", min=1, help="Streams at a time, in tokens and streams.")] = 64,
-    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens of each stream, in tokens and streams.")] = 128,
-    rank: Annotated[int, typer.Option("--rank", min=1, help="Rank of the adapter in recovery; 32 takes 264 MB.")] = 32,
-    requests: Annotated[int, typer.Option("--requests", min=1, help="Requests to send, in memory.")] = 100_000,
-    pace: Annotated[float, typer.Option("--pace", min=0.0, help="The engine's seconds a token, in streams.")] = 0.04,
-    seconds: Annotated[float, typer.Option("--seconds", min=1.0, help="Seconds of each, in streams and cache.")] = 20,
+    rounds: Annotated[int | None, typer.Option("--rounds", min=1, help="How often each part is timed: 7.")] = None,
+    streams: Annotated[
+        int | None, typer.Option("--streams", min=1, help="Streams at a time: 64; 32 in a case of cache.")
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option("--tokens", min=1, help="Tokens of each stream: 128; 32 in a case of cache.")
+    ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            "--rank",
+            min=1,
+            help="Rank of adapters of a Llama 8B: 32, 264 MB each. Without it, a case of cache has small adapters.",
+        ),
+    ] = None,
+    requests: Annotated[
+        int | None,
+        typer.Option(
+            "--requests", min=1, help="Requests: 100,000 in memory; a case of cache has --seconds without it."
+        ),
+    ] = None,
+    pace: Annotated[
+        float | None,
+        typer.Option("--pace", min=0.0, help="The engine's seconds a token: 0.04; 0.02 in a case of cache."),
+    ] = None,
+    seconds: Annotated[
+        float | None, typer.Option("--seconds", min=1.0, help="Seconds of each measurement in streams and cache: 20.")
+    ] = None,
+    adapters: Annotated[
+        int | None, typer.Option("--adapters", min=1, help="A case of cache: the adapters that clients ask for: 32.")
+    ] = None,
+    pages: Annotated[
+        int | None, typer.Option("--pages", min=1, help="A case of cache: adapters that the engine's cache holds: 16.")
+    ] = None,
+    mix: Annotated[
+        str | None,
+        typer.Option(
+            "--mix",
+            help="A case of cache: how clients choose adapters: uniform (at random), zipf, cyclic or sticky.",
+        ),
+    ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--max-tokens", min=16, help="A case of cache: max_tokens of a request: as many as the response has."
+        ),
+    ] = None,
     plot: Plot = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare requests through the router with requests to the engine's model, on a real server.
 
-    The engine's model is the synthetic engine.
+    The engine's model is the synthetic engine. The part cache measures a table of cases. With --adapters, --pages,
+    --mix or --max-tokens it measures that one case.
     """
     extras.require("bench")
     from tritonlora.bench import measured, route  # with torch
@@ -93,20 +135,27 @@ def bench_route(
     parts = part or list(route.PARTS)
     if unknown := [name for name in parts if name not in route.PARTS]:
         raise typer.BadParameter(f"no part {unknown[0]!r}; there are {', '.join(route.PARTS)}")
+    shared = _given(streams=streams, tokens=tokens, rank=rank, requests=requests, token_seconds=pace)
+    case = _given(adapters=adapters, pages=pages, mix=mix, max_tokens=max_tokens)
+    if mix and mix not in MIXES:
+        raise typer.BadParameter(f"no mix {mix!r}; there are {', '.join(MIXES)}")
+    if case and "cache" not in parts:
+        raise typer.BadParameter(
+            "--adapters, --pages, --mix and --max-tokens are for the part cache; give --part cache"
+        )
     options = route.Options(
-        rounds=rounds,
-        streams=streams,
-        tokens=tokens,
-        rank=rank,
-        requests=requests,
-        token_seconds=pace,
-        seconds=seconds,
+        **shared, **_given(rounds=rounds, seconds=seconds), case=route.Case(**case, **shared) if case else None
     )
     with stderr.status("measuring") as status:
         results = list(route.run(parts, options, lambda name: status.update(f"measuring {name}")))
     if plot:
         measured.draw(results, plot)
     _print(results, as_json)
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """The options that were given: the others have the benchmark's defaults."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _print(results: Sequence[Part], as_json: bool) -> None:

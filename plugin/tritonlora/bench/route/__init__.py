@@ -26,12 +26,12 @@ from tritonlora.bench.measured import Part
 from tritonlora.bench.route.cache import cache
 from tritonlora.bench.route.lookup import lookup
 from tritonlora.bench.route.memory import memory
-from tritonlora.bench.route.options import Options
+from tritonlora.bench.route.options import Case, Options
 from tritonlora.bench.route.recovery import recovery
 from tritonlora.bench.route.streams import streams
 from tritonlora.bench.route.ways import tokens, ttft
 
-__all__ = ["PARTS", "Options", "run"]
+__all__ = ["PARTS", "Case", "Options", "run"]
 
 PARTS: Mapping[str, Callable[[Options], Part]] = {
     "ttft": ttft,

@@ -4,69 +4,90 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 
 from tritonlora.bench import clients, scratch
-from tritonlora.bench.clients import Clients
-from tritonlora.bench.measured import MILLI, Part, at_least, at_most, series
-from tritonlora.bench.route.options import Options
+from tritonlora.bench.clients import Clients, Outcome
+from tritonlora.bench.measured import MILLI, Part, Ratio, Series, at_least, at_most, series
+from tritonlora.bench.route.options import Case, Options
 
-
-@dataclass(frozen=True, slots=True)
-class _Case:
-    """One measurement of `cache`: adapters, the cache, and what clients ask for."""
-
-    adapters: int
-    pages: int
-    mix: str = "uniform"
-    allowed: int = 0  # max_tokens of requests whose responses have 32 tokens; 0: 32
-
-    def __str__(self) -> str:
-        most = f", max_tokens {self.allowed}" if self.allowed else ""
-        return f"{self.adapters} adapters, {self.pages} pages, {self.mix}{most}"
-
-
-_ALL_FIT, _IN_USE_FIT, _STICKY = _Case(50, 50), _Case(100, 50), _Case(32, 4, "sticky")
-_CASES = (
-    _ALL_FIT,
-    _IN_USE_FIT,
-    _Case(100, 50, allowed=1024),
-    *(_Case(adapters, 16) for adapters in (8, 16, 24, 32, 64, 128)),  # from half the cache to eight times it
-    _Case(200, 8),
-    _Case(200, 8, "cyclic"),
-    _STICKY,
+ALL_FIT, IN_USE_FIT = Case(50, 50), Case(100, 50)
+CASES = (
+    ALL_FIT,
+    IN_USE_FIT,
+    Case(100, 50, max_tokens=1024),
+    *(Case(adapters, 16) for adapters in (8, 16, 24, 32, 64, 128)),  # from half the cache to eight times it
+    Case(200, 8),
+    Case(200, 8, "cyclic"),
+    Case(32, 4, "sticky"),
 )
 
 
 def cache(options: Options) -> Part:
-    """Measure 32 clients in closed loops. In the mix `sticky` each client always asks for the same adapter."""
-    outcomes = {}
-    for case in _CASES:
-        asked = Clients(
-            scratch.PAST_ROUTER,
-            scratch.task_ids(case.adapters),
-            streams=32,
-            tokens=32,
-            mix=case.mix,
-            allowed=case.allowed,
-            seconds=options.seconds,
-            discarded=options.seconds / 5,
-        )
-        with scratch.directory() as directory:
-            repository = scratch.paced(directory / "repo", case.adapters, pages=case.pages, token_seconds=0.02)
-            with scratch.serving(repository) as server:
-                outcomes[case] = clients.ask(server.http_url, asked)
-    first = {case: series(f"first token, {case}", "ms", one.first, scale=MILLI) for case, one in outcomes.items()}
-    rates = {case: one.requests / one.seconds for case, one in outcomes.items()}
-    allowed = _STICKY.pages / (32 * 0.02)  # an adapter's page is taken for as long as its request
+    """Measure the case of the options, or all CASES, with clients in closed loops."""
+    cases = (options.case,) if options.case else CASES
+    outcomes = {case: _outcome(case, options) for case in cases}
+    first = {
+        case: series(f"first token, {case.name}", "ms", one.first, scale=MILLI)
+        for case, one in outcomes.items()
+        if one.first
+    }
+    any_case = cases[0]
     return Part(
         "cache",
-        "32 streams of 32 tokens past the router, 20 ms a token",
+        f"{any_case.streams} streams of {any_case.tokens} tokens past the router, "
+        f"{MILLI * any_case.token_seconds:g} ms a token",
         tuple(first.values()),
         (
-            at_most("errors and wrong answers", sum(one.faults for one in outcomes.values()), 0),
-            at_most(f"ms of the first token that {_IN_USE_FIT} adds", first[_IN_USE_FIT].p50 - first[_ALL_FIT].p50, 20),
-            at_least(f"requests/s of {_STICKY} / what the pages allow", rates[_STICKY] / allowed, 0.8),
+            at_most("errors", sum(one.failed for one in outcomes.values()), 0),
+            at_most("wrong responses", sum(one.wrong for one in outcomes.values()), 0),
+            *_added(first),
+            *_shares(outcomes),
         ),
-        tuple(f"{case}: {rate:.1f} requests/s" for case, rate in rates.items()),
+        (
+            *(
+                f"{case.name}: {one.requests:,} requests, {one.rate:.1f} a second; "
+                f"{one.failed} errors, {one.wrong} wrong responses"
+                for case, one in outcomes.items()
+            ),
+            *(f"{case.name}: {error}" for case, one in outcomes.items() for error in one.errors),
+        ),
     )
+
+
+def _outcome(case: Case, options: Options) -> Outcome:
+    asked = Clients(
+        scratch.PAST_ROUTER,
+        scratch.task_ids(case.adapters),
+        streams=case.streams,
+        tokens=case.tokens,
+        mix=case.mix,
+        allowed=case.max_tokens,
+        requests=case.requests,
+        seconds=options.seconds,
+        discarded=0.0 if case.requests else options.seconds / 5,
+    )
+    with scratch.directory() as directory:
+        repository = scratch.paced(
+            directory / "repo",
+            case.adapters,
+            pages=case.pages,
+            token_seconds=case.token_seconds,
+            rank=case.rank,
+            layers=options.layers,
+        )
+        with scratch.serving(repository) as server:
+            return clients.ask(server.http_url, asked)
+
+
+def _added(first: Mapping[Case, Series]) -> Iterator[Ratio]:
+    """What it costs that not all adapters fit, where all in use do."""
+    if ALL_FIT in first and IN_USE_FIT in first:
+        added = first[IN_USE_FIT].p50 - first[ALL_FIT].p50
+        yield at_most(f"ms of the first token that {IN_USE_FIT.name} adds", added, 20)
+
+
+def _shares(outcomes: Mapping[Case, Outcome]) -> Iterator[Ratio]:
+    for case, one in outcomes.items():
+        if case.allowed:
+            yield at_least(f"requests/s of {case.name} / one request a page at a time", one.rate / case.allowed, 0.8)
