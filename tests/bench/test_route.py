@@ -4,18 +4,22 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from tritonlora.bench import route
 from tritonlora.bench.measured import Part, at_least, at_most, draw, ratio_rows, series
-from tritonlora.bench.processes import SERVER, processes_of, processor_seconds, pss_nbytes
+from tritonlora.bench.processes import SERVER, processes_of, processor_seconds, pss_nbytes, shared_memory_nbytes
 from tritonlora.bench.route import Case, Options, run
+from tritonlora.bench.route.processes import Taken, part_of
 from tritonlora.cli.commands import main
+from tritonlora.machine import SHARED_MEMORY
 
 
 def test_percentiles_are_in_the_unit_of_the_series() -> None:
@@ -111,6 +115,35 @@ def test_a_case_of_cache_has_the_options_and_the_table_s_defaults(
 def test_pages_allow_so_many_requests_as_end_in_a_second(case: Case, allowed: float | None) -> None:
     """No number where all adapters in use fit, or where a token takes no time."""
     assert allowed == case.allowed
+
+
+def test_the_worst_turn_counts_for_what_processes_take() -> None:
+    """But for the time to stop, where other load on the machine lengthens a turn."""
+    one = Taken({"lora_resolver": 150}, {"lora_resolver": 160}, 1, 300, 0, 0)
+    other = Taken({"lora_resolver": 150}, {"lora_resolver": 180}, 2, 250, 0, 1)
+    part = part_of(Options(streams=8), [one, other, one], [5.0, 9.0, 4.0], [2.0, 2.5, 2.4], 100)
+    found = {ratio.name: ratio.value for ratio in part.ratios}
+
+    assert {
+        "errors and wrong responses": 1,
+        "processes of lora_resolver": 2,
+        "MB of lora_resolver (PSS)": 180e-6,
+        "MB that lora_resolver gained from 4 to 8 streams": 30e-6,
+        "copies of the largest adapter in shared memory": 3,
+        "s that all models take longer to stop": pytest.approx(2.6),
+    } == found
+
+
+def test_a_file_in_shared_memory_counts_once() -> None:
+    """Whether one or two processes have mapped it; memory of a process alone does not count."""
+    with tempfile.NamedTemporaryFile(dir=SHARED_MEMORY) as file:
+        before = shared_memory_nbytes([os.getpid()])
+        file.truncate(1 << 20)
+        with mmap.mmap(file.fileno(), 1 << 20) as mapped, mmap.mmap(-1, 1 << 20) as own:
+            mapped[: 1 << 19] = own[: 1 << 19] = b"x" * (1 << 19)
+            after = shared_memory_nbytes([os.getpid(), os.getpid()])
+
+    assert 1 << 19 == after - before
 
 
 def test_processes_are_found_by_their_model(tmp_path: Path) -> None:

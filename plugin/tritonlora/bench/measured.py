@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MILLI, MICRO = 1e3, 1e6  # seconds to ms and to µs
+MEGA = 1e6
 
 
 @dataclass(frozen=True, slots=True)

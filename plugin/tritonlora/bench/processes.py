@@ -9,10 +9,12 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from tritonlora.machine import SHARED_MEMORY
 from tritonlora.serving.server_process import stat_of
 
 PROC = Path("/proc")
 SERVER = "tritonserver"
+BLOCK_NBYTES = 512  # of st_blocks, see stat(2)
 
 
 def processes_of(server: int) -> dict[str, list[int]]:
@@ -42,6 +44,13 @@ def pss_nbytes(processes: Iterable[int], *fields: str) -> int:
     """
     lines = [line for pid in processes for line in (PROC / str(pid) / "smaps_rollup").read_text().splitlines()]
     return sum(int(line.split()[1]) * 1024 for line in lines if line.partition(":")[0] in (fields or ("Pss",)))
+
+
+def shared_memory_nbytes(processes: Iterable[int]) -> int:
+    """The memory of the files in /dev/shm that the processes have mapped, in bytes. Each file counts once."""
+    lines = [line for pid in processes for line in (PROC / str(pid) / "maps").read_text().splitlines()]
+    files = {line[line.index("/") :] for line in lines if f" {SHARED_MEMORY}/" in line}
+    return sum(Path(file).stat().st_blocks * BLOCK_NBYTES for file in files)
 
 
 def open_files(processes: Iterable[int]) -> int:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -125,9 +125,11 @@ def directory() -> Iterator[Path]:
 
 
 @contextmanager
-def serving(opened: Repository) -> Iterator[Server]:
-    """A server on a repository, ready for requests while the `with` block runs."""
-    with Server(opened.root, exit_timeout=EXIT_TIMEOUT_SECONDS) as server:
+def serving(
+    opened: Repository, *, exit_timeout: int = EXIT_TIMEOUT_SECONDS, extra: Sequence[str] = ()
+) -> Iterator[Server]:
+    """A server on a repository, ready for requests while the `with` block runs. `extra` are words for tritonserver."""
+    with Server(opened.root, exit_timeout=exit_timeout, extra=extra) as server:
         server.wait_until_ready()
         yield server
 

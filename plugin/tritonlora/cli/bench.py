@@ -72,7 +72,7 @@ def bench_convert(
 def bench_route(
     part: Annotated[
         list[str] | None,
-        typer.Option("--part", help="ttft, tokens, recovery, lookup, memory, streams or cache; repeat it for several."),
+        typer.Option("--part", help="ttft, tokens, recovery, lookup, memory, processes, streams or cache; repeat it."),
     ] = None,
     rounds: Annotated[int | None, typer.Option("--rounds", min=1, help="How often each part is timed: 7.")] = None,
     streams: Annotated[

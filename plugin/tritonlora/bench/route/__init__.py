@@ -8,7 +8,8 @@ The server is a real tritonserver with the shipped repository and the synthetic 
     tokens    tokens per second of many streams at a time, compared with requests to the engine's model
     recovery  time to the first token of an evicted adapter, compared with one copy of its bytes in memory
     lookup    time to find an adapter, and to read a changed table, by the size of the table (in this process)
-    memory    memory of the router's processes, over many requests
+    memory    memory of the router's processes and the resolver's, over many requests
+    processes memory of our models' processes, by streams and by adapters; time to stop, with them and without them
     streams   tokens per second of an engine with a pace: past the router, in text, and through the router
     cache     time to the first token past the router, where the engine's cache holds all adapters, or few of them
 
@@ -27,6 +28,7 @@ from tritonlora.bench.route.cache import cache
 from tritonlora.bench.route.lookup import lookup
 from tritonlora.bench.route.memory import memory
 from tritonlora.bench.route.options import Case, Options
+from tritonlora.bench.route.processes import processes
 from tritonlora.bench.route.recovery import recovery
 from tritonlora.bench.route.streams import streams
 from tritonlora.bench.route.ways import tokens, ttft
@@ -39,6 +41,7 @@ PARTS: Mapping[str, Callable[[Options], Part]] = {
     "recovery": recovery,
     "lookup": lookup,
     "memory": memory,
+    "processes": processes,
     "streams": streams,
     "cache": cache,
 }
