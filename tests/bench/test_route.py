@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tritonlora.bench import route
+from tritonlora.bench.load import is_whole
 from tritonlora.bench.measured import Part, at_least, at_most, draw, ratio_rows, series
 from tritonlora.bench.processes import SERVER, processes_of, processor_seconds, pss_nbytes, shared_memory_nbytes
 from tritonlora.bench.route import Case, Options, run
@@ -144,6 +145,22 @@ def test_a_file_in_shared_memory_counts_once() -> None:
             after = shared_memory_nbytes([os.getpid(), os.getpid()])
 
     assert 1 << 19 == after - before
+
+
+@pytest.mark.parametrize(
+    ("received", "expected"),
+    [
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\ndata:\r\n0\r\n\r\n", True),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\ndata:\r\n", False),
+        (b"HTTP/1.1 400 Bad Request\r\nContent-Length: 2\r\n\r\n{}", True),
+        (b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 2\r\n\r\n{", False),
+        (b"HTTP/1.1 400 Bad Request\r\nContent-Le", False),
+        (b"", False),
+    ],
+)
+def test_an_error_that_is_not_streamed_ends_with_its_length(received: bytes, expected: bool) -> None:
+    """A client that waited for a last chunk would wait until its time is out."""
+    assert expected is is_whole(received)
 
 
 def test_processes_are_found_by_their_model(tmp_path: Path) -> None:
