@@ -316,8 +316,13 @@ def test_a_table_that_is_lost_is_not_an_empty_one(opened: Repository, adapters: 
     before = snapshot(opened.root)
     with pytest.raises(AdapterTableError, match=r"adapters\.json is missing, and there are adapters .*from a backup"):
         add.add(opened, "haiku", adapters(1))
-
+    with pytest.raises(AdapterTableError, match=re.escape(f"To begin anew, delete {opened.warmup_directory}, add")):
+        init.init(opened.root)
     assert before == snapshot(opened.root)
+
+    shutil.rmtree(opened.warmup_directory)
+    init.init(opened.root)
+    assert 1 == add.add(opened, "haiku", adapters(1)).entry.lora_task_id
 
 
 def test_the_users_own_warmup_samples_keep_their_ids_and_files(

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from table import TABLE
 from tritonlora.errors import AdapterTableError
 from tritonlora.serving.adapter_table import AdapterTable, Source, with_alias, with_entry
-from tritonlora.serving.adapter_table_json import TableReader, parse, parse_sound, render, unavailable
+from tritonlora.serving.adapter_table_json import REPAIR, TableReader, parse, parse_sound, render, unavailable
 
 
 def document(**changes: Any) -> dict[str, Any]:
@@ -43,9 +43,10 @@ def test_render_and_parse_are_inverse() -> None:
     ],
 )
 def test_a_document_that_is_no_table_is_refused(text: str, message: str) -> None:
-    """Each with its reason."""
-    with pytest.raises(AdapterTableError, match=message):
+    """Each with its reason, and with what can be done."""
+    with pytest.raises(AdapterTableError, match=message) as caught:
         parse(text)
+    assert REPAIR in str(caught.value)
 
 
 @pytest.mark.parametrize(

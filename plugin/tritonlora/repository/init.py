@@ -39,9 +39,11 @@ from tritonlora.repository.paths import (
     ROUTER,
     SERVING,
     TOKENS,
+    Repository,
     cache_pages,
     dead_links,
     half_written,
+    read_table,
     read_text,
     require_directory,
     version_in,
@@ -166,7 +168,8 @@ def plan_init(
     for model in WITH_CODE:
         files |= code_of(model)
     if not (root / ROUTER / "adapters.json").exists():
-        files[f"{ROUTER}/adapters.json"] = render(AdapterTable())
+        is_new = not (root / ROUTER / "config.pbtxt").exists()  # else the table was lost, and with it the ids
+        files[f"{ROUTER}/adapters.json"] = render(AdapterTable() if is_new else read_table(Repository(root, target)))
     for name, content in files.items():
         path = root / name
         changes.append(FileChange(path, read_text(path) if path.exists() else None, content))

@@ -21,7 +21,7 @@ from tritonlora.files import TEMPORARY_SUFFIX, is_abandoned
 from tritonlora.pbtxt.model_config import ModelConfig, parse_config
 from tritonlora.repository import warmup
 from tritonlora.serving.adapter_table import AdapterTable
-from tritonlora.serving.adapter_table_json import parse
+from tritonlora.serving.adapter_table_json import REPAIR, parse
 from tritonlora.serving.file_version import read_file
 from tritonlora.targets import target_of
 
@@ -138,11 +138,13 @@ def read_table(repository: Repository) -> AdapterTable:
         if found:
             raise AdapterTableError(
                 f"{repository.table_path} is missing, and there are adapters ({min(found)}); put it back from a "
-                "backup, or delete their files to begin anew"
+                f"backup. To begin anew, delete {repository.warmup_directory}, add each adapter, and restart the server"
             ) from None
         return AdapterTable()
-    except (OSError, UnicodeDecodeError) as error:
-        raise AdapterTableError(f"cannot read {repository.table_path}: {error}") from None
+    except UnicodeDecodeError:
+        raise AdapterTableError(f"{repository.table_path} is not UTF-8; {REPAIR}") from None
+    except OSError as error:
+        raise AdapterTableError(f"cannot read {repository.table_path}: {error.strerror}") from None
     try:
         return parse(text)
     except AdapterTableError as error:

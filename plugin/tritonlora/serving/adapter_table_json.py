@@ -37,6 +37,8 @@ MAX_PAGES = 1 << 31  # TensorRT-LLM counts pages in 32 bits
 # Version 2 added aliases, and version 3 the shares of aliases. A table is written with the lowest version that can hold
 # it, so that older code reads it.
 SCHEMA_VERSIONS = (1, 2, 3)
+REPAIR = "put this right by hand, or put the file back from a backup"
+_MALFORMED = f"adapters.json is malformed; {REPAIR}"
 
 
 def schema_version_of(table: AdapterTable) -> int:
@@ -67,7 +69,7 @@ def parse(text: str) -> AdapterTable:
     """The table in the text of adapters.json; AdapterTableError with every problem found."""
     table = parse_sound(text)
     if table.unavailable:
-        raise AdapterTableError(one_message("adapters.json is malformed", unavailable(table)))
+        raise AdapterTableError(one_message(_MALFORMED, unavailable(table)))
     return table
 
 
@@ -163,7 +165,7 @@ def _table(
         {name: tuple(found) for name, found in problems.items()},
     )
     if wrong := [*_task_id_problems(table), *both]:
-        raise AdapterTableError(one_message("adapters.json is malformed", [*unavailable(table), *wrong]))
+        raise AdapterTableError(one_message(_MALFORMED, [*unavailable(table), *wrong]))
     return table
 
 
@@ -184,7 +186,7 @@ def _document(text: str) -> dict[str, Any]:
     try:
         document = _object(text)
     except (ValueError, RecursionError) as error:
-        raise AdapterTableError(f"adapters.json is not JSON: {error}") from None
+        raise AdapterTableError(f"adapters.json is not JSON: {error}; {REPAIR}") from None
     return _checked(document)
 
 
@@ -195,12 +197,13 @@ def _object(text: str) -> Any:
 def _checked(document: Any) -> dict[str, Any]:
     """`document`, once the table's own fields were checked; AdapterTableError with every problem found."""
     if not isinstance(document, dict):
-        raise AdapterTableError("adapters.json must hold an object")
+        raise AdapterTableError(f"adapters.json must hold an object; {REPAIR}")
     version = document.get("schema_version")
     if version not in SCHEMA_VERSIONS:
         raise AdapterTableError(
             f"adapters.json has schema_version {version!r}, expected {' or '.join(map(str, SCHEMA_VERSIONS))}; "
-            "if a newer tritonlora wrote it, run init of that version on the repository, and start the server again"
+            "if a newer tritonlora wrote it, run init of that version on the repository, and start the server again; "
+            f"otherwise {REPAIR}"
         )
     problems = [
         f"{key!r} must be {expected}, got {document.get(key)!r}"[:300]
@@ -208,7 +211,7 @@ def _checked(document: Any) -> dict[str, Any]:
         if not is_right(document.get(key))
     ]
     if problems:
-        raise AdapterTableError(one_message("adapters.json is malformed", problems))
+        raise AdapterTableError(one_message(_MALFORMED, problems))
     return document
 
 
