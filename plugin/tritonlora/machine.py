@@ -27,15 +27,22 @@ class Ports:
     http: int = 8000
     grpc: int = 8001
     metrics: int = 8002
+    openai: int | None = None  # of the OpenAI API before the server; None: there is none
 
     def __post_init__(self) -> None:
         """Raise ServerError when two endpoints have the same port.
 
         tritonserver itself would report this only after it has loaded all models.
         """
-        if len({self.http, self.grpc, self.metrics}) < len(ENDPOINTS):
-            options = ", ".join(f"--{kind}-port {getattr(self, kind)}" for kind in ENDPOINTS)
+        if len({*self.by_option.values()}) < len(self.by_option):
+            options = ", ".join(f"{option} {port}" for option, port in self.by_option.items())
             raise ServerError(f"each endpoint needs a port of its own, got {options}")
+
+    @property
+    def by_option(self) -> dict[str, int]:
+        """The ports by the options of `tritonlora serve` that choose them."""
+        ports = {kind: getattr(self, kind) for kind in (*ENDPOINTS, "openai")}
+        return {f"--{kind}-port": port for kind, port in ports.items() if port is not None}
 
 
 def free_ports() -> Ports:
@@ -70,17 +77,16 @@ def numeric_address(address: str) -> str:
 def check_ports(ports: Ports, address: str = LOCAL) -> None:
     """Raise ServerError unless a server can listen on all of these ports at `address`, a numeric address."""
     if taken := ports_in_use(ports, address):
-        raise ServerError(
-            f"in use already: port {', '.join(map(str, taken))}; choose others with --http-port and so on"
-        )
-    for port in (ports.http, ports.grpc, ports.metrics):
+        named = ", ".join(f"port {port} ({option})" for option, port in ports.by_option.items() if port in taken)
+        raise ServerError(f"in use already: {named}; stop what listens there, or give another port")
+    for port in ports.by_option.values():
         if error := _bind_error(port, address):
             raise _cannot_listen(host_and_port(address, port), error)
 
 
 def ports_in_use(ports: Ports, address: str | None = None) -> list[int]:
     """The ports on which another process listens now, at `address`, a numeric address (None: any interface)."""
-    errors = [(port, _bind_error(port, address)) for port in (ports.http, ports.grpc, ports.metrics)]
+    errors = [(port, _bind_error(port, address)) for port in ports.by_option.values()]
     return [port for port, error in errors if error and error.errno == errno.EADDRINUSE]
 
 

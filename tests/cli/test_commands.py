@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -880,6 +881,20 @@ def test_serve_says_where_it_cannot_listen(capsys: pytest.CaptureFixture[str], r
     assert (1, "") == (code, out)
     assert f"error: cannot listen at {address}" in err.replace("[", "").replace("]", "")
     assert "give --address an address of this machine" in err
+
+
+@pytest.mark.parametrize("option", ["--grpc-port", "--openai-port"])
+def test_serve_names_the_port_that_is_taken(capsys: pytest.CaptureFixture[str], repo: Path, option: str) -> None:
+    """Before any model is loaded, and with its option."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        words = [word for one, free in free_ports().by_option.items() if one != option for word in (one, free)]
+        code, out, err = run(capsys, "serve", repo, *words, option, port, "--ready-timeout", 0)
+
+    assert (1, "") == (code, out)
+    assert f"error: in use already: port {port} ({option}); stop what listens there, or give another port\n" == err
 
 
 def test_serve_looks_a_name_up(capsys: pytest.CaptureFixture[str], repo: Path) -> None:

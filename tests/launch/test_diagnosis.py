@@ -115,6 +115,8 @@ def test_two_endpoints_with_one_port_are_refused() -> None:
     """tritonserver would load every model before it says so."""
     with pytest.raises(ServerError, match="a port of its own, got --http-port 1, --grpc-port 2, --metrics-port 1$"):
         Ports(1, 2, 1)
+    with pytest.raises(ServerError, match="a port of its own, got .*, --metrics-port 3, --openai-port 3$"):
+        Ports(1, 2, 3, 3)
 
 
 def test_an_ipv6_address_is_spelt_as_each_endpoint_takes_it() -> None:

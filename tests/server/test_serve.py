@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -242,19 +241,6 @@ def test_serve_ends_when_an_adapter_does_not_answer(
 
     assert (1, "") == (processes[0].returncode, out)
     assert re.search(problem, err, re.DOTALL)
-
-
-def test_serve_names_the_port_that_is_taken(repo: Path, processes: list[subprocess.Popen[str]]) -> None:
-    """Before anything is started."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        ports = replace(free_ports(), grpc=taken.getsockname()[1])
-        processes.append(start(repo, ports))
-        out, err = processes[0].communicate(timeout=60)
-
-    assert (1, "") == (processes[0].returncode, out)
-    assert f"error: in use already: port {ports.grpc}; choose others with --http-port and so on\n" == err
 
 
 @pytest.mark.parametrize("is_batched", [True, False])

@@ -86,7 +86,7 @@ def serve(
     root, extra = repository_of(some_path(first[0]) if first else None, repo), (words or [])[len(first) :]
     tritonserver.check_extra(extra)
     address = machine.numeric_address(address)
-    opened, ports = open_repository(root), Ports(http_port, grpc_port, metrics_port)
+    opened, ports = open_repository(root), Ports(http_port, grpc_port, metrics_port, openai_port)
     if print_command:
         line = serving.command_line(opened, ports, address=address, extra=extra, world_size=world_size)
         sys.stdout.write(f"{line}\n")
