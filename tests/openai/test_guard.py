@@ -115,8 +115,9 @@ def test_too_many_at_a_time_are_asked_to_come_again(monkeypatch: pytest.MonkeyPa
     ("content", "told"),
     [
         (b"{", "not JSON"),
-        (b"[]", "body"),
-        (b"null", "body"),
+        (b"", "the body is empty, or no JSON object"),
+        (b"[]", "the body is empty, or no JSON object"),
+        (b"null", "the body is empty, or no JSON object"),
         (b"\xff", "parsing"),
         (b"[" * 100_000, "parsing"),
         (b'{"model": 5, "messages": [{"role": "user", "content": "x"}]}', "model: "),
@@ -142,3 +143,14 @@ def test_bad_bodies_are_named_in_openai_s_form(content: bytes, told: str) -> Non
     response = ask("POST", CHAT, content=content, headers={"Content-Type": "application/json"})
 
     assert (400, True) == (response.status_code, told in response.json()["error"]["message"]), response.text
+
+
+@pytest.mark.parametrize("headers", [{}, {"Content-Type": "application/x-www-form-urlencoded"}])
+def test_json_without_its_content_type_is_told_what_to_add(headers: dict[str, str]) -> None:
+    """As curl -d sends it."""
+    response = ask("POST", CHAT, content=b'{"model": "m", "messages": []}', headers=headers)
+
+    assert response.status_code == 400
+    assert (
+        "add that header, as curl does with -H 'Content-Type: application/json'" in response.json()["error"]["message"]
+    )

@@ -13,9 +13,10 @@ from tritonlora.errors import ModelConfigError
 from tritonlora.openai.api_error import invalid
 from tritonlora.serving.tokenizer import Tokenizer, byte_tokenizer, from_transformers
 
+NO_TOKENIZER = "this model has no tokenizer, and so no chat template to write messages as text; ask /v1/completions"
 NO_TEMPLATE = (
-    "the tokenizer has no chat template, so the base model takes no conversations; ask /v1/completions, or give the "
-    "tokenizer's directory a chat_template.jinja"
+    "this model's tokenizer has no chat template to write messages as text; ask /v1/completions. The operator of this "
+    "API can put a chat_template.jinja into the tokenizer's directory, and start the API again"
 )
 
 
@@ -45,7 +46,9 @@ class ChatTokenizer:
 
         ApiError when there is no template, or when it refuses the messages.
         """
-        if self.hugging_face is None or not (template or self.hugging_face.chat_template):
+        if self.hugging_face is None:
+            raise invalid(NO_TOKENIZER, "messages", "no_chat_template")
+        if not (template or self.hugging_face.chat_template):
             raise invalid(NO_TEMPLATE, "messages", "no_chat_template")
         try:
             return str(

@@ -43,9 +43,10 @@ def _bad_body(error: RequestValidationError) -> ApiError:
         path = [str(part) for part in one["loc"][1:] if not _KIND.search(str(part))]
         if one["type"] == "json_invalid":
             return invalid(f"the body is not JSON: {one.get('ctx', {}).get('error', one['msg'])}")
-        field = path[0] if path else "body"
+        if not path:
+            return invalid(NOT_SENT_AS_JSON if isinstance(one["input"], bytes) else NO_OBJECT)
         text = "the field is unknown here" if one["type"] == "extra_forbidden" else str(one["msg"])
-        problems.setdefault(field, f"{'.'.join(path) or field}: {text}")
+        problems.setdefault(path[0], f"{'.'.join(path)}: {text}")
     return invalid("; ".join(problems.values())[:MOST_CHARACTERS], next(iter(problems), None))
 
 
@@ -62,6 +63,11 @@ def _failure(_: Exception) -> ApiError:
     return ApiError(500, "tritonlora openai failed on this request; its log says why", kind=FAILED)
 
 
+NOT_SENT_AS_JSON = (
+    "the request's Content-Type is not application/json; add that header, as curl does with "
+    "-H 'Content-Type: application/json'"
+)
+NO_OBJECT = "the body is empty, or no JSON object; send an object with the field model"
 MOST_CHARACTERS = 2000
 _KIND = re.compile(r"constrained-|\[")  # pydantic names the kinds of a field that has several
 _HANDLERS: dict[type[Exception], Callable[[Any], ApiError]] = {
