@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import typer
 
-from documentation import PAGES, ROOT, Page
+from documentation import DOCS, PAGES, ROOT, Page
 from tritonlora.cli import commands
 
 SOURCES = ("plugin/tritonlora", "model_repository", "scripts", "tests/support/upstream", "tests/support/llm_api")
@@ -204,3 +204,14 @@ def test_every_path_of_the_package_tree_exists() -> None:
         for name in names:
             assert (above / name).exists(), above / name
         parents.append((indent, above / names[0]))
+
+
+def test_the_page_on_the_architecture_has_every_package() -> None:
+    """Each once, in the table of packages."""
+    text = (DOCS / "architecture.md").read_text()
+    table = text.partition("\n## Packages\n")[2].partition("\n\n`init` copies")[0]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+
+    assert sorted(path.parent.name for path in (ROOT / "plugin/tritonlora").glob("*/__init__.py")) == sorted(
+        re.findall(r"`(\w+)`", "".join(rows))
+    )
