@@ -206,12 +206,14 @@ def test_every_path_of_the_package_tree_exists() -> None:
         parents.append((indent, above / names[0]))
 
 
-def test_the_page_on_the_architecture_has_every_package() -> None:
-    """Each once, in the table of packages."""
+def test_the_page_on_the_architecture_knows_the_tree() -> None:
+    """Every package once, in the table of packages; and modules of `serving` that there are."""
     text = (DOCS / "architecture.md").read_text()
     table = text.partition("\n## Packages\n")[2].partition("\n\n`init` copies")[0]
     rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    package = ROOT / "plugin/tritonlora"
 
-    assert sorted(path.parent.name for path in (ROOT / "plugin/tritonlora").glob("*/__init__.py")) == sorted(
+    assert sorted(path.parent.name for path in package.glob("*/__init__.py")) == sorted(
         re.findall(r"`(\w+)`", "".join(rows))
     )
+    assert set() == {*re.findall(r"`(\w+\.py)`", text)} - {path.name for path in (package / "serving").glob("*.py")}
