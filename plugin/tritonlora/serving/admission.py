@@ -118,9 +118,8 @@ class Admission:
         is_held = self.cache.are_held(ticket.adapters, now) or (
             ticket.is_routers and self.cache.are_believed(ticket.adapters)
         )
-        if not self._must_wait(now) and (
-            is_held or (not self._queue.has(ticket.adapters) and self._may_carry(ticket.adapters, [ticket], now))
-        ):
+        may_go = is_held or (not self._queue.has(ticket.adapters) and self._may_carry(ticket.adapters, [ticket], now))
+        if may_go and not self._must_wait(now):
             self._begin(ticket, with_weights=not is_held)
             return True
         self._queue.join(ticket, now)

@@ -42,13 +42,13 @@ class Pins:
 
     def has_capacity(self, adapters: Mapping[int, int], now: float) -> bool:
         """Whether the engine can certainly take these adapters now, and keeps all pinned ones unless they yield."""
-        if self._yield(now):
+        if self._are_yielding(now):
             return self._cache.has_capacity(adapters)
         return self._cache.has_capacity(adapters, self.pages) and self._endangered(adapters) is None
 
     def are_at_risk(self, adapters: Mapping[int, int], now: float) -> bool:
         """Whether pinned adapters do not yield, and the engine may evict one of them when it takes these."""
-        return not self._yield(now) and not self.has_capacity(adapters, now)
+        return not self._are_yielding(now) and not self.has_capacity(adapters, now)
 
     def to_touch(self, adapters: Mapping[int, int]) -> int | None:
         """The pinned adapter to touch before the engine takes these. None: no touch is needed, or none would do."""
@@ -102,7 +102,8 @@ class Pins:
 
     # Parts
 
-    def _yield(self, now: float) -> bool:
+    def _are_yielding(self, now: float) -> bool:
+        """Whether the engine need keep no pinned adapter now."""
         return not self.pages or now < self._yield_until
 
     def _endangered(self, adapters: Mapping[int, int]) -> int | None:
