@@ -92,9 +92,8 @@ class Pins:
         self._touched = None
 
     def put_off(self, task_id: int, until: float) -> None:
-        """Bring an adapter that could not be loaded back no earlier than at `until`."""
-        if task_id in self.pages:
-            self._try_at[task_id] = until
+        """Note that an adapter could not be loaded. If it is pinned, the next try comes no earlier than at `until`."""
+        self._try_at[task_id] = until
 
     def yield_from(self, now: float) -> None:
         """Let others evict pinned adapters for YIELD_SECONDS."""
