@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 from tritonlora.architectures.families import (
     ARCHITECTURES,
@@ -34,14 +35,32 @@ _WHY_NOT = (
 )
 
 
+class LayerPath(NamedTuple):
+    """The parts of a module's path. "model.layers.3.self_attn.q_proj" has the tail "self_attn.q_proj"."""
+
+    stem: str  # "model.layers"
+    layer: int
+    tail: str
+
+
+# The first number in a path is the layer number. No model has ten thousand layers.
+_LAYER_PATH = re.compile(r"(?P<stem>.+?)\.(?P<layer>0|[1-9][0-9]{0,3})\.(?P<tail>.+)")
+
+
+def split_path(path: str) -> LayerPath | None:
+    """The parts of a module's path; None if the path has no layer number."""
+    match = _LAYER_PATH.fullmatch(path)
+    return LayerPath(match["stem"], int(match["layer"]), match["tail"]) if match else None
+
+
 def locate(path: str) -> tuple[int, Mapping[str, Leaf]] | None:
     """(layer number, {family name: leaf}) of the module `path`, with each family that has such a layer.
 
     None if the engine has no LoRA for the module. `path` is PEFT's: "model.layers.3.self_attn.q_proj".
     """
-    match = _LAYER_PATH.fullmatch(path)
-    leaves = _LEAVES.get((match["stem"], match["tail"])) if match else None
-    return (int(match["layer"]), leaves) if match and leaves else None
+    found = split_path(path)
+    leaves = _LEAVES.get((found.stem, found.tail)) if found else None
+    return (found.layer, leaves) if found and leaves else None
 
 
 def families_of(architecture: str) -> frozenset[str]:
@@ -82,10 +101,6 @@ def likely_families(
     layers = list(layers)
     families = families.intersection(*layers) or also_stored_as(families).intersection(*layers) or families
     return families & CONV1D or families if conv1d else families
-
-
-# The first number in a path is the layer number. No model has ten thousand layers.
-_LAYER_PATH = re.compile(r"(?P<stem>.+?)\.(?P<layer>0|[1-9][0-9]{0,3})\.(?P<tail>.+)")
 
 
 def why_not(path: str) -> str:

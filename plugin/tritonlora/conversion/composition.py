@@ -19,7 +19,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 
-from tritonlora.architectures.layers import locate
+from tritonlora.architectures.layers import locate, split_path
 from tritonlora.conversion.peft_directory import save_safetensors
 from tritonlora.errors import InvalidAdapter, UnsupportedAdapter, merge_layers, one_message
 from tritonlora.peft.adapter import Adapter, AdapterModule
@@ -119,9 +118,6 @@ def write_composition(parts: Sequence[Part], directory: Path, *, rank: int | Non
 # Layers
 
 
-_PATH = re.compile(r"(?P<stem>.+?)\.(?P<layer>[0-9]+)\.(?P<tail>.+)")
-
-
 def _shares(parts: Sequence[Part]) -> _Shares:
     """The modules of all parts, by path. Paths begin as those of one adapter, since adapters of one model may differ.
 
@@ -129,12 +125,12 @@ def _shares(parts: Sequence[Part]) -> _Shares:
     rows has no target_modules, and paths that only may be the model's.
     """
     whole = next((part for part in parts if part.adapter.config.target_modules), parts[0])
-    stems = [match["stem"] for path in whole.adapter.modules if (match := _PATH.fullmatch(path))]
+    stems = [place.stem for path in whole.adapter.modules if (place := split_path(path))]
     found: dict[str, list[_Share]] = {}
     for part in parts:
         for path, module in part.adapter.modules.items():
-            match = _PATH.fullmatch(path)
-            renamed = f"{stems[0]}.{match['layer']}.{match['tail']}" if match and match["stem"] not in stems else path
+            place = split_path(path)
+            renamed = f"{stems[0]}.{place.layer}.{place.tail}" if place and place.stem not in stems else path
             found.setdefault(renamed if locate(renamed) else path, []).append(_Share(part, module))
     return found
 
@@ -145,16 +141,16 @@ def _config(parts: Sequence[Part], ranks: Mapping[str, int]) -> dict[str, object
     There is no alpha_pattern, which the LLM API does not read.
     """
     configs = [part.adapter.config for part in parts]
-    places = [match for path in ranks if (match := _PATH.fullmatch(path))]
+    places = {path: place for path in ranks if (place := split_path(path))}
     by_tail: dict[str, dict[int, int]] = {}  # tail -> layer -> rank
-    for place in places:
-        by_tail.setdefault(place["tail"], {})[int(place["layer"])] = ranks[place[0]]
+    for path, place in places.items():
+        by_tail.setdefault(place.tail, {})[place.layer] = ranks[path]
     most = max(ranks.values())
     pattern: dict[str, int] = {}
-    for place in places:
-        of_tail = {*by_tail[place["tail"]].values()}
+    for path, place in places.items():
+        of_tail = {*by_tail[place.tail].values()}
         if of_tail != {most}:
-            pattern[place["tail"] if len(of_tail) == 1 else place[0]] = ranks[place[0]]
+            pattern[place.tail if len(of_tail) == 1 else path] = ranks[path]
     layers = {tuple(of_layers) for of_layers in by_tail.values()}
     some = any(config.layers_to_transform for config in configs) and len(layers) == 1
     model_class = _agreed([config.base_model_class for config in configs])

@@ -9,17 +9,15 @@ user.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable, Iterator
 
 from tritonlora.architectures.families import FAMILIES, LAYERS_DIFFER
+from tritonlora.architectures.layers import split_path
 from tritonlora.engine.profile import EngineProfile
 from tritonlora.errors import InvalidAdapter, layer_names
-from tritonlora.peft.adapter import Adapter, matches_name
+from tritonlora.peft.adapter import Adapter
 from tritonlora.peft.adapter_config import AdapterConfig
 from tritonlora.peft.patterns import matches
-
-_LAYER = re.compile(r"(?P<stem>.+?)\.(?P<layer>[0-9]+)\.(?P<tail>.+)")
 
 
 def coverage_remarks(adapter: Adapter, families: Collection[str], profile: EngineProfile | None) -> Iterator[str]:
@@ -36,14 +34,14 @@ def coverage_remarks(adapter: Adapter, families: Collection[str], profile: Engin
         )
     if LAYERS_DIFFER.issuperset(families) or (profile is not None and profile.architecture in LAYERS_DIFFER):
         return
-    found = [match for path in adapter.modules if (match := _LAYER.fullmatch(path))]
-    stems = {match["stem"] for match in found}
-    tails = {match["tail"] for match in found}
+    found = [place for path in adapter.modules if (place := split_path(path))]
+    stems = {place.stem for place in found}
+    tails = {place.tail for place in found}
     if len(families) == 1:  # a layer's name means one thing only within one family
         family = next(family for family in FAMILIES if family.name in families)
         known = family.rare.union(*(family.leaves[tail].modules for tail in tails if tail in family.leaves))
         tails |= {tail for tail, leaf in family.leaves.items() if known.isdisjoint(leaf.modules)}
-    count = profile.num_layers if profile is not None else 1 + max(int(match["layer"]) for match in found)
+    count = profile.num_layers if profile is not None else 1 + max(place.layer for place in found)
     wanted = config.layers_to_transform or range(count)
     candidates = {
         f"{stem}.{layer}.{tail}": (tail.rpartition(".")[2], layer)
@@ -52,7 +50,7 @@ def coverage_remarks(adapter: Adapter, families: Collection[str], profile: Engin
         for layer in wanted
         if layer < count
     }
-    missing = targeted(config, candidates) - adapter.modules.keys()
+    missing = _targeted(config, candidates) - adapter.modules.keys()
     # A name that has no tensor in any layer is in the remark above.
     missing = {path for path in missing if _seen(path, adapter, config)}
     if missing:
@@ -67,16 +65,16 @@ def _unused(modules: Collection[str], config: AdapterConfig) -> list[str]:
     if isinstance(config.target_modules, str):
         return []
     names = (name for name in config.target_modules if name not in config.exclude_modules)
-    return [name for name in names if not matches_name(modules, name)]
+    return [name for name in names if not _names_one(name, modules)]
 
 
 def _seen(path: str, adapter: Adapter, config: AdapterConfig) -> bool:
     if isinstance(config.target_modules, str):
         return True
-    return any(matches_name([path], name) and matches_name(adapter.modules, name) for name in config.target_modules)
+    return any(_names_one(name, [path]) and _names_one(name, adapter.modules) for name in config.target_modules)
 
 
-def targeted(config: AdapterConfig, paths: Iterable[str]) -> set[str]:
+def _targeted(config: AdapterConfig, paths: Iterable[str]) -> set[str]:
     """The `paths` that target_modules names and exclude_modules does not name.
 
     Source: PEFT's `check_target_module_exists` in src/peft/tuners/tuners_utils.py. A pattern that tritonlora does not
@@ -88,11 +86,16 @@ def targeted(config: AdapterConfig, paths: Iterable[str]) -> set[str]:
 
 def _matching(names: str | tuple[str, ...], paths: list[str]) -> set[str]:
     if not isinstance(names, str):
-        return {path for path in paths if any(matches_name([path], name) for name in names)}
+        return {path for path in paths if any(_names_one(name, [path]) for name in names)}
     try:
         return set(matches({f"^({names})": True}, paths)) if names else set()
     except (ValueError, InvalidAdapter):
         return set()
+
+
+def _names_one(name: str, paths: Iterable[str]) -> bool:
+    """Whether `name`, one of target_modules, names the layer at one of the `paths`, by PEFT's rule."""
+    return any(path == name or path.endswith(f".{name}") for path in paths)
 
 
 def zero_remarks(zero: Collection[tuple[str, int]], *, others: bool, dora: bool) -> tuple[str, ...]:

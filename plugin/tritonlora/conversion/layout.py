@@ -168,7 +168,7 @@ def plan_layout(
     for module in adapter.modules.values():
         leaf = leaf_of[id(module.leaves)]
         if isinstance(leaf, str):
-            misfits.add(_tail(module), leaf, module.layer)
+            misfits.add(module.name, leaf, module.layer)
             continue
         for row, source, out_features in _rows_of(module, leaf, profile, misfits):
             if profile is not None and not engine_reads and (fused := _only_fused(row.module.name, profile)):
@@ -275,7 +275,7 @@ def _rows_of(
         return
     parts = _parts(leaf, out_features, profile)
     if isinstance(parts, str):
-        misfits.add(_tail(module), parts, module.layer)
+        misfits.add(module.name, parts, module.layer)
         return
     if profile is not None and leaf.fused in profile.modules:
         shares = [parts[name] for name in leaf.fused_order]
@@ -283,7 +283,7 @@ def _rows_of(
         divisible = out_features // 2 if leaf.fused == "mlp_gate_up" else profile.num_kv_heads
         if divisible % profile.tp_size:
             reason = f"its parts do not divide by the engine's tp_size, {profile.tp_size}"
-            misfits.add(_tail(module), reason, module.layer)
+            misfits.add(module.name, reason, module.layer)
             return
         pieces = tuple(piece.share(rank, profile.tp_size) for rank in range(profile.tp_size) for piece in shares)
         yield Row(BY_NAME[leaf.fused], module.layer, module.r, dora), RowSource(module.path, pieces), out_features
@@ -405,10 +405,6 @@ def _check_row(row: Row, module: AdapterModule, out_features: int, profile: Engi
         misfits.add(name, reason, row.layer)
     if row.layer >= profile.num_layers:
         misfits.add(name, f"{profile.what} has {profile.num_layers} layers, and not this one", row.layer)
-
-
-def _tail(module: AdapterModule) -> str:
-    return module.path.rpartition(".")[2]
 
 
 @dataclass(frozen=True, slots=True)

@@ -272,7 +272,7 @@ class _Rows:
         modules = self._adapter.modules
         zero = [modules[path] for path in self._zero - self._nonzero]
         return zero_remarks(
-            {(module.path.rpartition(".")[2], module.layer) for module in zero},
+            {(module.name, module.layer) for module in zero},
             others=bool(self._nonzero),
             dora=any(module.magnitude is not None for module in zero),
         )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,6 +41,11 @@ class AdapterModule:
     lora_B: StoredTensor  # noqa: N815  (out, r)
     scaling: float  # the factor of B @ A
     magnitude: StoredTensor | None = None  # (out,), DoRA
+
+    @property
+    def name(self) -> str:
+        """The layer's own name, the last part of its path: "q_proj"."""
+        return self.path.rpartition(".")[2]
 
     @property
     def r(self) -> int:
@@ -333,11 +338,6 @@ def _task_remarks(config: AdapterConfig) -> Iterator[str]:
             f"task_type is {config.task_type!r}: it was trained for {_OTHER_TASKS[config.task_type]}, and the engine "
             "generates text"
         )
-
-
-def matches_name(paths: Iterable[str], name: str) -> bool:
-    """Whether `name`, one of target_modules, names the layer at one of the `paths`, by PEFT's rule."""
-    return any(path == name or path.endswith(f".{name}") for path in paths)
 
 
 # A path to one of these files stands for the file's directory.

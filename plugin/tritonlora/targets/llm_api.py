@@ -135,7 +135,7 @@ def stored_remarks(root: Path, entry: AdapterEntry, profile: EngineProfile | Non
     zero, others = set[tuple[str, int]](), False
     for module in adapter.modules.values():
         if any(is_zero(tensor.load_bytes(), tensor.dtype.itemsize) for tensor in (module.lora_A, module.lora_B)):
-            zero.add((module.path.rpartition(".")[2], module.layer))
+            zero.add((module.name, module.layer))
         else:
             others = True
     return zero_remarks(zero, others=others, dora=False)
