@@ -22,6 +22,11 @@ class LoraModule:
     split: Split  # the dim that tensor parallelism splits: A's `in`, B's `out`, or none
 
 
+def row_elements(adapter_size: int, in_features: int, out_features: int, *, dora: bool = False) -> int:
+    """The number of elements in a row of lora_weights: A, B and, with `dora`, the magnitude."""
+    return adapter_size * (in_features + out_features) + (out_features if dora else 0)
+
+
 @dataclass(frozen=True, slots=True)
 class ModuleDims:
     """A module of one engine, with its full (not tensor-parallel) dims."""

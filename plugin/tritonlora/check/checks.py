@@ -12,12 +12,13 @@ import contextlib
 import shlex
 from collections.abc import Callable, Collection, Iterator
 
-from tritonlora.architectures.lora_modules import BY_ID
+from tritonlora.architectures.lora_modules import BY_ID, row_elements
 from tritonlora.check import around
 from tritonlora.check.findings import Finding, Subject
 from tritonlora.check.findings import error as _error
 from tritonlora.check.findings import warning as _warning
 from tritonlora.engine.cache_plan import CachePlan, loadable_remedy, pipeline_problems
+from tritonlora.engine.lora_cache import Rows
 from tritonlora.engine.profile import ENCODER_DECODER
 from tritonlora.errors import ConfigError, EngineMismatch, TritonLoraError
 from tritonlora.files import reading, sha256_of
@@ -38,7 +39,6 @@ from tritonlora.repository.state import read_state
 from tritonlora.serving.adapter_table import AdapterEntry, AdapterTable
 from tritonlora.serving.dtypes import DTYPES
 from tritonlora.serving.file_version import has_content
-from tritonlora.targets import Rows
 
 REPAIR = "tritonlora check --fix"
 
@@ -258,13 +258,10 @@ def _row_problems(entry: AdapterEntry, rows: Rows, subject: Subject) -> Iterator
         if module is None or size < 1:
             yield f"lora_config has the row ({module_id}, {layer}, {size}), which no engine takes"
         elif profile is not None:
-            dims = profile.modules.get(module.name)
+            dims, width = profile.modules.get(module.name), entry.lora_weights_shape[1]
             if dims is None:
                 yield f"the engine has no LoRA for {module.name}"
-            elif (
-                size * (dims.in_features + dims.out_features) + any(dora) * dims.out_features
-                > (entry.lora_weights_shape[1])
-            ):
+            elif row_elements(size, dims.in_features, dims.out_features, dora=any(dora)) > width:
                 yield f"its rows are too short for {module.name} ({dims.in_features} to {dims.out_features})"
             if not 0 <= layer < profile.num_layers:
                 yield f"it has layer {layer}, and the engine has {profile.num_layers}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tritonlora.architectures.lora_modules import BY_ID
+from tritonlora.architectures.lora_modules import BY_ID, row_elements
 from tritonlora.cpu_engine.request import LoraInputs
 from tritonlora.cpu_engine.wire_arrays import WireArray, dtype_name, is_on_cpu
 from tritonlora.engine.lora_cache import LoraCacheError
@@ -43,12 +43,8 @@ def check_lora_tensors(lora: LoraInputs, profile: EngineProfile) -> Rows | None:
     _expect(lora.task_id is not None, "lora_task_id must be set for LoRA inference")
     if weights is None and config is None:
         return None
-    _expect(
-        weights is not None and config is not None,
-        "Request for LoRA inference must have both lora_weights and lora_keys",
-    )
-    if weights is None or config is None:  # the line above has raised; this narrows the types
-        return None
+    if weights is None or config is None:
+        raise _failed("Request for LoRA inference must have both lora_weights and lora_keys")
     _expect(weights.ndim == 3, "Invalid shape for lora_weights tensor")
     _expect(config.ndim == 3, "Invalid shape for lora_keys tensor")
     for tensor in (weights, config):
@@ -67,14 +63,13 @@ def check_lora_tensors(lora: LoraInputs, profile: EngineProfile) -> Rows | None:
 
 
 def _check_row(row: list[int], width: int, profile: EngineProfile) -> None:
-    module_id, layer, adapter_size = row[:3]
+    module_id, layer, adapter_size, *dora = row
     _expect(0 <= layer < profile.num_layers, "Expected layerId to be in the range [0, numModelLayers)")
     _expect(adapter_size > 0, "Expected adapterSize to be > 0")
     name = BY_ID[module_id].name if module_id in BY_ID else "INVALID"
     _expect(name in profile.modules, f"lora module {name} not enabled for this model")
     dims = profile.modules[name]
-    magnitude = dims.out_features if len(row) == 4 and row[3] else 0
-    elements = adapter_size * (dims.in_features + dims.out_features) + magnitude
+    elements = row_elements(adapter_size, dims.in_features, dims.out_features, dora=any(dora))
     _expect(elements <= width, f"lora_weights has to few values for {name}")
     _expect(
         adapter_size <= profile.rank_limit,
@@ -89,4 +84,8 @@ def _squeeze(tensor: WireArray | torch.Tensor | None) -> WireArray | torch.Tenso
 
 def _expect(holds: bool, message: str) -> None:
     if not holds:
-        raise LoraCacheError(f"[TensorRT-LLM][ERROR] Assertion failed: {message}")
+        raise _failed(message)
+
+
+def _failed(message: str) -> LoraCacheError:
+    return LoraCacheError(f"[TensorRT-LLM][ERROR] Assertion failed: {message}")

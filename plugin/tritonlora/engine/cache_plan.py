@@ -14,11 +14,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 
-from tritonlora.architectures.lora_modules import BY_ID
+from tritonlora.architectures.lora_modules import BY_ID, row_elements
 from tritonlora.engine.lora_cache import (
     PARAMETER_NAMES,
     CacheParameters,
     PageGeometry,
+    Rows,
     layer_ranges,
     page_geometry,
     parse_parameters,
@@ -26,8 +27,6 @@ from tritonlora.engine.lora_cache import (
 from tritonlora.engine.profile import EngineProfile
 from tritonlora.errors import EngineMismatch, TritonLoraError, layers_text, one_message
 from tritonlora.serving.dtypes import DTYPES
-
-Rows = tuple[tuple[int, ...], ...]  # lora_config, row by row
 
 _USUAL_RANKS = (8, 16, 32, 64)
 _DEFAULT_MAX_LORA_RANK = 64
@@ -41,7 +40,7 @@ class Entry:
     """One registered adapter, as the planner needs it."""
 
     name: str
-    rows: Rows  # (module_id, layer, adapter_size), or with a fourth value: not 0 where the row has DoRA
+    rows: Rows
     weights_nbytes: int
     warm: bool = True  # loaded at start by model_warmup
 
@@ -258,8 +257,8 @@ def what_if(
     if profile.modules and not 0 < rank <= profile.rank_limit:
         raise EngineMismatch(f"{profile.source}: the engine takes ranks 1 to {profile.rank_limit}, not {rank}")
     rows = _full_rows(profile, rank)
-    width = max((rank * (dims.in_features + dims.out_features) for dims in profile.modules.values()), default=0)
-    weights_nbytes = len(rows) * width * DTYPES[profile.dtype].itemsize
+    widths = (row_elements(rank, dims.in_features, dims.out_features) for dims in profile.modules.values())
+    weights_nbytes = len(rows) * max(widths, default=0) * DTYPES[profile.dtype].itemsize
     more = [Entry(f"what-if-{number}", rows, weights_nbytes) for number in range(1, count + 1)]
     return plan_cache([*entries, *more], profile, parameters, gpu_memory=gpu_memory)
 

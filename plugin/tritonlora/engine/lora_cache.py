@@ -26,11 +26,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from tritonlora.architectures.lora_modules import ModuleDims
+from tritonlora.architectures.lora_modules import ModuleDims, row_elements
 from tritonlora.errors import TritonLoraError
 from tritonlora.pbtxt.model_config import has_template
 
 LoraConfigRow = Sequence[int]  # (module_id, layer, adapter_size), or with a fourth value: not 0 where it has DoRA
+Rows = tuple[tuple[int, ...], ...]  # the rows of one adapter; hashable
 
 Value = TypeVar("Value")
 
@@ -153,10 +154,7 @@ class PageGeometry:
 
     def row_slots(self, row: LoraConfigRow) -> int:
         """Slots that one row takes. KeyError if the engine has no LoRA for its module."""
-        module_id, _, adapter_size = row[:3]
-        in_features, out_features = self.local_dims[module_id]
-        elements = adapter_size * (in_features + out_features) + _magnitude(row, out_features)
-        return _ceil_div(elements, self.page_width)
+        return _ceil_div(self._elements(row), self.page_width)
 
     def place(self, rows: Sequence[LoraConfigRow]) -> Iterator[Placement]:
         """The place of each row of this rank, in the order of `rows`. Gaps at the end of a page stay empty."""
@@ -190,10 +188,11 @@ class PageGeometry:
 
     def max_size_for(self, row: LoraConfigRow) -> int:
         """The least lora_cache_max_adapter_size with which a page holds `row`, and that is not below its rank."""
-        module_id, _, adapter_size = row[:3]
-        in_features, out_features = self.local_dims[module_id]
-        elements = adapter_size * (in_features + out_features) + _magnitude(row, out_features)
-        return max(adapter_size, _ceil_div(elements, max(map(sum, self.local_dims.values()))))
+        return max(row[2], _ceil_div(self._elements(row), max(map(sum, self.local_dims.values()))))
+
+    def _elements(self, row: LoraConfigRow) -> int:
+        module_id, _, adapter_size, *dora = row
+        return row_elements(adapter_size, *self.local_dims[module_id], dora=any(dora))
 
     def too_small(self) -> str | None:
         """The engine's error when the host cache is too small for it to load, else None."""
@@ -250,11 +249,6 @@ def page_geometry(
         min_total_slots=_ceil_div(largest * len(layers) * sum(sizes), page_width),
         host_slots=parameters.host_memory_bytes // (page_width * element_size),
     )
-
-
-def _magnitude(row: LoraConfigRow, out_features: int) -> int:
-    """Elements of DoRA's magnitude in a row: any flag but 0 counts."""
-    return out_features if len(row) > 3 and row[3] else 0
 
 
 def _ceil_div(dividend: int, divisor: int) -> int:

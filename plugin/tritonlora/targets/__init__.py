@@ -14,7 +14,6 @@ from tritonlora.targets import engine_model, llm_api
 from tritonlora.targets.protocol import (
     AdapterPlaces,
     KeptAdapters,
-    Rows,
     SampleInput,
     SharedInput,
     Target,
@@ -27,7 +26,6 @@ __all__ = [
     "TARGETS",
     "AdapterPlaces",
     "KeptAdapters",
-    "Rows",
     "SampleInput",
     "SharedInput",
     "Target",

@@ -16,6 +16,7 @@ from tritonlora.conversion.coverage import is_zero, zero_remarks
 from tritonlora.conversion.layout import Layout
 from tritonlora.conversion.stored_rows import StoredRows, rebuild_adapter
 from tritonlora.engine.cpu_engine_settings import is_cpu_engine, parse_settings, read_profile
+from tritonlora.engine.lora_cache import Rows
 from tritonlora.engine.profile import EngineProfile, load_profile
 from tritonlora.errors import EngineMismatch, RepositoryError
 from tritonlora.pbtxt.model_config import ModelConfig, has_template
@@ -29,7 +30,6 @@ from tritonlora.targets.declarations import declare_lora_weights
 from tritonlora.targets.protocol import (
     AdapterPlaces,
     KeptAdapters,
-    Rows,
     SampleInput,
     SharedInput,
     task_id_bytes,

@@ -13,6 +13,7 @@ from pathlib import Path
 from tritonlora.conversion import peft_directory
 from tritonlora.conversion.coverage import is_zero, zero_remarks
 from tritonlora.conversion.layout import Layout, plan_layout
+from tritonlora.engine.lora_cache import Rows
 from tritonlora.engine.model_yaml import complete, load_model_yaml, profile_of
 from tritonlora.engine.profile import EngineProfile
 from tritonlora.errors import AdapterError, EngineMismatch
@@ -24,7 +25,6 @@ from tritonlora.serving.wire import LLM_API
 from tritonlora.targets.protocol import (
     AdapterPlaces,
     KeptAdapters,
-    Rows,
     SampleInput,
     SharedInput,
     string_bytes,

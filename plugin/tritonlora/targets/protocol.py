@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import Protocol
 
 from tritonlora.conversion.layout import Layout
+from tritonlora.engine.lora_cache import Rows
 from tritonlora.engine.profile import EngineProfile
 from tritonlora.pbtxt.model_config import ModelConfig
 from tritonlora.pbtxt.text_format import Document
 from tritonlora.peft.adapter import Adapter
 from tritonlora.serving.adapter_table import AdapterEntry
 from tritonlora.serving.wire import Wire
-
-Rows = tuple[tuple[int, ...], ...]
-"""(module id, layer, adapter_size) of each row of lora_config. A fourth value, if present, is not 0 for a DoRA row."""
 
 
 @dataclass(frozen=True, slots=True)
