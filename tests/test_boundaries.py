@@ -46,7 +46,10 @@ TRANSLATES = (
     "triton.py",
 )
 # Packages that compute: values in, values out. They read where a path is the input's meaning, and write nothing.
-CORE = ("pbtxt/", "architectures/", "peft/", "engine/", "conversion/layout.py")
+CORE = (
+    "pbtxt/", "architectures/", "peft/", "engine/",
+    "conversion/layout.py", "conversion/fused_layers.py", "conversion/misfits.py", "conversion/rows.py",
+)  # fmt: skip
 WRITES = {"write_text", "write_bytes", "unlink", "rename", "mkdir", "rmtree", "touch", "symlink_to"}
 
 

@@ -13,7 +13,8 @@ import torch
 
 from adapters import lora_pair, write_adapter
 from tritonlora.architectures.lora_modules import BY_NAME, ModuleDims
-from tritonlora.conversion.layout import RowSource, plan_layout
+from tritonlora.conversion.layout import plan_layout
+from tritonlora.conversion.rows import RowSource
 from tritonlora.engine.profile import EngineProfile
 from tritonlora.errors import EngineMismatch, UnsupportedAdapter
 from tritonlora.peft.adapter import load_adapter

@@ -18,7 +18,8 @@ import torch
 import transformers as hf
 
 from adapters import Saved, lora_pair, lora_weights, rebuilt, save_adapter, write_adapter
-from tritonlora.conversion.layout import Layout, plan_layout
+from tritonlora.conversion.layout import plan_layout
+from tritonlora.conversion.rows import Layout
 from tritonlora.conversion.tensors import lora_config, unpack
 from tritonlora.engine.profile import EngineProfile, profile_from_engine
 from tritonlora.errors import EngineMismatch, UnsupportedAdapter

@@ -34,7 +34,8 @@ from adapters import (
 )
 from tritonlora.architectures.lora_modules import BY_ID, BY_NAME, ModuleDims
 from tritonlora.conversion import tensors as pack
-from tritonlora.conversion.layout import Layout, plan_layout
+from tritonlora.conversion.layout import plan_layout
+from tritonlora.conversion.rows import Layout
 from tritonlora.conversion.tensors import check_values, convert_file, lora_config, npy_header, unpack, unpack_magnitudes
 from tritonlora.engine.profile import EngineProfile, load_profile
 from tritonlora.errors import AdapterError, EngineMismatch, InvalidAdapter, UnsupportedAdapter

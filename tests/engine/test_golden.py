@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from tritonlora.architectures.lora_modules import BY_ID, LoraModule, ModuleDims
-from tritonlora.conversion.layout import Layout, Row, RowSource
+from tritonlora.conversion.rows import Layout, Row, RowSource
 from tritonlora.conversion.tensors import convert_file, lora_config, unpack, unpack_magnitudes
 from tritonlora.cpu_engine.request import LoraInputs
 from tritonlora.cpu_engine.validation import check_lora_tensors

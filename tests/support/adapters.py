@@ -19,7 +19,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from tritonlora.conversion.layout import Layout, plan_layout
+from tritonlora.conversion.layout import plan_layout
+from tritonlora.conversion.rows import Layout
 from tritonlora.conversion.stored_rows import StoredRows, rebuild_adapter
 from tritonlora.conversion.tensors import convert_file
 from tritonlora.engine.profile import EngineProfile

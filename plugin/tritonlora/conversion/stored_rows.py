@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING
 from tritonlora.architectures.families import FAMILIES, Family
 from tritonlora.architectures.layers import also_stored_as, families_of, locate
 from tritonlora.architectures.lora_modules import BY_ID
-from tritonlora.conversion.layout import RowSource, plan_layout
+from tritonlora.conversion.layout import plan_layout
+from tritonlora.conversion.rows import RowSource
 from tritonlora.engine.profile import EngineProfile
 from tritonlora.errors import AdapterError, InvalidAdapter, UnsupportedAdapter
 from tritonlora.peft.adapter import Adapter, AdapterModule

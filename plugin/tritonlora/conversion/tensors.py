@@ -32,7 +32,7 @@ from tritonlora.architectures.lora_modules import ModuleDims
 from tritonlora.conversion.base_weights import base_weights
 from tritonlora.conversion.coverage import zero_remarks
 from tritonlora.conversion.dora import normalised_magnitude
-from tritonlora.conversion.layout import JoinedSource, Layout
+from tritonlora.conversion.rows import JoinedSource, Layout
 from tritonlora.errors import AdapterError, InvalidAdapter, UnsupportedAdapter, merge_layers, one_message
 from tritonlora.peft.adapter import Adapter
 from tritonlora.peft.stored_tensor import StoredTensor, bytes_of

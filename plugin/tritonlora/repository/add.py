@@ -23,7 +23,8 @@ from pathlib import Path
 
 from tritonlora.architectures.layers import also_stored_as, families_of
 from tritonlora.architectures.lora_modules import MODULES
-from tritonlora.conversion.layout import Layout, plan_layout
+from tritonlora.conversion.layout import plan_layout
+from tritonlora.conversion.rows import Layout
 from tritonlora.engine import cache_plan
 from tritonlora.engine.profile import EngineProfile, load_profile
 from tritonlora.errors import EngineMismatch, RepositoryError, TritonLoraError, UnknownArchitecture, one_message

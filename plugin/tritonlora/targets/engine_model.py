@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tritonlora.architectures.lora_modules import BY_ID
 from tritonlora.conversion.coverage import is_zero, zero_remarks
-from tritonlora.conversion.layout import Layout
+from tritonlora.conversion.rows import Layout
 from tritonlora.conversion.stored_rows import StoredRows, rebuild_adapter
 from tritonlora.engine.cpu_engine_settings import is_cpu_engine, parse_settings, read_profile
 from tritonlora.engine.lora_cache import Rows

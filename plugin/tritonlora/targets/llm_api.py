@@ -12,7 +12,8 @@ from pathlib import Path
 
 from tritonlora.conversion import peft_directory
 from tritonlora.conversion.coverage import is_zero, zero_remarks
-from tritonlora.conversion.layout import Layout, plan_layout
+from tritonlora.conversion.layout import plan_layout
+from tritonlora.conversion.rows import Layout
 from tritonlora.engine.lora_cache import Rows
 from tritonlora.engine.model_yaml import complete, load_model_yaml, profile_of
 from tritonlora.engine.profile import EngineProfile

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from tritonlora.conversion.layout import Layout
+from tritonlora.conversion.rows import Layout
 from tritonlora.engine.lora_cache import Rows
 from tritonlora.engine.profile import EngineProfile
 from tritonlora.pbtxt.model_config import ModelConfig
