@@ -25,6 +25,7 @@ LAYERS = (
 # Modules that import torch when they are imported. The others answer at once.
 WITH_TORCH = (
     "conversion/tensors.py",
+    "conversion/values.py",
     "conversion/dora.py",
     "conversion/composition.py",
     "cpu_engine/causal_lm.py",

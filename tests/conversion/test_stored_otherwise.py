@@ -20,7 +20,8 @@ import transformers as hf
 from adapters import Saved, lora_pair, lora_weights, rebuilt, save_adapter, write_adapter
 from tritonlora.conversion.layout import plan_layout
 from tritonlora.conversion.rows import Layout
-from tritonlora.conversion.tensors import lora_config, unpack
+from tritonlora.conversion.tensors import lora_config
+from tritonlora.conversion.unpack import unpack
 from tritonlora.engine.profile import EngineProfile, profile_from_engine
 from tritonlora.errors import EngineMismatch, UnsupportedAdapter
 from tritonlora.peft.adapter import load_adapter

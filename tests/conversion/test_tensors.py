@@ -34,9 +34,11 @@ from adapters import (
 )
 from tritonlora.architectures.lora_modules import BY_ID, BY_NAME, ModuleDims
 from tritonlora.conversion import tensors as pack
+from tritonlora.conversion.convert import npy_header
 from tritonlora.conversion.layout import plan_layout
 from tritonlora.conversion.rows import Layout
-from tritonlora.conversion.tensors import check_values, convert_file, lora_config, npy_header, unpack, unpack_magnitudes
+from tritonlora.conversion.tensors import check_values, convert_file, lora_config
+from tritonlora.conversion.unpack import unpack, unpack_magnitudes
 from tritonlora.engine.profile import EngineProfile, load_profile
 from tritonlora.errors import AdapterError, EngineMismatch, InvalidAdapter, UnsupportedAdapter
 from tritonlora.peft.adapter import Adapter, load_adapter

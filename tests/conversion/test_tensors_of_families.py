@@ -20,7 +20,8 @@ import transformers as hf
 from adapters import LINEAR, LLAMA_CONFIG, lora_weights, rebuilt, save_adapter
 from tritonlora.architectures.lora_modules import BY_NAME, ModuleDims
 from tritonlora.conversion.layout import plan_layout
-from tritonlora.conversion.tensors import lora_config, unpack
+from tritonlora.conversion.tensors import lora_config
+from tritonlora.conversion.unpack import unpack
 from tritonlora.engine.profile import EngineProfile, load_profile, profile_from_hf, read_config_json
 from tritonlora.errors import AdapterError, EngineMismatch, UnsupportedAdapter
 from tritonlora.peft.adapter import load_adapter

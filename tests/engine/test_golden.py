@@ -18,7 +18,8 @@ import torch
 
 from tritonlora.architectures.lora_modules import BY_ID, LoraModule, ModuleDims
 from tritonlora.conversion.rows import Layout, Row, RowSource
-from tritonlora.conversion.tensors import convert_file, lora_config, unpack, unpack_magnitudes
+from tritonlora.conversion.tensors import convert_file, lora_config
+from tritonlora.conversion.unpack import unpack, unpack_magnitudes
 from tritonlora.cpu_engine.request import LoraInputs
 from tritonlora.cpu_engine.validation import check_lora_tensors
 from tritonlora.engine.cache_plan import Entry, plan_cache

@@ -9,7 +9,7 @@ lora_prefetch_dir and Triton's OpenAI frontend read.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from tritonlora.errors import EngineMismatch, RepositoryError, UnsupportedAdapte
 from tritonlora.files import abandoned_beside, delete, publish, temporary_name
 from tritonlora.interrupts import held
 from tritonlora.peft import adapter as peft
+from tritonlora.serving.dtypes import DTYPES
 
 NAMES = {
     "bin": ("adapter_model.bin", "adapter_config.bin"),
@@ -82,10 +83,7 @@ def convert(
     weights_header = config_header = b""
     if file_format == "npy":
         weights_shape, config_shape = (1, *weights_shape), (1, *config_shape)
-        weights_header, config_header = (
-            tensors.npy_header(weights_shape, dtype),
-            tensors.npy_header(config_shape, "int32"),
-        )
+        weights_header, config_header = npy_header(weights_shape, dtype), npy_header(config_shape, "int32")
     try:
         with _directory(out_directory):
             for left in abandoned_beside([out_directory / name for names in NAMES.values() for name in names]):
@@ -103,6 +101,23 @@ def convert(
     except OSError as error:
         raise RepositoryError(f"cannot write to {str(out_directory)!r}: {error.strerror or error}") from error
     return Converted(weights_path, config_path, dtype, weights_shape, config_shape, (*layout.remarks, *remarks))
+
+
+def npy_header(shape: Sequence[int], dtype: str) -> bytes:
+    """The header of a .npy file (version 1.0, C order) of `shape` and `dtype`; the raw bytes follow it.
+
+    Raises UnsupportedAdapter for bfloat16, which .npy cannot express.
+    """
+    if not DTYPES[dtype].numpy:
+        raise UnsupportedAdapter(
+            f".npy has no {dtype}, and TensorRT-LLM's loadNpy (lora_prefetch_dir) does not read the raw type that "
+            "numpy writes instead; convert to float16 for an engine of float16, or use the raw format"
+        )
+    sizes = ", ".join(str(size) for size in shape) + ("," if len(shape) == 1 else "")
+    text = f"{{'descr': '{DTYPES[dtype].numpy}', 'fortran_order': False, 'shape': ({sizes}), }}"
+    start = len(b"\x93NUMPY\x01\x00") + 2
+    padded = text + " " * (-(start + len(text) + 1) % 64) + "\n"
+    return b"\x93NUMPY\x01\x00" + len(padded).to_bytes(2, "little") + padded.encode("ascii")
 
 
 @contextlib.contextmanager

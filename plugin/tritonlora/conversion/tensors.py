@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""Convert an adapter to lora_weights, in a file, and lora_config, and unpack both again.
+"""Convert an adapter to lora_weights, in a file, and lora_config. `unpack` is the way back.
 
     row[0          : r*in      ] = A, row-major, (r, in)          as PEFT stores it
     row[r*in       : r*(in+out)] = scaling * B, row-major, (out, r)
@@ -18,9 +18,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
@@ -28,12 +27,11 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 
-from tritonlora.architectures.lora_modules import ModuleDims
 from tritonlora.conversion.base_weights import base_weights
-from tritonlora.conversion.coverage import zero_remarks
 from tritonlora.conversion.dora import normalised_magnitude
 from tritonlora.conversion.rows import JoinedSource, Layout
-from tritonlora.errors import AdapterError, InvalidAdapter, UnsupportedAdapter, merge_layers, one_message
+from tritonlora.conversion.values import ValueNotes, all_finite
+from tritonlora.errors import UnsupportedAdapter
 from tritonlora.peft.adapter import Adapter
 from tritonlora.peft.stored_tensor import StoredTensor, bytes_of
 from tritonlora.serving.dtypes import DTYPES
@@ -72,8 +70,8 @@ def convert_file(
             _write_rows(rows, layout, file.fileno(), len(header))
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
-    rows.raise_unfit(allow_nonfinite=allow_nonfinite)
-    return rows.remarks()
+    rows.notes.raise_unfit(adapter, allow_nonfinite=allow_nonfinite)
+    return rows.notes.remarks(adapter)
 
 
 def check_values(adapter: Adapter, layout: Layout, *, allow_nonfinite: bool = False) -> tuple[str, ...]:
@@ -82,54 +80,8 @@ def check_values(adapter: Adapter, layout: Layout, *, allow_nonfinite: bool = Fa
     with _threads(layout):
         for index in range(len(layout.rows)):
             rows.fill(index, place)
-    rows.raise_unfit(allow_nonfinite=allow_nonfinite)
-    return rows.remarks()
-
-
-def npy_header(shape: Sequence[int], dtype: str) -> bytes:
-    """The header of a .npy file (version 1.0, C order) of `shape` and `dtype`; the raw bytes follow it.
-
-    Raises UnsupportedAdapter for bfloat16, which .npy cannot express.
-    """
-    if not DTYPES[dtype].numpy:
-        raise UnsupportedAdapter(
-            f".npy has no {dtype}, and TensorRT-LLM's loadNpy (lora_prefetch_dir) does not read the raw type that "
-            "numpy writes instead; convert to float16 for an engine of float16, or use the raw format"
-        )
-    sizes = ", ".join(str(size) for size in shape) + ("," if len(shape) == 1 else "")
-    text = f"{{'descr': '{DTYPES[dtype].numpy}', 'fortran_order': False, 'shape': ({sizes}), }}"
-    start = len(b"\x93NUMPY\x01\x00") + 2
-    padded = text + " " * (-(start + len(text) + 1) % 64) + "\n"
-    return b"\x93NUMPY\x01\x00" + len(padded).to_bytes(2, "little") + padded.encode("ascii")
-
-
-def unpack(
-    lora_weights: torch.Tensor, lora_config: torch.Tensor, modules: Mapping[int, ModuleDims]
-) -> dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]]:
-    """(layer, module name) -> (A (r, in), scaled B (out, r)), which are views of `lora_weights` (n, W)."""
-    found = {}
-    for row, (module_id, layer, rank) in zip(lora_weights, lora_config[:, :3].tolist(), strict=True):
-        dims = modules[module_id]
-        split, end = rank * dims.in_features, rank * (dims.in_features + dims.out_features)
-        found[layer, dims.module.name] = (
-            row[:split].view(rank, dims.in_features),
-            row[split:end].view(dims.out_features, rank),
-        )
-    return found
-
-
-def unpack_magnitudes(
-    lora_weights: torch.Tensor, lora_config: torch.Tensor, modules: Mapping[int, ModuleDims]
-) -> dict[tuple[int, str], torch.Tensor]:
-    """(layer, module name) -> DoRA's normalised magnitude (out,), a view of `lora_weights`, for rows that have one."""
-    found = {}
-    if lora_config.shape[1] == 4:
-        for row, (module_id, layer, rank, dora) in zip(lora_weights, lora_config.tolist(), strict=True):
-            dims = modules[module_id]
-            start = rank * (dims.in_features + dims.out_features)
-            if dora:
-                found[layer, dims.module.name] = row[start : start + dims.out_features]
-    return found
+    rows.notes.raise_unfit(adapter, allow_nonfinite=allow_nonfinite)
+    return rows.notes.remarks(adapter)
 
 
 @contextlib.contextmanager
@@ -168,7 +120,7 @@ class _Place:
 
 
 class _Rows:
-    """Fills the rows of one adapter in turn, and notes the tensors whose values cannot be converted."""
+    """Fills the rows of one adapter in turn."""
 
     def __init__(self, adapter: Adapter, layout: Layout, base: Path | None) -> None:
         self._adapter = adapter
@@ -183,11 +135,7 @@ class _Rows:
             functools.partial(_normalised_magnitude, adapter, layout, weights)
         )
         self._scratch = bytearray()
-        self._nonfinite: set[str] = set()
-        self._too_large: set[str] = set()
-        self._vanished: set[str] = set()
-        self._zero: set[str] = set()  # paths of modules with a row in which A or B is zero
-        self._nonzero: set[str] = set()
+        self.notes = ValueNotes(layout.dtype)
 
     def fill(self, index: int, place: _Place) -> memoryview:
         """Fill row number `index` into the start of `place`, and return the bytes of the row without its padding."""
@@ -206,21 +154,25 @@ class _Rows:
         if uncast is not row_a.values:
             row_a.values.copy_(uncast)
         _multiply(self._read(lora_b, ranges, row_b), module.scaling, row_b.values)
-        (self._zero if _is_zero(row_a.values) or _is_zero(row_b.values) else self._nonzero).add(module.path)
+        self.notes.look_for_zero(module.path, row_a.values, row_b.values)
         if module.magnitude is not None:
             magnitude = self._magnitude_of(module.path)
             end += outputs
             row_magnitude, taken = place.part(b_end, end), torch.cat([magnitude[start:stop] for start, stop in ranges])
             row_magnitude.values.copy_(taken)
         if self._layout.dtype == "float16":  # values below 3e-8 become zero in float16
-            self._look_for("lora_A", module.path, row_a.values, lambda: _taken(lora_a, [(0, module.r)]))
-            self._look_for("lora_B", module.path, row_b.values, lambda: _taken(lora_b, ranges).float() * module.scaling)
+            self.notes.look_for_vanished("lora_A", module.path, row_a.values, lambda: _taken(lora_a, [(0, module.r)]))
+            self.notes.look_for_vanished(
+                "lora_B", module.path, row_b.values, lambda: _taken(lora_b, ranges).float() * module.scaling
+            )
         row = place.part(0, end)
-        if not _all_finite(row.values):
-            self._remember("lora_A", module.path, _taken(lora_a, [(0, module.r)]), row_a.values)
-            self._remember("lora_B", module.path, _taken(lora_b, ranges), row_b.values)
+        if not all_finite(row.values):
+            self.notes.look_for_nonfinite("lora_A", module.path, row_a.values, _taken(lora_a, [(0, module.r)]))
+            self.notes.look_for_nonfinite("lora_B", module.path, row_b.values, _taken(lora_b, ranges))
             if module.magnitude is not None:
-                self._remember("normalised lora_magnitude_vector", module.path, taken, row_magnitude.values)
+                self.notes.look_for_nonfinite(
+                    "normalised lora_magnitude_vector", module.path, row_magnitude.values, taken
+                )
         return row.memory
 
     def _fill_joined(self, source: JoinedSource, place: _Place) -> memoryview:
@@ -237,45 +189,20 @@ class _Rows:
             row_a.copy_(a)
             scaled = torch.empty(b.shape, dtype=row_a.dtype)
             _multiply(b.clone(), module.scaling, scaled)
-            (self._zero if _is_zero(a) or _is_zero(b.view(-1)) else self._nonzero).add(module.path)
+            self.notes.look_for_zero(module.path, a, b.view(-1))
             taken = 0
             for first, last in outputs:
                 row_b[first:last, column : column + module.r] = scaled[taken : taken + last - first]
                 taken += last - first
             for what, original, converted, factor in (("lora_A", a, row_a, 1.0), ("lora_B", b, scaled, module.scaling)):
                 if self._layout.dtype == "float16":
-                    self._look_for(what, module.path, converted, functools.partial(torch.mul, original.float(), factor))
-                if not _all_finite(converted):
-                    self._remember(what, module.path, original, converted)
+                    scaled_original = functools.partial(torch.mul, original.float(), factor)
+                    self.notes.look_for_vanished(what, module.path, converted, scaled_original)
+                if not all_finite(converted):
+                    self.notes.look_for_nonfinite(what, module.path, converted, original)
             start += module.lora_A.numel
             column += module.r
         return row.memory
-
-    def raise_unfit(self, *, allow_nonfinite: bool) -> None:
-        """Raise one error that names every tensor so far that is not finite, is too large, or becomes zero.
-
-        With `allow_nonfinite`, a tensor that was not finite in the adapter is no reason.
-        """
-        nonfinite = frozenset() if allow_nonfinite else self._nonfinite
-        problems = [f"{tensor} has NaN or infinite values (--allow-nonfinite converts them)" for tensor in nonfinite]
-        problems += [
-            f"{tensor} has values too large for {self._layout.dtype}; convert to bfloat16" for tensor in self._too_large
-        ]
-        problems += [f"{tensor} vanishes in {self._layout.dtype}; convert to bfloat16" for tensor in self._vanished]
-        if problems:
-            kind: type[AdapterError] = InvalidAdapter if nonfinite else UnsupportedAdapter
-            heading = f"cannot convert the weights in {str(self._adapter.directory)!r}"
-            raise kind(one_message(heading, merge_layers(sorted(problems))))
-
-    def remarks(self) -> tuple[str, ...]:
-        """Remarks on the rows filled so far: modules whose LoRA is zero."""
-        modules = self._adapter.modules
-        zero = [modules[path] for path in self._zero - self._nonzero]
-        return zero_remarks(
-            {(module.name, module.layer) for module in zero},
-            others=bool(self._nonzero),
-            dora=any(module.magnitude is not None for module in zero),
-        )
 
     def _read(self, stored: StoredTensor, ranges: Sequence[tuple[int, int]], part: _Part) -> torch.Tensor:
         """Read the rows `ranges` of a matrix, flat: into `part`, if `part` has the matrix's dtype.
@@ -295,19 +222,6 @@ class _Rows:
             stored.read_at(start * row_nbytes, memory[:nbytes])
             memory = memory[nbytes:]
         return values
-
-    def _remember(self, what: str, path: str, original: torch.Tensor, converted: torch.Tensor) -> None:
-        was, stays = original.isfinite(), converted.isfinite()
-        if not was.all():
-            self._nonfinite.add(f"{what} of {path!r}")
-        if (was & ~stays).any():
-            self._too_large.add(f"{what} of {path!r}")
-
-    def _look_for(self, what: str, path: str, converted: torch.Tensor, original: Callable[[], torch.Tensor]) -> None:
-        """Note the tensor if all its values became zero in `converted`, and `original` has a value that is not."""
-        # The sum is fast, so it comes first.
-        if not converted.sum() and not converted.any() and original().any():
-            self._vanished.add(f"{what} of {path!r}")
 
 
 def _taken(stored: StoredTensor, ranges: Sequence[tuple[int, int]]) -> torch.Tensor:
@@ -380,16 +294,6 @@ def _write_rows(rows: _Rows, layout: Layout, descriptor: int, start: int) -> Non
         writer.join()
     if errors:
         raise errors[0]
-
-
-def _is_zero(tensor: torch.Tensor) -> bool:
-    return not tensor[0] and not tensor.any()  # the first element nearly always decides
-
-
-def _all_finite(tensor: torch.Tensor) -> bool:
-    # NaN and infinities survive a sum, and a sum is far cheaper than a look at each value. The sum of finite values may
-    # overflow, so each value decides in that case.
-    return math.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())
 
 
 def _write_at(descriptor: int, content: memoryview, offset: int) -> None:

@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tritonlora.architectures.layers import families_of, locate
-from tritonlora.conversion.tensors import unpack, unpack_magnitudes
+from tritonlora.conversion.unpack import unpack, unpack_magnitudes
 from tritonlora.cpu_engine.request import GenerationRequest, LoraInputs
 from tritonlora.cpu_engine.sampling import choose_token
 from tritonlora.cpu_engine.wire_arrays import as_torch
