@@ -14,25 +14,22 @@ from __future__ import annotations
 import contextlib
 import datetime
 import itertools
-import os
-import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tritonlora.architectures.layers import also_stored_as, families_of
 from tritonlora.architectures.lora_modules import MODULES
 from tritonlora.conversion.layout import plan_layout
 from tritonlora.conversion.rows import Layout
 from tritonlora.engine import cache_plan
-from tritonlora.engine.profile import EngineProfile, load_profile
-from tritonlora.errors import EngineMismatch, RepositoryError, TritonLoraError, UnknownArchitecture, one_message
+from tritonlora.engine.profile import EngineProfile
+from tritonlora.errors import EngineMismatch, RepositoryError, TritonLoraError
 from tritonlora.files import locked, make_directory, publish, sha256_of, temporary_name
 from tritonlora.interrupts import held
 from tritonlora.pbtxt.model_config import ModelConfig
 from tritonlora.peft.adapter import Adapter, load_adapter
-from tritonlora.repository import chat_templates, generated
+from tritonlora.repository import base_model, chat_templates, generated
 from tritonlora.repository.paths import Repository
 from tritonlora.repository.state import State, read_state
 from tritonlora.serving.adapter_table import (
@@ -72,9 +69,7 @@ class Added:
     restored: tuple[str, ...] = ()  # its files that were missing or altered, and were written again
     unchanged: bool = False  # whether it is as it was: its content, its files, and when it is loaded
     was: int | None = None  # the lora_task_id of the adapter that had the name before
-    settings: tuple[
-        str, ...
-    ] = ()  # of config.pbtxt files, old -> new; a running server has to be started again for them
+    settings: tuple[str, ...] = ()  # of config.pbtxt, old -> new; a running server has to be started again for them
     source_before: Source | None = None  # of the adapter that had the name before
 
 
@@ -106,10 +101,10 @@ def add(
     TritonLoraError when the adapter is refused; the repository is unchanged then. If a write fails, or the command is
     stopped, the same command completes the change.
     """
-    incoming = _read(name, source, options)  # before the lock, so that other commands need not wait
+    adapter, fetched = _read(name, source, options)  # before the lock, so that other commands need not wait
     with contextlib.nullcontext() if dry_run else locked(repository.table_path.parent):
         state = read_state(repository)
-        planned = _plan(state, state.table, name, incoming, options, task_id=task_id)
+        planned = _plan(state, state.table, name, adapter, fetched, options, task_id=task_id)
         # Everything that can be refused is refused before a byte is written.
         files = generated.rendered(state, with_adapter(state.table, name, planned.entry))
         if dry_run:
@@ -177,7 +172,7 @@ def change(
         planned, after = [], (before := state.table)
         for name in list(read):
             try:
-                to_write = _plan(state, after, name, read.pop(name), incoming[name].options)
+                to_write = _plan(state, after, name, *read.pop(name), incoming[name].options)
                 after = with_adapter(after, name, to_write.entry)  # so that the next adapter gets another id
             except TritonLoraError as error:
                 refuse(name, error)
@@ -249,7 +244,8 @@ def _plan(
     state: State,
     table: AdapterTable,
     name: str,
-    incoming: tuple[Adapter, Fetched],
+    adapter: Adapter,
+    fetched: Fetched,
     options: Options,
     *,
     task_id: int | None = None,
@@ -258,9 +254,7 @@ def _plan(
 
     AdapterError or EngineMismatch when the engine cannot serve the adapter.
     """
-    (adapter, fetched), kind, profile = incoming, state.kind, state.profile
-    if options.base is not None:
-        profile = with_base(profile, options.base, options.dtype)
+    kind, profile = state.kind, base_model.with_base(state.profile, options.base, options.dtype)
     dtype, remarks = _choose_dtype(table, name, profile, options.dtype, kind.ASSUMED_DTYPE)
     kind.check_adapter(adapter)
     layout = plan_layout(
@@ -268,98 +262,18 @@ def _plan(
     )
     entry = replace(
         _entry_of(state.repository, kind, _task_id(state, table, task_id), layout, warm=options.warm),
-        base_model_name_or_path=_noted_base(adapter.config.base_model_name_or_path or ""),
+        base_model_name_or_path=base_model.noted(adapter.config.base_model_name_or_path or ""),
         pages=_pages(name, layout, profile, state.config) if kind.WIRE.sends_weights else None,
         remarks=layout.without_tensors,
         source=fetched.source,
         pinned=name in table.entries and table.entries[name].pinned,
     )
     fault = kind.backend_fault(state.config, dtype)
-    remarks = (*remarks, *layout.remarks, *_other_base(table, name, entry.base_model_name_or_path))
+    remarks = (*remarks, *layout.remarks, *base_model.remarks(table, name, entry.base_model_name_or_path))
     if fault:
         problem, remedy = fault
         remarks = (*remarks, f"{problem}: requests for the adapter will fail; {remedy}")
     return _Planned(name, adapter, fetched, layout, entry, kind, options, remarks)
-
-
-def with_base(profile: EngineProfile | None, base: Path, dtype: str | None) -> EngineProfile:
-    """Fill the gaps of an engine's profile from the checkpoint `base`.
-
-    Without an engine, the checkpoint gives the whole profile. Otherwise it gives only the architecture, if the engine's
-    name for it is unknown, or stands for several architectures (GPTForCausalLM).
-
-    EngineMismatch when the engine was built from a model of other sizes, or of another architecture.
-    """
-    if profile is None:
-        return load_profile(base, dtype=dtype)
-    candidates = families_of(profile.architecture)
-    try:
-        of_base = load_profile(base, dtype=profile.dtype)
-    except UnknownArchitecture:
-        if len(candidates) == 1:  # the engine's own name is enough
-            return profile
-        raise
-    families, engine, checkpoint = (
-        also_stored_as(families_of(of_base.architecture)),
-        _sizes_of(profile),
-        _sizes_of(of_base),
-    )
-    differ = [
-        f"{what}: {engine[what]} and {checkpoint[what]}"
-        for what in engine.keys() & checkpoint.keys()
-        if engine[what] != checkpoint[what]
-    ]
-    if candidates and not families & candidates:
-        differ.append(f"architecture: {profile.architecture} and {of_base.architecture}")
-    if differ:
-        heading = f"--base {base} is not the model that {profile.source} was built from; in the engine, and in --base"
-        raise EngineMismatch(one_message(heading, sorted(differ)))
-    if len(candidates) == 1 or not families_of(of_base.architecture) <= candidates:
-        return profile
-    return replace(profile, architecture=of_base.architecture)
-
-
-def _sizes_of(profile: EngineProfile) -> dict[str, int]:
-    """The sizes of a profile's model that building an engine does not change, by their names in error messages."""
-    after_hidden = [profile.modules[name] for name in ("attn_q", "attn_qkv", "mlp_h_to_4h") if name in profile.modules]
-    numbers = {
-        "layers": profile.num_layers,
-        "attention heads": profile.num_heads,
-        "key-value heads": profile.num_kv_heads,
-        "head size": profile.head_size,
-        "hidden size": after_hidden[0].in_features if after_hidden else 0,
-    }
-    return {what: number for what, number in numbers.items() if number}  # 0: the profile does not have it
-
-
-def _other_base(table: AdapterTable, name: str, base: str) -> tuple[str, ...]:
-    """A remark if the other adapters were trained on another base model, according to PEFT's adapter_config.json.
-
-    An engine is built from one base model.
-    """
-    known = {other: entry.base_model_name_or_path for other, entry in table.entries.items() if other != name}
-    others = {base_name(noted): other for other, noted in known.items() if base_name(noted)}
-    if not others or base_name(base) in {"", *others}:
-        return ()
-    other = next(iter(others.values()))
-    return (f"it was trained on {base!r}, and adapter {other!r} on {known[other]!r}: are both of the engine's model?",)
-
-
-def _noted_base(name_or_path: str) -> str:
-    """`name_or_path`, made absolute if it is an existing path that looks like a name on the hub ("models/llama")."""
-    path = Path(name_or_path)
-    looks_like_a_name = not path.is_absolute() and len(path.parts) == 2
-    return os.path.abspath(path) if looks_like_a_name and os.path.exists(path) else name_or_path  # noqa: PTH100, PTH110
-
-
-_CACHED = re.compile(r".*/models--[^/]*--(?P<name>[^/]+)/snapshots/[^/]+", re.DOTALL)  # huggingface_hub's cache
-
-
-def base_name(name_or_path: str) -> str:
-    """The base model's name without its place: the last part of a hub name or a path, in lower case. "" for "."."""
-    path = name_or_path.rstrip("/")
-    cached = _CACHED.fullmatch(path)
-    return (cached["name"] if cached else path.rpartition("/")[2]).casefold().strip(".")
 
 
 def _write_tensors(repository: Repository, planned: _Planned, known: AdapterEntry | None) -> Added:

@@ -35,6 +35,7 @@ from tritonlora.errors import (
 from tritonlora.files import make_directory, sha256_of, sync_directory, temporary_directory, writing
 from tritonlora.peft.adapter import Adapter, load_adapter
 from tritonlora.repository import add as adding
+from tritonlora.repository import base_model
 from tritonlora.repository.add import DEFAULTS, Added, Options
 from tritonlora.repository.paths import Repository
 from tritonlora.repository.state import State, read_state
@@ -83,7 +84,7 @@ def compose(
         raise RepositoryError(f"{str(output)!r} is there already; give a new directory")
     state = read_state(repository)
     given = _resolved(state.table, name, weights)
-    profile = state.profile if options.base is None else adding.with_base(state.profile, options.base, options.dtype)
+    profile = base_model.with_base(state.profile, options.base, options.dtype)
     parts = [
         composition.Part(repr(one.word), adapter, one.weight)
         for one, adapter in zip(given, _loaded(state, given, profile, options), strict=True)
@@ -176,8 +177,8 @@ def _check_bases(adapters: Mapping[str, Adapter]) -> None:
     names = {label: adapter.config.base_model_name_or_path for label, adapter in adapters.items()}
     classes = {label: adapter.config.base_model_class for label, adapter in adapters.items()}
     problems = []
-    if len({*map(adding.base_name, names.values())} - {""}) > 1:
-        problems.append(f"base model: {_each({label: one for label, one in names.items() if adding.base_name(one)})}")
+    if len({*map(base_model.name_of, names.values())} - {""}) > 1:
+        problems.append(f"base model: {_each({label: one for label, one in names.items() if base_model.name_of(one)})}")
     if len({*classes.values()} - {""}) > 1:
         problems.append(f"its class: {_each({label: one for label, one in classes.items() if one})}")
     if problems:
