@@ -34,6 +34,7 @@ from tritonlora.interrupts import ENDING
 from tritonlora.machine import free_ports
 from tritonlora.repository import init, paths, registry, upkeep
 from tritonlora.repository.paths import read_table
+from tritonlora.repository.shipped import shipped_models
 from upstream_configs import protobuf, upstream_repository
 
 NO_RESTART, RESTART = (f"note: {text}\n" for text in (output.NO_RESTART, output.RESTART))
@@ -1110,6 +1111,6 @@ def test_the_command_is_the_module() -> None:
 
 def test_the_geometry_of_the_tests_is_the_shipped_one() -> None:
     """repositories.py reads what install copies."""
-    shipped = init.shipped_models() / "tensorrt_llm" / "1" / "config.json"
+    shipped = shipped_models() / "tensorrt_llm" / "1" / "config.json"
 
     assert json.loads(shipped.read_text()) == SYNTHETIC_GEOMETRY

@@ -26,8 +26,8 @@ from tritonlora.openai.engine_model import EngineModel, TokenSequence
 from tritonlora.openai.schema import CompletionRequest
 from tritonlora.openai.served_model import Declared, Source
 from tritonlora.pbtxt.model_config import parse_config
-from tritonlora.repository.init import shipped_models
 from tritonlora.repository.model_configs import target_ensemble
+from tritonlora.repository.shipped import shipped_models
 
 CONFIG = parse_config((shipped_models() / "tensorrt_llm" / "config.pbtxt").read_text())
 TYPES = {spec.name: str(spec.data_type) for spec in CONFIG.inputs}

@@ -22,8 +22,8 @@ from tritonlora.errors import AdapterTableError, EngineMismatch, InvalidAdapter,
 from tritonlora.peft.adapter import load_adapter
 from tritonlora.repository import add, compose, init, paths, registry, undo, upkeep
 from tritonlora.repository.add import Options
-from tritonlora.repository.init import shipped_models
 from tritonlora.repository.paths import Repository, read_table
+from tritonlora.repository.shipped import shipped_models
 from upstream_configs import upstream_repository_on_the_cpu
 
 Q = "model.layers.0.self_attn.q_proj"

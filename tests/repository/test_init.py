@@ -22,8 +22,8 @@ from tritonlora.pbtxt.model_config import parse_config
 from tritonlora.pbtxt.text_format import parse
 from tritonlora.repository import add, init, model_configs, paths, undo
 from tritonlora.repository.add import Options
-from tritonlora.repository.init import code_of, shipped_models
 from tritonlora.repository.paths import half_written, read_text
+from tritonlora.repository.shipped import code_of, shipped_models
 from upstream_configs import protobuf, upstream_repository
 
 VERSIONS = ("v0.10.0", "v0.15.0", "v0.18.0")
@@ -275,11 +275,11 @@ def test_a_power_cut_finds_what_was_put_there_whole(tmp_path: Path, monkeypatch:
 
 def test_a_checkout_s_repository_that_was_copied_alone_is_refused(tmp_path: Path) -> None:
     """Its models' code is links into the checkout; with what these lead to, it is one like others."""
-    shutil.copytree(init.shipped_models(), tmp_path / "alone", symlinks=True)
+    shutil.copytree(shipped_models(), tmp_path / "alone", symlinks=True)
     with pytest.raises(RepositoryError, match=r"(?s)lead nowhere; .*: cp -rL.*alone/postprocessing/1/serving"):
         init.init(tmp_path / "alone")
 
-    shutil.copytree(init.shipped_models(), tmp_path / "whole", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(shipped_models(), tmp_path / "whole", ignore=shutil.ignore_patterns("__pycache__"))
     init.init(tmp_path / "whole")
 
     assert [] == init.plan_init(tmp_path / "whole")

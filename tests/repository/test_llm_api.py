@@ -25,8 +25,8 @@ from tritonlora.launch import diagnosis
 from tritonlora.launch.tritonserver import World
 from tritonlora.repository import add, generated, init, paths, registry, undo, upkeep
 from tritonlora.repository.add import Options
-from tritonlora.repository.init import shipped_models
 from tritonlora.repository.paths import Repository, read_table, read_text
+from tritonlora.repository.shipped import shipped_models
 from tritonlora.repository.state import Models, State, read_state
 from upstream_configs import protobuf
 

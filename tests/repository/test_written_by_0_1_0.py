@@ -14,6 +14,7 @@ from repositories import synthetic_adapter, written_by_0_1_0
 from tritonlora.check import checks
 from tritonlora.pbtxt.model_config import parse_config
 from tritonlora.repository import add, init, paths, registry, undo
+from tritonlora.repository.shipped import code_of
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def test_init_upgrades_it(former: Path) -> None:
     models = ("lora_router", "lora_adapters")
 
     assert [] == [name for name in after if "/tritonlora/" in name and name.startswith(models)]
-    assert all(after[name] == text.encode() for model in models for name, text in init.code_of(model).items())
+    assert all(after[name] == text.encode() for model in models for name, text in code_of(model).items())
     assert ["postprocessing/config.pbtxt"] == [one.where for one in checks.check(paths.open_repository(former))]
     ensemble = parse_config(after["ensemble/config.pbtxt"].decode())
     assert "lora_split_key" in [one.name for one in ensemble.inputs]
@@ -80,7 +81,7 @@ def test_an_upgrade_that_is_killed_at_any_operation_leaves_models_that_load(tmp_
     for at in faults.stops(["init", str(root)], base, root, step=13):
         after = contents(root)
         for model in models:
-            now = init.code_of(model)
+            now = code_of(model)
             former = {name: text for name, text in before.items() if name.startswith(f"{model}/1/tritonlora/")}
             is_new = after[f"{model}/1/model.py"] == now[f"{model}/1/model.py"].encode()
             needed = {name: text.encode() for name, text in now.items()} if is_new else former

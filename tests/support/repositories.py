@@ -21,9 +21,9 @@ from tritonlora.files import write_text
 from tritonlora.pbtxt.text_format import parse
 from tritonlora.repository import add, init, paths, undo, upkeep
 from tritonlora.repository.ensemble_edits import rewire_to_forward, rewire_to_resolve
-from tritonlora.repository.init import shipped_models
 from tritonlora.repository.model_configs import set_parameters
 from tritonlora.repository.paths import Repository
+from tritonlora.repository.shipped import shipped_models
 from tritonlora.serving.adapter_table import with_adapter
 from tritonlora.serving.adapter_table_json import render
 from upstream_configs import as_rewired_before

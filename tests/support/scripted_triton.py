@@ -27,7 +27,7 @@ from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceServicer, add
 from tritonlora.openai.app import create_app
 from tritonlora.openai.settings import Settings
 from tritonlora.openai.tracing import Tracing
-from tritonlora.repository.init import shipped_models
+from tritonlora.repository.shipped import shipped_models
 
 ADAPTERS = {"pirate": {"aliases": ["arr"]}, "haiku": {"aliases": []}}
 BEFORE_SILENCE = 2

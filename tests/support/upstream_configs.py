@@ -16,8 +16,8 @@ from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from tritonlora.pbtxt.text_format import parse
-from tritonlora.repository.init import shipped_models
 from tritonlora.repository.model_configs import set_parameters
+from tritonlora.repository.shipped import shipped_models
 
 ROOT = Path(__file__).parent / "upstream"
 PATHS = sorted(ROOT.glob("*/*/config.pbtxt"))

@@ -12,7 +12,7 @@ from tritonlora import __version__
 from tritonlora.check.findings import Finding, Subject, error, warning
 from tritonlora.machine import SHARED_MEMORY, ports_in_use
 from tritonlora.pbtxt.model_config import ModelConfig, Step, Unfilled, has_template
-from tritonlora.repository import init
+from tritonlora.repository import init, shipped
 from tritonlora.repository.paths import COPY_AGAIN, LISTING, RESOLVER, ROUTER, dead_links, served_version
 from tritonlora.repository.undo import WITH_CODE
 from tritonlora.serving.file_version import has_content
@@ -212,7 +212,7 @@ def serving_code(subject: Subject) -> Iterator[Finding]:
             problem = f"it runs the code of tritonlora {version}, and {__version__} is installed here"
             yield warning(f"{model}/1", problem, f"{remedy} puts {__version__} there; or install tritonlora {version}")
         else:
-            for name, content in init.code_of(model).items():
+            for name, content in shipped.code_of(model).items():
                 if not (root / name).exists():
                     yield error(name, "it is missing: the model does not load", remedy)
                 elif not has_content(root / name, content.encode()):

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import tritonlora
 from tritonlora.errors import ConfigError, RepositoryError, one_message
 from tritonlora.files import (
     delete,
@@ -48,32 +47,18 @@ from tritonlora.repository.paths import (
     require_directory,
     version_in,
 )
+from tritonlora.repository.shipped import PACKAGE, code_of, shipped_models
 from tritonlora.repository.state import Models
 from tritonlora.repository.undo import OURS, WITH_CODE, FileChange
 from tritonlora.serving.adapter_table import AdapterTable
 from tritonlora.serving.adapter_table_json import render
+from tritonlora.serving.wire import Wire
 from tritonlora.targets import target_of
 
-PACKAGE = Path(tritonlora.__file__).resolve().parent
 _BLS_TARGET = "tensorrt_llm_model_name"  # parameter of upstream's tensorrt_llm_bls: the model that it calls
 _CALL_THE_DEFAULT_TARGET = frozenset({"whisper_bls"})  # models of upstream that call DEFAULT_TARGET without a parameter
 ENSEMBLE = "ensemble"
 FORWARD, RESOLVE = TOPOLOGIES = ("forward", "resolve")
-
-
-def shipped_models() -> Path:
-    """The model repository that comes with tritonlora, in the installed package or in the checkout around it.
-
-    RepositoryError when this installation has none.
-    """
-    places = (PACKAGE / "model_repository", PACKAGE.parents[1] / "model_repository")
-    for path in places:
-        if (path / ROUTER / "1" / "model.py").is_file():
-            return path
-    raise RepositoryError(
-        f"this installation of tritonlora has no model_repository (looked at {' and '.join(map(str, places))}); "
-        "install it again"
-    )
 
 
 def create_repository(root: Path, parameters: Mapping[str, Mapping[str, str]] | None = None) -> None:
@@ -116,55 +101,13 @@ def plan_init(
     models = Models(root)
     target = _choose_target(models, target)
     engine_config = models.served_config(target)
-    wire = target_of(engine_config).WIRE
-    found = _ensembles_of(models, target)
-    present = _topology_of(models)
-    obstacle = _why_not_resolve(target, engine_config, found)
+    ensembles = _ensembles_of(models, target)
+    obstacle = _why_not_resolve(target, engine_config, ensembles)
     if topology == RESOLVE and obstacle:
         raise RepositoryError(obstacle)
-    resolves = (topology or present or (FORWARD if obstacle else RESOLVE)) == RESOLVE
-    changes = []
-    takes_previous_ids = False
-    for name, config in found.items():
-        path, before = models.path(name), models.document(name)
-        postprocessing = _first_step(models, config, lambda one: one.input("PREVIOUS_TOKENS") is not None)
-        announcing = _first_step(models, config, lambda one: one.output(ensemble_edits.ANNOUNCEMENT) is not None)
-        takes_previous_ids |= postprocessing is not None
-        try:
-            after = (
-                ensemble_edits.rewire_to_resolve(before, target=target, wire=wire, postprocessing=announcing)
-                if resolves
-                else ensemble_edits.rewire_to_forward(before, target=target, postprocessing=postprocessing)
-            )
-        except ConfigError as error:
-            raise RepositoryError(f"{path}: {error}") from None
-        changes.append(FileChange(path, before.text, after.text))
-    files = {f"{LISTING}/config.pbtxt": read_text(shipped_models() / LISTING / "config.pbtxt")}
-    try:
-        tuned = models.present(ROUTER)
-        streams = {"max_streams": tuned.instance_count} if tuned and isinstance(tuned.instance_count, int) else {}
-        router_config = model_configs.router_config(
-            engine_config,
-            name=ROUTER,
-            target_name=target,
-            resolver=RESOLVER,
-            previous_ids=takes_previous_ids,
-            **streams,
-        )
-        known = {REPOSITORY_PATH: served_at} if served_at else {}
-        files[f"{ROUTER}/config.pbtxt"] = _with_parameters(router_config, _kept_parameters(tuned) | known)
-        files[f"{RESOLVER}/config.pbtxt"] = _resolver_config(models, target, engine_config)
-        tokens = model_configs.target_ensemble(engine_config, name=TOKENS, target_name=target, router=ROUTER)
-        text = model_configs.text_ensemble(engine_config, name=ENSEMBLE, target_name=target)
-        is_needed = not found and not (root / ENSEMBLE).exists()
-        generated = {TOKENS: tokens} | ({ENSEMBLE: text} if text and is_needed else {})
-    except ConfigError as error:
-        raise RepositoryError(f"{models.path(target)}: {error}") from None
-    for name, text in {} if _why_past_the_resolver(target, engine_config) else generated.items():
-        ensemble = ensemble_edits.rewire_to_resolve(parse(text), target=target, wire=wire)
-        if name == ENSEMBLE and not resolves:
-            ensemble = ensemble_edits.rewire_to_forward(ensemble, target=target)
-        files |= {f"{name}/1/.gitkeep": "", f"{name}/config.pbtxt": ensemble.text}
+    resolves = (topology or _topology_of(models) or (FORWARD if obstacle else RESOLVE)) == RESOLVE
+    changes = [*_rewired(models, target, target_of(engine_config).WIRE, ensembles, resolves=resolves)]
+    files = _config_files(models, target, engine_config, ensembles, served_at=served_at, resolves=resolves)
     for model in WITH_CODE:
         files |= code_of(model)
     if not (root / ROUTER / "adapters.json").exists():
@@ -179,15 +122,69 @@ def plan_init(
     return [change for change in changes if change.before != change.after]
 
 
+def _rewired(
+    models: Models, target: str, wire: Wire, ensembles: Mapping[str, ModelConfig], *, resolves: bool
+) -> Iterator[FileChange]:
+    """The ensembles that are there, led to the resolver or to the router."""
+    for name, config in ensembles.items():
+        before = models.document(name)
+        try:
+            if resolves:
+                announcing = _first_step(models, config, _can_announce)
+                after = ensemble_edits.rewire_to_resolve(before, target=target, wire=wire, postprocessing=announcing)
+            else:
+                decoding = _first_step(models, config, _takes_previous_tokens)
+                after = ensemble_edits.rewire_to_forward(before, target=target, postprocessing=decoding)
+        except ConfigError as error:
+            raise RepositoryError(f"{models.path(name)}: {error}") from None
+        yield FileChange(models.path(name), before.text, after.text)
+
+
+def _config_files(
+    models: Models,
+    target: str,
+    engine_config: ModelConfig,
+    ensembles: Mapping[str, ModelConfig],
+    *,
+    served_at: str | None,
+    resolves: bool,
+) -> dict[str, str]:
+    """The config.pbtxt files of tritonlora's own models and ensembles: path in the repository -> content."""
+    previous_ids = any(_first_step(models, config, _takes_previous_tokens) for config in ensembles.values())
+    files = {f"{LISTING}/config.pbtxt": read_text(shipped_models() / LISTING / "config.pbtxt")}
+    try:
+        files[f"{ROUTER}/config.pbtxt"] = _router_config(
+            models, target, engine_config, previous_ids=previous_ids, served_at=served_at
+        )
+        files[f"{RESOLVER}/config.pbtxt"] = _resolver_config(models, target, engine_config)
+        tokens = model_configs.target_ensemble(engine_config, name=TOKENS, target_name=target, router=ROUTER)
+        text = model_configs.text_ensemble(engine_config, name=ENSEMBLE, target_name=target)
+    except ConfigError as error:
+        raise RepositoryError(f"{models.path(target)}: {error}") from None
+    if _why_past_the_resolver(target, engine_config):
+        return files
+    own = {TOKENS: tokens}
+    if text and not ensembles and not (models.root / ENSEMBLE).exists():
+        own[ENSEMBLE] = text
+    for name, config in own.items():
+        ensemble = ensemble_edits.rewire_to_resolve(parse(config), target=target, wire=target_of(engine_config).WIRE)
+        if name == ENSEMBLE and not resolves:
+            ensemble = ensemble_edits.rewire_to_forward(ensemble, target=target)
+        files |= {f"{name}/1/.gitkeep": "", f"{name}/config.pbtxt": ensemble.text}
+    return files
+
+
 def topology_of(root: Path) -> str | None:
     """The topology of a repository's ensembles: "resolve", "forward", or None if they lead to neither model."""
     return _topology_of(Models(root))
 
 
 def _topology_of(models: Models) -> str | None:
-    led = ((topology, model) for topology, model in ((RESOLVE, RESOLVER), (FORWARD, ROUTER)))
     configs = [config for name, config in models.configs().items() if name != TOKENS]
-    return next((topology for topology, model in led if any(config.leads_to(model) for config in configs)), None)
+    for topology, model in ((RESOLVE, RESOLVER), (FORWARD, ROUTER)):
+        if any(config.leads_to(model) for config in configs):
+            return topology
+    return None
 
 
 def _cache_parameters(models: Models, target: str, engine_config: ModelConfig) -> dict[str, str]:
@@ -195,6 +192,19 @@ def _cache_parameters(models: Models, target: str, engine_config: ModelConfig) -
     directory = models.path(target).parent
     pages = cache_pages(engine_config, lambda: target_of(engine_config).profile(engine_config, directory))
     return {"cache_pages": str(pages)} if pages else {}
+
+
+def _router_config(
+    models: Models, target: str, engine_config: ModelConfig, *, previous_ids: bool, served_at: str | None
+) -> str:
+    """The router's config.pbtxt, with the streams and the parameters that the user has tuned."""
+    tuned = models.present(ROUTER)
+    streams = {"max_streams": tuned.instance_count} if tuned and isinstance(tuned.instance_count, int) else {}
+    text = model_configs.router_config(
+        engine_config, name=ROUTER, target_name=target, resolver=RESOLVER, previous_ids=previous_ids, **streams
+    )
+    kept = {key: value for key, value in _tuned_parameters(tuned).items() if key not in _ROUTER_HAD}
+    return _with_parameters(text, kept | ({REPOSITORY_PATH: served_at} if served_at else {}))
 
 
 def _resolver_config(models: Models, target: str, engine_config: ModelConfig) -> str:
@@ -210,20 +220,8 @@ _ROUTER_HAD = {"cache_full_timeout_seconds", "load_timeout_seconds", "cache_page
 _RESOLVER_TUNABLE = {*_ROUTER_HAD, "refresh_seconds"}
 
 
-def _kept_parameters(router: ModelConfig | None) -> dict[str, str]:
-    """The parameters of a present router that stay."""
-    return {key: value for key, value in _tuned_parameters(router).items() if key not in _ROUTER_HAD}
-
-
 def _with_parameters(text: str, parameters: Mapping[str, str]) -> str:
     return model_configs.set_parameters(parse(text), parameters).text
-
-
-def code_of(model: str) -> dict[str, str]:
-    """The code of one of tritonlora's models: path in the repository -> content, in the order of writing."""
-    modules = {f"{model}/1/{SERVING}/{path.name}": path for path in sorted((PACKAGE / SERVING).glob("*.py"))}
-    last = {f"{model}/1/model.py": shipped_models() / model / "1" / "model.py"}  # it imports the modules
-    return {name: read_text(path) for name, path in (modules | last).items()}
 
 
 def init(
@@ -445,6 +443,14 @@ def _first_step(models: Models, ensemble: ModelConfig, has: Callable[[ModelConfi
     """The name of the first model in an ensemble for whose config `has` is true, or None."""
     configs = {step.model_name: models.present(step.model_name) for step in ensemble.steps}
     return next((name for name, config in configs.items() if config is not None and has(config)), None)
+
+
+def _can_announce(config: ModelConfig) -> bool:
+    return config.output(ensemble_edits.ANNOUNCEMENT) is not None
+
+
+def _takes_previous_tokens(config: ModelConfig) -> bool:
+    return config.input("PREVIOUS_TOKENS") is not None
 
 
 def _why_not_resolve(target: str, engine: ModelConfig, ensembles: Mapping[str, ModelConfig]) -> str:
