@@ -21,6 +21,7 @@ from adapters import lora_pair, write_adapter
 from engine_configs import ENGINE
 from repositories import lead_as_before, let_time_pass, set_cache_pages, set_decoupled, synthetic_repository
 from tritonlora.check import checks
+from tritonlora.check.findings import REPAIR
 from tritonlora.cli import commands
 from tritonlora.errors import EngineMismatch
 from tritonlora.files import TEMPORARY_SUFFIX
@@ -646,7 +647,7 @@ def test_the_remarks_of_a_table_that_an_older_version_wrote_come_with_the_same_a
 def test_what_is_generated_can_be_put_right(opened: Repository, name: str) -> None:
     """check --fix, as the remedy says."""
     PLANTED[name][0](opened)
-    assert checks.REPAIR in {one.remedy for one in checks.check(opened)}
+    assert REPAIR in {one.remedy for one in checks.check(opened)}
     upkeep.repair(opened)
 
     assert [] == found(opened, deep=True)

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of everything but the engine's model: the other models, the router's own files, and the machine."""
+"""Checks of what is around the engine's model: the other models, files that were left behind, and the machine."""
 
 from __future__ import annotations
 
@@ -9,11 +9,19 @@ import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from tritonlora import __version__
-from tritonlora.check.findings import Finding, Subject, error, warning
+from tritonlora.check.findings import REPAIR, Finding, Subject, error, warning
 from tritonlora.machine import SHARED_MEMORY, ports_in_use
 from tritonlora.pbtxt.model_config import ModelConfig, Step, Unfilled, has_template
-from tritonlora.repository import init, shipped
-from tritonlora.repository.paths import COPY_AGAIN, LISTING, RESOLVER, ROUTER, dead_links, served_version
+from tritonlora.repository import generated, init, shipped, warmup
+from tritonlora.repository.paths import (
+    COPY_AGAIN,
+    LISTING,
+    RESOLVER,
+    ROUTER,
+    dead_links,
+    half_written,
+    served_version,
+)
 from tritonlora.repository.undo import WITH_CODE
 from tritonlora.serving.file_version import has_content
 from tritonlora.serving.response_cache import CACHED
@@ -56,6 +64,25 @@ def steps(subject: Subject) -> Iterator[Finding]:
                     f"it has a step for {step.model_name!r}, and there is no such model",
                     f"put the model into the repository, or move {name} out of it",
                 )
+
+
+def router(subject: Subject) -> Iterator[Finding]:
+    """The router declares what the engine's model declares, and no ensemble goes past the router."""
+    root, target = subject.repository.root, subject.repository.target
+    remedy = f"tritonlora init {shlex.quote(str(root))}"
+    own = subject.configs[ROUTER]
+    declared = {spec.name: spec for spec in (*own.inputs, *own.outputs)}
+    for spec in (*subject.config.inputs, *subject.config.outputs):
+        here = declared.get(spec.name)
+        if spec.name in subject.kind.WIRE.router_only:
+            continue
+        if here is None or (here.data_type, here.dims) != (spec.data_type, spec.dims):
+            yield error(f"{ROUTER}/config.pbtxt", f"{spec.name} is not declared as {target} declares it", remedy)
+    if own.decoupled != subject.config.decoupled:
+        yield error(f"{ROUTER}/config.pbtxt", f"its transaction policy is not that of {target}", remedy)
+    for name, config in subject.configs.items():
+        if config.leads_to(target) and not config.leads_to(ROUTER) and not config.leads_to(RESOLVER):
+            yield error(f"{name}/config.pbtxt", f"it leads to {target} past the router: names have no effect", remedy)
 
 
 def models_past_the_router(subject: Subject) -> Iterator[Finding]:
@@ -217,6 +244,24 @@ def serving_code(subject: Subject) -> Iterator[Finding]:
                     yield error(name, "it is missing: the model does not load", remedy)
                 elif not has_content(root / name, content.encode()):
                     yield warning(name, "it was edited since tritonlora wrote it", remedy)
+
+
+def leftovers(subject: Subject) -> Iterator[Finding]:
+    """Files that a stopped command or a replaced adapter left behind."""
+    for path in half_written(subject.repository.root):
+        yield warning(subject.repository.relative(path), "a command that was stopped left it half-written", REPAIR)
+    outlived = {*generated.left_over(subject.state)}
+    mine = subject.state.foreign_files
+    for path in sorted(subject.repository.warmup_directory.glob("*")):
+        task_id = warmup.task_id_of(path.name)
+        if path in outlived:
+            yield warning(f"warmup/{path.name}", "it belongs to an adapter that was removed or replaced", REPAIR)
+        elif path.name not in mine and (task_id or 0) >= subject.table.next_lora_task_id:
+            yield warning(
+                f"warmup/{path.name}",
+                "no adapter has it: an `add` that was stopped left it, or it is a file of your own",
+                "add that adapter again, or delete the file",
+            )
 
 
 def shared_memory(subject: Subject) -> Iterator[Finding]:

@@ -16,6 +16,8 @@ from tritonlora.repository.state import State
 from tritonlora.serving.adapter_table import AdapterTable
 from tritonlora.targets import Target
 
+REPAIR = "tritonlora check --fix"  # a remedy
+
 
 @dataclass(frozen=True, slots=True)
 class Finding:
