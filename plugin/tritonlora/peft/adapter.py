@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,8 +20,9 @@ from tritonlora.architectures.layers import locate, why_not
 from tritonlora.errors import InvalidAdapter, Problems, UnsupportedAdapter, collected, error_of, merge_layers
 from tritonlora.peft.adapter_config import MERGE, AdapterConfig, Stated, parse_config
 from tritonlora.peft.checkpoint import file_inside, load_checkpoint, read_json_bytes
-from tritonlora.peft.embeddings import EMBEDDING, WITHOUT_BASE, load_embeddings, new_rows
-from tritonlora.peft.formats import Format, format_of_directory, format_of_tensors
+from tritonlora.peft.directory import WEIGHTS_FILES, adapter_directory
+from tritonlora.peft.embeddings import EMBEDDING, compare_embeddings
+from tritonlora.peft.formats import format_of_directory, format_of_tensors, refuse
 from tritonlora.peft.stored_tensor import StoredTensor
 from tritonlora.serving.dtypes import LORA_DTYPES
 
@@ -71,8 +72,8 @@ def load_adapter(path: Path, base: Path | None = None) -> Adapter:
     Either error lists every problem.
     """
     directory = adapter_directory(path)
-    if not any(os.path.lexists(directory / name) for name in _FILES - {"adapter_config.json"}):
-        _refuse_format(directory, format_of_directory(directory))
+    if not any(os.path.lexists(directory / name) for name in WEIGHTS_FILES):
+        refuse(directory, format_of_directory(directory))
     problems: Problems = {InvalidAdapter: [], UnsupportedAdapter: []}
     config: AdapterConfig | None = None
     tensors: Mapping[str, StoredTensor] = {}
@@ -80,12 +81,12 @@ def load_adapter(path: Path, base: Path | None = None) -> Adapter:
         config = parse_config(read_json_bytes(file_inside(directory, "adapter_config.json")))
     with collected(problems):
         tensors = load_checkpoint(directory, "adapter_model.safetensors", "adapter_model.bin")
-    _refuse_format(directory, format_of_tensors(tensors))
-    modules: dict[str, AdapterModule] = {}
-    remarks: list[str] = []
+    refuse(directory, format_of_tensors(tensors))
     embeddings = {key: one for key, one in tensors.items() if EMBEDDING.fullmatch(key)}
     tensors = {key: one for key, one in tensors.items() if key not in embeddings}
-    _compare_embeddings(embeddings, base, problems, remarks)
+    changed, remarks = compare_embeddings(embeddings, base)
+    problems[UnsupportedAdapter] += changed
+    modules: dict[str, AdapterModule] = {}
     # If the config has another peft_type, that is a problem already: do not list each of the tensors, too.
     if not any(problems.values()) or any(map(_lora_key, tensors)):
         modules = _modules(tensors, config, problems, remarks)
@@ -95,76 +96,16 @@ def load_adapter(path: Path, base: Path | None = None) -> Adapter:
     return Adapter(directory, config, modules, (*remarks, *_task_remarks(config)))
 
 
-def _compare_embeddings(
-    saved: Mapping[str, StoredTensor], base: Path | None, problems: Problems, remarks: list[str]
-) -> None:
-    """Add a remark if the embeddings `saved` change no row of the base model, else problems."""
-    if not saved:
-        return
-    if base is None:
-        problems[UnsupportedAdapter] += [f"{key!r}: {WITHOUT_BASE}" for key in saved]
-        return
-    try:
-        of_base = load_embeddings(base)
-    except InvalidAdapter as error:
-        problems[UnsupportedAdapter] += [f"{key!r}: {WITHOUT_BASE}; {error}" for key in saved]
-        return
-    new = {}
-    for key, tensor in saved.items():
-        try:
-            new[key] = new_rows(key, tensor, of_base)
-        except InvalidAdapter as error:
-            problems[UnsupportedAdapter].append(f"{key!r}: {error}")
-    added = max(new.values(), default=0)
-    unknown = (
-        f"; the engine has no embeddings for its new tokens ({added}): requests must not hold them" if added else ""
-    )
-    names = ", ".join(map(repr, new))
-    if len(new) == len(saved):
-        remarks.append(f"{names}: saved whole, and left out, since no row of the base model is changed{unknown}")
-
-
-def _refuse_format(directory: Path, found: Format | None) -> None:
-    if found is not None:
-        raise UnsupportedAdapter(f"{str(directory)!r} is {found}")
-
-
 def _modules(
     tensors: Mapping[str, StoredTensor], config: AdapterConfig | None, problems: Problems, remarks: list[str]
 ) -> dict[str, AdapterModule]:
     """Path -> module of a PEFT state dict. Without a config, which is a problem already, only add more problems."""
-    groups: dict[str, _Group] = {}
-    wrappers: set[str] = set()
-    for key in sorted(tensors):
-        match = _lora_key(key)
-        wrappers |= _WRAPPERS.keys() & set(key.split("."))
-        if match is None:
-            problems[UnsupportedAdapter].append(f"{key!r}: {_why_not_key(key)}")
-            continue
-        path, matrix, name, magnitude_name = match.groups()
-        group = groups.setdefault(path, _Group())
-        group.names.add(name or magnitude_name or "")
-        what = matrix or "magnitude"
-        if what in group.tensors:
-            problems[InvalidAdapter].append(f"{path!r} has more than one {what}: {group.keys[what]!r} and {key!r}")
-        group.tensors[what] = tensors[key]
-        group.keys[what] = key
-    names = {name for group in groups.values() for name in group.names}
-    if len(names) > 1:
-        problems[InvalidAdapter].append(
-            f"tensors of several adapters: {', '.join(map(repr, sorted(names)))}; save each on its own"
-        )
+    groups = _grouped(tensors, problems)
     located = {path: place for path in groups if (place := locate(path))}
     stated: Mapping[str, Stated] = {}
     if config is not None:
         with collected(problems):
             stated = config.stated(sorted(located))
-    if wrappers:
-        named = ", ".join(f"{name} ({_WRAPPERS[name]})" for name in sorted(wrappers))
-        remarks.append(
-            f"the names of its tensors contain names of training wrappers, {named}; these were removed here, and PEFT "
-            "itself would load none of these tensors"
-        )
     modules = {}
     for path, group in groups.items():
         if path not in located:
@@ -185,10 +126,41 @@ def _modules(
                 magnitude=group.tensors.get("magnitude"),
             )
     problems[InvalidAdapter] += _order_problems(modules, stated)
-    remarks += _alpha_remarks(stated)
+    remarks += [*_wrapper_remarks(tensors), *_alpha_remarks(stated)]
     if not groups and not any(problems.values()):
         problems[InvalidAdapter].append("there is no LoRA tensor in it; save the adapter again")
     return modules
+
+
+@dataclass(slots=True)
+class _Group:
+    """The tensors of one module: "A", "B" or "magnitude" -> tensor, and its key in the state dict."""
+
+    tensors: dict[str, StoredTensor] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict)
+
+
+def _grouped(tensors: Mapping[str, StoredTensor], problems: Problems) -> dict[str, _Group]:
+    """Path -> the tensors of one module."""
+    groups: dict[str, _Group] = {}
+    adapters = set()
+    for key in sorted(tensors):
+        match = _lora_key(key)
+        if match is None:
+            problems[UnsupportedAdapter].append(f"{key!r}: {_why_not_key(key)}")
+            continue
+        path, matrix, name, magnitude_name = match.groups()
+        adapters.add(name or magnitude_name or "")
+        group, what = groups.setdefault(path, _Group()), matrix or "magnitude"
+        if what in group.tensors:
+            problems[InvalidAdapter].append(f"{path!r} has more than one {what}: {group.keys[what]!r} and {key!r}")
+        group.tensors[what] = tensors[key]
+        group.keys[what] = key
+    if len(adapters) > 1:
+        problems[InvalidAdapter].append(
+            f"tensors of several adapters: {', '.join(map(repr, sorted(adapters)))}; save each on its own"
+        )
+    return groups
 
 
 _MAX_KEY = 1000  # characters
@@ -233,13 +205,6 @@ _WRAPPERS = {
     "_fpw_module": "FSDP",
     "_checkpoint_wrapped_module": "activation checkpointing",
 }
-
-
-@dataclass(slots=True)
-class _Group:
-    names: set[str] = field(default_factory=set)
-    tensors: dict[str, StoredTensor] = field(default_factory=dict)
-    keys: dict[str, str] = field(default_factory=dict)
 
 
 def _lora_key(key: str) -> re.Match[str] | None:
@@ -311,6 +276,16 @@ def _order_problems(modules: Mapping[str, AdapterModule], stated: Mapping[str, S
     ]
 
 
+def _wrapper_remarks(keys: Iterable[str]) -> Iterator[str]:
+    """A remark if names of training wrappers are in the `keys` of the state dict."""
+    if wrappers := {part for key in keys for part in key.split(".")} & _WRAPPERS.keys():
+        named = ", ".join(f"{name} ({_WRAPPERS[name]})" for name in sorted(wrappers))
+        yield (
+            f"the names of its tensors contain names of training wrappers, {named}; these were removed here, and PEFT "
+            "itself would load none of these tensors"
+        )
+
+
 def _alpha_remarks(stated: Mapping[str, Stated]) -> list[str]:
     """Remarks on modules to which several patterns give different alphas. The alpha of training is then not known."""
     doubtful = {path: one.alphas for path, one in stated.items() if len(set(one.alphas)) > 1}
@@ -338,72 +313,3 @@ def _task_remarks(config: AdapterConfig) -> Iterator[str]:
             f"task_type is {config.task_type!r}: it was trained for {_OTHER_TASKS[config.task_type]}, and the engine "
             "generates text"
         )
-
-
-# A path to one of these files stands for the file's directory.
-_FILES = frozenset(
-    {
-        *("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"),
-        *("adapter_model.safetensors.index.json", "adapter_model.bin.index.json"),
-    }
-)
-
-
-def adapter_directory(path: Path) -> Path:
-    """The directory of the adapter that `path` stands for. Raises InvalidAdapter if there is none, or several.
-
-    `path` is the adapter's directory, a file of the adapter, a directory that holds one adapter, or a model's directory
-    in the cache of Hugging Face.
-    """
-    if path.name in _FILES and path.is_file():
-        path = path.parent
-    if not path.is_dir():
-        what = "is not a directory" if path.exists() else "does not exist"
-        raise InvalidAdapter(f"{str(path)!r} {what}; give the directory that holds adapter_config.json")
-    path = _snapshot(path)
-    if os.path.lexists(path / "adapter_config.json"):
-        return path
-    # save_pretrained puts an adapter that is not called "default" into a directory with the adapter's name.
-    inner = inner_adapters(path)
-    if len(inner) == 1:
-        return inner[0]
-    if not inner:
-        _refuse_format(path, format_of_directory(path))
-        if not any(path.iterdir()):
-            raise InvalidAdapter(f"{str(path)!r} is empty; fetch the adapter again, or remove the directory")
-    hint = (
-        f"; it holds several adapters, give one: {', '.join(map(str, inner))}"
-        if inner
-        else "; give the directory that PEFT's save_pretrained wrote"
-    )
-    raise InvalidAdapter(f"there is no adapter_config.json in {str(path)!r}{hint}")
-
-
-def inner_adapters(path: Path) -> list[Path]:
-    """The directories in `path` that hold an adapter, sorted. Links out of `path` are left out."""
-    home = path.resolve()
-    return sorted(
-        one
-        for one in path.iterdir()
-        if not one.name.startswith(".")  # a Kubernetes volume has each file a second time, below `..data`
-        and (one / "adapter_config.json").is_file()
-        and one.resolve().is_relative_to(home)
-    )
-
-
-def _snapshot(path: Path) -> Path:
-    """The fetched revision, for `models--OWNER--NAME` of a Hugging Face cache; any other path unchanged."""
-    snapshots = path / "snapshots"
-    if not path.name.startswith("models--") or not snapshots.is_dir():
-        return path
-    main = path / "refs" / "main"
-    revisions = sorted(one for one in snapshots.iterdir() if one.is_dir())
-    if main.is_file():
-        named = snapshots / main.read_text(errors="replace").strip()
-        revisions = [named] if named in revisions else revisions
-    if len(revisions) == 1:
-        return revisions[0]
-    raise InvalidAdapter(
-        f"{str(path)!r} is a download cache with {len(revisions)} revisions"
-        + (f", give one: {', '.join(map(str, revisions))}" if revisions else "; download the adapter again")
-    )

@@ -21,14 +21,42 @@ from tritonlora.serving.dtypes import LORA_DTYPES
 EMBEDDING = re.compile(r"(?:.*\.)?(?P<leaf>embed_tokens|wte|word_embeddings|embed_in|lm_head|embed_out)\.weight")
 _OUTPUT = frozenset({"lm_head", "embed_out"})  # may share the input embedding's weight, and is then not stored
 _NBYTES_AT_A_TIME = 64 << 20
-WITHOUT_BASE = (
+_WITHOUT_BASE = (
     "an embedding, saved whole; --base with the base model's checkpoint shows whether its rows are the base model's: "
     "then it is not needed; or load the adapter with PEFT, which takes the base model's memory, and save it with "
     "save_embedding_layers=False"
 )
 
 
-def load_embeddings(base: Path) -> dict[str, StoredTensor]:
+def compare_embeddings(saved: Mapping[str, StoredTensor], base: Path | None) -> tuple[list[str], list[str]]:
+    """(problems, remarks) of the embeddings `saved`, by the name of the tensor. `base` is the base model's checkpoint.
+
+    There is one remark if no row of the base model is changed, and otherwise there are problems.
+    """
+    if not saved:
+        return [], []
+    if base is None:
+        return [f"{key!r}: {_WITHOUT_BASE}" for key in saved], []
+    try:
+        of_base = _load_embeddings(base)
+    except InvalidAdapter as error:
+        return [f"{key!r}: {_WITHOUT_BASE}; {error}" for key in saved], []
+    problems, added = [], 0
+    for key, tensor in saved.items():
+        try:
+            added = max(added, _new_rows(key, tensor, of_base))
+        except InvalidAdapter as error:
+            problems.append(f"{key!r}: {error}")
+    if problems:
+        return problems, []
+    unknown = (
+        f"; the engine has no embeddings for its new tokens ({added}): requests must not hold them" if added else ""
+    )
+    names = ", ".join(map(repr, saved))
+    return [], [f"{names}: saved whole, and left out, since no row of the base model is changed{unknown}"]
+
+
+def _load_embeddings(base: Path) -> dict[str, StoredTensor]:
     """Last part of the name -> embedding, for the text model's embeddings in the checkpoint `base`.
 
     Raises InvalidAdapter if `base` holds no checkpoint.
@@ -41,10 +69,10 @@ def load_embeddings(base: Path) -> dict[str, StoredTensor]:
     return found
 
 
-def new_rows(key: str, saved: StoredTensor, base: Mapping[str, StoredTensor]) -> int:
+def _new_rows(key: str, saved: StoredTensor, base: Mapping[str, StoredTensor]) -> int:
     """The number of rows that the embedding `saved` has beyond the base model's rows.
 
-    `base` comes from `load_embeddings`. Raises InvalidAdapter with the reason if a row of the base model is changed in
+    `base` comes from `_load_embeddings`. Raises InvalidAdapter with the reason if a row of the base model is changed in
     `saved`, or if `base` has no embedding to compare with.
     """
     match = EMBEDDING.fullmatch(key)

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from tritonlora.errors import UnsupportedAdapter
+
 
 @dataclass(frozen=True, slots=True)
 class Format:
@@ -81,3 +83,9 @@ def format_of_tensors(keys: Iterable[str]) -> Format | None:
     """The format whose tensors have names like `keys`; None for PEFT's names and for unknown names."""
     keys = [key for key in keys if len(key) < 1000]
     return next((one for one in FORMATS if one.key and any(re.search(one.key, key) for key in keys)), None)
+
+
+def refuse(directory: Path, found: Format | None) -> None:
+    """Raise UnsupportedAdapter if `directory` is of another format than PEFT's."""
+    if found is not None:
+        raise UnsupportedAdapter(f"{str(directory)!r} is {found}")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tritonlora.errors import AdapterError, InvalidAdapter, SourceError
-from tritonlora.peft.adapter import adapter_directory
+from tritonlora.peft.directory import adapter_directory
 from tritonlora.serving.adapter_table import Source
 from tritonlora.serving.file_version import Version, version_of
 from tritonlora.sources import adapter_files
