@@ -127,12 +127,12 @@ def config_of(document: Document) -> ModelConfig:
     scheduling = reader.message(root, "ensemble_scheduling")
     cache = reader.message(root, "response_cache")
     config = ModelConfig(
-        name=reader.string(root, "name", "name"),
-        backend=reader.string(root, "backend", "backend"),
-        max_batch_size=reader.integer(root, "max_batch_size", "max_batch_size"),
+        name=reader.string(root, "name"),
+        backend=reader.string(root, "backend"),
+        max_batch_size=reader.integer(root, "max_batch_size"),
         dynamic_batching=bool(reader.messages(root, "dynamic_batching")),
-        response_cache=reader.boolean(cache, "enable", "enable of response_cache"),
-        decoupled=reader.boolean(policy, "decoupled", "decoupled"),
+        response_cache=reader.boolean(cache, "enable", of="response_cache"),
+        decoupled=reader.boolean(policy, "decoupled"),
         inputs=tuple(reader.tensor(spec, "input") for spec in reader.messages(root, "input")),
         outputs=tuple(reader.tensor(spec, "output") for spec in reader.messages(root, "output")),
         parameters=MappingProxyType(reader.parameters(root)),
@@ -144,6 +144,11 @@ def config_of(document: Document) -> ModelConfig:
 
 
 _NOTHING = Message(0, 0, ())
+
+
+def _what(name: str, of: str) -> str:
+    """A field for messages: "dims of input 'x'"."""
+    return f"{name} of {of}" if of else name
 
 
 class _Reader:
@@ -181,7 +186,8 @@ class _Reader:
             self.problem(value, f"{what} is given twice")
         return values[0] if values else None
 
-    def string(self, parent: Message, name: str, what: str) -> str:
+    def string(self, parent: Message, name: str, of: str = "") -> str:
+        what = _what(name, of)
         value = self.scalar(parent, name, what)
         if value is None:
             return ""
@@ -201,13 +207,15 @@ class _Reader:
         base = 16 if digits[:2] in ("0x", "0X") else 8 if digits[0] == "0" else 10
         return int(value.value, base)
 
-    def integer(self, parent: Message, name: str, what: str, default: int = 0) -> int | Unfilled:
+    def integer(self, parent: Message, name: str, of: str = "", default: int = 0) -> int | Unfilled:
+        what = _what(name, of)
         value = self.scalar(parent, name, what)
         if value is None:
             return default
         return self.unfilled(value, what) if value.is_template else self.number(value, what)
 
-    def integers(self, parent: Message, name: str, what: str) -> tuple[int, ...] | Unfilled:
+    def integers(self, parent: Message, name: str, of: str) -> tuple[int, ...] | Unfilled:
+        what = _what(name, of)
         for message in parent.messages(name):
             self.problem(message, f"expected {what} to be integers, got a message")
         values = parent.scalars(name)
@@ -216,7 +224,8 @@ class _Reader:
                 return self.unfilled(value, what)
         return tuple(self.number(value, what) for value in values)
 
-    def boolean(self, parent: Message, name: str, what: str) -> bool | Unfilled:
+    def boolean(self, parent: Message, name: str, of: str = "") -> bool | Unfilled:
+        what = _what(name, of)
         value = self.scalar(parent, name, what)
         if value is None:
             return False
@@ -226,7 +235,8 @@ class _Reader:
             self.problem(value, f"expected {what} to be true or false, got {value.value!r}")
         return _BOOLEANS.get(value.value, False)
 
-    def data_type(self, parent: Message, what: str) -> str | Unfilled:
+    def data_type(self, parent: Message, of: str) -> str | Unfilled:
+        what = _what("data_type", of)
         value = self.scalar(parent, "data_type", what)
         if value is None:
             return "TYPE_INVALID"
@@ -240,33 +250,30 @@ class _Reader:
         return "TYPE_INVALID"
 
     def tensor(self, spec: Message, kind: str) -> TensorSpec:
-        name = self.string(spec, "name", f"name of an {kind}")
-        of = f"of {kind} {name!r}"
+        name = self.string(spec, "name", f"an {kind}")
+        of = f"{kind} {name!r}"
         return TensorSpec(
             name=name,
-            data_type=self.data_type(spec, f"data_type {of}"),
-            dims=self.integers(spec, "dims", f"dims {of}"),
-            optional=self.boolean(spec, "optional", f"optional {of}"),
-            allow_ragged_batch=self.boolean(spec, "allow_ragged_batch", f"allow_ragged_batch {of}"),
+            data_type=self.data_type(spec, of),
+            dims=self.integers(spec, "dims", of),
+            optional=self.boolean(spec, "optional", of),
+            allow_ragged_batch=self.boolean(spec, "allow_ragged_batch", of),
         )
 
     def string_map(self, parent: Message, name: str) -> dict[str, str]:
         return {
-            self.string(entry, "key", f"key of {name}"): self.string(entry, "value", f"value of {name}")
-            for entry in self.messages(parent, name)
+            self.string(entry, "key", name): self.string(entry, "value", name) for entry in self.messages(parent, name)
         }
 
     def parameters(self, root: Message) -> dict[str, str]:
         return {
-            self.string(entry, "key", "key of parameters"): self.string(
-                self.message(entry, "value"), "string_value", "string_value"
-            )
+            self.string(entry, "key", "parameters"): self.string(self.message(entry, "value"), "string_value")
             for entry in self.messages(root, "parameters")
         }
 
     def step(self, step: Message) -> Step:
         return Step(
-            self.string(step, "model_name", "model_name of a step"),
+            self.string(step, "model_name", "a step"),
             self.string_map(step, "input_map"),
             self.string_map(step, "output_map"),
         )
@@ -274,7 +281,7 @@ class _Reader:
     def instance_count(self, root: Message) -> int | Unfilled:
         total = 0
         for group in self.messages(root, "instance_group"):
-            count = self.integer(group, "count", "count of instance_group", default=1)
+            count = self.integer(group, "count", "instance_group", default=1)
             if isinstance(count, Unfilled):
                 return count
             total += count
