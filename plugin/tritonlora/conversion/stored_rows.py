@@ -54,13 +54,10 @@ def rebuild_adapter(stored: StoredRows, profile: EngineProfile, base_model_name_
     if any(BY_ID[module].name not in profile.modules for module, *_ in stored.rows):
         raise UnsupportedAdapter(f"it has rows of modules that {profile.what} has no LoRA for; run `tritonlora check`")
     names = families_of(profile.architecture)
-    for candidates in (names, also_stored_as(names) - names):
-        for family in FAMILIES:
-            adapter = (
-                _of_family(family, stored, profile, base_model_name_or_path) if family.name in candidates else None
-            )
-            if adapter is not None:
-                return adapter
+    candidates = [family for family in FAMILIES if family.name in also_stored_as(names)]
+    for family in sorted(candidates, key=lambda family: family.name not in names):  # the architecture's own first
+        if adapter := _of_family(family, stored, profile, base_model_name_or_path):
+            return adapter
     raise UnsupportedAdapter(
         f"its rows do not tell which layers of {profile.architecture} they are of; give the PEFT directory that it was "
         "added from in the place of its name"

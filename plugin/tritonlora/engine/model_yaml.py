@@ -64,32 +64,32 @@ def parse_model_yaml(document: object, path: Path) -> ModelYaml:
     top = _Section(document, "")
     triton = _Section(top.values.get("triton_config"), "triton_config.")
     lora = _Section(top.values.get("lora_config") or {}, "lora_config.")
+    model = top.get("model", _is_text, "", "a directory or a name")
+    dtype = top.get("dtype", _is_text, "auto", "a name")
+    defaults = LoraSettings()
+    targets = lora.get("lora_target_modules", _is_names, [], "a list of modules")
+    settings = LoraSettings(
+        lora_target_modules=tuple(targets) or None,
+        max_lora_rank=lora.get("max_lora_rank", _is_count, defaults.max_lora_rank, "a whole number"),
+        max_loras=lora.get("max_loras", _is_count, defaults.max_loras, "a whole number"),
+        max_cpu_loras=lora.get("max_cpu_loras", _is_count, defaults.max_cpu_loras, "a whole number"),
+    )
     found = ModelYaml(
         path=path,
-        model=top.get("model", _is_text, "", "a directory or a name"),
+        model=model,
         max_batch_size=triton.get("max_batch_size", _is_count, None, "a whole number"),
         # Upstream takes any value for a bool. Another type is more likely a mistake.
         decoupled=triton.get("decoupled", _is_bool, None, "true or false"),
-        dtype=top.get("dtype", _is_text, "auto", "a name"),
+        dtype=None if dtype == "auto" else dtype,
         tensor_parallel_size=top.get("tensor_parallel_size", _is_count, 1, "a whole number"),
         pipeline_parallel_size=top.get("pipeline_parallel_size", _is_count, 1, "a whole number"),
-        lora=LoraSettings(
-            lora_target_modules=tuple(lora.get("lora_target_modules", _is_names, [], "a list of modules")) or None,
-            max_lora_rank=lora.get("max_lora_rank", _is_count, 64, "a whole number"),
-            max_loras=lora.get("max_loras", _is_count, 4, "a whole number"),
-            max_cpu_loras=lora.get("max_cpu_loras", _is_count, 4, "a whole number"),
-        ),
+        lora=settings if top.values.get("lora_config") or top.values.get("enable_lora") else None,
+        is_speculative=bool(top.values.get("speculative_config")),
     )
     problems = [*top.problems, *triton.problems, *lora.problems]
     if problems:
         raise ConfigError(one_message(f"{path} cannot be used", problems))
-    has_lora = bool(top.values.get("lora_config") or top.values.get("enable_lora"))
-    return replace(
-        found,
-        dtype=None if found.dtype == "auto" else found.dtype,
-        lora=found.lora if has_lora else None,
-        is_speculative=bool(top.values.get("speculative_config")),
-    )
+    return found
 
 
 def complete(config: ModelConfig, directory: Path) -> ModelConfig:

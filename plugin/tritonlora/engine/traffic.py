@@ -23,19 +23,25 @@ def parse_traffic(text: str, registered: Container[str]) -> dict[str, float]:
     in metrics the first one.
     """
     if REQUESTS_METRIC in text:
-        sums: dict[str, float] = {}
-        for (metric, labels), count in exposition.parse(text).items():
-            adapter = dict(labels).get("lora_name", "")
-            if metric == REQUESTS_METRIC and adapter in registered and _is_weight(count):
-                sums[adapter] = sums.get(adapter, 0.0) + count
-        return sums
-
+        return _of_metrics(text, registered)
     if _OTHER_METRICS.search(text):
         raise TritonLoraError(
             f"these metrics have no {REQUESTS_METRIC}: give those of Triton's metrics port, 8002 by default, after a "
             "request for an adapter"
         )
+    return _of_lines(text, registered)
 
+
+def _of_metrics(text: str, registered: Container[str]) -> dict[str, float]:
+    sums: dict[str, float] = {}
+    for (metric, labels), count in exposition.parse(text).items():
+        adapter = dict(labels).get("lora_name", "")
+        if metric == REQUESTS_METRIC and adapter in registered and _is_weight(count):
+            sums[adapter] = sums.get(adapter, 0.0) + count
+    return sums
+
+
+def _of_lines(text: str, registered: Container[str]) -> dict[str, float]:
     weights: dict[str, float] = {}
     problems = []
     for number, line in enumerate(text.splitlines(), 1):
