@@ -60,11 +60,10 @@ def _shards_there(weights: Path, names: Collection[str]) -> Iterator[str]:
             return  # `load_adapter` reports it
 
 
-def too_large(nbytes: int) -> SourceError | None:
-    """An error if an adapter's files have more bytes together than any adapter needs; else None."""
-    if nbytes <= MOST_NBYTES:
-        return None
-    return SourceError(f"it has {nbytes} bytes, expected at most {MOST_NBYTES}; it is no adapter")
+def check_size(nbytes: int) -> None:
+    """Raise SourceError if an adapter's files have more bytes together than any adapter needs."""
+    if nbytes > MOST_NBYTES:
+        raise SourceError(f"it has {nbytes} bytes, expected at most {MOST_NBYTES}; it is no adapter")
 
 
 def digest(files: Collection[Path]) -> str:

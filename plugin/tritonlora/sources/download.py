@@ -75,18 +75,17 @@ def resolve(location: Location, store: Store) -> tuple[list[Remote], str | None]
     store gives no tags. SourceError when there is no adapter.
     """
     if location.is_archive:
-        found = [_there(store, "")]
+        found = [_required(store, "")]
     else:
-        found = [_there(store, CONFIG)]
+        found = [_required(store, CONFIG)]
         candidates = [f"{name}{end}" for name in adapter_files.CHECKPOINTS for end in ("", adapter_files.INDEX)]
         weights = next((remote for name in candidates if (remote := store.look(name))), None)
         if weights is None:
             raise SourceError(f"it has {CONFIG}, but neither {' nor '.join(adapter_files.CHECKPOINTS)}")
         found.append(weights)
         if weights.name.endswith(adapter_files.INDEX):
-            found += [_there(store, name) for name in adapter_files.shards(_small(store, weights))]
-    if error := adapter_files.too_large(sum(remote.nbytes or 0 for remote in found)):
-        raise error
+            found += [_required(store, name) for name in adapter_files.shards(_index_of(store, weights))]
+    adapter_files.check_size(sum(remote.nbytes or 0 for remote in found))
     if not all(remote.tag for remote in found):
         return found, None
     if len(found) == 1:
@@ -117,7 +116,7 @@ def download(location: Location, store: Store, on_progress: OnProgress) -> tuple
             _check_space(home, sum(remote.nbytes or 0 for remote in remotes))
             make_directory(part)
             for remote in remotes:
-                _one(store, remote, part / (remote.name or _archive_name(location)), on_progress)
+                _bring(store, remote, part / (remote.name or _archive_name(location)), on_progress)
             if [_tagged(store.look(remote.name)) for remote in remotes] != [_tagged(remote) for remote in remotes]:
                 shutil.rmtree(part)
                 raise SourceError("it was changed while it was read; try again")
@@ -157,7 +156,7 @@ def _archive_name(location: Location) -> str:
     return next(f"archive{end}" for end in ARCHIVES if location.text.lower().endswith(end))
 
 
-def _there(store: Store, name: str) -> Remote:
+def _required(store: Store, name: str) -> Remote:
     remote = store.look(name)
     if remote is None:
         raise SourceError(f"there is no {name} in it; give the directory of a PEFT adapter" if name else _ABSENT)
@@ -171,7 +170,7 @@ def _tagged(remote: Remote | None) -> tuple[str, int | None] | None:
     return None if remote is None else (remote.tag, remote.nbytes)
 
 
-def _small(store: Store, remote: Remote) -> bytes:
+def _index_of(store: Store, remote: Remote) -> bytes:
     """The content of an index."""
     content = bytearray()
     try:
@@ -192,30 +191,12 @@ def _check_space(home: Path, nbytes: int) -> None:
         )
 
 
-def _one(store: Store, remote: Remote, path: Path, on_progress: OnProgress) -> None:
-    """Bring one file to `path`, on from what is there of it already."""
+def _bring(store: Store, remote: Remote, path: Path, on_progress: OnProgress) -> None:
+    """Bring one file to `path`, on from what is there of it already, and check its digest."""
     if path.exists():
         return
     part = path.with_name(f"{path.name}{_PART}")
-    failed = 0
-    while True:
-        start = part.stat().st_size if part.exists() else 0
-        try:
-            with part.open("ab") as file:
-                _append(store, remote, file, start, on_progress)
-            break
-        except TransferEnded as error:
-            now = part.stat().st_size
-            failed = failed + 1 if now == start else 1
-            if failed == ATTEMPTS:
-                raise SourceError(
-                    f"{path.name} did not come whole: {error}; {now} of {remote.nbytes or 'unknown'} bytes are here, "
-                    "and the same command goes on from there"
-                ) from None
-            time.sleep(PAUSE_SECONDS)
-        except SourceError:
-            part.unlink()
-            raise
+    _bring_whole(store, remote, part, on_progress)
     if remote.digest is not None:
         algorithm, expected = remote.digest
         found = _digest_of(part, algorithm)
@@ -226,6 +207,29 @@ def _one(store: Store, remote: Remote, path: Path, on_progress: OnProgress) -> N
                 "try again"
             )
     part.rename(path)
+
+
+def _bring_whole(store: Store, remote: Remote, part: Path, on_progress: OnProgress) -> None:
+    """Bring the bytes of one file to `part`, in as many attempts as bring some."""
+    failed = 0
+    while True:
+        start = part.stat().st_size if part.exists() else 0
+        try:
+            with part.open("ab") as file:
+                _append(store, remote, file, start, on_progress)
+            return
+        except TransferEnded as error:
+            now = part.stat().st_size
+            failed = failed + 1 if now == start else 1
+            if failed == ATTEMPTS:
+                raise SourceError(
+                    f"{part.stem} did not come whole: {error}; {now} of {remote.nbytes or 'unknown'} bytes are here, "
+                    "and the same command goes on from there"
+                ) from None
+            time.sleep(PAUSE_SECONDS)
+        except SourceError:
+            part.unlink()
+            raise
 
 
 def _digest_of(path: Path, algorithm: str) -> bytes:
@@ -250,7 +254,6 @@ def _append(store: Store, remote: Remote, file: IO[bytes], start: int, on_progre
                 raise SourceError(
                     f"{remote.name} has more bytes than the {remote.nbytes} that were promised; try again"
                 )
-            if error := adapter_files.too_large(done):
-                raise error
+            adapter_files.check_size(done)
     if remote.nbytes is not None and done < remote.nbytes:
         raise TransferEnded("the connection ended")

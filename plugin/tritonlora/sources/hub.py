@@ -75,8 +75,7 @@ def fetch(location: Location, on_progress: OnProgress) -> tuple[Path, str]:
     if weights is None:
         raise SourceError(f"it has {CONFIG}, but neither {' nor '.join(adapter_files.CHECKPOINTS)}")
     small = [name for name in (CONFIG, *adapter_files.TEMPLATES) if name in files]
-    if error := adapter_files.too_large(sum(files[name].nbytes for name in (*small, weights))):
-        raise error
+    adapter_files.check_size(sum(files[name].nbytes for name in (*small, weights)))
     if not _COMMIT.fullmatch(location.revision):
         _download(location, CONFIG, location.revision or None, files, on_progress)  # notes the branch, for --offline
     for name in adapter_files.TEMPLATES:
@@ -88,8 +87,7 @@ def fetch(location: Location, on_progress: OnProgress) -> tuple[Path, str]:
         shards = adapter_files.shards(index.read_bytes())
         if missing := sorted(set(shards) - files.keys()):
             raise SourceError(f"it lacks {missing[0]!r}, which its index names")
-        if error := adapter_files.too_large(sum(files[name].nbytes for name in shards)):
-            raise error
+        adapter_files.check_size(sum(files[name].nbytes for name in shards))
         for name in shards:
             _checked(location, name, commit, files, on_progress)
     return path.parent, commit

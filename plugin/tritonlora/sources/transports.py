@@ -20,17 +20,20 @@ from tritonlora.sources.web import WebStore
 def bring(
     location: Location, stack: contextlib.ExitStack, *, offline: bool, on_progress: OnProgress
 ) -> tuple[Path, str | None]:
-    """The adapter's directory, and the revision. The directory of an archive is there until `stack` is closed."""
+    """The adapter's directory, and the revision. A location on this machine is an archive.
+
+    The directory of an archive is there until `stack` is closed.
+    """
     if location.scheme == HUB:
         return hub.cached(location) if offline else hub.fetch(location, on_progress)
-    directory, revision = Path(location.address), None
-    if location.scheme and offline:
+    if not location.scheme:
+        return stack.enter_context(_unpacked(Path(location.address))), None
+    if offline:
         directory, revision = download.downloaded(location)
-    elif location.scheme:
+    else:
         directory, revision = download.download(location, _store(location), on_progress)
     if location.is_archive:
-        path = download.archive_in(directory, location) if location.scheme else directory
-        directory = stack.enter_context(_unpacked(path))
+        directory = stack.enter_context(_unpacked(download.archive_in(directory, location)))
     return directory, revision
 
 
