@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tritonlora.architectures.families import ARCHITECTURES, BY_MODEL_TYPE, LFM2, T5, Architecture
-from tritonlora.architectures.layers import why_none
 from tritonlora.architectures.lora_modules import BY_NAME, ModuleDims
-from tritonlora.errors import EngineMismatch, UnknownArchitecture, one_message
+from tritonlora.engine import hf_config
+from tritonlora.engine.model_sizes import MODULE_DIMS, Sizes, module_dims, size_in
+from tritonlora.errors import EngineMismatch, one_message
 from tritonlora.serving.dtypes import LORA_DTYPES
 from tritonlora.serving.file_version import read_file
 
@@ -62,7 +62,7 @@ class EngineProfile:
         (cpp/tensorrt_llm/runtime/gptJsonConfig.cpp).
         """
         dims = self.modules[name]
-        inward, outward = _MODULE_DIMS[name]
+        inward, outward = MODULE_DIMS[name]
         return (
             self.mlp_width if self.mlp_width and inward == "mlp" else dims.in_features,
             self.mlp_width if self.mlp_width and outward == "mlp" else dims.out_features,
@@ -84,62 +84,6 @@ class EngineProfile:
             )
             faults.append((problem, "build the engine with a pp_size that divides its layers"))
         return faults
-
-
-@dataclass(frozen=True, slots=True)
-class _Sizes:
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_size: int
-    mlp: int
-    experts: int = 0
-
-
-# Module -> (in, out), as names of `_Dims` entries. TensorRT-LLM cpp/tensorrt_llm/runtime/loraModule.cpp,
-# `createLoraModules`; `attention` is heads * head_size.
-_MODULE_DIMS: Mapping[str, tuple[str, str]] = {
-    "attn_qkv": ("hidden", "qkv"),
-    "attn_q": ("hidden", "attention"),
-    "attn_k": ("hidden", "kv"),
-    "attn_v": ("hidden", "kv"),
-    "attn_dense": ("attention", "hidden"),
-    "mlp_h_to_4h": ("hidden", "mlp"),
-    "mlp_4h_to_h": ("mlp", "hidden"),
-    "mlp_gate": ("hidden", "mlp"),
-    "cross_attn_qkv": ("hidden", "qkv"),
-    "cross_attn_q": ("hidden", "attention"),
-    "cross_attn_k": ("hidden", "kv"),
-    "cross_attn_v": ("hidden", "kv"),
-    "cross_attn_dense": ("attention", "hidden"),
-    "moe_h_to_4h": ("hidden_by_expert", "mlp_by_expert"),
-    "moe_4h_to_h": ("mlp_by_expert", "hidden_by_expert"),
-    "moe_gate": ("hidden_by_expert", "mlp_by_expert"),
-    "moe_router": ("hidden", "experts"),
-    "mlp_router": ("hidden", "one"),
-    "mlp_gate_up": ("hidden", "two_mlp"),
-}
-# Keys under which a model with a vision tower describes its text model. InternVL's own code uses the second.
-_TEXT_CONFIGS = ("text_config", "llm_config")
-# Size -> its keys in config.json, the usual one first. A family may put other keys before them.
-_SPELLINGS: Mapping[str, tuple[str, ...]] = {
-    "hidden": ("hidden_size", "n_embd", "d_model", "n_embed"),
-    "layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
-    "heads": ("num_attention_heads", "n_head", "n_heads", "num_heads"),
-    "kv_heads": ("num_key_value_heads", "num_kv_heads"),
-    "head_size": ("head_dim", "d_kv", "head_size"),
-    "mlp": ("intermediate_size", "ffn_dim", "ffn_hidden_size", "d_ff", "n_inner"),
-}
-# Models whose MLP is four times as wide as the hidden size if config.json has no size for it. Other models need one.
-# (transformers does not read MPT's expansion_ratio, another multiple.)
-_FOUR_TIMES_HIDDEN = frozenset(
-    {
-        *("GPT2LMHeadModel", "GPTBigCodeForCausalLM", "GPTNeoForCausalLM", "GPTJForCausalLM", "BloomForCausalLM"),
-        *("FalconForCausalLM", "MptForCausalLM", "GPTNeoXJapaneseForCausalLM"),
-    }
-)
-_MULTI_QUERY = frozenset({"FalconForCausalLM", "GPTBigCodeForCausalLM"})
 
 
 def load_profile(path: Path, *, dtype: str | None = None) -> EngineProfile:
@@ -183,29 +127,13 @@ def profile_from_hf(
     taken apart. `dtype` overrides the model's. Raises EngineMismatch, naming everything that is missing or unknown;
     UnknownArchitecture where that is the architecture.
     """
-    nested = next((config[key] for key in _TEXT_CONFIGS if isinstance(config.get(key), dict)), None)
-    text: Mapping[str, Any] = config if nested is None else nested
-    names, model_type = config.get("architectures"), str(text.get("model_type", ""))
-    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
-    # Models with a vision tower are of many architectures, and their text models of few.
-    architecture = ARCHITECTURES.get(name) or BY_MODEL_TYPE.get(model_type)
-    if architecture is None:
-        if why := why_none(name):
-            raise UnknownArchitecture(f"{source!r}: {name}: {why}; merge the adapter into the base model")
-        raise UnknownArchitecture(
-            f"{source!r}: unknown architecture {name!r}, and unknown model_type {model_type!r}; expected one of the "
-            f"{len(ARCHITECTURES)} that are known, such as {', '.join(list(ARCHITECTURES)[:3])}; merge the adapter "
-            "into the base model. If layers of the same names have the same meaning in a known architecture, convert "
-            "without the base model, which only DoRA needs"
-        )
-    if text is nested:
-        text = {**architecture.nested, **text}
+    architecture, text = hf_config.text_model(config, source)
     problems: list[str] = []
-    sizes = _hf_sizes(text, architecture, problems)
+    sizes = hf_config.sizes_of(text, architecture, problems)
     found = dtype or next((c[k] for c in (text, config) for k in ("dtype", "torch_dtype") if c.get(k)), None)
     if found not in LORA_DTYPES:
         problems.append(f"dtype is {found!r}, expected one of {', '.join(LORA_DTYPES)}; give it explicitly")
-    targets = sorted(_hf_modules(text, architecture) if target_modules is None else set(target_modules))
+    targets = sorted(hf_config.modules_of(text, architecture) if target_modules is None else set(target_modules))
     problems += [
         f"unknown LoRA module {target!r}; known: {', '.join(BY_NAME)}" for target in targets if target not in BY_NAME
     ]
@@ -216,7 +144,7 @@ def profile_from_hf(
         architecture=architecture.name,
         dtype=str(found),
         num_layers=sizes.layers,
-        modules=_modules(targets, sizes, dense_in=sizes.heads * sizes.head_size),
+        modules=module_dims(targets, sizes, dense_in=sizes.heads * sizes.head_size),
         max_lora_rank=max_lora_rank,
         num_heads=sizes.heads,
         num_kv_heads=sizes.kv_heads,
@@ -242,15 +170,15 @@ def profile_from_engine(config: Mapping[str, Any], source: str) -> EngineProfile
     # The first releases with pretrained_config kept the two fields there.
     lora = _section(build, "lora_config", "build_config", problems) if "lora_config" in build else pretrained
     plugins = _section(build, "plugin_config", "build_config", problems)
-    hidden = _size(pretrained, ("hidden_size",), problems)
-    heads = _size(pretrained, ("num_attention_heads",), problems)
-    sizes = _Sizes(
+    hidden = size_in(pretrained, ("hidden_size",), problems)
+    heads = size_in(pretrained, ("num_attention_heads",), problems)
+    sizes = Sizes(
         hidden=hidden,
-        layers=_size(pretrained, ("num_hidden_layers",), problems),
+        layers=size_in(pretrained, ("num_hidden_layers",), problems),
         heads=heads,
-        kv_heads=_size(pretrained, ("num_key_value_heads",), problems, missing=heads),
-        head_size=_size(pretrained, ("head_size",), problems, missing=hidden // max(heads, 1)),
-        mlp=_size(pretrained, ("intermediate_size",), problems, missing=4 * hidden),
+        kv_heads=size_in(pretrained, ("num_key_value_heads",), problems, missing=heads),
+        head_size=size_in(pretrained, ("head_size",), problems, missing=hidden // max(heads, 1)),
+        mlp=size_in(pretrained, ("intermediate_size",), problems, missing=4 * hidden),
         experts=_experts(pretrained, problems),
     )
     dtype = pretrained.get("dtype")
@@ -260,7 +188,7 @@ def profile_from_engine(config: Mapping[str, Any], source: str) -> EngineProfile
     plugin = plugins.get("lora_plugin")
     has_lora = bool(plugin)
     targets = _engine_targets(lora.get("lora_target_modules"), problems) if has_lora else []
-    tp_size = _size(mapping, ("tp_size",), problems, missing=1)
+    tp_size = size_in(mapping, ("tp_size",), problems, missing=1)
     # Each rank has one key-value head at least, and createLoraModules multiplies what each has.
     repeated = replace(sizes, kv_heads=max(sizes.kv_heads // max(tp_size, 1), 1) * tp_size)
     profile = EngineProfile(
@@ -269,11 +197,11 @@ def profile_from_engine(config: Mapping[str, Any], source: str) -> EngineProfile
         dtype=str(dtype),
         num_layers=sizes.layers,
         # createLoraModules takes attn_dense to be hidden x hidden, whatever the heads are.
-        modules=_modules(targets, repeated, dense_in=sizes.hidden),
-        max_lora_rank=_size(lora, ("max_lora_rank",), problems) if has_lora else 0,
+        modules=module_dims(targets, repeated, dense_in=sizes.hidden),
+        max_lora_rank=size_in(lora, ("max_lora_rank",), problems) if has_lora else 0,
         tp_size=tp_size,
-        pp_size=_size(mapping, ("pp_size",), problems, missing=1),
-        max_beam_width=_size(build, ("max_beam_width",), problems, missing=1),
+        pp_size=size_in(mapping, ("pp_size",), problems, missing=1),
+        max_beam_width=size_in(build, ("max_beam_width",), problems, missing=1),
         num_heads=sizes.heads,
         num_kv_heads=sizes.kv_heads,
         head_size=sizes.head_size,
@@ -324,7 +252,7 @@ def _reports(
         yield _NO_KV_CACHE
 
 
-def _narrow_mlp(architecture: str, sizes: _Sizes) -> int:
+def _narrow_mlp(architecture: str, sizes: Sizes) -> int:
     return sizes.mlp // 2 if architecture == "QWenLMHeadModel" else 0
 
 
@@ -340,27 +268,6 @@ def _config_file(path: Path) -> Path:
     raise EngineMismatch(
         f"there is no config.json in {str(path)!r}; give an engine's or a Hugging Face model's directory"
     )
-
-
-def _modules(names: Iterable[str], sizes: _Sizes, *, dense_in: int) -> dict[str, ModuleDims]:
-    dims = {
-        "one": 1,
-        "hidden": sizes.hidden,
-        "attention": sizes.heads * sizes.head_size,
-        "kv": sizes.kv_heads * sizes.head_size,
-        "qkv": (sizes.heads + 2 * sizes.kv_heads) * sizes.head_size,
-        "mlp": sizes.mlp,
-        "two_mlp": 2 * sizes.mlp,
-        "experts": sizes.experts,
-        "hidden_by_expert": sizes.hidden * sizes.experts,
-        "mlp_by_expert": sizes.mlp * sizes.experts,
-    }
-    found = {}
-    for name in sorted(names, key=lambda name: BY_NAME[name].id):
-        inward, outward = _MODULE_DIMS[name]
-        in_features = dense_in if name in ("attn_dense", "cross_attn_dense") else dims[inward]
-        found[name] = ModuleDims(BY_NAME[name], in_features, dims[outward])
-    return found
 
 
 def _engine_targets(names: object, problems: list[str]) -> list[str]:
@@ -386,60 +293,7 @@ def _experts(pretrained: Mapping[str, Any], problems: list[str]) -> int:
     """The number of experts: 0 for a model that has none, which newer releases write out and older ones leave out."""
     moe = pretrained.get("moe")
     section, key = (moe, "num_experts") if isinstance(moe, dict) else (pretrained, "moe_num_experts")
-    return 0 if section.get(key) == 0 else _size(section, (key,), problems, missing=0)
-
-
-def _hf_modules(config: Mapping[str, Any], architecture: Architecture) -> frozenset[str]:
-    known = {"feed_forward_proj": "relu", **architecture.defaults, **config}
-    if architecture.family is T5 and not str(known["feed_forward_proj"]).startswith("gated"):
-        return architecture.family.modules - {"mlp_gate"}
-    return architecture.family.modules
-
-
-def _hf_sizes(config: Mapping[str, Any], architecture: Architecture, problems: list[str]) -> _Sizes | None:
-    sections = [(name, section) for name, section in config.items() if isinstance(section, dict)]
-    config = {**config, **{f"{name}.{key}": value for name, section in sections for key, value in section.items()}}
-    known = {**architecture.defaults, **{key: value for key, value in config.items() if value is not None}}
-    # With null the model derives the size. With a missing key it takes the default of its architecture.
-    known = {key: value for key, value in known.items() if not (key in config and config[key] is None)}
-    names = {what: architecture.family.sizes.get(what, spellings) for what, spellings in _SPELLINGS.items()}
-    before = len(problems)
-    hidden = _size(known, names["hidden"], problems)
-    heads = _size(known, names["heads"], problems)
-    layers = _size(known, names["layers"], problems)
-    if len(problems) > before:
-        return None
-    kv_heads = heads
-    if architecture.name in _MULTI_QUERY and not known.get("new_decoder_architecture"):
-        # GPTBigCode and the first Falcons ignore num_kv_heads: one key-value head, or one for each head.
-        kv_heads = 1 if config.get("multi_query", True) else heads
-    else:
-        kv_heads = _size(known, names["kv_heads"], problems, missing=heads)
-    four_times = hidden * _size(known, ("intermediate_multiple_size",), problems, missing=4)
-    mlp = _size(known, names["mlp"], problems, missing=four_times if architecture.name in _FOUR_TIMES_HIDDEN else None)
-    return _Sizes(
-        hidden=hidden,
-        layers=layers,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_size=_size(known, names["head_size"], problems, missing=hidden // heads),
-        mlp=_lfm2_mlp(mlp, known, problems) if architecture.family is LFM2 else mlp,
-    )
-
-
-def _lfm2_mlp(size: int, config: Mapping[str, Any], problems: list[str]) -> int:
-    """Two thirds of the `size` that config.json says, and that rounded up (transformers' `Lfm2MLP`)."""
-    if not config.get("block_auto_adjust_ff_dim"):
-        return size
-    size = int(2 * size / 3)
-    multiplier = config.get("block_ffn_dim_multiplier")
-    if multiplier is None:
-        return size
-    if not isinstance(multiplier, (int, float)) or not 0 < multiplier < 1 << 10:
-        problems.append(f"'block_ffn_dim_multiplier' is {multiplier!r}, expected a positive number")
-        return size
-    multiple = _size(config, ("block_multiple_of",), problems, missing=1)
-    return -(-int(multiplier * size) // multiple) * multiple
+    return 0 if section.get(key) == 0 else size_in(section, (key,), problems, missing=0)
 
 
 def _section(config: Mapping[str, Any], key: str, where: str, problems: list[str]) -> Mapping[str, Any]:
@@ -449,17 +303,4 @@ def _section(config: Mapping[str, Any], key: str, where: str, problems: list[str
     if not isinstance(value, dict):
         problems.append(f"{where}.{key} is {value!r}, expected an object")
         return {}
-    return value
-
-
-def _size(config: Mapping[str, Any], keys: Sequence[str], problems: list[str], missing: int | None = None) -> int:
-    key = next((key for key in keys if config.get(key) is not None), None)
-    if key is None:
-        if missing is None:
-            problems.append(f"{' or '.join(repr(key) for key in keys)} is missing")
-        return missing or 0
-    value = config[key]
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 1 << 31:
-        problems.append(f"{key!r} is {value!r}, expected a positive integer")
-        return missing or 0
     return value
