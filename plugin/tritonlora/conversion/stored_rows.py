@@ -111,7 +111,7 @@ def _layers_of(family: Family, found: Mapping[str, int], tensors: _Tensors) -> I
 
 
 class _Tensors:
-    """The matrices in the rows."""
+    """Reads the matrices of stored rows."""
 
     def __init__(self, stored: StoredRows, profile: EngineProfile) -> None:
         self._stored, self._profile = stored, profile

@@ -62,26 +62,27 @@ def convert_file(
     UnsupportedAdapter, which names each tensor that is too large for `layout.dtype` or becomes zero in it. Raises
     OSError with the file's name, for example on a full disk.
     """
-    rows = _Rows(adapter, layout, base)
+    filler = _Filler(adapter, layout, base)
     try:
         with path.open("wb", buffering=0) as file:
             _write_at(file.fileno(), memoryview(header), 0)
             os.ftruncate(file.fileno(), len(header) + layout.weights_nbytes)
-            _write_rows(rows, layout, file.fileno(), len(header))
+            _write_rows(filler, layout, file.fileno(), len(header))
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
-    rows.notes.raise_unfit(adapter, allow_nonfinite=allow_nonfinite)
-    return rows.notes.remarks(adapter)
+    filler.notes.raise_unfit(adapter, allow_nonfinite=allow_nonfinite)
+    return filler.notes.remarks(adapter)
 
 
 def check_values(adapter: Adapter, layout: Layout, *, allow_nonfinite: bool = False) -> tuple[str, ...]:
     """Raise the errors that `convert_file` raises on values, and return its remarks, without writing a file."""
-    rows, place = _Rows(adapter, layout, None), _Place(torch.empty(layout.width, dtype=getattr(torch, layout.dtype)))
+    filler = _Filler(adapter, layout, None)
+    place = _Place(torch.empty(layout.width, dtype=getattr(torch, layout.dtype)))
     with _threads(layout):
         for index in range(len(layout.rows)):
-            rows.fill(index, place)
-    rows.notes.raise_unfit(adapter, allow_nonfinite=allow_nonfinite)
-    return rows.notes.remarks(adapter)
+            filler.fill(index, place)
+    filler.notes.raise_unfit(adapter, allow_nonfinite=allow_nonfinite)
+    return filler.notes.remarks(adapter)
 
 
 @contextlib.contextmanager
@@ -119,8 +120,8 @@ class _Place:
         return found
 
 
-class _Rows:
-    """Fills the rows of one adapter in turn."""
+class _Filler:
+    """Fills the rows of one adapter in turn, and notes what it sees of their values."""
 
     def __init__(self, adapter: Adapter, layout: Layout, base: Path | None) -> None:
         self._adapter = adapter
@@ -255,7 +256,7 @@ _BATCHES = 3
 _Batch: TypeAlias = "list[_Place]"
 
 
-def _write_rows(rows: _Rows, layout: Layout, descriptor: int, start: int) -> None:
+def _write_rows(filler: _Filler, layout: Layout, descriptor: int, start: int) -> None:
     """Fill the rows, a batch at a time, while another thread writes the batch before."""
     count, row_nbytes = len(layout.rows), layout.width * DTYPES[layout.dtype].itemsize
     size = max(1, min(count, _BATCH_NBYTES // row_nbytes))
@@ -285,7 +286,7 @@ def _write_rows(rows: _Rows, layout: Layout, descriptor: int, start: int) -> Non
                 if errors:
                     break
                 contents = [
-                    (rows.fill(index, place), start + index * row_nbytes)
+                    (filler.fill(index, place), start + index * row_nbytes)
                     for index, place in zip(range(first, count), batch, strict=False)
                 ]
                 filled.put((batch, contents))

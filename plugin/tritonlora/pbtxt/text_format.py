@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""Parses protobuf's text format, without a schema, into a tree whose nodes have their positions in the text.
+"""Parse protobuf's text format, without a schema, into a tree whose nodes have their positions in the text.
 
 The grammar is that of Triton's own parser, with one addition: a placeholder `${name}`, which upstream's
 tools/fill_template.py has not filled in yet, may stand in the place of a scalar value. Every node has its

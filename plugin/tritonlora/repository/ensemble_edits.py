@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""Edits of an ensemble's config.pbtxt that put the router or the resolver into it, so that requests can name adapters.
+"""Put the router or the resolver into an ensemble's config.pbtxt, so that requests can name adapters.
 
     forward    preprocessing -> lora_router -> postprocessing; the router sends requests to the engine's model
     resolve    preprocessing -> lora_resolver -> tensorrt_llm -> postprocessing

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""Makes the config.pbtxt of the router, of the resolver and of an ensemble from the config of the engine's model.
+"""Make the config.pbtxt of the router, of the resolver and of an ensemble from the config of the engine's model.
 
 `set_parameters` edits an existing config losslessly. The functions take values and return values, and are idempotent.
 """

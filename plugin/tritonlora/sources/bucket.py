@@ -1,8 +1,8 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""Files of an object store, by fsspec and its driver for the scheme: s3fs for s3://. Others are not tried.
+"""Files of an object store, by fsspec and its driver for the scheme. Only s3fs, for s3://, is tested.
 
-Credentials are the driver's own business: for S3 those of AWS's variables, files and machines.
+The driver finds the credentials itself. For S3 they come from AWS's variables, files or machines.
 """
 
 from __future__ import annotations

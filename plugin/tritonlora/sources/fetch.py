@@ -104,7 +104,7 @@ def _check_there(location: Location) -> None:
 
 @contextlib.contextmanager
 def _named(location: Location) -> Iterator[None]:
-    """Name the source in an error of its own, and of an adapter that came from afar: its path says nothing then."""
+    """Name the source in its errors, and in errors of a fetched adapter: its path in the cache tells a user nothing."""
     try:
         yield
     except SourceError as error:

@@ -1,8 +1,9 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""Which sources may be used, and whether the network may be.
+"""Which sources a command may use, and whether it may use the network.
 
-The options of a command, the environment and the config files each may restrict; what one forbids, none can allow.
+The command's options, the environment and each config file can forbid sources. None of them can allow a source that
+another one forbids.
 """
 
 from __future__ import annotations

@@ -142,13 +142,13 @@ def stored_remarks(root: Path, entry: AdapterEntry, profile: EngineProfile | Non
     """A remark on rows of zeros. There is none without the profile, which tells where lora_B begins in a row."""
     if profile is None:
         return ()
-    found = rows(root, entry, profile)
-    pairs = [(BY_ID[module].name, layer) for module, layer, *_ in found]
+    found, itemsize = rows(root, entry, profile), DTYPES[entry.dtype].itemsize
     zero, others, dora = set[tuple[str, int]](), False, False
     with open(open_file(root / entry.lora_weights_file), "rb", buffering=0) as file:  # noqa: PTH123  a descriptor
-        for (name, layer), (_, _, size, *columns) in zip(pairs, found, strict=True):
+        for module, layer, size, *columns in found:
             values = file.read(entry.lora_weights_nbytes // len(found))
-            dims, itemsize = profile.modules[name], DTYPES[entry.dtype].itemsize
+            name = BY_ID[module].name
+            dims = profile.modules[name]
             a_end = size * dims.in_features * itemsize
             b_end = a_end + size * dims.out_features * itemsize
             if is_zero(values[:a_end], itemsize) or is_zero(values[a_end:b_end], itemsize):
