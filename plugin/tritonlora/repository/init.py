@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from tritonlora.errors import ConfigError, RepositoryError, one_message
+from tritonlora.errors import RepositoryError, one_message
 from tritonlora.files import (
     delete,
     locked,
@@ -42,6 +42,7 @@ from tritonlora.repository.paths import (
     cache_pages,
     dead_links,
     half_written,
+    naming,
     read_table,
     read_text,
     require_directory,
@@ -128,15 +129,13 @@ def _rewired(
     """The ensembles that are there, led to the resolver or to the router."""
     for name, config in ensembles.items():
         before = models.document(name)
-        try:
+        with naming(models.path(name)):
             if resolves:
                 announcing = _first_step(models, config, _can_announce)
                 after = ensemble_edits.rewire_to_resolve(before, target=target, wire=wire, postprocessing=announcing)
             else:
                 decoding = _first_step(models, config, _takes_previous_tokens)
                 after = ensemble_edits.rewire_to_forward(before, target=target, postprocessing=decoding)
-        except ConfigError as error:
-            raise RepositoryError(f"{models.path(name)}: {error}") from None
         yield FileChange(models.path(name), before.text, after.text)
 
 
@@ -152,15 +151,13 @@ def _config_files(
     """The config.pbtxt files of tritonlora's own models and ensembles: path in the repository -> content."""
     previous_ids = any(_first_step(models, config, _takes_previous_tokens) for config in ensembles.values())
     files = {f"{LISTING}/config.pbtxt": read_text(shipped_models() / LISTING / "config.pbtxt")}
-    try:
+    with naming(models.path(target)):
         files[f"{ROUTER}/config.pbtxt"] = _router_config(
             models, target, engine_config, previous_ids=previous_ids, served_at=served_at
         )
         files[f"{RESOLVER}/config.pbtxt"] = _resolver_config(models, target, engine_config)
         tokens = model_configs.target_ensemble(engine_config, name=TOKENS, target_name=target, router=ROUTER)
         text = model_configs.text_ensemble(engine_config, name=ENSEMBLE, target_name=target)
-    except ConfigError as error:
-        raise RepositoryError(f"{models.path(target)}: {error}") from None
     if _why_past_the_resolver(target, engine_config):
         return files
     own = {TOKENS: tokens}

@@ -7,9 +7,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,8 +120,15 @@ def read_text(path: Path) -> str:
 
 def read_config(path: Path) -> ModelConfig:
     """The meaning of a config.pbtxt; RepositoryError, naming the file, when it cannot be understood."""
-    try:
+    with naming(path):
         return parse_config(read_text(path))
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Turn a ConfigError in the block into a RepositoryError that names the config.pbtxt."""
+    try:
+        yield
     except ConfigError as error:
         raise RepositoryError(f"{path}: {error}") from None
 

@@ -21,7 +21,7 @@ from tritonlora.errors import ConfigError, RepositoryError
 from tritonlora.pbtxt.model_config import ModelConfig, config_of
 from tritonlora.pbtxt.text_format import Document, parse
 from tritonlora.repository import paths, warmup
-from tritonlora.repository.paths import WARMUP, Repository, read_bytes, read_text
+from tritonlora.repository.paths import WARMUP, Repository, naming, read_bytes, read_text
 from tritonlora.serving.adapter_table import AdapterTable
 from tritonlora.targets import Target, target_of
 
@@ -45,19 +45,15 @@ class Models:
     def document(self, name: str) -> Document:
         """The text and the tree of a config.pbtxt; RepositoryError, naming the file, when it cannot be parsed."""
         if name not in self._documents:
-            try:
+            with naming(self.path(name)):
                 self._documents[name] = parse(read_text(self.path(name)))
-            except ConfigError as error:
-                raise RepositoryError(f"{self.path(name)}: {error}") from None
         return self._documents[name]
 
     def config(self, name: str) -> ModelConfig:
         """The meaning of a config.pbtxt; RepositoryError, naming the file, when it cannot be understood."""
         if name not in self._configs:
-            try:
+            with naming(self.path(name)):
                 self._configs[name] = config_of(self.document(name))
-            except ConfigError as error:
-                raise RepositoryError(f"{self.path(name)}: {error}") from None
         return self._configs[name]
 
     def served_config(self, name: str) -> ModelConfig:
