@@ -159,7 +159,7 @@ def test_an_error_of_the_engine_in_mid_stream_ends_it_apart(monkeypatch: pytest.
 
     module = import_model(monkeypatch, "tritonlora.cpu_engine.triton_model")
     for pieces in (0, 1):
-        row = module.RowAnswers(module.Reply(Watched().request()), 0, 1)
+        row = module.RowSender(module.Reply(Watched().request()), 0, 1)
         for _ in range(pieces):
             row.send([7], last=False)
         row.fail("broken")

@@ -47,7 +47,7 @@ class Generation:
     adapter: Adapter
     generator: torch.Generator
     unread: list[int]  # tokens that the model has not seen yet
-    answer: list[int] = field(default_factory=list)
+    generated: list[int] = field(default_factory=list)
     kv_cache: Any = None
 
 
@@ -97,10 +97,10 @@ class CausalLM:
         with torch.inference_mode():
             kv_cache = {self._kv_cache: state.kv_cache}
             output = self._model(input_ids=torch.tensor([state.unread]), **kv_cache, **self._options)
-            token = choose_token(output.logits[0, -1], state.request, state.answer, state.generator)
+            token = choose_token(output.logits[0, -1], state.request, state.generated, state.generator)
         state.kv_cache = output[self._kv_cache]
         state.unread = [token]
-        state.answer.append(token)
+        state.generated.append(token)
         return token
 
     def _hook_layers(self, profile: EngineProfile) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tritonlora.cpu_engine.backend import BACKENDS, Backend
-from tritonlora.cpu_engine.executor import Answers, Executor
+from tritonlora.cpu_engine.executor import Executor, Sender
 from tritonlora.cpu_engine.request import Tensors, asks_to_stop, parse_requests
 from tritonlora.cpu_engine.synthetic import SyntheticModel
 from tritonlora.cpu_engine.validation import check_lora_config
@@ -31,18 +31,18 @@ class CpuEngine:
     def submit(
         self,
         tensors: Tensors,
-        answers: Callable[[int, int], Answers],
+        senders: Callable[[int, int], Sender],
         *,
         requested_outputs: Collection[str] = ("output_ids", "sequence_length"),
         label: str = "",
     ) -> None:
-        """Queue one Triton request and return at once; `answers(row, rows)` gives the receiver of a row's responses.
+        """Queue one Triton request and return at once; `senders(row, rows)` gives the sender of a row's responses.
 
         `label` is the client's request id: a later request with it and `stop` ends this one.
         """
         if asks_to_stop(tensors):
             self._executor.stop(label)
-            answers(0, 1).send([], last=True)
+            senders(0, 1).send([], last=True)
             return
         try:
             rows = parse_requests(
@@ -55,10 +55,10 @@ class CpuEngine:
             for row in rows:
                 check_lora_config(row.lora)
         except (InvalidRequest, LoraCacheError) as error:
-            answers(0, 1).fail(self._backend.input_error.format(id=label, error=error))
+            senders(0, 1).fail(self._backend.input_error.format(id=label, error=error))
             return
         for index, row in enumerate(rows):
-            self._executor.submit(row, answers(index, len(rows)), label=label)
+            self._executor.submit(row, senders(index, len(rows)), label=label)
 
     def close(self) -> None:
         """End the thread. Requests that have not ended get an error."""

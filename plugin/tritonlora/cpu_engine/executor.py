@@ -61,8 +61,8 @@ class Model(Protocol[AdapterT, StateT]):
         """Compute the next token."""
 
 
-class Answers(Protocol):
-    """The receiver of the responses to one request."""
+class Sender(Protocol):
+    """Sends the responses to one request."""
 
     def send(self, tokens: Sequence[int], *, last: bool) -> None:
         """Send new tokens; `last` ends the request."""
@@ -81,7 +81,7 @@ class Answers(Protocol):
 class _Submitted:
     id: int
     request: GenerationRequest
-    answers: Answers
+    sender: Sender
     label: str
     stopped: bool = False
 
@@ -125,10 +125,10 @@ class Executor(Generic[AdapterT, StateT]):
         self._thread = threading.Thread(target=self._run, name="executor", daemon=True)
         self._thread.start()
 
-    def submit(self, request: GenerationRequest, answers: Answers, *, label: str = "") -> None:
-        """Queue a request. `answers` is called from the executor's thread; `stop` ends the request by its `label`."""
+    def submit(self, request: GenerationRequest, sender: Sender, *, label: str = "") -> None:
+        """Queue a request. `sender` is called from the executor's thread; `stop` ends the request by its `label`."""
         with self._changed:
-            self._queue.append(_Submitted(next(self._ids), request, answers, label))
+            self._queue.append(_Submitted(next(self._ids), request, sender, label))
             self._changed.notify()
 
     def stop(self, label: str) -> None:
@@ -220,17 +220,17 @@ class Executor(Generic[AdapterT, StateT]):
     def _is_wanted(self, active: _Active[StateT], asks: bool) -> bool:
         """Whether the request goes on. It ends if it was stopped or, with `asks`, if its client has left."""
         submitted = active.submitted
-        if not (submitted.stopped or (asks and submitted.answers.is_cancelled())):
+        if not (submitted.stopped or (asks and submitted.sender.is_cancelled())):
             return True
         self._release(submitted)
         with contextlib.suppress(Exception):  # nobody is left to tell
-            submitted.answers.cancel()
+            submitted.sender.cancel()
         return False
 
     def _advance(self, active: _Active[StateT]) -> bool:
         """Compute the next token of a request, and send what is due. Returns whether the request goes on."""
         submitted = active.submitted
-        request, answers = submitted.request, submitted.answers
+        request, sender = submitted.request, submitted.sender
         try:
             token = self._model.next_token(active.state)
             piece = [] if token == request.end_id else [token]  # as upstream: the end token is not sent
@@ -239,9 +239,9 @@ class Executor(Generic[AdapterT, StateT]):
             if last:
                 self._release(submitted)  # first: a client that has the response may rely on the pages being free
             if request.streaming:
-                answers.send(piece, last=last)
+                sender.send(piece, last=last)
             elif last:
-                answers.send(active.tokens if request.exclude_input else [*request.prompt, *active.tokens], last=True)
+                sender.send(active.tokens if request.exclude_input else [*request.prompt, *active.tokens], last=True)
             return not last
         except Exception as error:  # noqa: BLE001  a fault of one request must not end the others
             self._release(submitted)
@@ -254,7 +254,7 @@ class Executor(Generic[AdapterT, StateT]):
 
     def _fail(self, submitted: _Submitted, error: str) -> None:
         with contextlib.suppress(Exception):  # nobody is left to tell
-            submitted.answers.fail(self._backend.executor_error.format(id=submitted.id, error=error))
+            submitted.sender.fail(self._backend.executor_error.format(id=submitted.id, error=error))
 
 
 def _geometry(profile: EngineProfile, parameters: CacheParameters) -> PageGeometry | None:

@@ -12,19 +12,19 @@ from tritonlora.cpu_engine.request import GenerationRequest
 
 
 def choose_token(
-    logits: torch.Tensor, request: GenerationRequest, answer: Sequence[int], generator: torch.Generator
+    logits: torch.Tensor, request: GenerationRequest, generated: Sequence[int], generator: torch.Generator
 ) -> int:
-    """The token after `answer`, from `logits` of shape (vocabulary,).
+    """The token after `generated`, from `logits` of shape (vocabulary,).
 
     The steps come in TensorRT-LLM's order: penalties, forbidden tokens, temperature, top_k, top_p.
     """
     sampling = request.sampling
     logits = logits.float()
-    logits = _penalize(logits, request, answer)
-    if request.end_id is not None and len(answer) < sampling.min_length:
+    logits = _penalize(logits, request, generated)
+    if request.end_id is not None and len(generated) < sampling.min_length:
         logits[request.end_id] = -torch.inf
     for word in sampling.bad_words:
-        if tuple(answer[len(answer) - len(word) + 1 :]) == word[:-1]:
+        if tuple(generated[len(generated) - len(word) + 1 :]) == word[:-1]:
             logits[word[-1]] = -torch.inf
     if sampling.greedy:
         return int(logits.argmax())
@@ -40,14 +40,14 @@ def choose_token(
     return int(tokens[torch.multinomial(probabilities, 1, generator=generator)])
 
 
-def _penalize(logits: torch.Tensor, request: GenerationRequest, answer: Sequence[int]) -> torch.Tensor:
+def _penalize(logits: torch.Tensor, request: GenerationRequest, generated: Sequence[int]) -> torch.Tensor:
     sampling = request.sampling
     logits = logits.clone()
     if sampling.repetition_penalty != 1:
-        seen = torch.tensor(sorted({*request.prompt, *answer}))
+        seen = torch.tensor(sorted({*request.prompt, *generated}))
         there = logits[seen]
         logits[seen] = torch.where(there < 0, there * sampling.repetition_penalty, there / sampling.repetition_penalty)
-    if (sampling.presence_penalty or sampling.frequency_penalty) and answer:
-        counts = torch.bincount(torch.tensor(answer), minlength=len(logits))
+    if (sampling.presence_penalty or sampling.frequency_penalty) and generated:
+        counts = torch.bincount(torch.tensor(generated), minlength=len(logits))
         logits -= sampling.frequency_penalty * counts + sampling.presence_penalty * (counts > 0)
     return logits

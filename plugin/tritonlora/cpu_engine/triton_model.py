@@ -41,7 +41,7 @@ class TritonPythonModel:
         for request in requests:
             self._engine.submit(
                 {tensor.name(): array_of(tensor) for tensor in request.inputs()},
-                functools.partial(RowAnswers, Reply(request)),
+                functools.partial(RowSender, Reply(request)),
                 requested_outputs=request.requested_output_names(),
                 label=request.request_id(),
             )
@@ -58,7 +58,7 @@ class Reply:
         self.wants_batch_index = "batch_index" in request.requested_output_names()
         self._sender = request.get_response_sender()
         self._rows_ended = 0
-        self._has_answered = False
+        self._has_responded = False
         self.is_cancelled = self._sender.is_cancelled
 
     def send(self, response: pb_utils.InferenceResponse, *, ends_row: bool, rows: int) -> None:
@@ -66,15 +66,15 @@ class Reply:
         self._rows_ended += ends_row
         is_final = self._rows_ended == rows
         # Triton 2.51 loses an error that is not the first response to a BLS request, and the final flag with it.
-        apart = is_final and self._has_answered and response.has_error()
+        apart = is_final and self._has_responded and response.has_error()
         self._sender.send(response, flags=FINAL if is_final and not apart else 0)
         if apart:
             self._sender.send(flags=FINAL)
-        self._has_answered = True
+        self._has_responded = True
 
 
-class RowAnswers:
-    """The responses to one row of a batch; implements `tritonlora.cpu_engine.executor.Answers`."""
+class RowSender:
+    """Sends the responses to one row of a batch; implements `tritonlora.cpu_engine.executor.Sender`."""
 
     def __init__(self, reply: Reply, row: int, rows: int) -> None:
         self._reply = reply
