@@ -17,10 +17,10 @@ import torch
 from engine_client import Received, ask, ask_batch, config_directory, tensors_of
 from tritonlora.cpu_engine.engine import CpuEngine, load_engine
 from tritonlora.cpu_engine.executor import Executor
+from tritonlora.cpu_engine.peft_cache import LoraCacheError
 from tritonlora.cpu_engine.request import LoraInputs
 from tritonlora.cpu_engine.validation import check_lora_config, check_lora_tensors
 from tritonlora.engine.cpu_engine_settings import parse_settings
-from tritonlora.engine.lora_cache import LoraCacheError
 from tritonlora.engine.profile import EngineProfile, load_profile
 from tritonlora.errors import EngineMismatch
 

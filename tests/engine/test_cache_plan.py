@@ -14,15 +14,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tritonlora.architectures.lora_modules import BY_NAME, ModuleDims
+from tritonlora.cpu_engine.peft_cache import LoraCache, LoraCacheError, PeftCache
 from tritonlora.engine.cache_plan import CachePlan, Entry, choose_warm, loadable_remedy, plan_cache, what_if
-from tritonlora.engine.lora_cache import (
-    CacheParameters,
-    LoraCache,
-    LoraCacheError,
-    PeftCache,
-    layer_ranges,
-    page_geometry,
-)
+from tritonlora.engine.lora_cache import CacheParameters, layer_ranges, page_geometry
 from tritonlora.engine.profile import EngineProfile
 from tritonlora.errors import EngineMismatch, TritonLoraError
 

@@ -20,19 +20,11 @@ from tritonlora.architectures.lora_modules import BY_ID, LoraModule, ModuleDims
 from tritonlora.conversion.rows import Layout, Row, RowSource
 from tritonlora.conversion.tensors import convert_file, lora_config
 from tritonlora.conversion.unpack import unpack, unpack_magnitudes
+from tritonlora.cpu_engine.peft_cache import LoraCache, LoraCacheError, PeftCache, TaskNotCachedError
 from tritonlora.cpu_engine.request import LoraInputs
 from tritonlora.cpu_engine.validation import check_lora_tensors
 from tritonlora.engine.cache_plan import Entry, plan_cache
-from tritonlora.engine.lora_cache import (
-    CacheParameters,
-    LoraCache,
-    LoraCacheError,
-    PageGeometry,
-    PeftCache,
-    TaskNotCachedError,
-    layer_ranges,
-    page_geometry,
-)
+from tritonlora.engine.lora_cache import CacheParameters, PageGeometry, layer_ranges, page_geometry
 from tritonlora.engine.profile import EngineProfile
 from tritonlora.errors import EngineMismatch
 from tritonlora.peft.adapter import Adapter, AdapterModule

@@ -10,18 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from tritonlora.architectures.lora_modules import BY_NAME, ModuleDims
-from tritonlora.engine.lora_cache import (
-    BatchError,
-    CacheParameters,
-    LoraCache,
-    LoraCacheError,
-    PageGeometry,
-    PeftCache,
-    TaskNotCachedError,
-    layer_ranges,
-    page_geometry,
-    parse_parameters,
-)
+from tritonlora.cpu_engine.peft_cache import BatchError, LoraCache, LoraCacheError, PeftCache, TaskNotCachedError
+from tritonlora.engine.lora_cache import CacheParameters, PageGeometry, layer_ranges, page_geometry, parse_parameters
 
 Rows = list[tuple[int, ...]]
 

@@ -15,7 +15,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from tritonlora.engine.lora_cache import LoraCache, LoraCacheError, PeftCache, TaskNotCachedError
+from tritonlora.cpu_engine.peft_cache import LoraCache, LoraCacheError, PeftCache, TaskNotCachedError
 from tritonlora.serving.admission import Admission, Load, Pause, Probe
 from tritonlora.serving.engine_cache import EngineCache
 from tritonlora.serving.errors import AdapterUnavailable

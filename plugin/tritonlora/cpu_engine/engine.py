@@ -10,11 +10,12 @@ from typing import Any
 
 from tritonlora.cpu_engine.backend import BACKENDS, Backend
 from tritonlora.cpu_engine.executor import Executor, Sender
+from tritonlora.cpu_engine.peft_cache import LoraCacheError
 from tritonlora.cpu_engine.request import Tensors, asks_to_stop, parse_requests
 from tritonlora.cpu_engine.synthetic import SyntheticModel
 from tritonlora.cpu_engine.validation import check_lora_config
 from tritonlora.engine.cpu_engine_settings import Settings, parse_settings, read_profile
-from tritonlora.engine.lora_cache import LoraCacheError, parse_parameters
+from tritonlora.engine.lora_cache import parse_parameters
 from tritonlora.engine.profile import EngineProfile
 from tritonlora.errors import InvalidRequest
 

@@ -19,19 +19,10 @@ from dataclasses import dataclass, field, replace
 from typing import Generic, Protocol, TypeVar
 
 from tritonlora.cpu_engine.backend import Backend
+from tritonlora.cpu_engine.peft_cache import BatchError, LoraCache, LoraCacheError, PeftCache, TaskNotCachedError
 from tritonlora.cpu_engine.request import GenerationRequest, LoraInputs
 from tritonlora.cpu_engine.validation import Rows, check_lora_tensors
-from tritonlora.engine.lora_cache import (
-    BatchError,
-    CacheParameters,
-    LoraCache,
-    LoraCacheError,
-    PageGeometry,
-    PeftCache,
-    TaskNotCachedError,
-    layer_ranges,
-    page_geometry,
-)
+from tritonlora.engine.lora_cache import CacheParameters, PageGeometry, layer_ranges, page_geometry
 from tritonlora.engine.profile import EngineProfile
 from tritonlora.errors import EngineMismatch
 from tritonlora.serving.dtypes import DTYPES

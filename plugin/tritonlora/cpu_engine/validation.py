@@ -11,9 +11,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tritonlora.architectures.lora_modules import BY_ID, row_elements
+from tritonlora.cpu_engine.peft_cache import LoraCacheError
 from tritonlora.cpu_engine.request import LoraInputs
 from tritonlora.cpu_engine.wire_arrays import WireArray, dtype_name, is_on_cpu
-from tritonlora.engine.lora_cache import LoraCacheError
 from tritonlora.engine.profile import EngineProfile
 
 if TYPE_CHECKING:
