@@ -41,7 +41,7 @@ from tritonlora.serving.adapter_table import (
     with_entry,
 )
 from tritonlora.sources.fetch import Fetched, pinned
-from tritonlora.targets import Target
+from tritonlora.targets import AdapterPlaces, Target
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +55,7 @@ class Options:
 
 
 DEFAULTS = Options()
+_NOT_YET = "0" * 64  # the SHA-256 of a file that is not written yet
 CONVERSIONS_AT_A_TIME = 2  # memory bandwidth limits conversion, so more threads are no faster
 
 
@@ -260,13 +261,27 @@ def _plan(
     layout = plan_layout(
         adapter, dtype=dtype, profile=profile, base=options.base, engine_reads=not kind.WIRE.sends_weights
     )
-    entry = replace(
-        _entry_of(state.repository, kind, _task_id(state, table, task_id), layout, warm=options.warm),
+    task_id = _task_id(state, table, task_id)
+    places = _places(state.repository, kind, task_id)
+    entry = AdapterEntry(
+        lora_task_id=task_id,
+        lora_weights_file=places.weights_file,
+        lora_config_file=places.config_file,
+        lora_path=places.directory,
+        dtype=dtype,
+        lora_weights_shape=layout.weights_shape,
+        lora_config_shape=layout.config_shape,
+        lora_weights_sha256=_NOT_YET,
+        lora_config_sha256=_NOT_YET,
+        adapter_sizes=tuple(sorted({row.adapter_size for row in layout.rows})),
+        modules=tuple(module.name for module in MODULES if any(row.module is module for row in layout.rows)),
         base_model_name_or_path=base_model.noted(adapter.config.base_model_name_or_path or ""),
         pages=_pages(name, layout, profile, state.config) if kind.WIRE.sends_weights else None,
         remarks=layout.without_tensors,
         source=fetched.source,
+        warm=options.warm,
         pinned=name in table.entries and table.entries[name].pinned,
+        added_at=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     )
     fault = kind.backend_fault(state.config, dtype)
     remarks = (*remarks, *layout.remarks, *base_model.remarks(table, name, entry.base_model_name_or_path))
@@ -306,8 +321,8 @@ def _write_tensors(repository: Repository, planned: _Planned, known: AdapterEntr
 
 def _owns_its_files(repository: Repository, planned: _Planned, entry: AdapterEntry) -> bool:
     """Whether an entry names the files of its own id. An entry that was edited by hand may name other files."""
-    own = _entry_of(repository, planned.kind, entry.lora_task_id, planned.layout, warm=entry.warm)
-    return (own.lora_weights_file, own.lora_config_file) == (entry.lora_weights_file, entry.lora_config_file)
+    own = _places(repository, planned.kind, entry.lora_task_id)
+    return (own.weights_file, own.config_file) == (entry.lora_weights_file, entry.lora_config_file)
 
 
 def _restore(repository: Repository, entry: AdapterEntry, weights: Path, rows: Path) -> tuple[str, ...]:
@@ -347,29 +362,15 @@ def _task_id(state: State, table: AdapterTable, asked: int | None) -> int:
     return next(number for number in itertools.count(table.next_lora_task_id) if number not in taken)
 
 
-def _entry_of(repository: Repository, kind: Target, task_id: int, layout: Layout, *, warm: bool) -> AdapterEntry:
-    """The entry of an adapter before its conversion: its digests are all zeros."""
+def _places(repository: Repository, kind: Target, task_id: int) -> AdapterPlaces:
+    """The files of the adapter with this id, relative to the repository."""
 
-    def place(name: str) -> str:
+    def relative(name: str) -> str:
         return repository.relative(repository.warmup_directory / name)
 
     places = kind.PLACES.of(task_id)
-    return AdapterEntry(
-        lora_task_id=task_id,
-        lora_weights_file=place(places.weights_file),
-        lora_config_file=place(places.config_file),
-        lora_path=place(places.directory) if places.directory else None,
-        dtype=layout.dtype,
-        lora_weights_shape=layout.weights_shape,
-        lora_config_shape=layout.config_shape,
-        lora_weights_sha256="0" * 64,
-        lora_config_sha256="0" * 64,
-        adapter_sizes=tuple(sorted({row.adapter_size for row in layout.rows})),
-        modules=tuple(module.name for module in MODULES if any(row.module is module for row in layout.rows)),
-        base_model_name_or_path="",
-        warm=warm,
-        added_at=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    )
+    directory = relative(places.directory) if places.directory else None
+    return AdapterPlaces(relative(places.weights_file), relative(places.config_file), directory)
 
 
 def _content(entry: AdapterEntry) -> tuple[object, ...]:
