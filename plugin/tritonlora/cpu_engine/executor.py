@@ -22,10 +22,9 @@ from tritonlora.cpu_engine.backend import Backend
 from tritonlora.cpu_engine.peft_cache import BatchError, LoraCache, LoraCacheError, PeftCache, TaskNotCachedError
 from tritonlora.cpu_engine.request import GenerationRequest, LoraInputs
 from tritonlora.cpu_engine.validation import Rows, check_lora_tensors
-from tritonlora.engine.lora_cache import CacheParameters, PageGeometry, layer_ranges, page_geometry
+from tritonlora.engine.lora_cache import CacheParameters, PageGeometry, rank_geometries
 from tritonlora.engine.profile import EngineProfile
 from tritonlora.errors import EngineMismatch
-from tritonlora.serving.dtypes import DTYPES
 
 AdapterT = TypeVar("AdapterT")
 StateT = TypeVar("StateT")
@@ -255,14 +254,7 @@ def _geometry(profile: EngineProfile, parameters: CacheParameters) -> PageGeomet
     """
     if not profile.modules or profile.rank_limit <= 0:
         return None
-    geometry = page_geometry(
-        profile.modules,
-        layers=layer_ranges(profile.num_layers, profile.pp_size)[0],
-        max_lora_rank=profile.rank_limit,
-        parameters=parameters,
-        element_size=DTYPES[profile.dtype].itemsize,
-        tp_size=profile.tp_size,
-    )
+    geometry = rank_geometries(profile, parameters)[0]
     if refusal := geometry.too_small():
         raise EngineMismatch(f"{refusal}; set lora_cache_host_memory_bytes to at least {geometry.min_bytes}")
     return geometry

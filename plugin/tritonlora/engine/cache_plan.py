@@ -21,8 +21,8 @@ from tritonlora.engine.lora_cache import (
     PageGeometry,
     Rows,
     layer_ranges,
-    page_geometry,
     parse_parameters,
+    rank_geometries,
 )
 from tritonlora.engine.profile import EngineProfile
 from tritonlora.errors import EngineMismatch, TritonLoraError, layers_text, one_message
@@ -182,7 +182,7 @@ def plan_cache(
         most = max((row[2] for entry in entries for row in entry.rows), default=0)
         profile = replace(profile, max_lora_rank=max(_DEFAULT_MAX_LORA_RANK, most))
     in_effect, remarks = parse_parameters(parameters)
-    geometries = _geometries(profile, in_effect)
+    geometries = rank_geometries(profile, in_effect)
     pages = [_pages_by_rows(entries, geometry) for geometry in geometries]
     ranks = tuple(
         RankPlan(
@@ -204,17 +204,7 @@ def plan_cache(
         device=None,
         ranks=ranks,
         adapters=tuple(
-            AdapterPlan(
-                name=entry.name,
-                ranks=tuple(sorted({row[2] for row in entry.rows})),
-                modules=tuple(BY_ID[module_id].name for module_id in sorted({row[0] for row in entry.rows})),
-                nbytes=entry.nbytes,
-                pages=max(pages_of[entry.rows] for pages_of in pages),
-                pages_by_rank=tuple(pages_of[entry.rows] for pages_of in pages),
-                max_adapter_size=max((geometries[0].max_size_for(row) for row in {*entry.rows}), default=0),
-                unloadable=why_unloadable[entry.rows],
-                warm=entry.warm,
-            )
+            _adapter_plan(entry, geometries, [pages_of[entry.rows] for pages_of in pages], why_unloadable[entry.rows])
             for entry in entries
         ),
         recommendations=(),
@@ -229,6 +219,22 @@ def plan_cache(
     best = _with_fraction(entries, profile, best, gpu_memory)
     recommendations = _recommendations(in_effect, best, profile, gpu_memory)
     return replace(plan, device=device, recommendations=recommendations)
+
+
+def _adapter_plan(
+    entry: Entry, geometries: Sequence[PageGeometry], pages_by_rank: Sequence[int], unloadable: str | None
+) -> AdapterPlan:
+    return AdapterPlan(
+        name=entry.name,
+        ranks=tuple(sorted({row[2] for row in entry.rows})),
+        modules=tuple(BY_ID[module_id].name for module_id in sorted({row[0] for row in entry.rows})),
+        nbytes=entry.nbytes,
+        pages=max(pages_by_rank),
+        pages_by_rank=tuple(pages_by_rank),
+        max_adapter_size=max((geometries[0].max_size_for(row) for row in {*entry.rows}), default=0),
+        unloadable=unloadable,
+        warm=entry.warm,
+    )
 
 
 def host_pages(profile: EngineProfile, parameters: Mapping[str, str]) -> int | None:
@@ -346,20 +352,6 @@ def _module_name(module_id: int) -> str:
     return BY_ID[module_id].name if module_id in BY_ID else repr(module_id)
 
 
-def _geometries(profile: EngineProfile, parameters: CacheParameters) -> list[PageGeometry]:
-    return [
-        page_geometry(
-            profile.modules,
-            layers=layers,
-            max_lora_rank=profile.rank_limit,
-            parameters=parameters,
-            element_size=DTYPES[profile.dtype].itemsize,
-            tp_size=profile.tp_size,
-        )
-        for layers in layer_ranges(profile.num_layers, profile.pp_size)
-    ]
-
-
 def _pages_by_rows(entries: Sequence[Entry], geometry: PageGeometry) -> dict[Rows, int]:
     """Rows -> pages. Each shape is packed once, since hundreds of adapters mostly share a few shapes."""
     return {rows: geometry.pages(rows) for rows in {entry.rows for entry in entries}}
@@ -398,7 +390,7 @@ def _with_fraction(
     entries: Sequence[Entry], profile: EngineProfile, parameters: CacheParameters, gpu_memory: int
 ) -> CacheParameters:
     """`parameters` with the least fraction of the GPU's memory that the engine, and each adapter, needs."""
-    geometry = _geometries(profile, parameters)[0]
+    geometry = rank_geometries(profile, parameters)[0]
     pages = max((geometry.pages(rows) for rows in {entry.rows for entry in entries}), default=0)
     needed = max(geometry.min_bytes, pages * geometry.page_bytes)
     fraction = max(parameters.gpu_memory_fraction, math.ceil(needed / gpu_memory * _FRACTION_STEPS) / _FRACTION_STEPS)
@@ -434,7 +426,7 @@ def _cheapest(entries: Sequence[Entry], profile: EngineProfile, in_effect: Cache
     shapes = {entry.rows for entry in entries}
     largest = in_effect.max_adapter_size if not shapes else 1
     candidates = {in_effect.optimal_adapter_size} | {row[2] for rows in shapes for row in rows}
-    for geometry in _geometries(profile, replace(in_effect, optimal_adapter_size=1, max_adapter_size=1)):
+    for geometry in rank_geometries(profile, replace(in_effect, optimal_adapter_size=1, max_adapter_size=1)):
         for rows in shapes:
             largest = max(largest, *map(geometry.max_size_for, rows))
             slots = sum(placement.slots for placement in geometry.place(rows))
@@ -443,7 +435,7 @@ def _cheapest(entries: Sequence[Entry], profile: EngineProfile, in_effect: Cache
     options = []
     for optimal in {min(size, profile.rank_limit) for size in candidates}:
         option = replace(in_effect, optimal_adapter_size=optimal, max_adapter_size=largest)
-        is_loadable = not any(_why_unloadable(rows, _geometries(profile, option)) for rows in shapes)
+        is_loadable = not any(_why_unloadable(rows, rank_geometries(profile, option)) for rows in shapes)
         options.append((is_loadable, replace(option, host_memory_bytes=_needed(entries, profile, option))))
     _, best = min(options, key=lambda one: (not one[0], one[1].host_memory_bytes, -one[1].optimal_adapter_size))
     return replace(best, host_memory_bytes=max(best.host_memory_bytes, in_effect.host_memory_bytes))
@@ -452,7 +444,7 @@ def _cheapest(entries: Sequence[Entry], profile: EngineProfile, in_effect: Cache
 def _needed(entries: Sequence[Entry], profile: EngineProfile, parameters: CacheParameters) -> int:
     """The least lora_cache_host_memory_bytes for all adapters at once: whole pages, for some releases round down."""
     needed = 0
-    for geometry in _geometries(profile, parameters):
+    for geometry in rank_geometries(profile, parameters):
         pages_of = _pages_by_rows(entries, geometry)
         pages = sum(pages_of[entry.rows] for entry in entries)
         least_pages = -(-geometry.min_bytes // geometry.page_bytes)
@@ -463,7 +455,7 @@ def _needed(entries: Sequence[Entry], profile: EngineProfile, parameters: CacheP
 def _recommendations(
     in_effect: CacheParameters, best: CacheParameters, profile: EngineProfile, gpu_memory: int | None = None
 ) -> tuple[Recommendation, ...]:
-    geometries = _geometries(profile, best)
+    geometries = rank_geometries(profile, best)
     caches = sum(geometry.host_pages * geometry.page_bytes for geometry in geometries) * profile.tp_size
     costs = {
         "optimal_adapter_size": (max(g.page_bytes for g in geometries), "one page, the least an adapter takes"),

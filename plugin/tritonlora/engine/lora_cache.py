@@ -25,7 +25,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from tritonlora.architectures.lora_modules import ModuleDims, row_elements
+from tritonlora.engine.profile import EngineProfile
 from tritonlora.pbtxt.model_config import has_template
+from tritonlora.serving.dtypes import DTYPES
 
 LoraConfigRow = Sequence[int]  # (module_id, layer, adapter_size), or with a fourth value: not 0 where it has DoRA
 Rows = tuple[tuple[int, ...], ...]  # the rows of one adapter; hashable
@@ -231,6 +233,21 @@ def page_geometry(
         min_total_slots=_ceil_div(largest * len(layers) * sum(sizes), page_width),
         host_slots=parameters.host_memory_bytes // (page_width * element_size),
     )
+
+
+def rank_geometries(profile: EngineProfile, parameters: CacheParameters) -> list[PageGeometry]:
+    """The page geometry of each pipeline-parallel rank of an engine. ValueError as for `layer_ranges`."""
+    return [
+        page_geometry(
+            profile.modules,
+            layers=layers,
+            max_lora_rank=profile.rank_limit,
+            parameters=parameters,
+            element_size=DTYPES[profile.dtype].itemsize,
+            tp_size=profile.tp_size,
+        )
+        for layers in layer_ranges(profile.num_layers, profile.pp_size)
+    ]
 
 
 def _ceil_div(dividend: int, divisor: int) -> int:
