@@ -53,15 +53,15 @@ def fetched(text: str, policy: Policy = ALL_ALLOWED, on_progress: OnProgress = n
     """
     location = parse_location(text)
     policy.check(location)
-    with _named(location), contextlib.ExitStack() as stack:
+    with _named(location):
         if not location.scheme and not (location.is_archive and Path(location.address).is_file()):
             _check_there(location)
-            directory, revision = Path(location.address), None
-        else:
-            from tritonlora.sources import transports  # with http.client and archives, which `list` does not need
+            yield pinned(Path(location.address), location.text)
+            return
+        from tritonlora.sources import transports  # with http.client and archives, which `list` does not need
 
-            directory, revision = transports.bring(location, stack, offline=policy.offline, on_progress=on_progress)
-        yield pinned(directory, location.text, revision)
+        with transports.brought(location, offline=policy.offline, on_progress=on_progress) as (directory, revision):
+            yield pinned(directory, location.text, revision)
 
 
 def resolved(text: str, policy: Policy = ALL_ALLOWED) -> tuple[str, str | None]:

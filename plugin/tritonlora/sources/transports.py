@@ -17,24 +17,25 @@ from tritonlora.sources.location import HUB, WEB, Location
 from tritonlora.sources.web import WebStore
 
 
-def bring(
-    location: Location, stack: contextlib.ExitStack, *, offline: bool, on_progress: OnProgress
-) -> tuple[Path, str | None]:
-    """The adapter's directory, and the revision. A location on this machine is an archive.
+@contextlib.contextmanager
+def brought(location: Location, *, offline: bool, on_progress: OnProgress) -> Iterator[tuple[Path, str | None]]:
+    """The adapter's directory, and the revision. A location on this machine is an archive."""
+    path, revision = _here(location, offline=offline, on_progress=on_progress)
+    with contextlib.nullcontext(path) if path.is_dir() else _unpacked(path) as directory:
+        yield directory, revision
 
-    The directory of an archive is there until `stack` is closed.
-    """
+
+def _here(location: Location, *, offline: bool, on_progress: OnProgress) -> tuple[Path, str | None]:
+    """The directory or the archive of the adapter, once it is on this machine, and the revision."""
+    if not location.scheme:
+        return Path(location.address), None
     if location.scheme == HUB:
         return hub.cached(location) if offline else hub.fetch(location, on_progress)
-    if not location.scheme:
-        return stack.enter_context(_unpacked(Path(location.address))), None
     if offline:
         directory, revision = download.downloaded(location)
     else:
         directory, revision = download.download(location, _store(location), on_progress)
-    if location.is_archive:
-        directory = stack.enter_context(_unpacked(download.archive_in(directory, location)))
-    return directory, revision
+    return download.archive_in(directory, location) if location.is_archive else directory, revision
 
 
 def revision_of(location: Location, *, offline: bool) -> str | None:
