@@ -145,8 +145,6 @@ def _events(received: bytes) -> tuple[bytes, int, str]:
     """(bytes of the response, number of its events, its error or "")."""
     answer, count = b"", 0
     _, _, content = received.partition(b"\r\n\r\n")
-    if not received.startswith(STREAMING):
-        return answer, count, received[-500:].decode(errors="replace") or "the server closed the connection"
     for line in content.split(b"\n"):
         if line.startswith(ANSWER):
             event = json.loads(line[len(ANSWER) :])
@@ -155,7 +153,9 @@ def _events(received: bytes) -> tuple[bytes, int, str]:
             found = event.get("text_output", event.get("output_ids"))
             answer += found.encode() if isinstance(found, str) else bytes([found] if isinstance(found, int) else found)
             count += 1
-    return answer, count, "" if is_whole(received) else "the server closed the connection"
+    if not is_whole(received):
+        return answer, count, "the server closed the connection"
+    return answer, count, "" if received.startswith(STREAMING) else received[-500:].decode(errors="replace")
 
 
 def _choose(clients: Clients, chance: Random, client: int, turn: int) -> str:

@@ -177,6 +177,12 @@ def paced(
     return opened
 
 
+def set_cached(opened: Repository, adapters: int) -> None:
+    """Let the engine's cache hold so many adapters from the next start on. All adapters take equally many pages."""
+    _set_cache(opened, adapters)
+    init.init(opened.root)
+
+
 def put_small(opened: Repository, name: str, *, seed: int) -> int:
     """Add a random adapter of one page, or replace the one of that name, and return its lora_task_id."""
     return _add(opened, name, SMALL, SMALL_LAYERS, rank=8, seed=seed).lora_task_id

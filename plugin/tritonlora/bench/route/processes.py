@@ -21,9 +21,9 @@ from tritonlora.launch.tritonserver import EXIT_TIMEOUT_SECONDS
 from tritonlora.repository.init import ENSEMBLE
 from tritonlora.repository.paths import RESOLVER, ROUTER, TOKENS, read_table
 
-TURNS = 3  # of each of the two servers
 FEW_STREAMS = 4
-CACHED_ADAPTERS = 2  # of three: some are loaded by the resolver, and of others the weights travel along
+# Adapters, of three, that the engine's cache holds in each turn. The weights of some travel along with a request.
+CACHED = (3, 2, 1)
 TOKENS_OF_A_RESPONSE, TOKEN_SECONDS = 16, 0.005
 ENGINE = "tensorrt_llm"
 ENGINE_ALONE = ("--model-control-mode=explicit", f"--load-model={ENGINE}")
@@ -55,14 +55,15 @@ def processes(options: Options) -> Part:
         opened = scratch.paced(
             directory / "repo",
             scratch.LARGE_ADAPTERS,
-            pages=CACHED_ADAPTERS,
+            pages=scratch.LARGE_ADAPTERS,
             token_seconds=TOKEN_SECONDS,
             rank=options.rank,
             layers=options.layers,
         )
         largest = max(entry.lora_weights_nbytes for entry in read_table(opened).entries.values())
         way = Way(ENGINE, [load.body(TOKENS_OF_A_RESPONSE)], TOKENS_OF_A_RESPONSE)
-        for _ in range(min(TURNS, options.rounds)):
+        for adapters in CACHED[: options.rounds]:
+            scratch.set_cached(opened, adapters)
             with scratch.serving(opened, exit_timeout=EXIT_TIMEOUT_SECONDS) as server:
                 found.append(taken(server, scratch.LARGE_ADAPTERS, options.streams))
                 whole.append(seconds_of(lambda: _end(server)))
