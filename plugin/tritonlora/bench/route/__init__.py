@@ -4,14 +4,14 @@
 
 The server is a real tritonserver with the shipped repository and the synthetic engine.
 
-    ttft      time to the first token of one request at a time, compared with requests to the engine's model
-    tokens    tokens per second of many streams at a time, compared with requests to the engine's model
-    recovery  time to the first token of an evicted adapter, compared with one copy of its bytes in memory
-    lookup    time to find an adapter, and to read a changed table, by the size of the table (in this process)
-    memory    memory of the router's processes and the resolver's, over many requests
-    processes memory of our models' processes, by streams and by adapters; time to stop, with them and without them
-    streams   tokens per second of an engine with a pace: past the router, in text, and through the router
-    cache     time to the first token past the router, where the engine's cache holds all adapters, or few of them
+    ttft       time to the first token of one request at a time, compared with requests to the engine's model
+    tokens     tokens per second of many streams at a time, compared with requests to the engine's model
+    recovery   time to the first token of an evicted adapter, compared with one copy of its bytes in memory
+    lookup     time to find an adapter, and to read a changed table, by the size of the table (in this process)
+    memory     memory of the router's processes and the resolver's, over many requests
+    processes  memory of our models' processes, and the time to stop the server, with them and without them
+    streams    tokens per second of an engine with a pace: past the router, in text, and through the router
+    cache      time to the first token past the router, where the engine's cache holds all adapters, or few of them
 
 Both sides of a comparison take turns, so that other load on the machine affects them alike. The pass-through model does
 the least that a Python model between client and engine can do. Two floors of `tokens` do less. One is a model that
