@@ -195,7 +195,7 @@ def test_metrics_count_what_was_asked_and_loaded(server: Server) -> None:
         "".join(ask(server, "nobody"))
     await_sample(server, "lora_requests_total", lambda n: n == 2, lora_name="counted", outcome="OK")
     await_sample(server, "lora_requests_total", lambda n: n == 1, lora_name="", outcome="OK")
-    await_sample(server, "lora_requests_total", lambda n: n == 1, lora_name="", outcome="NOT_FOUND")
+    await_sample(server, "lora_requests_total", lambda n: n == 1, lora_name="(unknown)", outcome="NOT_FOUND")
 
     assert await_sample(server, "lora_load_seconds_total", lambda n: n > 0, lora_name="counted") < 60
     assert await_sample(server, "lora_loads_total", lambda n: n > 0, lora_name="counted", reason="first_use") == 1

@@ -14,7 +14,7 @@ from documentation import DOCS, Page
 from table import entry
 from tritonlora.serving import metrics
 from tritonlora.serving.adapter_table import AdapterEntry
-from tritonlora.serving.counters import BASE, BUCKETS, COLUMNS, OTHERS, Counts, Row, Statistics
+from tritonlora.serving.counters import BASE, BUCKETS, COLUMNS, OTHERS, UNKNOWN, Counts, Row, Statistics
 
 Series = dict[tuple[str, ...], float]  # name and labels -> value
 
@@ -87,12 +87,12 @@ def test_each_count_becomes_a_sample_with_its_labels() -> None:
 
 def test_what_alerts_look_for_is_there_before_it_happens() -> None:
     """An increase from nothing to 1 is none to Prometheus. Outcomes show once they have happened."""
-    found = Published().publish(counts={"pirate": row(hit=1), BASE: row(OK=1)}, pages=4)
+    found = Published().publish(counts={"pirate": row(hit=1), BASE: row(OK=1), UNKNOWN: row(NOT_FOUND=1)}, pages=4)
 
     assert 0 == found["lora_unexpected_misses_total", "pirate"]
     assert 0 == found["lora_table_failures_total",]
-    assert {("", "OK"): 1} == of("lora_requests_total", found)
-    assert {"lora_requests_total"} == {name for name, *labels in found if labels[:1] == [BASE]}
+    assert {("", "OK"): 1, ("(unknown)", "NOT_FOUND"): 1} == of("lora_requests_total", found)
+    assert {"lora_requests_total"} == {name for name, *labels in found if labels[:1] in ([BASE], [UNKNOWN])}
     assert {family.name for family in metrics.FAMILIES if family.type != "histogram"} - {"lora_adapter_loaded"} == {
         name for name, *_ in found
     }

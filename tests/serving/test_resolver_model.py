@@ -142,7 +142,7 @@ def test_the_requests_of_the_router_count_when_they_end(resolver: Any) -> None:
     counts = resolver._statistics.counts()
 
     assert (0, 1, 0) == tuple(counts["pirate"][column] for column in ("running", "CANCELLED", "OK"))
-    assert 1 == counts[""]["NOT_FOUND"]
+    assert 1 == counts["(unknown)"]["NOT_FOUND"]
 
 
 def test_what_is_published_is_what_was_asked_and_what_is_held(resolver: Any, opened: Repository) -> None:
@@ -196,6 +196,18 @@ def test_what_is_refused_counts_for_the_adapter_that_was_asked_for(resolver: Any
     assert "UNAVAILABLE" == refused["refused"][1]
     assert ["pirate"] == list(counts)
     assert (2, 0) == (counts["pirate"]["UNAVAILABLE"], counts["pirate"]["running"])
+
+
+def test_what_is_refused_before_its_adapter_is_known_is_not_counted_as_the_base_model(resolver: Any) -> None:
+    """All such requests share one label, whatever the client sent."""
+    assert TritonError.NOT_FOUND == ask(resolver, lora_name=b"nobody")["error"]
+    assert TritonError.INVALID_ARG == ask(resolver, lora_name=b"../no name")["error"]
+    with closing(Holder()) as holder:
+        send(resolver, holder, "enter", lora_name="nobody", parameters={})
+    counts = resolver._statistics.counts()
+
+    assert ["(unknown)"] == list(counts)
+    assert (2, 1) == (counts["(unknown)"]["NOT_FOUND"], counts["(unknown)"]["INVALID_ARG"])
 
 
 def test_a_router_that_ends_lets_go_of_its_adapters(resolver: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,11 +136,15 @@ def test_the_state_is_the_listings_and_else_what_the_resolver_believes(
 
 
 def test_what_is_counted_and_no_longer_registered_was_removed() -> None:
-    """The base model and the row of all others are never registered."""
-    text = "".join(f'lora_requests_total{{lora_name="{name}",outcome="OK"}} 1\n' for name in ("gone", "", "*"))
+    """The base model and the rows of all others and of refused requests are never registered."""
+    text = "".join(
+        f'lora_requests_total{{lora_name="{name}",outcome="OK"}} 1\n' for name in ("gone", "", "*", "(unknown)")
+    )
     view = view_of(None, seen(text, states={}))
 
-    assert {"gone": "removed", "": None, "*": None} == {one.lora_name: one.state for one in view.rows}
+    assert {"gone": "removed", "": None, "*": None, "(unknown)": None} == {
+        one.lora_name: one.state for one in view.rows
+    }
 
 
 def test_a_sum_knows_what_any_of_its_rows_knows() -> None:

@@ -21,10 +21,10 @@ from prometheus_client import multiprocess
 from starlette.types import Scope
 
 from tritonlora.openai.api_error import STALLED, UNKNOWN_MODEL, ApiError
+from tritonlora.serving.counters import UNKNOWN
 
 MULTIPROCESS_DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
 CONTENT_TYPE = prometheus.CONTENT_TYPE_LATEST
-UNKNOWN = "(unknown)"  # no adapter has such a name
 LEFT = 499  # the status of a request whose client left before its response began, as nginx has it
 _ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/models")
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0, 180.0, 600.0)

@@ -25,7 +25,8 @@ RESULTS = ("hit", "miss", "wait")  # how requests found the engine's cache, see 
 GAUGES = ("running", "waiting")  # columns that also fall
 COLUMNS = (*OUTCOMES, *LOADS, *RESULTS, *GAUGES, "load_seconds", "unexpected_misses", "table_reloads", "table_failures")
 
-BASE = ""  # the row of the base model, and of requests that name no known adapter
+BASE = ""  # the row of the base model
+UNKNOWN = "(unknown)"  # the row of requests that were refused before their adapter was known; it is not a legal name
 OTHERS = "*"  # the row of all adapters beyond MOST_NAMES; it is not a legal name
 MOST_NAMES = 1024
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from .adapter_table import AdapterEntry
-from .counters import BASE, COLUMNS, LOADS, MOST_NAMES, OTHERS, OUTCOMES, RESULTS, Counts, Histogram
+from .counters import BASE, COLUMNS, LOADS, MOST_NAMES, OTHERS, OUTCOMES, RESULTS, UNKNOWN, Counts, Histogram
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ REQUESTS = Family(
     "lora_requests_total",
     "counter",
     ("lora_name", "outcome"),
-    "Requests by lora_name (none: the base model) and outcome",
+    "Requests by lora_name (none: the base model; (unknown): refused before the adapter was known) and outcome",
 )
 LOADED = Family("lora_loads_total", "counter", ("lora_name", "reason"), "Adapters that the engine was sent, by reason")
 SECONDS = Family(
@@ -142,7 +142,7 @@ def samples_of_rows(rows: Counts) -> Iterator[Sample]:
     """
     for name, row in rows.items():
         for column, (family, labels) in _OF_ADAPTERS.items():
-            if row[column] or (name and family is not REQUESTS):
+            if row[column] or (name not in (BASE, UNKNOWN) and family is not REQUESTS):
                 yield Sample(family, (name, *labels), row[column])
 
 

@@ -26,7 +26,7 @@ from .adapter_table import AdapterTable, pins
 from .adapter_tensors import AdapterFiles
 from .admission import PROMPT_TOKENS_A_STEP, Admission
 from .bindings import Bindings, contents_of
-from .counters import BASE, OUTCOMES, Statistics, add_to
+from .counters import BASE, OUTCOMES, UNKNOWN, Statistics, add_to
 from .dispatcher import Dispatcher, Request
 from .engine_cache import EngineCache
 from .errors import InvalidRequest, RequestError
@@ -318,7 +318,7 @@ class TritonPythonModel:
         if call.lease is not None and call.key is not None:
             self._leases.drop(call.key)
             self._count(call.routes, "running", -1)
-        self._count(call.routes, code)
+        self._count(call.routes, code, without=UNKNOWN)
 
     # Counts
 
@@ -327,8 +327,8 @@ class TritonPythonModel:
         if lease is not None:
             self._count(lease.routes, "running", -1)
 
-    def _count(self, routes: Sequence[Route], column: str, amount: float = 1.0) -> None:
-        for name in [route.lora_name for route in routes] or [BASE]:
+    def _count(self, routes: Sequence[Route], column: str, amount: float = 1.0, *, without: str = BASE) -> None:
+        for name in [route.lora_name for route in routes] or [without]:
             self._statistics.add(name, column, amount)
 
     def _loaded(self, task_id: int, seconds: float) -> None:

@@ -15,14 +15,14 @@ from dataclasses import dataclass, replace
 
 from rich.text import Text
 
-from tritonlora.serving.counters import BASE, OTHERS
+from tritonlora.serving.counters import BASE, OTHERS, UNKNOWN
 from tritonlora.top.view import LOADED, REMOVED, Row, View, summed
 
 LEAST_NAME, MOST_NAME = 12, 128  # columns of the terminal
 MOST_LINE, MOST_LINES = 120, 4  # of a message
 KEYS = "q quit   < > choose the column to sort by"
 _NONE = "-"
-_LABELS = {BASE: "(base model)", OTHERS: "(others)"}
+_LABELS = {BASE: "(base model)", OTHERS: "(others)", UNKNOWN: UNKNOWN}
 _STATES = {"warm": "green", LOADED: "green", "unavailable": "red", REMOVED: "dim"}
 
 

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 from tritonlora.errors import ServerError
 from tritonlora.exposition import Labels, Samples
-from tritonlora.serving.counters import BASE, OTHERS, OUTCOMES
+from tritonlora.serving.counters import BASE, OTHERS, OUTCOMES, UNKNOWN
 from tritonlora.top.look import Look
 
 LOADED, COLD, REMOVED = "loaded", "cold", "removed"
@@ -27,7 +27,7 @@ _ERRORS = {*OUTCOMES} - {"OK", "CANCELLED"}  # a client that leaves is no error 
 class Row:
     """One adapter, or several together."""
 
-    lora_name: str  # BASE: the base model; OTHERS: all adapters that have no counters of their own
+    lora_name: str  # BASE: the base model; OTHERS: all adapters without counters of their own; or UNKNOWN
     state: str | None
     pinned: bool | None
     requests_per_second: float | None
@@ -214,7 +214,7 @@ def _state(name: str, states: Mapping[str, str] | None, loaded: Mapping[str, flo
 
     An adapter that the resolver does not take for loaded may be there all the same, if the listing does not know.
     """
-    if name in (BASE, OTHERS):
+    if name in (BASE, OTHERS, UNKNOWN):
         return None
     listed = None if states is None else states.get(name, REMOVED)
     if listed in (None, "unknown") and loaded is not None and name in loaded:
