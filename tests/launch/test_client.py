@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -104,6 +105,23 @@ def test_the_answer_of_another_endpoint_is_an_error(answered: bytes, message: st
         with pytest.raises(ServerError, match=f"^{message.format(url)}$"):
             client.adapters(url)
         thread.join()
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        ("LoRA task 3 not found in cache. Please send LoRA weights with request", "the engine lost the adapter for a"),
+        ("Cache is full. There are no done tasks to evict", "the engine's cache is full of adapters in use"),
+    ],
+)
+def test_an_error_of_the_engine_s_cache_says_to_ask_again(
+    answering: Callable[[bytes], str], error: str, advice: str
+) -> None:
+    """Before the engine's own text."""
+    url = answering(b'data: {"error": "%b"}\n' % error.encode())
+
+    with pytest.raises(ServerError, match=rf"^{advice}.*; ask again \(the engine: {re.escape(error)}\)$"):
+        list(client.generate("hi", url=url))
 
 
 def test_texts_may_be_anything(answering: Callable[[bytes], str]) -> None:

@@ -4,9 +4,13 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from tritonlora.openai.api_error import error_of_server
+
+MISS = "LoRA task 3 not found in cache. Please send LoRA weights with request"
 
 
 @pytest.mark.parametrize(
@@ -20,7 +24,11 @@ from tritonlora.openai.api_error import error_of_server
             503,
             "9 requests wait",
         ),
-        ("LoRA task 3 not found in cache. Please send LoRA weights with request", 503, "not found in cache"),
+        (MISS, 503, "the engine lost the adapter for a moment; ask again"),
+        (f"in ensemble 'ensemble', {MISS}", 503, "the engine lost the adapter for a moment; ask again"),
+        ("Cache is full. There are no done tasks to evict", 503, "the engine's cache is full of adapters in use; ask"),
+        ("Assertion failed: pageIds.has_value() (/src/y.cpp:9)", 503, "the engine's cache is full of adapters in use"),
+        (f"Encountered an error in forwardAsync function: {MISS}", 500, "the log of tritonlora openai"),
         ("Request for unknown model: 'lora_tokens' is not found", 503, "unknown model"),
         ("LoRA adapter 'a': adapter_model_1.bin has 3 bytes on the server, expected 4", 503, "3 bytes"),
         ("LoRA adapter 'a': Error generating request: /secret/path", 500, "the log of tritonlora openai"),
@@ -33,5 +41,5 @@ def test_a_message_becomes_a_status_and_paths_stay_inside(message: str, status: 
 
     assert (status, True) == (found.status, told in str(found))
     assert {"message", "type", "param", "code"} == found.body()["error"].keys()
-    assert "/s" not in str(found)
+    assert not re.search("/s|not found in cache|send LoRA weights|done tasks", str(found))
     assert (status == 503) == ("Retry-After" in found.headers)

@@ -21,6 +21,7 @@ from typing import Any
 from tritonlora.errors import ServerError
 from tritonlora.machine import host_and_port
 from tritonlora.repository.paths import LISTING
+from tritonlora.serving.engine_errors import advice_on
 
 DEFAULT_URL = "localhost:8000"
 DEFAULT_MODEL = "ensemble"
@@ -76,6 +77,8 @@ def generate(
                 sent = len(text) if is_whole else 0
             return
         except ServerError as error:
+            if advice := advice_on(str(error)):
+                raise ServerError(f"{advice} (the engine: {error})") from None
             if not stream or _CANNOT_STREAM not in str(error):
                 raise
 

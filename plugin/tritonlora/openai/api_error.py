@@ -11,6 +11,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from tritonlora.serving.engine_errors import advice_on
+
 INVALID, NOT_FOUND, OVERLOADED, FAILED = (
     "invalid_request_error",
     "not_found_error",
@@ -67,7 +69,7 @@ _ERRORS: tuple[tuple[str, int, str | None], ...] = (
     (r"exceeds maximum input length|[Pp]rompt length|max_input_len|max_seq_len", 400, TOO_LONG),
     (r"does not implement|not implemented|not supported|unsupported", 400, UNSUPPORTED),
     (r"is not a legal adapter name|lora_name is empty|is not UTF-8", 400, None),
-    (r"not found in cache|ask again|(?:is|are) in use|no done tasks|Cache is full", 503, None),
+    (r"ask again|(?:is|are) in use", 503, None),
     (r"is not ready|is not found|unknown model|no available versions|being stopped|shutting down", 503, None),
     (r"Error generating request|Assertion failed|Encountered an error", 500, None),
     (r"LoRA adapter '", 503, None),  # the adapter is registered, and cannot be served now
@@ -83,6 +85,8 @@ def error_of_server(message: str, model: str, base_name: str) -> ApiError:
     """
     if unknown := _UNKNOWN.search(message):
         return unknown_model(model, base_name, unknown["names"] or "")
+    if advice := advice_on(message):
+        return unavailable(advice)
     found = ((status, code) for pattern, status, code in _ERRORS if re.search(pattern, message))
     status, code = next(found, (500, None))
     text = _WHERE.sub("", message)

@@ -38,6 +38,18 @@ def meaning_of(error: str | None) -> Meaning:
     return next((meaning for text, meaning in _MEANINGS.items() if text in error), Meaning.ERROR)
 
 
+# What a client can do about an error of its request. The engine's own texts speak to whoever sends weights.
+_ADVICE = {
+    Meaning.MISS: "the engine lost the adapter for a moment; ask again",
+    Meaning.FULL: "the engine's cache is full of adapters in use; ask again",
+}
+
+
+def advice_on(error: str) -> str | None:
+    """What an error of the engine means for a client that sends a name, and what to do; None for any other error."""
+    return _ADVICE.get(meaning_of(error))
+
+
 # Substrings of Triton's errors for a model that is not ready. Triton's code for these errors is INTERNAL.
 # Sources: Triton core src/model_repository_manager, python_backend src/python_be.cc.
 _NOT_NOW = (
