@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import termios
@@ -104,10 +105,13 @@ def test_ctrl_c_leaves_the_terminal_as_it_was() -> None:
 
 def test_the_view_goes_on_while_the_server_goes_and_comes_back() -> None:
     """With counters that begin at 0 again, in a window that changes its size, until the key q."""
-    with serving() as port:
-        pass
-    with on_terminal(words(port)) as terminal:
+    with contextlib.ExitStack() as stack:
+        first = stack.enter_context(contextlib.ExitStack())
+        port = first.enter_context(serving())
+        terminal = stack.enter_context(on_terminal(words(port)))
         before = terminal.settings()
+        terminal.await_text(b"requests/s 4")
+        first.close()
         terminal.await_text(b"NO ANSWER")
         with serving(port):
             wide = terminal.await_text(b"requests/s 4")
@@ -157,13 +161,15 @@ def test_in_a_pipe_a_view_is_text_without_colours(capfd: pytest.CaptureFixture[s
     assert ["tritonlora", "ADAPTER", "pirate"] == [lines[0].split()[0], lines[-2].split()[0], lines[-1].split()[0]]
 
 
-def test_one_view_of_no_server_is_an_error(capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("options", [(), ("--once",), ("--json",)])
+def test_no_server_at_the_start_is_an_error(capfd: pytest.CaptureFixture[str], options: Sequence[str]) -> None:
     """That says which endpoint does not answer."""
     with serving() as port:
         pass
 
-    assert 1 == main(words(port, "--once"))
-    assert f"no answer from 127.0.0.1:{port}" in capfd.readouterr().err
+    assert 1 == main(words(port, *options))
+    out, err = capfd.readouterr()
+    assert ("", True) == (out, err.startswith(f"error: no answer from 127.0.0.1:{port}: "))
 
 
 def test_metrics_at_another_port_are_asked_for(capfd: pytest.CaptureFixture[str]) -> None:

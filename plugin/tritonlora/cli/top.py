@@ -48,9 +48,11 @@ def top(
 ) -> None:
     """Show the adapters of a running server: what each one is asked for, waits for and loads.
 
-    Rates and percentiles are those since the last look. All else is since the server's start.
+    Rates and percentiles are those since the last look. All else is since the server's start. The exit code is 1 if no
+    server answers at the start. If the server goes away later, the view says so and goes on.
     """
     look_once = functools.partial(look, url, client.metrics_url(url, metrics_port))
+    look_once()  # ServerError where nobody answers; a server that goes away later is waited for
     on_terminal = sys.stdout.isatty() and not stdout.is_dumb_terminal
     if on_terminal and not once and not as_json:
         watch(look_once, stdout, url=url, interval=interval, sort=sort)
