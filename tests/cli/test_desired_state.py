@@ -18,12 +18,13 @@ from typing import TypeVar
 import pytest
 
 from repositories import synthetic_adapter, synthetic_repository
-from tritonlora.cli import commands
+from tritonlora.cli import commands, output
 from tritonlora.cli.desired_state import LOOK_SECONDS, RETRY_SECONDS, follow
-from tritonlora.cli.output import RESTART
 from tritonlora.errors import DesiredStateError
 from tritonlora.repository import paths
 from tritonlora.repository.paths import read_table
+
+NO_RESTART, RESTART = (f"note: {text}\n" for text in (output.NO_RESTART, output.RESTART))
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,7 @@ def test_a_plan_is_printed_carried_out_and_then_there_is_nothing_to_do(
     assert (0, plan, "") == run(capsys, "sync", "repo", "two.yaml", "--dry-run")
     assert before == Path("repo/lora_router/adapters.json").read_bytes()
     code, out, err = run(capsys, "sync", "--repo", "repo", "two.yaml")
-    assert (0, plan, "") == (code, out[: len(plan)], err)
+    assert (0, plan, NO_RESTART) == (code, out[: len(plan)], err)
     assert [
         "pirate-v3 added: lora_task_id 1, 8.0 KiB",
         "pirate-v4 added: lora_task_id 2, 8.0 KiB",
@@ -101,7 +102,7 @@ def test_a_plan_is_printed_carried_out_and_then_there_is_nothing_to_do(
         0,
         "- adapter pirate-v3: lora_task_id 1 is retired\nplan: 0 to add, 0 to change, 1 to remove\n"
         "done: the repository is as two.yaml says\n",
-        "",
+        NO_RESTART,
     ) == run(capsys, "sync", "repo", "two.yaml", "--prune")
 
 
@@ -117,7 +118,7 @@ def test_settings_that_a_running_server_lacks_are_named(capsys: pytest.CaptureFi
         0,
         "note: tensorrt_llm/config.pbtxt: input lora_weights: TYPE_FP16 [-1, -1] -> TYPE_BF16 [-1, -1]\n"
         "note: lora_resolver/config.pbtxt: output lora_weights: TYPE_FP16 [-1, -1] -> TYPE_BF16 [-1, -1]\n"
-        f"note: {RESTART}\n",
+        f"{RESTART}",
     ) == (code, err)
 
 

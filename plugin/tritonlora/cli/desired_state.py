@@ -30,7 +30,7 @@ from tritonlora.cli.options import (
     repository_and,
     repository_of,
 )
-from tritonlora.cli.output import RESTART, AsJson, print_json, print_note, stderr
+from tritonlora.cli.output import NO_RESTART, RESTART, AsJson, print_json, print_note, stderr
 from tritonlora.errors import DesiredStateError, TritonLoraError
 from tritonlora.repository import desired_state
 from tritonlora.repository import sync as syncing
@@ -162,8 +162,10 @@ def _sync(
             sys.stdout.write(f"done: the repository is as {file} says\n")
     sys.stdout.flush()
     settings = dict.fromkeys(setting for one in added for setting in one.settings)
-    for note in (*settings, RESTART) if settings else ():
-        print_note(note)
+    unchanged = {one.name for one in added if one.unchanged} | {one.name for one in refused}
+    if not dry_run and {one.name for one in changes} - unchanged:
+        for note in (*settings, RESTART if settings else NO_RESTART):
+            print_note(note)
     return not refused
 
 

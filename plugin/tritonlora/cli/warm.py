@@ -69,8 +69,10 @@ def warm(
         raise typer.BadParameter("give --pin or --unpin, not both")
     if unpin and url is not None:
         raise typer.BadParameter("--unpin goes without --url: the server lets them go by itself")
-    if repo is not None and not (pin or unpin):
-        raise typer.BadParameter("--repo goes with --pin and --unpin; without them, give names and --url")
+    if not (pin or unpin) and (repo is not None or "/" in words[0]):  # no adapter's name has a slash
+        raise typer.BadParameter(
+            f"REPO ({str(repo or words[0])!r}) goes with --pin and --unpin; without them, warm asks the server at --url"
+        )
     pinned: list[Pinned] = []
     names = words
     if pin or unpin:
