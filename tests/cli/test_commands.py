@@ -156,6 +156,8 @@ def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) 
         ("list", "--repo", "a", "--url", "b"),
         ("bench", "convert", "--ranks", "x"),
         ("list", "--repo", ""),
+        ("warm", "./repo", "pirate"),
+        ("warm", "pirate", "--repo", "repo"),
         ("init", ""),
     ],
 )
@@ -342,7 +344,9 @@ def test_add_and_remove(capsys: pytest.CaptureFixture[str], repo: Path, adapter:
         assert (0, f"new is loaded {start}: lora_task_id 3, 8.0 KiB\n") == run(
             capsys, "add", "new", adapter, "--repo", repo, option
         )[:2]
-    assert (0, "new removed: lora_task_id 3 is retired\n") == run(capsys, "remove", "new", "--repo", repo)[:2]
+    assert (0, "adapter new removed: its lora_task_id 3 is never used again\n") == run(
+        capsys, "remove", "new", "--repo", repo
+    )[:2]
     code, out, _ = run(capsys, "add", "new", adapter, "--repo", repo, "--no-warmup", "--task-id", "9", "--json")
     entry = json.loads(out)["entry"]
     assert (0, 9, False) == (code, entry["lora_task_id"], entry["warm"])
@@ -350,17 +354,27 @@ def test_add_and_remove(capsys: pytest.CaptureFixture[str], repo: Path, adapter:
 
 def test_an_alias_is_given_switched_and_taken_away(capsys: pytest.CaptureFixture[str], repo: Path) -> None:
     """A line for each; the adapters stay."""
-    assert (0, "prod is adapter pirate\n") == run(capsys, "alias", "prod", "pirate", "--repo", repo)[:2]
-    assert (0, "prod is adapter pirate\n") == run(capsys, "alias", "prod", "pirate", "--repo", repo)[:2]
-    assert (0, "prod: adapter pirate -> haiku\n") == run(capsys, "alias", "prod", "haiku", "--repo", repo)[:2]
+    assert (0, "alias prod added: its requests go to pirate\n", NO_RESTART) == run(
+        capsys, "alias", "prod", "pirate", "--repo", repo
+    )
+    assert (0, "alias prod is unchanged: its requests go to pirate\n", "") == run(
+        capsys, "alias", "prod", "pirate", "--repo", repo
+    )
+    assert (0, "alias prod changed: its requests went to pirate, and go to haiku now\n", NO_RESTART) == run(
+        capsys, "alias", "prod", "haiku", "--repo", repo
+    )
     code, _, err = run(capsys, "remove", "haiku", "--repo", repo)
     assert (1, "error: adapter 'haiku' has aliases: prod;") == (code, err[:41])
     code, out, _ = run(capsys, "list", "--repo", repo, "--json")
     assert (0, [["prod"], []]) == (code, [one["aliases"] for one in json.loads(out).values()])
     code, out, _ = run(capsys, "alias", "prod", "pirate", "--repo", repo, "--json")
     assert (0, {"alias": "prod", "name": "pirate", "before": "haiku"}) == (code, json.loads(out))
-    assert (0, "prod removed: adapter pirate stays\n") == run(capsys, "remove", "prod", "--repo", repo)[:2]
-    assert (0, "haiku removed: lora_task_id 2 is retired\n") == run(capsys, "remove", "haiku", "--repo", repo)[:2]
+    assert (0, "alias prod removed: requests for it are refused now; pirate stays\n") == run(
+        capsys, "remove", "prod", "--repo", repo
+    )[:2]
+    assert (0, "adapter haiku removed: its lora_task_id 2 is never used again\n") == run(
+        capsys, "remove", "haiku", "--repo", repo
+    )[:2]
 
 
 def test_an_alias_is_divided_and_led_back(
@@ -368,18 +382,20 @@ def test_an_alias_is_divided_and_led_back(
 ) -> None:
     """With REPO in any place. The list has the shares."""
     run(capsys, "alias", "prod", "pirate", "--repo", repo)
-    divided = (0, "prod: divided pirate -> haiku 10 %, pirate 90 %\n")
+    divided = (0, "alias prod changed: its requests went to pirate, and go to haiku 10 %, pirate 90 % now\n")
     assert divided == run(capsys, "alias", repo, "prod", "pirate=90", "haiku=10")[:2]
     assert "haiku\t2\t8\tattn_q,attn_v\t8.0 KiB\t1\ton first use\tprod 10 %\t" in run(capsys, "list", repo)[1]
     assert {"haiku": {"prod": 10}, "pirate": {"prod": 90}} == {
         name: about["shares"] for name, about in json.loads(run(capsys, "list", repo, "--json")[1]).items()
     }
     monkeypatch.setenv("TRITONLORA_REPO", str(repo))
-    assert (0, "prod: adapter haiku 10 %, pirate 90 % -> pirate\n") == run(capsys, "alias", "prod", "pirate")[:2]
+    led_back = "alias prod changed: its requests went to haiku 10 %, pirate 90 %, and go to pirate now\n"
+    assert (0, led_back) == run(capsys, "alias", "prod", "pirate")[:2]
     code, out, _ = run(capsys, "alias", "prod", "haiku=50", "pirate=50", "--json")
     shares = {"haiku": 50, "pirate": 50}
     assert (0, {"alias": "prod", "name": shares, "before": "pirate"}) == (code, json.loads(out))
-    assert (0, "prod removed: adapter haiku 50 %, pirate 50 % stays\n") == run(capsys, "remove", "prod")[:2]
+    removed = "alias prod removed: requests for it are refused now; haiku, pirate stay\n"
+    assert (0, removed) == run(capsys, "remove", "prod")[:2]
 
 
 @pytest.mark.parametrize(
@@ -389,7 +405,7 @@ def test_an_alias_is_divided_and_led_back(
         (["pirate=90", "nobody=10"], 1, "error: cannot divide 'prod': no adapter 'nobody' is registered; available: "),
         (["pirate=90", "haiku"], 2, "'haiku' has no share; give each adapter a whole percentage, such as haiku=10"),
         (["pirate=90%", "haiku=10%"], 2, "'pirate=90%' has no share; give each adapter a whole percentage, such as"),
-        (["pirate=50", "pirate=50"], 2, "'pirate' stands twice; give each adapter once"),
+        (["pirate=50", "pirate=50"], 2, "'pirate' is given twice; give each adapter once"),
     ],
 )
 def test_shares_that_cannot_be_are_refused(
@@ -446,7 +462,7 @@ def test_compose_says_what_the_sum_is_and_how_far_a_compressed_one_is_off(
     assert (0, [8], 4) == (code, json.loads(out)["ranks"], json.loads(out)["added"]["entry"]["lora_task_id"])
     worst = max(json.loads(out)["errors"].items(), key=lambda item: item[1])
     assert re.fullmatch(
-        r"note: compressed: the relative error is 0\.\d+ over all layers; the worst layers: "
+        r"note: compressed to rank [0-9]+: the relative error is 0\.\d+ over all layers; the worst layers: "
         rf"{worst[0]} {worst[1]:.2g}, model.*, model.*\n{NO_RESTART}",
         err,
     )

@@ -287,10 +287,10 @@ def shared_memory(subject: Subject) -> Iterator[Finding]:
 
 def ports(subject: Subject) -> Iterator[Finding]:
     """A warning where a port is in use. The server of this very repository may be the one that uses it."""
-    taken = ports_in_use(subject.ports) if subject.ports else []
-    if taken:
+    if subject.ports and (taken := ports_in_use(subject.ports)):
+        options = [f"{option} PORT" for option, port in subject.ports.by_option.items() if port in taken]
         yield warning(
             f"port {', '.join(map(str, taken))}",
-            "in use: another server cannot start on it",
-            "stop what listens there, or choose others: tritonlora serve --http-port … --grpc-port … --metrics-port …",
+            "in use: a server listens there already, and tritonlora serve cannot start a second one there",
+            f"nothing if it is this repository's server; else stop it, or choose: tritonlora serve {' '.join(options)}",
         )

@@ -53,6 +53,7 @@ from tritonlora.repository import registry
 from tritonlora.repository.add import Added, Options
 from tritonlora.repository.compose import SCHEME
 from tritonlora.repository.paths import Repository, open_repository, read_table
+from tritonlora.repository.registry import Aliased, Removed
 from tritonlora.serving.adapter_table import check_name, described_aliases
 from tritonlora.sources.fetch import Fetched, fetched
 from tritonlora.sources.policy import Policy, policy
@@ -219,8 +220,8 @@ def compose(
         list[str],
         typer.Argument(
             metavar="[REPO] NAME ADAPTER=WEIGHT...",
-            help="The model repository, the new adapter's name, and the adapters to add up, each times its weight: a "
-            "registered name, or the directory of a PEFT adapter.",
+            help="The model repository, the new adapter's name, and the adapters to add up with their weights. ADAPTER "
+            "is a registered name, or the directory of a PEFT adapter.",
         ),
     ],
     repo: RepoOption = None,
@@ -240,9 +241,10 @@ def compose(
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Add the adapter whose delta is a weighted sum of other adapters' deltas: NAME a=0.7 b=0.3.
+    """Add a new adapter that is a weighted sum of others: NAME a=0.7 b=0.3.
 
-    The sum is exact, and its rank is the sum of the ranks, unless --rank is given.
+    What the new adapter adds to each layer's weights is the sum of what the others add, each times its weight. The sum
+    is exact, and its rank is the sum of their ranks, unless --rank is given.
     """
     root, (name, *terms) = repository_and(words, repo, None)
     options = adding.Options(warm=warmup, dtype=dtype, base=base)
@@ -258,7 +260,8 @@ def compose(
         worst = sorted(composed.errors.items(), key=lambda item: -item[1])[:WORST_LAYERS]
         layers = ", ".join(f"{path} {error:.2g}" for path, error in worst)
         print_note(
-            f"compressed: the relative error is {composed.error:.2g} over all layers; the worst layers: {layers}"
+            f"compressed to rank {rank}: the relative error is {composed.error:.2g} over all layers; the worst layers: "
+            f"{layers}"
         )
     _print_restart([composed.added], dry_run=dry_run)
     if as_json:
@@ -294,25 +297,31 @@ def _weights(terms: list[str]) -> dict[str, float]:
 def remove(
     words: Annotated[
         list[str],
-        typer.Argument(metavar="[REPO] NAME...", help="The model repository, and names or aliases."),
+        typer.Argument(metavar="[REPO] NAME...", help="The model repository, and names of adapters or aliases."),
     ],
     repo: RepoOption = None,
     as_json: AsJson = False,
 ) -> None:
-    """Take adapters or aliases out of the repository. The lora_task_id of a removed adapter is never used again."""
+    """Take adapters or aliases out of the repository. Requests for them are refused from then on.
+
+    An alias goes alone: its adapters stay. An adapter that has aliases goes together with them, or after them.
+    """
     root, names = repository_and(words, repo, None)
     removed = registry.remove(open_repository(root), *names)
     if as_json:
         print_json(removed)
         return
     for one in removed:
-        what = (
-            f"adapter {led_to(one.alias_of)} stays"
-            if one.entry is None
-            else f"lora_task_id {one.entry.lora_task_id} is retired"
-        )
-        sys.stdout.write(f"{one.name} removed: {what}\n")
+        sys.stdout.write(f"{_removal(one)}\n")
     print_note(NO_RESTART)
+
+
+def _removal(removed: Removed) -> str:
+    if removed.entry is not None:
+        return f"adapter {removed.name} removed: its lora_task_id {removed.entry.lora_task_id} is never used again"
+    led = removed.alias_of
+    stay = f"{', '.join(led)} stay" if isinstance(led, Mapping) else f"{led} stays"
+    return f"alias {removed.name} removed: requests for it are refused now; {stay}"
 
 
 @app.command()
@@ -320,17 +329,18 @@ def alias(
     words: Annotated[
         list[str],
         typer.Argument(
-            metavar="[REPO] NEW OLD|OLD=PERCENT...",
-            help="The model repository, the new name for clients to send, and the adapter's name, or several adapters "
-            "with the share of requests that each one gets.",
+            metavar="[REPO] ALIAS NAME|NAME=PERCENT...",
+            help="The model repository, the alias for clients to send, and an adapter, or several adapters with the "
+            "percentage of the requests that each one gets.",
         ),
     ],
     repo: RepoOption = None,
     as_json: AsJson = False,
 ) -> None:
-    """Give an adapter a second name, or move a second name to another adapter. `remove` takes a second name away.
+    """Send the requests for a second name, an alias, to an adapter. `remove` takes an alias away.
 
-    `alias prod v3=90 v4=10` divides the requests for prod; `alias prod v3` leads all of them to v3 again.
+    `alias prod v3` sends the requests for prod to v3, and `alias prod v4` then switches them to v4 in one step. `alias
+    prod v3=90 v4=10` divides them between both.
     """
     names = [word for word in words if "=" not in word or word == words[0]]
     if names == words:
@@ -343,13 +353,18 @@ def alias(
     if as_json:
         print_json(aliased)
         return
-    is_divided = not isinstance(aliased.name, str)
-    if aliased.before in (None, aliased.name):
-        sys.stdout.write(f"{new} is {'divided:' if is_divided else 'adapter'} {led_to(aliased.name)}\n")
-    else:
-        kind = "divided" if is_divided else "adapter"
-        sys.stdout.write(f"{new}: {kind} {led_to(aliased.before)} -> {led_to(aliased.name)}\n")
-    print_note(NO_RESTART)
+    sys.stdout.write(f"alias {new} {_leading(aliased)}\n")
+    if aliased.before != aliased.name:
+        print_note(NO_RESTART)
+
+
+def _leading(aliased: Aliased) -> str:
+    now = led_to(aliased.name)
+    if aliased.before == aliased.name:
+        return f"is unchanged: its requests go to {now}"
+    if aliased.before is None:
+        return f"added: its requests go to {now}"
+    return f"changed: its requests went to {led_to(aliased.before)}, and go to {now} now"
 
 
 def _shares(words: list[str]) -> dict[str, int]:
@@ -360,7 +375,7 @@ def _shares(words: list[str]) -> dict[str, int]:
         if not share.isdecimal() or not share.isascii() or len(share) > 3:
             raise typer.BadParameter(f"{word!r} has no share; give each adapter a whole percentage, such as {name}=10")
         if name in shares:
-            raise typer.BadParameter(f"{name!r} stands twice; give each adapter once")
+            raise typer.BadParameter(f"{name!r} is given twice; give each adapter once")
         shares[name] = int(share)
     return shares
 
