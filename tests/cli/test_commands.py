@@ -157,6 +157,8 @@ def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) 
         ("bench", "convert", "--ranks", "x"),
         ("list", "--repo", ""),
         ("warm", "./repo", "pirate"),
+        ("serve", "repo", "--http-prt", "8000"),
+        ("serve", "repo", "other"),
         ("warm", "pirate", "--repo", "repo"),
         ("init", ""),
     ],

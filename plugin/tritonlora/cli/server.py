@@ -38,7 +38,7 @@ from tritonlora.serving.routing import SPLIT_KEY
 app = command_group()
 
 
-@app.command(context_settings={"ignore_unknown_options": True})
+@app.command()
 def serve(
     words: Annotated[
         list[str] | None,
@@ -84,6 +84,8 @@ def serve(
     """Start tritonserver on the repository and print which adapters are ready. Options after -- go to tritonserver."""
     first = [word for word in (words or [])[:1] if not word.startswith("-")]
     root, extra = repository_of(some_path(first[0]) if first else None, repo), (words or [])[len(first) :]
+    if extra and not extra[0].startswith("-"):
+        raise typer.BadParameter(f"{extra[0]!r} is one word too many; options of tritonserver go after --")
     tritonserver.check_extra(extra)
     address = machine.numeric_address(address)
     opened, ports = open_repository(root), Ports(http_port, grpc_port, metrics_port, openai_port)

@@ -210,7 +210,8 @@ def _connected(url: str, timeout: float) -> Iterator[http.client.HTTPConnection]
     except (OSError, http.client.HTTPException) as error:
         if isinstance(error, http.client.BadStatusLine) and not isinstance(error, http.client.RemoteDisconnected):
             raise ServerError(f"{url} does not answer in HTTP; is that the gRPC endpoint?") from None
-        raise ServerError(f"no answer from {url}: {error or type(error).__name__}; is the server running?") from None
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise ServerError(f"no answer from {url}: {reason}; is the server running?") from None
     finally:
         connection.close()
 

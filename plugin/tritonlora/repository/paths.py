@@ -96,7 +96,8 @@ def require_directory(root: Path) -> None:
             "disk, or mount it"
         )
     if not root.is_dir():
-        raise RepositoryError(f"there is no model repository at {str(root)!r}")
+        found = "it is a file" if root.exists() else "there is nothing"
+        raise RepositoryError(f"there is no model repository at {str(root)!r}: {found}; give its directory")
 
 
 _REMOTE = re.compile(r"(s3|gs|as|https?):/")  # as tritonserver takes them; a path has one slash of two
