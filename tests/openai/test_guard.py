@@ -145,6 +145,17 @@ def test_bad_bodies_are_named_in_openai_s_form(content: bytes, told: str) -> Non
     assert (400, True) == (response.status_code, told in response.json()["error"]["message"]), response.text
 
 
+@pytest.mark.parametrize(
+    ("path", "status", "told"),
+    [("/completions", 404, "nothing at this path; ask /v1/chat/completions"), (CHAT, 405, "does not take this method")],
+)
+def test_a_wrong_path_or_method_is_told_the_right_ones(path: str, status: int, told: str) -> None:
+    """In OpenAI's form."""
+    response = ask("GET", path)
+
+    assert (status, True) == (response.status_code, told in response.json()["error"]["message"])
+
+
 @pytest.mark.parametrize("headers", [{}, {"Content-Type": "application/x-www-form-urlencoded"}])
 def test_json_without_its_content_type_is_told_what_to_add(headers: dict[str, str]) -> None:
     """As curl -d sends it."""

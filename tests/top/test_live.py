@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import re
 import termios
@@ -12,11 +13,13 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 
 from terminal import on_terminal
 from tritonlora import exposition
+from tritonlora.cli import top
 from tritonlora.cli.commands import main
 from tritonlora.errors import ServerError
 from tritonlora.top.live import views
@@ -75,13 +78,7 @@ def test_a_server_that_comes_back_has_rates_from_the_second_look_on() -> None:
     """Those of the time between would be of nothing."""
     left: list[Look | ServerError] = [at(0, 5), at(1, 7), ServerError("gone"), at(3, 9), at(5, 13)]
 
-    def look() -> Look:
-        found = left.pop(0)
-        if isinstance(found, ServerError):
-            raise found
-        return found
-
-    shown = views(look, 0.0, lambda _: not left)
+    shown = views(lambda: _raised(left.pop(0)), 0.0, lambda _: not left)
 
     assert [(None, None), (None, 2.0), ("gone", None), (None, None), (None, 2.0)] == [
         (view.problem, view.total.requests_per_second) for view in shown
@@ -170,6 +167,25 @@ def test_no_server_at_the_start_is_an_error(capfd: pytest.CaptureFixture[str], o
     assert 1 == main(words(port, *options))
     out, err = capfd.readouterr()
     assert ("", True) == (out, err.startswith(f"error: no answer from 127.0.0.1:{port}: "))
+
+
+def test_in_a_pipe_a_server_that_goes_away_is_told_with_the_time(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Since the last look that succeeded."""
+    looks: list[Look | ServerError] = [at(0, 5), at(1, 7), *[ServerError("gone")] * 2]
+    monkeypatch.setattr(top, "look", lambda *_: at(0, 5))
+    monkeypatch.setattr(top, "views", lambda *_: views(lambda: _raised(looks.pop(0)), 0.0, lambda _: not looks))
+    monkeypatch.setattr(top, "time", SimpleNamespace(monotonic=itertools.count().__next__))
+
+    assert 0 == main(["top"])
+    assert ["NO ANSWER for 1 s", "NO ANSWER for 2 s"] == re.findall(r"NO ANSWER for \d s", capfd.readouterr().out)
+
+
+def _raised(found: Look | ServerError) -> Look:
+    if isinstance(found, ServerError):
+        raise found
+    return found
 
 
 def test_metrics_at_another_port_are_asked_for(capfd: pytest.CaptureFixture[str]) -> None:

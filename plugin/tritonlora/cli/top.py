@@ -57,21 +57,23 @@ def top(
     if on_terminal and not once and not as_json:
         watch(look_once, stdout, url=url, interval=interval, sort=sort)
         return
-    started = time.monotonic()
+    started = heard = time.monotonic()
     for number, view in enumerate(itertools.islice(views(look_once, interval), 2 if once else None)):
         if once and view.problem is not None:
             raise ServerError(view.problem)
+        now = time.monotonic()
+        heard = now if view.problem is None else heard
         if number or view.problem is not None:  # the first view has no rates
-            _write(view, url, time.monotonic() - started, sort, as_json=as_json)
+            _write(view, Head(url, now - started, now - heard), sort, as_json=as_json)
 
 
-def _write(view: View, url: str, watched_seconds: float, sort: str, *, as_json: bool) -> None:
+def _write(view: View, head: Head, sort: str, *, as_json: bool) -> None:
     """Write a view to stdout: one line of JSON, or as on a terminal; in a pipe with all rows and whole names."""
     if as_json:
         now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-        sys.stdout.write(json.dumps({"time": now, "url": url, **document(view)}) + "\n")
+        sys.stdout.write(json.dumps({"time": now, "url": head.url, **document(view)}) + "\n")
         sys.stdout.flush()
         return
     width, height = (stdout.width, stdout.height - 1) if sys.stdout.isatty() else (None, None)
-    lines = draw(view, Head(url, watched_seconds), sort, width=width, height=height)
+    lines = draw(view, head, sort, width=width, height=height)
     stdout.print(Text("\n").join(lines), soft_wrap=True)

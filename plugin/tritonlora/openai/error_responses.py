@@ -56,13 +56,18 @@ def _half_a_character(_: UnicodeEncodeError) -> ApiError:
 
 def _http_error(error: HTTPException) -> ApiError:
     kind = NOT_FOUND if error.status_code == 404 else INVALID
-    return ApiError(error.status_code, str(error.detail), kind=kind, headers=error.headers)
+    text = _OF_THE_PATH.get(error.status_code, str(error.detail))
+    return ApiError(error.status_code, text, kind=kind, headers=error.headers)
 
 
 def _failure(_: Exception) -> ApiError:
     return ApiError(500, "tritonlora openai failed on this request; its log says why", kind=FAILED)
 
 
+_OF_THE_PATH = {
+    404: "there is nothing at this path; ask /v1/chat/completions, /v1/completions or /v1/models",
+    405: "this path does not take this method; /openapi.json has the methods of each path",
+}
 NOT_SENT_AS_JSON = (
     "the request's Content-Type is not application/json; add that header, as curl does with "
     "-H 'Content-Type: application/json'"
