@@ -32,6 +32,7 @@ CHECKS: tuple[Callable[[Subject], Iterator[Finding]], ...] = (
     engine.declarations,
     engine.warmup_block,
     engine.cache,
+    engine.pauses,
     engine.pins,
     around.leftovers,
     around.response_caches,

@@ -163,6 +163,19 @@ def cache(subject: Subject) -> Iterator[Finding]:
         )
 
 
+def pauses(subject: Subject) -> Iterator[Finding]:
+    """Where not all adapters fit, the engine pauses no request: the resolver counts on a token in each iteration."""
+    policy = subject.config.parameters.get("batch_scheduler_policy", "")
+    resolving = [name for name, config in subject.configs.items() if config.leads_to(RESOLVER)]
+    if policy == "max_utilization" and resolving and subject.plan is not None and not subject.plan.fits:
+        yield warning(
+            f"{subject.repository.target}/config.pbtxt",
+            "batch_scheduler_policy is max_utilization, and not all adapters fit into the engine's cache: when the "
+            f"engine pauses a request, another one of {', '.join(resolving)} may get an error of that cache",
+            "tritonlora plan --apply, or set batch_scheduler_policy to guaranteed_no_evict",
+        )
+
+
 def _device_cache(where: str, plan: CachePlan) -> Iterator[Finding]:
     """The engine's LoRA cache in GPU memory, if its size is known, has the capacity for each adapter."""
     if plan.device is None:
