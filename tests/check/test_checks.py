@@ -99,12 +99,6 @@ def _warm_both_in_a_cache_of_one(opened: Repository) -> None:
     set_cache_pages(opened, 1)
 
 
-def _pauses_with_a_cache_of_one(opened: Repository) -> None:
-    init.init(opened.root, topology="resolve")
-    set_cache_pages(opened, 1)
-    upkeep.set_parameters(opened, {"batch_scheduler_policy": "max_utilization"})
-
-
 def _own_sample(opened: Repository, key: str, file: str, content: bytes) -> None:
     """A warmup sample of the user's own, outside the block."""
     (opened.warmup_directory / file).write_bytes(content)
@@ -289,9 +283,9 @@ PLANTED: dict[str, tuple[Callable[[Repository], object], str, str]] = {
         "tensorrt_llm/config.pbtxt: the warm adapters take 2 pages, the cache has 1",
     ),
     "the engine may pause requests": (
-        _pauses_with_a_cache_of_one,
-        "warning",
-        "tensorrt_llm/config.pbtxt: batch_scheduler_policy is max_utilization, and not all adapters fit",
+        lambda opened: upkeep.set_parameters(opened, {"batch_scheduler_policy": "max_utilization"}),
+        "error",
+        "lora_resolver/config.pbtxt: batch_scheduler_policy of tensorrt_llm is max_utilization, which",
     ),
     "the router has fewer instances than the engine takes requests": (
         lambda opened: edit(opened.root / "lora_router" / "config.pbtxt", "count: 64", "count: 63"),

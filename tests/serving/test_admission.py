@@ -171,6 +171,20 @@ def test_no_request_is_refused_whatever_the_engine_and_the_clients_are(seed: int
     assert 0 == resolver.counts["unexpected miss"]
 
 
+@pytest.mark.parametrize(("pages", "most_loads"), [(12, 1000), (24, 30)])
+@pytest.mark.parametrize("seed", range(4))
+def test_an_engine_that_pauses_requests_refuses_none(pages: int, most_loads: int, seed: int) -> None:
+    """Its iterations tell of no end. So only loads are certain, unless all of the 20 adapters fit."""
+    world = World()
+    engine = Engine(world, pages, lambda _: PACE, pausing=0.01)
+    resolver = Resolver(world, engine, pages, {}, may_pause=True)
+    outcome = run(world, resolver.ask, Clients(adapters=20, streams=10, tokens=16), 40, seed=seed)
+
+    assert {"ok"} == outcome.responses.keys()
+    assert 0 == resolver.counts["unexpected miss"]
+    assert resolver.counts["load ok"] < most_loads
+
+
 @pytest.mark.parametrize("pages", [8, 64])
 @pytest.mark.parametrize("seed", range(5))
 def test_an_engine_that_is_loaded_again_is_found_out_within_two_seconds(pages: int, seed: int) -> None:

@@ -23,6 +23,7 @@ from tritonlora.serving.tickets import Ticket
 
 HOPS_SECONDS = 0.0003, 0.002  # from the resolver to the engine, at least and at most
 HOP_SECONDS = 0.0005  # back
+PAUSED_ITERATIONS = 60
 
 Respond = Callable[[str, bool], None]  # ("ok", "miss" or "full", whether it is the last response)
 
@@ -52,17 +53,24 @@ class _Active:
     number: int
     tokens: float
     respond: Respond
+    paused: int = 0  # iterations that give it no token
 
 
 class Engine:
     """A token for each active request in each iteration, and TensorRT-LLM's LoRA cache. Each adapter takes one page."""
 
-    def __init__(self, world: World, pages: int, pace: Callable[[float], float], slots: int = 512) -> None:
-        """`pace(time)`: the seconds that an iteration takes. `slots`: requests that are active at one time."""
+    def __init__(
+        self, world: World, pages: int, pace: Callable[[float], float], slots: int = 512, pausing: float = 0.0
+    ) -> None:
+        """`pace(time)`: the seconds that an iteration takes. `slots`: requests that are active at one time.
+
+        `pausing`: the share of tokens before which a request is paused for a while.
+        """
         self._world = world
         self._pages = pages
         self._pace = pace
         self._slots = slots
+        self._pausing = pausing
         self._queue: deque[tuple[int | None, float, bool, Respond]] = deque()
         self._active: list[_Active] = []
         self._weights_at: dict[int | None, float] = {}  # adapter -> when weights of it arrive that were sent last
@@ -124,6 +132,11 @@ class Engine:
 
     def _produce(self, cache: PeftCache[int]) -> None:
         for request in [*self._active] if cache is self._cache else ():
+            if not request.paused and self._pausing and self._chance.random() < self._pausing:
+                request.paused = PAUSED_ITERATIONS
+            if request.paused:
+                request.paused -= 1
+                continue
             request.tokens -= 1
             is_last = request.tokens <= 0
             if is_last:
@@ -151,11 +164,12 @@ class Resolver:
         routed: float = 0.0,
         pins: Mapping[int, int] = {},
         are_large: bool = False,
+        may_pause: bool = False,
     ) -> None:
         """`sending`: the seconds that weights take on their way. `patience`: the seconds that a request may wait.
 
         `routed`: the share of requests that come from the router, which tells their ends and asks again after a miss.
-        `are_large`: no request carries weights.
+        `are_large`: no request carries weights. `may_pause`: the resolver knows that the engine may pause requests.
         """
         self._world = world
         self._engine = engine
@@ -164,7 +178,7 @@ class Resolver:
         self._routed = routed
         self._are_large = are_large
         self._chance = random.Random(2)  # noqa: S311
-        self.admission = Admission(EngineCache(pages, warm, world.now), world.now)
+        self.admission = Admission(EngineCache(pages, warm, world.now, may_pause=may_pause), world.now)
         self.admission.pin(pins)
         self._requests: dict[Ticket, tuple[float, Respond]] = {}
         self._outgoing: deque[Ticket] = deque()  # behind weights that are under way

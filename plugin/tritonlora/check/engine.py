@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 
 from tritonlora.check.findings import REPAIR, Finding, Subject, error, warning
@@ -12,6 +13,7 @@ from tritonlora.engine.profile import ENCODER_DECODER
 from tritonlora.errors import ConfigError
 from tritonlora.pbtxt.model_config import has_template
 from tritonlora.repository import warmup
+from tritonlora.repository.model_configs import may_pause
 from tritonlora.repository.paths import RESOLVER, read_bytes
 from tritonlora.repository.registry import pin_problem
 from tritonlora.serving.adapter_table import AdapterTable
@@ -164,15 +166,14 @@ def cache(subject: Subject) -> Iterator[Finding]:
 
 
 def pauses(subject: Subject) -> Iterator[Finding]:
-    """Where not all adapters fit, the engine pauses no request: the resolver counts on a token in each iteration."""
-    policy = subject.config.parameters.get("batch_scheduler_policy", "")
-    resolving = [name for name, config in subject.configs.items() if config.leads_to(RESOLVER)]
-    if policy == "max_utilization" and resolving and subject.plan is not None and not subject.plan.fits:
-        yield warning(
-            f"{subject.repository.target}/config.pbtxt",
-            "batch_scheduler_policy is max_utilization, and not all adapters fit into the engine's cache: when the "
-            f"engine pauses a request, another one of {', '.join(resolving)} may get an error of that cache",
-            "tritonlora plan --apply, or set batch_scheduler_policy to guaranteed_no_evict",
+    """The resolver knows whether the engine may pause requests; otherwise it is certain of what is not certain."""
+    known = subject.configs[RESOLVER].parameters.get("target_may_pause") if RESOLVER in subject.configs else "true"
+    if may_pause(subject.config) and known != "true":
+        yield error(
+            f"{RESOLVER}/config.pbtxt",
+            f"batch_scheduler_policy of {subject.repository.target} is max_utilization, which the resolver does not "
+            "know: requests may get errors of the engine's cache",
+            f"tritonlora init {shlex.quote(str(subject.repository.root))}",
         )
 
 

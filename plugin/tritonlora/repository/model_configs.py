@@ -162,6 +162,7 @@ def resolver_config(
         "router": router,
         "target": target_name,
         "target_is_decoupled": "true" if target.decoupled else "false",
+        "target_may_pause": "true" if may_pause(target) else "false",
         "engine_request": _sample(target, kind),
         "cache_full_timeout_seconds": "30",
         "load_timeout_seconds": "120",
@@ -178,6 +179,11 @@ def resolver_config(
         outputs=",\n".join(_tensor(replace(spec, optional=False, allow_ragged_batch=False)) for spec in outputs),
         parameters=_parameters(parameters),
     )
+
+
+def may_pause(target: ModelConfig) -> bool:
+    """Whether the engine of `target` may pause a request to make room for another one."""
+    return target.parameters.get("batch_scheduler_policy", "") == "max_utilization"
 
 
 def _sample(target: ModelConfig, kind: Target) -> str:

@@ -19,6 +19,9 @@ the request's end by its own requests to the engine, which are loads and probes:
 
 So the resolver assumes no speed of the engine. If the engine is slow, a bound is only late, and never wrong.
 
+An engine may pause requests, if its batch_scheduler_policy is max_utilization. Then an iteration may give a request no
+token, and no bound is certain. Such a cache is certain only while all adapters fit.
+
 Times are seconds of any one clock. This module uses no Triton, no threads and no files.
 """
 
@@ -64,13 +67,15 @@ class EngineCache:
         *,
         late: Collection[int] = (),
         is_fresh: bool = True,
+        may_pause: bool = False,
     ) -> None:
         """`warm` has the adapters that the engine's warmup loads, lora_task_id -> pages, in the order of the warmup.
 
         Those that are `late` may have come too late for it. If the engine `is_fresh`, it holds no other adapters.
-        Otherwise it may have got others before.
+        Otherwise it may have got others before. `may_pause`: the engine may pause requests.
         """
-        self.capacity = capacity
+        self._pages = capacity
+        self._may_pause = may_pause
         self._adapters: dict[int, _Adapter] = {}
         self._ended: OrderedDict[int, None] = OrderedDict()  # adapters not in use, in the order in which they ended
         self._in_use = 0  # pages of the adapters that may be in use
@@ -88,6 +93,11 @@ class EngineCache:
             adapter.used_at = adapter.ended_at = now - 1 + order / len(warm)
             adapter.seen_at = adapter.used_at if adapter.is_warm else None
             self._ended[task_id] = None
+
+    @property
+    def capacity(self) -> int:
+        """The pages of the cache; 0 if nothing is certain of it."""
+        return 0 if self._may_pause and self._ever_sent > self._pages else self._pages
 
     # Decisions
 
@@ -112,9 +122,10 @@ class EngineCache:
         beside = {task_id: pages for task_id, pages in beside.items() if task_id not in adapters}
         return bool(self.capacity) and self.new_pages(adapters) <= self.spare_pages(beside)
 
-    def spare_pages(self, beside: Mapping[int, int]) -> int:
+    def spare_pages(self, beside: Mapping[int, int]) -> float:
         """The pages that are certainly left beside all adapters in use, and beside these. Negative: there are none."""
-        return self.capacity - self._in_use - self.new_pages(beside)
+        in_use = self._ever_sent if self._may_pause else self._in_use
+        return self.capacity - in_use - self.new_pages(beside)
 
     def pages(self, task_id: int) -> dict[int, int]:
         """The adapter's id and pages, for `has_capacity`."""
@@ -124,7 +135,7 @@ class EngineCache:
         """The pages of those adapters that no request uses."""
         return sum(pages for task_id, pages in adapters.items() if not self.is_in_use(task_id))
 
-    def endangered(self, pages: int, kept: Collection[int]) -> int | None:
+    def endangered(self, pages: float, kept: Collection[int]) -> int | None:
         """Of the adapters `kept`, the first one that the engine may evict if it takes so many pages, or has evicted.
 
         None if it certainly keeps all of them. Requests for `kept` must be under way no longer than a probe is.

@@ -101,7 +101,14 @@ class TritonPythonModel:
             )
             self._dispatcher = Dispatcher(
                 Admission(
-                    EngineCache(self._capacity, warm, now, late=late, is_fresh=is_fresh),
+                    EngineCache(
+                        self._capacity,
+                        warm,
+                        now,
+                        late=late,
+                        is_fresh=is_fresh,
+                        may_pause=parameters.get("target_may_pause") == "true",
+                    ),
                     now,
                     cautious_for=0.0 if is_fresh else STARTING_SECONDS,
                 ),
