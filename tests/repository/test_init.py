@@ -102,7 +102,7 @@ def test_init_keeps_what_somebody_has_tuned(tmp_path: Path) -> None:
     init.init(root)
     config = root / "lora_router" / "config.pbtxt"
     tuned = with_parameter(config, "stall_timeout_seconds", "7")
-    config.write_text(tuned.replace("count: 4", "count: 5"))
+    config.write_text(tuned.replace("count: 3", "count: 5"))
     (root / "lora_router" / "adapters.json").write_text("mine")
     init.init(root)
 

@@ -135,7 +135,7 @@ def test_init_leads_past_the_router_with_the_model_s_own_names(opened: Repositor
     """For the OpenAI API, whatever ensembles there are."""
     ensemble = protobuf((opened.root / "lora_tokens" / "config.pbtxt").read_text())
     engine = protobuf((opened.root / "tensorrt_llm" / "config.pbtxt").read_text())
-    left_out = {"lora_id", "lora_path", "lora_ckpt_source"}
+    left_out = {"lora_path", "lora_ckpt_source"}
 
     assert {one.name for one in ensemble.input} == {one.name for one in engine.input} - left_out | {"lora_split_key"}
     assert [one.name for one in ensemble.output] == [one.name for one in engine.output]

@@ -61,7 +61,7 @@ def test_router_config_declares_what_the_target_declares(version: str, decoupled
     assert [("lora_name", 13), ("all_outputs", 1)] == [(one.name, one.data_type) for one in router.output[-2:]]
     assert (7, decoupled == "True") == (router.max_batch_size, router.model_transaction_policy.decoupled)
     assert ("lora_router", "python") == (router.name, router.backend)
-    assert [(4, router.instance_group[0].KIND_CPU)] == [(group.count, group.kind) for group in router.instance_group]
+    assert [(3, router.instance_group[0].KIND_CPU)] == [(group.count, group.kind) for group in router.instance_group]
 
 
 def test_router_config_carries_its_parameters() -> None:

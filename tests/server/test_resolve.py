@@ -15,7 +15,7 @@ import pytest
 import tritonclient.grpc as grpc
 from tritonclient.utils import InferenceServerException
 
-from asking import ENSEMBLE, Question, Refusal, ways
+from asking import ENSEMBLE, TOKENS, Question, Refusal, ways
 from repositories import resolving, synthetic_adapter
 from synthetic import PROMPT, ask, expected, listing, post
 from tritonlora.cli import commands
@@ -75,10 +75,11 @@ def resolve(
 
 
 WAYS = {
-    f"{policy}-{way.protocol}": (fixture, way)
+    f"{way.interface.model}-{policy}-{way.protocol}": (fixture, way)
     for fixture, policy, decoupled in (("roomy", "decoupled", True), ("narrow", "whole", False))
-    for way in ways([ENSEMBLE], decoupled=decoupled)
+    for way in ways([ENSEMBLE, TOKENS], decoupled=decoupled)
     if not (decoupled and way.protocol.endswith("_infer"))  # which Triton refuses
+    and not (way.interface is TOKENS and "generate" in way.protocol)  # whose JSON has no batches of tokens
 }
 
 

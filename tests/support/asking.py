@@ -114,6 +114,7 @@ def ensemble(name: str) -> Interface:
 ENGINE = Interface("tensorrt_llm", tokens_in, tokens_out)
 ROUTER = Interface("lora_router", tokens_in, tokens_out)
 ENSEMBLE = ensemble("ensemble")
+TOKENS = Interface("lora_tokens", tokens_in, tokens_out, "in ensemble 'lora_tokens', ")
 
 
 # Protocols: (server, model, inputs) -> the outputs of each answer; errors are InferenceServerException

@@ -28,7 +28,7 @@ def main(words: list[str]) -> int:
     if command != "serve" or "--print-command" in rest:
         return commands.main([command, *rest])
     router = Path("REPO/lora_router/config.pbtxt")
-    router.write_text(router.read_text().replace("count: 4", "count: 2"))  # instances start and stop in turn
+    router.write_text(router.read_text().replace("count: 3", "count: 2"))  # instances start and stop in turn
     with Path("serve.log").open("w") as log:
         server = subprocess.Popen(
             [sys.executable, "-m", "tritonlora", command, *rest], stdout=subprocess.PIPE, stderr=log, text=True

@@ -80,7 +80,7 @@ def router_config(
     target_name: str = "tensorrt_llm",
     resolver: str = "lora_resolver",
     previous_ids: bool = False,
-    max_streams: int = 4,
+    max_streams: int = 3,
 ) -> str:
     """The complete config.pbtxt of the Python-backend router in front of `target`.
 
@@ -300,12 +300,12 @@ def text_ensemble(target: ModelConfig, *, name: str, target_name: str) -> str | 
 def target_ensemble(target: ModelConfig, *, name: str, target_name: str, router: str) -> str:
     """The config.pbtxt of an ensemble of the target alone, with the target's names for its tensors.
 
-    It has the target's inputs, except those of adapters and `stop`, and the outputs in `_GENERATED`.
+    Of the inputs of adapters it has the id alone, and no `stop`. It has the outputs in `_GENERATED`.
     `ensemble_edits.rewire_to_resolve` puts the resolver into it. ConfigError when the target's config has placeholders.
     """
     kind = require_kind(target)
     _require_complete(target, target_name)
-    left_out = {*kind.WIRE.names, *kind.WIRE.router_only, kind.WIRE.stop}
+    left_out = {*kind.WIRE.names, *kind.WIRE.router_only, kind.WIRE.stop} - {kind.WIRE.task_id}
     inputs = [spec for spec in target.inputs if spec.name not in left_out]
     outputs = [spec for spec in target.outputs if spec.name in _GENERATED]
     names = {spec.name: spec.name for spec in inputs}
