@@ -327,10 +327,10 @@ def test_a_word_that_was_taken_for_the_repository_is_named(
     code, _, err = run(capsys, "add", "pirate", "adapters/pirate")
     why = "; 'pirate' was taken for REPO: TRITONLORA_REPO is not set, and there is no --repo"
 
-    assert (2, True) == (code, f"expected 2 after REPO, got 'adapters/pirate'{why}" in " ".join(err.split()))
+    assert (2, True) == (code, f"expected 2 words after REPO, got 'adapters/pirate'{why}" in " ".join(err.split()))
     monkeypatch.setenv("TRITONLORA_REPO", str(tmp_path))
     code, _, err = run(capsys, "add", "pirate")
-    assert (2, True) == (code, "expected 2 after REPO, got 'pirate'" in err)
+    assert (2, True) == (code, "expected 2 words after REPO, got 'pirate'" in err)
     assert "taken" not in err
 
 

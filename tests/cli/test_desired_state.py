@@ -169,7 +169,7 @@ def test_a_bad_adapter_is_in_the_exit_code(capsys: pytest.CaptureFixture[str], p
         (["repo", "no.yaml"], 1, "error: cannot read no.yaml: No such file or directory"),
         (["repo", "."], 1, "error: cannot read .: "),
         (["repo", "bad.yaml"], 1, "error: bad.yaml: it cannot be used: line 1: the file must be a mapping with"),
-        (["bad.yaml"], 2, "expected 1 after REPO, got ''"),
+        (["bad.yaml"], 2, "expected 1 word after REPO, got ''"),
         (["repo", "bad.yaml", "--watch", "--dry-run"], 2, "--watch goes without --dry-run and --json"),
         (["repo", "-", "--watch"], 2, "--watch goes without --dry-run and --json, and needs a FILE"),
     ],

@@ -144,7 +144,7 @@ def repository_and(words: list[str], option: Path | None, count: int | None) -> 
     is_first = bool(words) and option is None and ("/" in words[0] if count is None else len(words) > count)
     root, rest = (some_path(words[0]), words[1:]) if known is None or is_first else (known, words)
     if len(rest) != count and not (count is None and rest):
-        expected = "names" if count is None else count
+        expected = "names" if count is None else "1 word" if count == 1 else f"{count} words"
         why = f"; {words[0]!r} was taken for REPO: {REPO_VARIABLE} is not set, and there is no --repo"
         raise typer.BadParameter(
             f"expected {expected} after REPO, got {' '.join(rest)!r}{why if known is None else ''}"
