@@ -93,7 +93,7 @@ class Engine:
         return task_id in self._cache.cache
 
     def submit(self, task_id: int | None, tokens: float, with_weights: bool, respond: Respond) -> None:
-        """A request, of the base model or for an adapter.
+        """A request, of the base model or for an adapter. One of no tokens is refused, before its adapter is looked at.
 
         It may overtake others, but not the weights of its adapter: the resolver sends both from one thread, and Triton
         has given a response to the next step of the ensemble when `send` returns.
@@ -119,6 +119,9 @@ class Engine:
         while self._queue and len(self._active) < self._slots:
             task_id, tokens, with_weights, respond = self._queue.popleft()
             number = next(self._numbers)
+            if not tokens:
+                self._world.after(HOP_SECONDS, respond, "refused by the engine", True)
+                continue
             try:
                 if task_id is not None:
                     self._cache.add(task_id, number, (1, lambda: 1) if with_weights else None)
@@ -221,7 +224,7 @@ class Resolver:
             self._refuse([ticket])
             return
         if goes:
-            self._go([ticket])
+            self._go(ticket)
         else:
             self.counts["waited"] += 1
             self._next()
@@ -231,21 +234,18 @@ class Resolver:
             _, respond = self._requests.pop(ticket)
             respond("refused", True)
 
-    def _go(self, tickets: list[Ticket]) -> None:
-        if tickets[0].with_weights:
-            self._outgoing.extend(tickets)
-            if not self._is_sending:
-                self._is_sending = True
-                self._world.after(self._sending, self._send_weights)
-        else:
-            for ticket in tickets:
-                self._send(ticket)
+    def _go(self, ticket: Ticket) -> None:
+        if not ticket.with_weights:
+            self._send(ticket)
+            return
+        self._outgoing.append(ticket)
+        if not self._is_sending:
+            self._is_sending = True
+            self._world.after(self._sending, self._send_weights)
 
     def _send_weights(self) -> None:
-        while self._outgoing and (self.admission.is_due(self._outgoing[0].number, self._world.now)):
+        if self.admission.is_due(self._outgoing[0].number, self._world.now):
             self._send(self._outgoing.popleft())
-            if self._outgoing and self._outgoing[0].with_weights:
-                break
         self._is_sending = bool(self._outgoing)
         if self._is_sending:
             self._world.after(self._sending or HOP_SECONDS, self._send_weights)
@@ -262,8 +262,8 @@ class Resolver:
             return
         self._refuse(self.admission.expired(self._world.now))
         step = self.admission.step(self._world.now)
-        for tickets in self.admission.released():
-            self._go(tickets)
+        for ticket in self.admission.released():
+            self._go(ticket)
         if isinstance(step, Pause):
             self._world.after(min(max(step.seconds, 0.001), 0.05), self._wake)
             return
@@ -343,6 +343,7 @@ class Clients:
     sticky: bool = False  # each client keeps to one adapter
     cyclic: bool = False  # one adapter after the other is asked for
     weight: Callable[[int], float] = lambda rank: 1.0  # of the adapter at this rank, from 1
+    refused: float = 0.0  # the share of requests that the engine refuses
     until: float = math.inf  # seconds after which they ask no more
 
 
@@ -369,6 +370,8 @@ def run(
         else:
             [task_id] = chance.choices(range(1, clients.adapters + 1), weights)
         tokens = chance.randint(max(1, clients.tokens // 2), clients.tokens * 3 // 2)
+        if clients.refused and chance.random() < clients.refused:
+            tokens = 0
 
         def respond(what: str, is_last: bool) -> None:
             if what != "ok":

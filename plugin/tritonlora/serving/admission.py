@@ -90,7 +90,7 @@ class Admission:
         self.cache = cache
         self._queue = Queue()
         self._pins = Pins(cache)
-        self._released: list[list[Ticket]] = []
+        self._released: list[Ticket] = []
         self._numbers = itertools.count()
         self._unsent: dict[int, None] = {}  # numbers of requests and loads that have not arrived yet, ascending
         self._under_way: deque[tuple[float, int]] = deque()  # (time of arrival, number) of requests that were sent
@@ -118,7 +118,7 @@ class Admission:
         is_held = self.cache.are_held(ticket.adapters, now) or (
             ticket.is_routers and self.cache.are_believed(ticket.adapters)
         )
-        may_go = is_held or (not self._queue.has(ticket.adapters) and self._may_carry(ticket.adapters, [ticket], now))
+        may_go = is_held or (not self._queue.has(ticket.adapters) and self._may_carry([ticket], now))
         if may_go and not self._must_wait(now):
             self._begin(ticket, with_weights=not is_held)
             return True
@@ -134,8 +134,8 @@ class Admission:
         """Take the requests whose deadline has passed out of the queue."""
         return self._queue.take_expired(now)
 
-    def released(self) -> list[list[Ticket]]:
-        """The groups of requests that were released since the last call. Send the groups, and each group, in order."""
+    def released(self) -> list[Ticket]:
+        """The requests that were released since the last call. Send them in order."""
         released, self._released = self._released, []
         return released
 
@@ -212,7 +212,7 @@ class Admission:
                 self._release(group)
             elif may_probe and (step := self._spare_pins(group, now)):
                 return step
-            elif self._may_carry(group.adapters, group.tickets, now):
+            elif self._may_carry(group.tickets, now):
                 self._release(group, with_weights=True)
             elif now < self._retry_at:
                 return Pause(self._retry_at - now)
@@ -315,11 +315,15 @@ class Admission:
         head = self._queue.head
         return head is not None and now - head.arrived_at >= OVERTAKING_SECONDS
 
-    def _may_carry(self, adapters: Mapping[int, int], tickets: Collection[Ticket], now: float) -> bool:
-        """Whether the first of these requests for the adapters may carry the weights."""
-        if len(adapters) > 1 or now < self._cautious_until or not all(ticket.takes_weights for ticket in tickets):
+    def _may_carry(self, tickets: Collection[Ticket], now: float) -> bool:
+        """Whether weights may go along with these requests.
+
+        Only with a single one. The engine may refuse it, or its client may have left, so no other may rely on it.
+        """
+        if len(tickets) > 1 or now < self._cautious_until:
             return False
-        return self._pins.has_capacity(adapters, now)
+        [ticket] = tickets
+        return ticket.takes_weights and self._pins.has_capacity(ticket.adapters, now)
 
     def _begin(self, ticket: Ticket, *, with_weights: bool) -> None:
         ticket.number, ticket.with_weights = next(self._numbers), with_weights
@@ -329,9 +333,9 @@ class Admission:
 
     def _release(self, group: Group, *, with_weights: bool = False) -> None:
         tickets = self._queue.take(group)
-        for number, ticket in enumerate(tickets):
-            self._begin(ticket, with_weights=with_weights and number == 0)
-        self._released.append(tickets)
+        for ticket in tickets:
+            self._begin(ticket, with_weights=with_weights)
+        self._released += tickets
 
     def _load(self, task_id: int, pages: int, *, is_of_pin: bool = False) -> Load:
         self.cache.begin(task_id, pages, with_weights=True)

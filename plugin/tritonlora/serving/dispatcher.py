@@ -106,7 +106,7 @@ class Dispatcher:
         self._watch: Callable[[], None] = lambda: None
         self._lock = threading.Condition()
         self._requests: dict[Ticket, Request] = {}  # those that have not been sent
-        self._with_weights: SimpleQueue[list[Ticket] | None] = SimpleQueue()
+        self._with_weights: SimpleQueue[Ticket | None] = SimpleQueue()
         self._is_stopping = False
         self._told: dict[int, str] = {}  # pinned adapters that could not be loaded, and why
         self._worker = Worker()
@@ -128,7 +128,7 @@ class Dispatcher:
                 raise ServerStopping
             goes = self._admission.ask(ticket, time.monotonic())
             self._requests[ticket] = request
-            by_id = self._by_id([[ticket]] if goes else [])
+            by_id = self._by_id([ticket] if goes else [])
             self._lock.notify_all()
         for one in by_id:
             self._send(one)
@@ -209,26 +209,23 @@ class Dispatcher:
 
     # Sending
 
-    def _by_id(self, groups: list[list[Ticket]]) -> list[Ticket]:
-        """The tickets of the groups that go on by id alone. The other groups go to the sender's queue.
+    def _by_id(self, tickets: list[Ticket]) -> list[Ticket]:
+        """The tickets that go on by id alone. Those that carry weights go to the sender's queue.
 
-        Call it under the lock that was held when the groups got their numbers. The sender waits with each group until
+        Call it under the lock that was held when the tickets got their numbers. The sender waits with each ticket until
         all smaller numbers have arrived, so its queue must be in the order of the numbers.
         """
-        by_id = []
-        for tickets in groups:
-            if tickets[0].with_weights:
-                self._with_weights.put(tickets)
-            else:
-                by_id += tickets
-        return by_id
+        for ticket in tickets:
+            if ticket.with_weights:
+                self._with_weights.put(ticket)
+        return [ticket for ticket in tickets if not ticket.with_weights]
 
-    def _send(self, ticket: Ticket) -> Exception | None:
-        """Send the request of a ticket; the error if it could not be sent."""
+    def _send(self, ticket: Ticket) -> None:
+        """Send the request of a ticket, or refuse it if it cannot be sent."""
         with self._lock:
             request = self._requests.pop(ticket, None)
         if request is None:  # `stop` has refused it
-            return None
+            return
         if ticket.is_routers:  # the router may tell its end as soon as it is passed on
             self._note_sent(ticket)
         try:
@@ -240,12 +237,11 @@ class Dispatcher:
                 else:
                     self._admission.dropped(ticket, time.monotonic())
             request.fail(error)
-            return error
+            return
         if not ticket.is_routers:
             self._note_sent(ticket)
         if not ticket.only_loads:
             self._on_pass(ticket)
-        return None
 
     def _note_sent(self, ticket: Ticket) -> None:
         with self._lock:
@@ -253,16 +249,9 @@ class Dispatcher:
             self._lock.notify_all()
 
     def _send_weights(self) -> None:
-        while (tickets := self._with_weights.get()) is not None:
-            self._wait_for(tickets[0].number)
-            failure = self._send(tickets[0])
-            for ticket in tickets[1:]:
-                if failure is None:
-                    self._send(ticket)
-                else:
-                    with self._lock:
-                        self._admission.dropped(ticket, time.monotonic())
-                    self._refuse(ticket, failure)
+        while (ticket := self._with_weights.get()) is not None:
+            self._wait_for(ticket.number)
+            self._send(ticket)
 
     def _refuse(self, ticket: Ticket, why: Exception) -> None:
         """Refuse the request of a ticket, unless `stop` has refused it."""

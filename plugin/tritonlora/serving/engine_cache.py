@@ -8,6 +8,9 @@ cpp/tensorrt_llm/runtime/loraCache.cpp). Two rules follow:
     held        an adapter is still cached, if all adapters that may have been used after it fit beside it
     capacity    the engine has capacity for an adapter, if all adapters that may be in use fit beside it
 
+A request that was sent may not have used its adapter: the engine refuses some requests before it looks at the adapter.
+An own request of the resolver that had a response has used it, and so has a request of the router that ended well.
+
 The router tells when its requests end. A step of an ensemble does not see when a request ends. So the resolver bounds
 the request's end by its own requests to the engine, which are loads and probes:
 
@@ -48,7 +51,8 @@ class _Adapter:
     was_sent: bool = False  # its weights were sent to the engine at some time
     is_absent: bool = True  # the engine certainly does not have it
     seen_at: float | None = None  # the last time at which the engine certainly had it; None: it may not have it
-    used_at: float = -math.inf  # when a request for it was last sent
+    used_at: float = -math.inf  # when the last request that the engine has certainly served was sent
+    sent_at: float = -math.inf  # when a request of an ensemble for it was last sent
     is_in_use: bool = False  # whether a request may use it now
     begun: int = 0  # requests after `begin`, and before `send` or `end`
     unstarted: float = -math.inf  # the most iterations that a sent request needs which may not have started
@@ -81,7 +85,7 @@ class EngineCache:
         self._in_use = 0  # pages of the adapters that may be in use
         self._ever_sent = 0 if is_fresh else math.inf  # pages of all adapters whose weights were ever sent
         self._unconfirmed: dict[int, None] = {}  # adapters whose weights a request carried, which may have failed
-        self._unstarted: OrderedDict[int, None] = OrderedDict()  # adapters with unstarted requests, by `used_at`
+        self._unstarted: OrderedDict[int, None] = OrderedDict()  # adapters with unstarted requests, by `sent_at`
         self._iterations = 0  # how many the engine has certainly gone through
         self._ends: list[tuple[float, int]] = []  # heap of (iteration, task id), one for each with started requests
         self._confirmed_at = now  # the engine was not loaded again before this time
@@ -232,10 +236,10 @@ class EngineCache:
 
         None: `end` will tell when it has ended.
         """
-        adapter = self._adapters[task_id]
-        adapter.used_at = now
         if tokens is None:
             return
+        adapter = self._adapters[task_id]
+        adapter.sent_at = now
         adapter.begun -= 1
         adapter.unstarted = max(adapter.unstarted, tokens + EXTRA_ITERATIONS)
         self._unstarted.pop(task_id, None)
@@ -294,7 +298,7 @@ class EngineCache:
         """Note one more response to a load or probe that was sent at `sent_at`: one more iteration has passed."""
         while self._unstarted:
             adapter = self._adapters[next(iter(self._unstarted))]
-            if adapter.used_at > sent_at - ARRIVAL_SECONDS:
+            if adapter.sent_at > sent_at - ARRIVAL_SECONDS:
                 break
             del self._unstarted[adapter.task_id]
             if adapter.ends == -math.inf:
