@@ -37,6 +37,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from .engine_cache import ARRIVAL_SECONDS, EngineCache
+from .errors import AdapterUnavailable, InvalidRequest
 from .pins import PIN_SECONDS, Pins
 from .tickets import Group, Queue, Ticket
 
@@ -112,9 +113,11 @@ class Admission:
         """Whether the request may go on at once; otherwise it waits in the queue.
 
         If True, `ticket.with_weights` tells whether it carries weights; then call `sent` or `dropped`.
-        AdapterUnavailable when MOST_WAITING requests wait already.
+        AdapterUnavailable when MOST_WAITING requests wait already, or when the adapter is larger than the cache.
+        InvalidRequest when several adapters are. Such a request would keep all others waiting, and in vain.
         """
         self._asked_at = now
+        self._check_size(ticket)
         is_held = self.cache.are_held(ticket.adapters, now) or (
             ticket.is_routers and self.cache.are_believed(ticket.adapters)
         )
@@ -305,6 +308,17 @@ class Admission:
             self.cache.end(probe.task_id, now)
 
     # Parts
+
+    def _check_size(self, ticket: Ticket) -> None:
+        pages, capacity = sum(ticket.adapters.values()), self.cache.capacity
+        if not capacity or pages <= capacity:
+            return
+        if len(ticket.adapters) == 1:
+            raise AdapterUnavailable(f"it takes {pages} pages, and the engine's adapter cache has {capacity}")
+        raise InvalidRequest(
+            f"the {len(ticket.adapters)} adapters of the batch take {pages} pages, and the engine's adapter cache has "
+            f"{capacity}; send fewer rows at a time"
+        )
 
     def _note_arrivals(self, now: float) -> None:
         while self._under_way and self._under_way[0][0] <= now:
