@@ -9,7 +9,7 @@ import random
 
 import pytest
 
-from tritonlora.serving.admission import OVERTAKING_SECONDS, PROBE_SECONDS, Admission, Load
+from tritonlora.serving.admission import OVERTAKING_SECONDS, PROBE_SECONDS, Admission, Load, Probe
 from tritonlora.serving.engine_cache import EngineCache
 from tritonlora.serving.errors import AdapterUnavailable, InvalidRequest
 from tritonlora.serving.tickets import Ticket
@@ -222,6 +222,33 @@ def test_a_request_that_never_fits_keeps_no_other_waiting(
 
     assert admission.ask(Ticket({1: 1}, 4, OVERTAKING_SECONDS, 30), OVERTAKING_SECONDS)
     assert not Admission(EngineCache(0, {}, 0.0), 0.0).ask(Ticket(adapters, 4, 0.0, 30), 0.0)
+
+
+def test_a_batch_goes_on_once_probes_have_found_all_of_its_adapters() -> None:
+    """Requests that may take far longer than they do leave nothing certain, and keep no batch waiting."""
+    admission = Admission(EngineCache(4, {}, 0.0), 0.0)
+    for task_id in (1, 2, 3):
+        busy = Ticket({task_id: 1}, 1e9, 0.0, 30)
+        assert admission.ask(busy, 0.0)
+        admission.sent(busy, 0.0)
+    batch = Ticket({4: 1, 5: 1}, 4, 0.0, 30, takes_weights=False)
+    assert not admission.ask(batch, 0.0)
+    steps = []
+    was_evicted = False
+    for _ in range(6):
+        assert [] == admission.released()
+        steps.append(step := admission.step(0.1))
+        if isinstance(step, Load):
+            admission.loaded(step, 0.1, 0.1)
+        elif isinstance(step, Probe) and step.task_id == 4 and not was_evicted:
+            was_evicted = True
+            assert not admission.missed(step, 0.1)
+        elif isinstance(step, Probe):
+            admission.probed(step, 0.1, 0.1)
+
+    assert [batch] == admission.released()
+    assert [4, 5, 4, 4, 4, 5] == [step.task_id for step in steps if isinstance(step, Load | Probe)]
+    assert [True, True, False, True, False, False] == [isinstance(step, Load) for step in steps]
 
 
 @pytest.mark.parametrize("seed", range(4, 8))

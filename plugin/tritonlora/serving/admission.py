@@ -93,6 +93,7 @@ class Admission:
         self._pins = Pins(cache)
         self._released: list[Ticket] = []
         self._numbers = itertools.count()
+        self._weights = 0  # how many requests and loads with weights there were
         self._unsent: dict[int, None] = {}  # numbers of requests and loads that have not arrived yet, ascending
         self._under_way: deque[tuple[float, int]] = deque()  # (time of arrival, number) of requests that were sent
         self._asked_at = -math.inf  # the engine may be loaded after the resolver, and is probed after the first request
@@ -219,9 +220,13 @@ class Admission:
                 self._release(group, with_weights=True)
             elif now < self._retry_at:
                 return Pause(self._retry_at - now)
-            else:
-                task_id = next(one for one in group.adapters if one not in group.loaded)
+            elif to_load := group.adapters.keys() - group.loaded:
+                task_id = min(to_load)
                 return self._load(task_id, group.adapters[task_id])
+            elif may_probe:
+                return self._probe_batch(group)
+            else:
+                break
         if not may_probe:
             return Pause(self._probe_at - now)
         unconfirmed = self.cache.unconfirmed
@@ -250,10 +255,8 @@ class Admission:
         group = self._queue.head
         if group is not None and load.task_id in group.adapters:
             group.loaded.add(load.task_id)
-            if group.loaded.issuperset(group.adapters):
-                if len(group.adapters) == 1 or not self.cache.capacity or self.cache.are_held(group.adapters, now):
-                    self._release(group)
-                group.loaded.clear()
+            if len(group.adapters) == 1:
+                self._release(group)
         self.cache.end(load.task_id, now)
 
     def full(self, load: Load, now: float) -> None:
@@ -286,6 +289,7 @@ class Admission:
         self._pins.probed()
         if probe.task_id is not None:
             self.cache.see(probe.task_id, sent_at)
+            self._found(probe.task_id)
             self.cache.end(probe.task_id, now)
 
     def missed(self, probe: Probe, now: float) -> bool:
@@ -293,6 +297,8 @@ class Admission:
         self._pins.probed()
         if probe.task_id is None:
             return False
+        if (group := self._queue.head) is not None:
+            group.loaded.discard(probe.task_id)
         is_unexpected = self.cache.miss(probe.task_id)
         if is_unexpected:
             self._cautious_until = now + CAUTION_SECONDS
@@ -342,6 +348,7 @@ class Admission:
     def _begin(self, ticket: Ticket, *, with_weights: bool) -> None:
         ticket.number, ticket.with_weights = next(self._numbers), with_weights
         self._unsent[ticket.number] = None
+        self._weights += with_weights
         for task_id, pages in ticket.adapters.items():
             self.cache.begin(task_id, pages, with_weights=with_weights)
 
@@ -355,6 +362,7 @@ class Admission:
         self.cache.begin(task_id, pages, with_weights=True)
         load = Load(task_id, next(self._numbers), is_of_pin)
         self._unsent[load.number] = None
+        self._weights += 1
         return load
 
     def _probe(self, task_id: int, tokens: int = PROBE_TOKENS[0]) -> Probe:
@@ -366,6 +374,26 @@ class Admission:
         shortest, longest = PROBE_TOKENS
         token_seconds = max(self._token_seconds, PROBE_SECONDS / longest)
         return Probe(None, max(shortest, int(PROBE_SECONDS / token_seconds)))
+
+    def _probe_batch(self, group: Group) -> Probe:
+        """A probe of an adapter of a batch. Each of them was loaded, and a later load may have evicted it."""
+        if group.found_beside != self._weights:
+            group.found, group.found_beside = set(), self._weights
+        task_id = min(group.adapters.keys() - group.found)
+        self.cache.lose(task_id)  # so that a miss is not unexpected
+        return self._probe(task_id, 1)
+
+    def _found(self, task_id: int) -> None:
+        """Release the batch at the head of the queue if the engine has all of its adapters.
+
+        A probe has found each of them, and no weights were sent since the first of these probes.
+        """
+        group = self._queue.head
+        if group is None or group.found_beside != self._weights:
+            return
+        group.found.add(task_id)
+        if group.found.issuperset(group.adapters):
+            self._release(group)
 
     def _touch(self, pin: int) -> Probe:
         """A probe by which the engine uses a pinned adapter after all others."""
