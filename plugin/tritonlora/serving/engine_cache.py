@@ -281,14 +281,14 @@ class EngineCache:
         self._adapters[task_id].seen_at = None
 
     def miss(self, task_id: int) -> bool:
-        """Note that the engine did not have the adapter. True: the engine was believed to hold it.
+        """Note that the engine did not have the adapter. True: the engine is still believed to hold it.
 
         Then the engine may have lost other adapters, too.
         """
-        self._unconfirmed.pop(task_id, None)
-        adapter = self._adapters[task_id]
-        adapter.is_absent = True
-        if adapter.seen_at is None:
+        is_expected = not self.are_believed([task_id])  # weights that were sent meanwhile may have evicted it
+        self.lose(task_id)
+        self._adapters[task_id].is_absent = True
+        if is_expected:
             return False
         for one in self._adapters.values():  # those of the warmup, too: another client may have evicted them
             one.seen_at = None
