@@ -98,6 +98,9 @@ def test_a_request_is_answered_by_the_adapter_that_it_means(request: pytest.Fixt
 
     for name, question in answers.items():
         assert (expected(table, name, tokens=12),) == asked.ask(server, question)
+    if asked.protocol == "grpc_stream" and asked.streams:  # the others take no batch
+        rows = expected(table, "pirate", tokens=12), expected(table, "cold0", tokens=7)
+        assert rows == asked.ask(server, Question([b"pirate", b"cold0"], tokens=(12, 7)))
 
 
 @pytest.mark.parametrize("way", WAYS)
