@@ -224,13 +224,19 @@ def test_a_request_that_never_fits_keeps_no_other_waiting(
     assert not Admission(EngineCache(0, {}, 0.0), 0.0).ask(Ticket(adapters, 4, 0.0, 30), 0.0)
 
 
-def test_a_batch_goes_on_once_probes_have_found_all_of_its_adapters() -> None:
-    """Requests that may take far longer than they do leave nothing certain, and keep no batch waiting."""
+def with_three_of_four_pages_in_use() -> Admission:
+    """As far as is known: the requests may take any time."""
     admission = Admission(EngineCache(4, {}, 0.0), 0.0)
     for task_id in (1, 2, 3):
         busy = Ticket({task_id: 1}, 1e9, 0.0, 30)
         assert admission.ask(busy, 0.0)
         admission.sent(busy, 0.0)
+    return admission
+
+
+def test_a_batch_goes_on_once_probes_have_found_all_of_its_adapters() -> None:
+    """Requests that may take far longer than they do leave nothing certain, and keep no batch waiting."""
+    admission = with_three_of_four_pages_in_use()
     batch = Ticket({4: 1, 5: 1}, 4, 0.0, 30, takes_weights=False)
     assert not admission.ask(batch, 0.0)
     steps = []
@@ -248,6 +254,25 @@ def test_a_batch_goes_on_once_probes_have_found_all_of_its_adapters() -> None:
 
     assert [batch] == admission.released()
     assert [4, 5, 4, 4, 4, 5] == [step.task_id for step in steps if isinstance(step, Load | Probe)]
+    assert [True, True, False, True, False, False] == [isinstance(step, Load) for step in steps]
+
+
+def test_weights_that_come_after_a_batch_was_loaded_may_evict_its_adapters() -> None:
+    """They may still be on their way when probes find the adapters. A load is sent after them, and the probes again."""
+    admission = with_three_of_four_pages_in_use()
+    batch, other = Ticket({4: 1, 5: 1}, 4, 0.0, 30, takes_weights=False), Ticket({6: 1}, 4, 0.1, 30)
+    assert not admission.ask(batch, 0.0)
+    steps = []
+    for _ in range(6):
+        steps.append(step := admission.step(0.1))
+        if isinstance(step, Load):
+            admission.loaded(step, 0.1, 0.1)
+        elif isinstance(step, Probe):
+            admission.probed(step, 0.1, 0.1)
+            if other.number < 0:
+                assert admission.ask(other, 0.1)
+
+    assert [batch] == admission.released()
     assert [True, True, False, True, False, False] == [isinstance(step, Load) for step in steps]
 
 

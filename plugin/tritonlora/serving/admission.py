@@ -220,11 +220,10 @@ class Admission:
                 self._release(group, with_weights=True)
             elif now < self._retry_at:
                 return Pause(self._retry_at - now)
-            elif to_load := group.adapters.keys() - group.loaded:
-                task_id = min(to_load)
-                return self._load(task_id, group.adapters[task_id])
+            elif group.adapters.keys() - group.loaded or group.weights != self._weights:
+                return self._load_next(group)
             elif may_probe:
-                return self._probe_batch(group)
+                return self._find_next(group)
             else:
                 break
         if not may_probe:
@@ -375,21 +374,25 @@ class Admission:
         token_seconds = max(self._token_seconds, PROBE_SECONDS / longest)
         return Probe(None, max(shortest, int(PROBE_SECONDS / token_seconds)))
 
-    def _probe_batch(self, group: Group) -> Probe:
+    def _load_next(self, group: Group) -> Load:
+        task_id = min(group.adapters.keys() - group.loaded or group.adapters)
+        load = self._load(task_id, group.adapters[task_id])
+        group.found, group.weights = set(), self._weights
+        return load
+
+    def _find_next(self, group: Group) -> Probe:
         """A probe of an adapter of a batch. Each of them was loaded, and a later load may have evicted it."""
-        if group.found_beside != self._weights:
-            group.found, group.found_beside = set(), self._weights
         task_id = min(group.adapters.keys() - group.found)
         self.cache.lose(task_id)  # so that a miss is not unexpected
         return self._probe(task_id, 1)
 
     def _found(self, task_id: int) -> None:
-        """Release the batch at the head of the queue if the engine has all of its adapters.
+        """Release the requests at the head of the queue if probes have found all of their adapters.
 
-        A probe has found each of them, and no weights were sent since the first of these probes.
+        All earlier weights had arrived when the last load was sent, and none may have come after it.
         """
         group = self._queue.head
-        if group is None or group.found_beside != self._weights:
+        if group is None or group.weights != self._weights:
             return
         group.found.add(task_id)
         if group.found.issuperset(group.adapters):

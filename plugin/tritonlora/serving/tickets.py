@@ -50,8 +50,8 @@ class Group:
     arrived_at: float
     tickets: dict[Ticket, None] = field(default_factory=dict)  # in the order in which they came
     loaded: set[int] = field(default_factory=set)  # adapters that were loaded since the group came to the head
-    found: set[int] = field(default_factory=set)  # of these, the adapters that probes have found afterwards
-    found_beside: int = -1  # how many weights had been sent when `found` was begun
+    found: set[int] = field(default_factory=set)  # adapters that probes have found since the last load of the group
+    weights: int = -1  # how many requests and loads with weights there were, up to that load
     spares_pins_until: float | None = None  # set when the group is at the head, and may evict a pinned adapter
 
 
