@@ -216,6 +216,9 @@ def test_no_request_relies_on_the_weights_of_another_one(waiting: int, released:
 def test_a_request_that_never_fits_keeps_no_other_waiting(
     adapters: dict[int, int], error: type[Exception], why: str
 ) -> None:
+    pauses = Admission(EngineCache(4, {}, 0.0, is_fresh=False, may_pause=True), 0.0)
+    with pytest.raises(error, match=f"^{why}$"):
+        pauses.ask(Ticket(adapters, 4, 0.0, 30), 0.0)
     admission = Admission(EngineCache(4, {1: 1}, 0.0), 0.0)
     with pytest.raises(error, match=f"^{why}$"):
         admission.ask(Ticket(adapters, 4, 0.0, 30), 0.0)

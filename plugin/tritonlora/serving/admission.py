@@ -315,14 +315,14 @@ class Admission:
     # Parts
 
     def _check_size(self, ticket: Ticket) -> None:
-        pages, capacity = sum(ticket.adapters.values()), self.cache.capacity
-        if not capacity or pages <= capacity:
+        pages, size = sum(ticket.adapters.values()), self.cache.size
+        if not size or pages <= size:
             return
         if len(ticket.adapters) == 1:
-            raise AdapterUnavailable(f"it takes {pages} pages, and the engine's adapter cache has {capacity}")
+            raise AdapterUnavailable(f"it takes {pages} pages, and the engine's adapter cache has {size}")
         raise InvalidRequest(
             f"the {len(ticket.adapters)} adapters of the batch take {pages} pages, and the engine's adapter cache has "
-            f"{capacity}; send fewer rows at a time"
+            f"{size}; send fewer rows at a time"
         )
 
     def _note_arrivals(self, now: float) -> None:

@@ -78,7 +78,7 @@ class EngineCache:
         Those that are `late` may have come too late for it. If the engine `is_fresh`, it holds no other adapters.
         Otherwise it may have got others before. `may_pause`: the engine may pause requests.
         """
-        self._pages = capacity
+        self.size = capacity  # pages; 0: not known
         self._may_pause = may_pause
         self._adapters: dict[int, _Adapter] = {}
         self._ended: OrderedDict[int, None] = OrderedDict()  # adapters not in use, in the order in which they ended
@@ -101,7 +101,7 @@ class EngineCache:
     @property
     def capacity(self) -> int:
         """The pages of the cache; 0 if nothing is certain of it."""
-        return 0 if self._may_pause and self._ever_sent > self._pages else self._pages
+        return 0 if self._may_pause and self._ever_sent > self.size else self.size
 
     # Decisions
 
