@@ -244,7 +244,7 @@ def test_what_a_client_unloads_on_purpose_is_no_death(
     try:
         before = serving.stubs("lora_router")
         assert 200 == serving.post(f"{router}/load")
-        config.write_text(text.replace("count: 3", "count: 2"))
+        config.write_text(text.replace("count: 4", "count: 2"))
         assert 200 == serving.post(f"{router}/load")
         _wait_until(lambda: 2 == len(serving.stubs("lora_router")))
         assert "[1]hello" == serving.ask()
