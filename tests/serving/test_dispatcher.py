@@ -202,6 +202,21 @@ def test_who_takes_no_weights_along_waits_for_the_load(start: Callable[..., Disp
     assert [2] == engine.loads
 
 
+def test_an_adapter_that_is_larger_than_the_cache_keeps_no_other_waiting(
+    start: Callable[..., Dispatcher], engine: Engine
+) -> None:
+    """The engine decides: the pages that are registered may be those of an earlier config."""
+    dispatcher, larger, other = start(pages=4), Answers(), Answers()
+    engine.on_load = lambda task_id: FULL if task_id == 2 else None
+    dispatcher.ask(ticket(2, pages=5), larger)
+    dispatcher.ask(ticket(3, pages=6), other)
+    refused = larger.get()
+
+    assert isinstance(refused, AdapterUnavailable)
+    assert "it takes 5 pages, and the engine's adapter cache has 4" == str(refused)
+    assert "by id" == other.get()
+
+
 def test_a_full_cache_is_tried_again(start: Callable[..., Dispatcher], engine: Engine) -> None:
     dispatcher, answers = start(), Answers()
     engine.on_load = lambda _: FULL if len(engine.loads) < 3 else None

@@ -242,6 +242,9 @@ def _set_cache(opened: Repository, room: int) -> None:
         raise RepositoryError("the engine's cache is not in pages")
     nbytes = room * plan.adapters[0].pages * plan.tightest.page_bytes
     upkeep.set_parameters(opened, {"lora_cache_host_memory_bytes": str(nbytes)})
+    pages = {adapter.name: adapter.pages for adapter in plan.adapters}
+    entries = {name: replace(entry, pages=pages[name]) for name, entry in table.entries.items()}
+    write_text(opened.table_path, render(replace(table, entries=entries)))
 
 
 def _put_resolver(opened: Repository) -> None:

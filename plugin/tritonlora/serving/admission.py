@@ -37,7 +37,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from .engine_cache import ARRIVAL_SECONDS, EngineCache
-from .errors import AdapterUnavailable, InvalidRequest
+from .errors import AdapterUnavailable, InvalidRequest, RequestError
 from .pins import PIN_SECONDS, Pins
 from .tickets import Group, Queue, Ticket
 
@@ -114,11 +114,12 @@ class Admission:
         """Whether the request may go on at once; otherwise it waits in the queue.
 
         If True, `ticket.with_weights` tells whether it carries weights; then call `sent` or `dropped`.
-        AdapterUnavailable when MOST_WAITING requests wait already, or when the adapter is larger than the cache.
-        InvalidRequest when several adapters are. Such a request would keep all others waiting, and in vain.
+        AdapterUnavailable when MOST_WAITING requests wait already. InvalidRequest when several adapters do not fit into
+        the cache together: such a request would keep all others waiting, and in vain.
         """
         self._asked_at = now
-        self._check_size(ticket)
+        if len(ticket.adapters) > 1 and (error := self.too_large(ticket.adapters)):
+            raise error
         is_held = self.cache.are_held(ticket.adapters, now) or (
             ticket.is_routers and self.cache.are_believed(ticket.adapters)
         )
@@ -129,6 +130,18 @@ class Admission:
         self._queue.join(ticket, now)
         ticket.has_waited = True
         return False
+
+    def too_large(self, adapters: Mapping[int, int]) -> RequestError | None:
+        """The error of a request for these adapters, lora_task_id -> pages, if they are larger than the cache."""
+        pages, size = sum(adapters.values()), self.cache.size
+        if not size or pages <= size:
+            return None
+        if len(adapters) == 1:
+            return AdapterUnavailable(f"it takes {pages} pages, and the engine's adapter cache has {size}")
+        return InvalidRequest(
+            f"the {len(adapters)} adapters of the batch take {pages} pages, and the engine's adapter cache has {size}; "
+            "send fewer rows at a time"
+        )
 
     def leave(self, ticket: Ticket) -> bool:
         """Take a request out of the queue; False when it has left the queue already."""
@@ -313,17 +326,6 @@ class Admission:
             self.cache.end(probe.task_id, now)
 
     # Parts
-
-    def _check_size(self, ticket: Ticket) -> None:
-        pages, size = sum(ticket.adapters.values()), self.cache.size
-        if not size or pages <= size:
-            return
-        if len(ticket.adapters) == 1:
-            raise AdapterUnavailable(f"it takes {pages} pages, and the engine's adapter cache has {size}")
-        raise InvalidRequest(
-            f"the {len(ticket.adapters)} adapters of the batch take {pages} pages, and the engine's adapter cache has "
-            f"{size}; send fewer rows at a time"
-        )
 
     def _note_arrivals(self, now: float) -> None:
         while self._under_way and self._under_way[0][0] <= now:
