@@ -709,8 +709,8 @@ def test_a_dev_shm_that_is_too_small_for_both_copies_of_the_resolver_is_found(
         registry.remove(opened, "cold")
 
     problem = (
-        f"{SHARED_MEMORY}: lora_resolver keeps shared memory for the largest adapter twice, for its loads and for "
-        "requests that carry weights: 4210784 bytes in all, more than there is"
+        f"{SHARED_MEMORY}: lora_resolver keeps shared memory for the largest adapter that it loads, and for the "
+        "largest one that goes along with requests: 4210784 bytes in all, more than there is"
     )
     expected = [("warning", problem)] if cold else []
 

@@ -25,6 +25,7 @@ from tritonlora.repository.paths import (
 from tritonlora.repository.undo import WITH_CODE
 from tritonlora.serving.file_version import has_content
 from tritonlora.serving.response_cache import CACHED
+from tritonlora.serving.tickets import MOST_CARRIED_NBYTES
 from tritonlora.serving.wire import STATE
 from tritonlora.targets import target_of
 
@@ -270,17 +271,18 @@ def shared_memory(subject: Subject) -> Iterator[Finding]:
     if plan is None or not SHARED_MEMORY.is_dir():
         return
     there_is = shutil.disk_usage(SHARED_MEMORY).total
+    kept = plan.resend_shm_bytes + min(plan.resend_shm_bytes, MOST_CARRIED_NBYTES)
     if there_is < plan.resend_shm_bytes:
         yield warning(
             str(SHARED_MEMORY),
             f"to send an adapter again takes {plan.resend_shm_bytes} bytes of shared memory, more than there is",
             "docker run --shm-size …",
         )
-    elif there_is < 2 * plan.resend_shm_bytes and not (plan.fits and all(adapter.warm for adapter in plan.adapters)):
+    elif there_is < kept and not (plan.fits and all(adapter.warm for adapter in plan.adapters)):
         yield warning(
             str(SHARED_MEMORY),
-            f"{RESOLVER} keeps shared memory for the largest adapter twice, for its loads and for requests that carry "
-            f"weights: {2 * plan.resend_shm_bytes} bytes in all, more than there is",
+            f"{RESOLVER} keeps shared memory for the largest adapter that it loads, and for the largest one that goes "
+            f"along with requests: {kept} bytes in all, more than there is",
             "docker run --shm-size …",
         )
 

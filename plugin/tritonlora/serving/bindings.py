@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""Which content the engine was started with, or sent, under each lora_task_id. It ignores another content.
+"""Which content the engine was started with, or sent, under each lora_task_id. The engine ignores any other.
 
 An adapter's content is identified by the SHA-256 of both of its files. `add` gives new content a new id. So an id means
 other content only if somebody has edited adapters.json, and then requests for it are refused.

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""Tells messages of tritonlora's own processes from messages of clients, and tells when such a process has ended.
+"""Proves that a message comes from one of tritonlora's own processes, and shows whether that process still lives.
 
 A `Holder` is a file in memory (memfd_create(2)) with a secret name. Its token has the process, the descriptor and the
 name. Only a process of the same user can look the name up, in /proc/PID/fd, and only while the holder's process lives.

@@ -30,7 +30,7 @@ from .errors import AdapterUnavailable, ClientLeft, InvalidRequest
 from .routing import Route
 from .tickets import Ticket
 
-MOST_MISSES = 3  # of one row, after which its request is refused
+MOST_MISSES = 3  # of one row; its request is refused at the next one
 SWEEP_SECONDS = 1.0  # between two looks for processes that have ended
 
 Key = tuple[str, int]  # the token of a router's `Holder`, and the number of one of its requests

@@ -3,7 +3,7 @@
 """The resolver: responds with the inputs that name a request's adapter, once the engine can serve the adapter.
 
 It is a step of an ensemble, before the engine's model, so that tokens never pass through Python. The router asks it,
-too. So what the engine holds is believed in this one process.
+too. So this one process alone knows what the engine holds.
 
 This module translates between Triton and the modules that decide: `routing`, `admission`, `dispatcher` and `leases`.
 `execute` returns at once. Each request gets its response when it may go on.
@@ -40,14 +40,11 @@ from .response_cache import check_config
 from .routing import SPLIT_KEY, Route, resolve, resolve_rows
 from .server_process import STARTING_SECONDS, is_starting, name_for, started_at, warmed_at_start
 from .table_file import TableFile
-from .tickets import Ticket
+from .tickets import MOST_CARRIED_NBYTES, Ticket
 from .triton import failure, inputs_of, new_kept_weights, parameters_in, values_of
 from .wire import CONTROL, INPUT_LENGTHS, REQUIRED, STATE, wire_of
 
 LONGEST_OUTPUT = 4096  # tokens of a request that does not tell its output length or its input length
-# Weights up to this size go along with requests until the engine is known to have them. Larger ones take more time on
-# their way than a load takes longer, so each is sent once, by a load.
-MOST_CARRIED_NBYTES = 1 << 24
 PINS_SECONDS = 1.0  # between two looks for pinned adapters in the table
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 FAILED = "the resolver failed on this request; the server's log says why"

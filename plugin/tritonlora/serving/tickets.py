@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 from .errors import AdapterUnavailable
 
 MOST_WAITING = 10_000  # requests in the queue
+# Weights up to this size go along with requests until the engine is known to have them. Larger ones take more time on
+# their way than a load takes longer, so each is sent once, by a load.
+MOST_CARRIED_NBYTES = 1 << 24
 
 
 @dataclass(eq=False, slots=True)
