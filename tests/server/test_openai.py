@@ -9,9 +9,7 @@ with the text models, is the oracle.
 from __future__ import annotations
 
 import asyncio
-import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -28,7 +26,6 @@ from monitoring import metric_names
 from openai_door import Running, opened_door, set_tokenizer, wait_until_healthy
 from repositories import resolving, synthetic_adapter
 from text_tokenizer import save_tokenizer
-from tritonlora.bench.processes import processes_of
 from tritonlora.exposition import parse
 from tritonlora.launch import client
 from tritonlora.launch.server import Server
@@ -58,6 +55,28 @@ class Served:
         return "".join(client.generate(prompt, lora_name=model, max_tokens=tokens, url=self.server.http_url))
 
 
+SILENCE = "silence"  # while the repository has this file, the engine makes no token
+ENGINE = f'''\
+import time
+from pathlib import Path
+
+from tritonlora.cpu_engine.synthetic import SyntheticModel
+from tritonlora.cpu_engine.triton_model import TritonPythonModel
+
+SILENCE = Path(__file__).parents[2] / "{SILENCE}"
+next_token = SyntheticModel.next_token
+
+
+def next_token_after_the_silence(model, state):
+    while SILENCE.exists():
+        time.sleep(0.01)
+    return next_token(model, state)
+
+
+SyntheticModel.next_token = next_token_after_the_silence
+'''
+
+
 @pytest.fixture(scope="module")
 def served(launch: Callable[..., Server], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """One for all tests."""
@@ -65,6 +84,7 @@ def served(launch: Callable[..., Server], tmp_path_factory: pytest.TempPathFacto
     opened = resolving(directory / "repo", ("pirate",), ("haiku",), pages=100)
     registry.alias(opened, "arr", "pirate")
     upkeep.set_parameters(opened, {"synthetic_token_seconds": "0.002", "max_num_requests": "64"})
+    (opened.target_directory / "1" / "model.py").write_text(ENGINE)
     save_tokenizer(directory / "tokenizer")
     set_tokenizer(opened, directory / "tokenizer")
     server = launch(opened.root)
@@ -314,8 +334,8 @@ def test_clients_that_leave_end_their_requests_in_the_engine(served: Served, ext
 
 
 def test_an_engine_that_falls_silent_is_not_waited_for(served: Served) -> None:
-    """Its process is halted, with all 64 requests that it takes at a time. They have ended when it goes on."""
-    [engine] = processes_of(served.server.pid)["tensorrt_llm"]
+    """It makes no token for any of the 64 requests that it takes at a time. They have ended when it goes on."""
+    silence = served.opened.root / SILENCE
     with opened_door(served.server.grpc_url, "--context-length", CONTEXT, "--stall-seconds", 1) as door:
         wait_until_healthy(door)
 
@@ -333,13 +353,13 @@ def test_an_engine_that_falls_silent_is_not_waited_for(served: Served) -> None:
                 asked = asyncio.gather(*(ask(client, begun) for _ in range(64)))
                 for _ in range(64):
                     await begun.acquire()
-                os.kill(engine, signal.SIGSTOP)
+                silence.touch()
                 await asked
 
         try:
             asyncio.run(all_of_them())
         finally:
-            os.kill(engine, signal.SIGCONT)
+            silence.unlink()
     assert served.client.completions.create(model="pirate", prompt="x", max_tokens=5, timeout=60).choices[0].text
 
 

@@ -47,10 +47,13 @@ def pss_nbytes(processes: Iterable[int], *fields: str) -> int:
 
 
 def shared_memory_nbytes(processes: Iterable[int]) -> int:
-    """The memory of the files in /dev/shm that the processes have mapped, in bytes. Each file counts once."""
+    """The memory of the files in /dev/shm that the processes have mapped, in bytes. Each file counts once.
+
+    Deleted files do not count, such as the semaphores that Python's multiprocessing makes.
+    """
     lines = [line for pid in processes for line in (PROC / str(pid) / "maps").read_text().splitlines()]
     files = {line[line.index("/") :] for line in lines if f" {SHARED_MEMORY}/" in line}
-    return sum(Path(file).stat().st_blocks * BLOCK_NBYTES for file in files)
+    return sum(Path(file).stat().st_blocks * BLOCK_NBYTES for file in files if not file.endswith(" (deleted)"))
 
 
 def open_files(processes: Iterable[int]) -> int:
