@@ -13,6 +13,8 @@ is full of adapters in use. Between loads it sends probes, which are requests of
 requests that went on have ended, and whether the engine still holds the adapters that it is believed to hold. Loads and
 probes run one at a time, so a probe has only as many tokens as the engine makes in PROBE_SECONDS.
 
+A batch for several adapters goes on once probes have found all of them, since no load tells of more than one.
+
 The queue is first in, first out by adapter. Requests for held adapters overtake the queue until its head has waited for
 OVERTAKING_SECONDS.
 
@@ -37,7 +39,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from .engine_cache import ARRIVAL_SECONDS, EngineCache
-from .errors import AdapterUnavailable, InvalidRequest, RequestError
+from .errors import AdapterUnavailable, InvalidRequest
 from .pins import PIN_SECONDS, Pins
 from .tickets import Group, Queue, Ticket
 
@@ -118,8 +120,12 @@ class Admission:
         the cache together: such a request would keep all others waiting, and in vain.
         """
         self._asked_at = now
-        if len(ticket.adapters) > 1 and (error := self.too_large(ticket.adapters)):
-            raise error
+        pages, size = sum(ticket.adapters.values()), self.cache.size
+        if len(ticket.adapters) > 1 and 0 < size < pages:
+            raise InvalidRequest(
+                f"the {len(ticket.adapters)} adapters of the batch take {pages} pages, and the engine's adapter cache "
+                f"has {size}; send fewer rows at a time"
+            )
         is_held = self.cache.are_held(ticket.adapters, now) or (
             ticket.is_routers and self.cache.are_believed(ticket.adapters)
         )
@@ -130,18 +136,6 @@ class Admission:
         self._queue.join(ticket, now)
         ticket.has_waited = True
         return False
-
-    def too_large(self, adapters: Mapping[int, int]) -> RequestError | None:
-        """The error of a request for these adapters, lora_task_id -> pages, if they are larger than the cache."""
-        pages, size = sum(adapters.values()), self.cache.size
-        if not size or pages <= size:
-            return None
-        if len(adapters) == 1:
-            return AdapterUnavailable(f"it takes {pages} pages, and the engine's adapter cache has {size}")
-        return InvalidRequest(
-            f"the {len(adapters)} adapters of the batch take {pages} pages, and the engine's adapter cache has {size}; "
-            "send fewer rows at a time"
-        )
 
     def leave(self, ticket: Ticket) -> bool:
         """Take a request out of the queue; False when it has left the queue already."""
@@ -279,6 +273,17 @@ class Admission:
             self._pins.put_off(load.task_id, now + PIN_SECONDS)
         else:
             self._retry_at = now + RETRY_SECONDS
+
+    def never_fits(self, load: Load) -> AdapterUnavailable | None:
+        """The error of a load that the engine has refused as full, if the adapter is larger than the cache.
+
+        The pages that are registered may be those of an earlier config. So this is certain only if no other adapter is
+        in use. Otherwise None.
+        """
+        pages, size = self.cache.pages(load.task_id)[load.task_id], self.cache.size
+        if not 0 < size < pages or self.cache.in_use != [load.task_id]:
+            return None
+        return AdapterUnavailable(f"it takes {pages} pages, and the engine's adapter cache has {size}")
 
     def failed(self, load: Load, now: float | None, *, pin_at: float = -math.inf) -> list[Ticket]:
         """Note that the adapter cannot be loaded, and take the requests that wait for it out of the queue.

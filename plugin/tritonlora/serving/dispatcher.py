@@ -310,22 +310,18 @@ class Dispatcher:
             self._fail(load, failure, now, pin_at=now + PIN_FAILED_SECONDS)
             if load.is_of_pin:
                 self._tell(load.task_id, str(failure))
-        elif meaning is Meaning.FULL and (too_large := self._too_large(load.task_id)):
-            self._fail(load, too_large, now, pin_at=now + PIN_FAILED_SECONDS)
         elif meaning is Meaning.FULL:
             with self._lock:
-                self._admission.full(load, now)
+                never_fits = self._admission.never_fits(load)
+                if never_fits is None:
+                    self._admission.full(load, now)
+            if never_fits is not None:
+                self._fail(load, never_fits, now, pin_at=now + PIN_FAILED_SECONDS)
         else:
             with self._lock:
                 self._admission.loaded(load, own.sent_at, now)
             self._told.pop(load.task_id, None)
             self._on_load(load.task_id, now - own.sent_at)
-
-    def _too_large(self, task_id: int) -> RequestError | None:
-        """The error of an adapter that the cache lacks pages for, though no other adapter is in use."""
-        with self._lock:
-            cache = self._admission.cache
-            return self._admission.too_large(cache.pages(task_id)) if cache.in_use == [task_id] else None
 
     def _fail(self, load: Load, why: Exception, ended_at: float | None, *, pin_at: float) -> None:
         """Refuse the requests that wait for a load that has failed. See `Admission.failed`."""
