@@ -16,7 +16,6 @@ import pytest
 from archives import Archives
 from environments import Environment, new_environment, outside_the_checkout
 from repositories import put_many_outputs_engine, synthetic_adapter, synthetic_repository
-from serving_process import CRASH
 from tritonlora import __version__
 from tritonlora.machine import free_ports
 from tritonlora.repository.paths import Repository
@@ -80,11 +79,8 @@ def check_commands_without_extras(environment: Environment, opened: Repository) 
         assert f"pip install 'tritonlora[{extra}]'\n" == refused[refused.index("pip install") :]
 
 
-def check_served(environment: Environment, opened: Repository, *, again: bool = True) -> None:
-    """`serve` starts the embedded server, which answers by name, and ends in order.
-
-    `again`: if Triton crashes as it does now and then while models load, start it once more.
-    """
+def check_served(environment: Environment, opened: Repository) -> None:
+    """`serve` starts the embedded server, which answers by name, and ends in order."""
     ports, log = free_ports(), opened.root.with_name("serve.log")
     words = [f"--http-port={ports.http}", f"--grpc-port={ports.grpc}", f"--metrics-port={ports.metrics}"]
     command = environment.command("tritonlora", "serve", f"--repo={opened.root}", *words)
@@ -95,11 +91,7 @@ def check_served(environment: Environment, opened: Repository, *, again: bool = 
     ):
         try:
             assert serve.stdout
-            is_ready = serve.stdout.readline().startswith("ready on http")
-            if not is_ready and again and CRASH in log.read_text():
-                check_served(environment, opened, again=False)
-                return
-            assert is_ready, log.read_text()
+            assert serve.stdout.readline().startswith("ready on http"), log.read_text()
             url = f"--url=127.0.0.1:{ports.http}"
             listed = json.loads(environment.run("tritonlora", "list", url, "--json").stdout)
             environment.run("tritonlora", "generate", "Hi", "--lora-name=joker", url)

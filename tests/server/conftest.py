@@ -12,8 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from serving_process import CRASH
-from tritonlora.errors import ServerError
 from tritonlora.launch.server import Server
 
 READY_TIMEOUT = 120.0
@@ -25,15 +23,10 @@ def launch() -> Iterator[Callable[..., Server]]:
     servers: list[Server] = []
     with contextlib.ExitStack() as running:
 
-        def start(repository: Path, *, again: bool = True, **options: object) -> Server:
+        def start(repository: Path, **options: object) -> Server:
             server = running.enter_context(Server(repository, exit_timeout=5, **options))  # type: ignore[arg-type]
             servers.append(server)
-            try:
-                server.wait_until_ready(READY_TIMEOUT)
-            except ServerError as error:
-                if CRASH not in str(error) or not again:
-                    raise
-                return start(repository, again=False, **options)
+            server.wait_until_ready(READY_TIMEOUT)
             return server
 
         yield start

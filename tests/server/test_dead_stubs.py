@@ -20,7 +20,7 @@ import pytest
 
 import tritonlora
 from repositories import resolving, synthetic_repository
-from serving_process import CRASH, start
+from serving_process import start
 from tritonlora.errors import ServerError
 from tritonlora.launch import client
 from tritonlora.machine import Ports, free_ports
@@ -89,10 +89,8 @@ class Serving:
 
 
 def serve(repo: Path, processes: list[subprocess.Popen[str]], *extra: str) -> Serving:
-    """A `tritonlora serve` that is ready; started again once, if Triton crashed while models loaded."""
+    """A `tritonlora serve` that is ready."""
     serving = Serving(repo, processes, *extra)
-    if serving.lines(CRASH):
-        serving = Serving(repo, processes, *extra)
     assert serving.is_ready, serving.lines("")
     return serving
 

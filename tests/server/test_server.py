@@ -4,8 +4,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -174,6 +176,41 @@ def test_a_killed_server_leaves_no_stub_behind(tmp_path: Path) -> None:
 
     assert stubs
     assert [] == _survivors(server.pid)
+
+
+@pytest.mark.parametrize("crashes", [1, 2])
+def test_a_server_that_triton_s_known_crash_ends_is_launched_once_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crashes: int
+) -> None:
+    """Each launch that crashes leaves a file, and a process in the server's group as stubs are."""
+    real = find_tritonserver()
+    executable = tmp_path / "bin" / "tritonserver"
+    executable.parent.mkdir()
+    executable.write_text(
+        f"""#!/bin/bash
+        if [ "$(ls {tmp_path}/bin | wc -l)" -le {crashes} ]; then
+            touch {tmp_path}/bin/crash.$$
+            sleep 60 &
+            echo "terminate called after throwing an instance of 'boost::interprocess::lock_exception'"
+            kill -ABRT $$
+        fi
+        export {shlex.join(f"{name}={value}" for name, value in real.environment.items())}
+        exec {real.executable} {shlex.join(real.arguments)} "$@"
+        """
+    )
+    executable.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{executable.parent}{os.pathsep}{os.environ['PATH']}")
+    lines: list[str] = []
+    with contextlib.ExitStack() as expected:
+        if crashes == 2:
+            expected.enter_context(pytest.raises(ServerError, match="exited with status -6 before it was ready"))
+        with Server(_model(tmp_path / "models", "echo", ECHO), on_log=lines.append) as server:
+            server.wait_until_ready(60)
+            assert server.models() == {"echo": True}
+
+    assert crashes == sum("terminate called" in line for line in lines)
+    assert ["tritonlora starts it once more"] == [line.rpartition("; ")[2] for line in lines if "once more" in line]
+    assert [] == [one for crash in executable.parent.glob("crash.*") for one in _survivors(int(crash.suffix[1:]))]
 
 
 def test_a_server_that_does_not_end_in_time_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""`tritonlora serve` as a process, and how Triton may crash in it."""
+"""`tritonlora serve` as a process."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from pathlib import Path
 
 from tritonlora.machine import Ports
 
-# Triton crashes with this now and then (triton-inference-server/server, issue 8882, open), here while models loaded.
-CRASH = "boost::interprocess::lock_exception"
 TRITONLORA = (sys.executable, "-m", "tritonlora")
 
 

@@ -46,6 +46,9 @@ FAULT_PATIENCE_SECONDS = 5.0
 _ANY = {"0.0.0.0": LOCAL, "::": "::1"}  # noqa: S104  every interface -> the address to reach it on here
 # core, src/model_lifecycle.cc: "loading: lora_router:1", "successfully loaded 'lora_router'"
 _LOADING = re.compile(r"\bloading: (?P<begun>[^:\s\"]+):\d+|successfully loaded '(?P<done>[^']+)'")
+# Triton crashes with this now and then while models load (triton-inference-server/server, issue 8882, open).
+_CRASH = "boost::interprocess::lock_exception"
+_AGAIN = f"tritonserver crashed while it loaded models ({_CRASH}), a known fault of it; tritonlora starts it once more"
 # glog's error lines, and the output of a process that crashes. Other output that bypasses the log has no level.
 _ERROR = re.compile(r"E\d{4} |terminate called|  what\(\): |Signal \(")
 
@@ -123,10 +126,15 @@ class Server:
         self._is_ending = threading.Event()
         self._stopping = threading.Lock()  # so that one thread at a time stops the server
         self._stopped = False
+        self._crashed = False  # with _CRASH; it was launched again
 
     def __enter__(self) -> Server:
         """Launch the server without waiting for it; the caller calls `wait_until_ready`."""
         self._started = time.monotonic()
+        self._launch()
+        return self
+
+    def _launch(self) -> None:
         process = None
         try:
             with held():
@@ -152,10 +160,9 @@ class Server:
                 )
         except BaseException:  # __exit__ is not called if __enter__ raises
             if process:
-                self.stop()
+                self._end(0)
             raise
         self.stubs = Stubs(process.pid, self.model_states)
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -193,12 +200,15 @@ class Server:
             return
         with self._process.stdout as lines:
             for line in lines:
-                self._log.append(line.rstrip("\n"))
-                if self._on_log:
-                    # `_on_log` may fail: rich raises SystemExit on a broken pipe. The log must be read further, as
-                    # SIGPIPE kills a server whose log is not read.
-                    with contextlib.suppress(Exception, SystemExit):
-                        self._on_log(line.rstrip("\n"))
+                self._add_to_log(line.rstrip("\n"))
+
+    def _add_to_log(self, line: str) -> None:
+        self._log.append(line)
+        if self._on_log:
+            # `_on_log` may fail: rich raises SystemExit on a broken pipe. The log must be read further, as SIGPIPE
+            # kills a server whose log is not read.
+            with contextlib.suppress(Exception, SystemExit):
+                self._on_log(line)
 
     def models(self) -> dict[str, bool]:
         """Model -> whether it is ready, for each model that the server has begun to load, by the log so far."""
@@ -213,6 +223,7 @@ class Server:
     ) -> None:
         """Return when every model is ready. Raises ServerError with the end of the log on an exit or a timeout.
 
+        A server that Triton's known crash ends while models load is launched once more.
         `timeout` is in seconds from the launch. `on_progress` is called again and again meanwhile, with a text on what
         is loading and for how long, the number of models that are ready, and the number of models begun.
         """
@@ -223,7 +234,7 @@ class Server:
             ready = sum(models.values())
             what = f"{ready} of {len(models)} models ready; loading {loading}"
             on_progress(f"{time.monotonic() - self._started:.0f} s: {what}", ready, len(models))
-            if self._process.poll() is not None:
+            if self._process.poll() is not None and not self._launches_again():
                 raise self._failure(f"exited with status {self._process.returncode} before it was ready")
             now = time.monotonic()
             if now - self._started > timeout:
@@ -235,6 +246,19 @@ class Server:
         self.stubs.note()
         if self._watch is not None:
             threading.Thread(target=self._watched, args=(self._watch,), name="tritonserver-watch", daemon=True).start()
+
+    def _launches_again(self) -> bool:
+        """Launch the server a second time if it has crashed with _CRASH. Returns whether it was launched."""
+        self._log_reader.join(timeout=1)  # stubs may hold the log open
+        with self._stopping:
+            if self._crashed or self._is_ending.is_set() or not any(_CRASH in line for line in self._log):
+                return False
+            self._crashed = True
+            self._end(0)
+            self._log.clear()
+            self._add_to_log(_AGAIN)
+            self._launch()
+        return True
 
     def _watched(self, watch: Callable[[Server], None]) -> None:
         try:
@@ -340,9 +364,13 @@ class Server:
         self._is_ending.set()
         with self._stopping:
             if not self._stopped:  # another process group may have its id after that
-                self._stop(self._patience if patience is None else patience)
+                try:
+                    self._end(self._patience if patience is None else patience)
+                finally:
+                    self._stopped = True
 
-    def _stop(self, patience: float) -> None:
+    def _end(self, patience: float) -> None:
+        """End the server, its stubs and its watcher."""
         try:
             if self._process.poll() is None:
                 self._process.send_signal(signal.SIGTERM)
@@ -356,7 +384,6 @@ class Server:
             self._log_reader.join(timeout=5)
             for region in SHARED_MEMORY.glob(f"{self._regions.name}*"):
                 region.unlink(missing_ok=True)
-            self._stopped = True
             if self._watcher is not None:
                 self._watcher.kill()
                 self._watcher.communicate()
