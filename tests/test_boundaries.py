@@ -29,6 +29,7 @@ WITH_TORCH = (
     "conversion/dora.py",
     "conversion/composition.py",
     "cpu_engine/causal_lm.py",
+    "cpu_engine/packed.py",
     "cpu_engine/sampling.py",
     "demo/gguf_checkpoint.py",
     "demo/train.py",

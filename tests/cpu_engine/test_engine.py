@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -15,10 +17,12 @@ import pytest
 import torch
 
 from engine_client import Received, ask, ask_batch, config_directory, tensors_of
+from tritonlora.cpu_engine import engine as engine_module
 from tritonlora.cpu_engine.engine import CpuEngine, load_engine
 from tritonlora.cpu_engine.executor import Executor
 from tritonlora.cpu_engine.peft_cache import LoraCacheError
 from tritonlora.cpu_engine.request import LoraInputs
+from tritonlora.cpu_engine.synthetic import SyntheticModel
 from tritonlora.cpu_engine.validation import check_lora_config, check_lora_tensors
 from tritonlora.engine.cpu_engine_settings import parse_settings
 from tritonlora.engine.profile import EngineProfile, load_profile
@@ -564,6 +568,42 @@ def test_an_iteration_lasts_as_long_for_many_as_for_one(open_engine: Open) -> No
         request.tokens()
 
     assert 0.09 <= time.monotonic() - began < 0.5
+
+
+def test_an_iteration_reads_no_more_prompts_than_the_model_takes(
+    open_engine: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five prompts of five tokens, and at most about eight in an iteration: each one takes two of them."""
+    batches: list[int] = []
+    has_begun, go_on = threading.Event(), threading.Event()
+
+    def forward(model: SyntheticModel, states: Sequence[Any]) -> None:
+        batches.append(len(states))
+        has_begun.set()
+        go_on.wait()
+
+    monkeypatch.setattr(SyntheticModel, "forward", forward)
+    monkeypatch.setattr(engine_module, "SyntheticModel", functools.partial(SyntheticModel, max_num_tokens=8))
+    engine = open_engine()
+    first = ask(engine, tensors_of(HELLO, 1))
+    has_begun.wait()
+    requests = [first, *(ask(engine, tensors_of(HELLO, 3)) for _ in range(5))]
+    go_on.set()
+
+    assert [1, 3, 3, 3, 3, 3] == [len(request.tokens()) for request in requests]
+    assert [1, 2, 4, 5, 3, 1] == batches
+
+
+def test_a_model_that_fails_ends_the_requests_of_its_batch(open_engine: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In upstream's words; the engine's thread goes on."""
+    engine = open_engine(**PACE)
+    active = ask(engine, tensors_of(HELLO, FOREVER, streaming=True)).wait_for_pieces(1)
+    with monkeypatch.context() as broken:
+        broken.setattr(SyntheticModel, "forward", lambda *_: 1 / 0)
+        failure = active.failure()
+
+    assert failure == f"{PREFIX.format(1)}Encountered an error in forwardAsync function: division by zero"
+    assert b"[ba" == bytes(ask(engine, tensors_of(HELLO, 3)).tokens())
 
 
 class Broken(Received):

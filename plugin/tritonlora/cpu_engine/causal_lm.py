@@ -2,24 +2,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """A Hugging Face causal language model that applies a different adapter to each request.
 
-The adapter is read from the wire tensors alone. A forward hook of each linear layer adds `x Aᵀ Bᵀ` of the current
-adapter to the layer's output. A forward pass has one current adapter. Each request has a KV cache of its own, so no
-request sees the adapter of another one.
+The adapter is read from the wire tensors alone. A forward hook of each linear layer adds `x Aᵀ Bᵀ` of each request's
+adapter to the layer's output at that request's tokens. Each request has a KV cache of its own, so no request sees the
+adapter of another one.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from tritonlora.architectures.layers import families_of, locate
 from tritonlora.conversion.unpack import unpack, unpack_magnitudes
+from tritonlora.cpu_engine.packed import enable_packing, packed_logits
 from tritonlora.cpu_engine.request import GenerationRequest, LoraInputs
 from tritonlora.cpu_engine.sampling import choose_token
 from tritonlora.cpu_engine.wire_arrays import as_torch
@@ -37,6 +39,7 @@ class LoraLayer:
 
 
 Adapter = Mapping[tuple[int, str], LoraLayer]
+_BASE_MODEL: Adapter = {}
 
 
 @dataclass(slots=True)
@@ -49,20 +52,24 @@ class Generation:
     unread: list[int]  # tokens that the model has not seen yet
     generated: list[int] = field(default_factory=list)
     kv_cache: Any = None
+    logits: Any = None  # (vocabulary,), of the token after `generated`
 
 
 class CausalLM:
-    """The model of one checkpoint. Its requests can take turns, token by token."""
+    """The model of one checkpoint. One pass computes a token for each of its requests."""
 
     iteration_seconds = 0.0
+    max_num_tokens = 256  # a second on a laptop, for a small model
 
     def __init__(self, checkpoint: Path, profile: EngineProfile, *, compute_dtype: str = "float32") -> None:
         """Load the checkpoint. EngineMismatch if there is none, or if a LoRA module of `profile` has no own layer."""
         self._dtype = getattr(torch, compute_dtype)
         self._modules = {dims.module.id: dims for dims in profile.modules.values()}
         self._model = _load_checkpoint(checkpoint, self._dtype)
-        self._adapter: Adapter = {}
+        self._adapters: list[tuple[Adapter, slice]] = []  # of the pass that runs, each with its tokens
         self._hook_layers(profile)
+        self._packs = enable_packing(self._model)
+        self._vocabulary_size = self._model.get_input_embeddings().num_embeddings
         self.max_sequence_length: int = getattr(self._model.config, "max_position_embeddings", None) or 1 << 30
         takes = inspect.signature(self._model.forward).parameters
         # The name of the KV cache in transformers, as an argument and as an output: past_key_values before 5.24.
@@ -87,21 +94,47 @@ class CausalLM:
         return tensor.to(self._dtype, copy=True)
 
     def begin(self, request: GenerationRequest, adapter: Adapter | None) -> Generation:
-        """The state of a new request; nothing is computed yet."""
+        """The state of a new request; nothing is computed yet. ValueError for a token that the model does not have."""
+        for token in request.prompt:
+            if not 0 <= token < self._vocabulary_size:
+                raise ValueError(f"token {token} is not one of the model's {self._vocabulary_size} tokens")
         generator = torch.Generator().manual_seed(request.sampling.seed % (1 << 63))
-        return Generation(request, adapter or {}, generator, list(request.prompt))
+        kv_cache = DynamicCache() if self._packs else None  # else the model makes its own
+        return Generation(request, adapter or _BASE_MODEL, generator, list(request.prompt), kv_cache=kv_cache)
+
+    def forward(self, states: Sequence[Generation]) -> None:
+        """Compute the logits of each request's next token. The first pass of a request reads its prompt."""
+        with torch.inference_mode():
+            if self._packs:
+                self._forward_packed(states)
+            else:
+                for state in states:
+                    self._forward_alone(state)
 
     def next_token(self, state: Generation) -> int:
-        """The next token, by one forward pass. The first pass of a request reads its prompt."""
-        self._adapter = state.adapter
-        with torch.inference_mode():
-            kv_cache = {self._kv_cache: state.kv_cache}
-            output = self._model(input_ids=torch.tensor([state.unread]), **kv_cache, **self._options)
-            token = choose_token(output.logits[0, -1], state.request, state.generated, state.generator)
-        state.kv_cache = output[self._kv_cache]
+        """Choose the next token by the logits that `forward` has computed."""
+        token = choose_token(state.logits, state.request, state.generated, state.generator)
         state.unread = [token]
         state.generated.append(token)
         return token
+
+    def _forward_packed(self, states: Sequence[Generation]) -> None:
+        states = sorted(states, key=_adapter_id)  # so that a layer computes all tokens of an adapter together
+        self._adapters, end = [], 0
+        for _, group in itertools.groupby(states, key=_adapter_id):
+            members = list(group)
+            start, end = end, end + sum(len(state.unread) for state in members)
+            self._adapters.append((members[0].adapter, slice(start, end)))
+        logits = packed_logits(self._model, [state.unread for state in states], [state.kv_cache for state in states])
+        for state, of_state in zip(states, logits, strict=True):
+            state.logits = of_state
+
+    def _forward_alone(self, state: Generation) -> None:
+        self._adapters = [(state.adapter, slice(None))]
+        kv_cache = {self._kv_cache: state.kv_cache}
+        output = self._model(input_ids=torch.tensor([state.unread]), **kv_cache, **self._options)
+        state.kv_cache = output[self._kv_cache]
+        state.logits = output.logits[0, -1]
 
     def _hook_layers(self, profile: EngineProfile) -> None:
         missing = {(layer, name) for layer in range(profile.num_layers) for name in profile.modules}
@@ -124,19 +157,24 @@ class CausalLM:
             )
             raise EngineMismatch(one_message(heading, sorted(problems)))
 
-    def _hook(self, layer: int, name: str) -> Callable[[torch.nn.Module, tuple[torch.Tensor], torch.Tensor], Any]:
-        def add_lora(module: torch.nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor | None:
-            lora = self._adapter.get((layer, name))
-            if lora is None:
-                return None
-            delta = (inputs[0] @ lora.a.T) @ lora.b.T
-            if lora.magnitude is None:
-                return output + delta
-            bias = getattr(module, "bias", None)
-            bias = 0 if bias is None else bias
-            return lora.magnitude * (output - bias + delta) + bias
+    def _hook(self, layer: int, name: str) -> Callable[[torch.nn.Module, tuple[torch.Tensor], torch.Tensor], None]:
+        def add_lora(module: torch.nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+            for adapter, tokens in self._adapters:
+                lora = adapter.get((layer, name))
+                if lora is None:
+                    continue
+                part = output[..., tokens, :]
+                part += (inputs[0][..., tokens, :] @ lora.a.T) @ lora.b.T
+                if lora.magnitude is not None:
+                    bias = getattr(module, "bias", None)
+                    bias = 0 if bias is None else bias
+                    part.sub_(bias).mul_(lora.magnitude).add_(bias)
 
         return add_lora
+
+
+def _adapter_id(state: Generation) -> int:
+    return id(state.adapter)
 
 
 def _load_checkpoint(directory: Path, dtype: torch.dtype) -> Any:

@@ -3,8 +3,8 @@
 """The executor's loop: one thread takes requests from a queue, and each iteration computes a token for each of them.
 
 A request is first *submitted* (it waits in the queue and holds nothing), then *taken* (its LoRA is checked and its
-pages are pinned), then *active* until it ends. At most `max_num_requests` are active. This module knows neither the
-model nor Triton.
+pages are pinned), then *active* until it ends. At most `max_num_requests` are active. An iteration takes no more
+requests once their prompts have the model's `max_num_tokens`. This module knows neither the model nor Triton.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import Generic, Protocol, TypeVar
 
 from tritonlora.cpu_engine.backend import Backend
-from tritonlora.cpu_engine.peft_cache import BatchError, LoraCache, LoraCacheError, PeftCache, TaskNotCachedError
+from tritonlora.cpu_engine.peft_cache import LoraCache, LoraCacheError, PeftCache, TaskNotCachedError
 from tritonlora.cpu_engine.request import GenerationRequest, LoraInputs
 from tritonlora.cpu_engine.validation import Rows, check_lora_tensors
 from tritonlora.engine.lora_cache import CacheParameters, PageGeometry, rank_geometries
@@ -41,14 +41,21 @@ class Model(Protocol[AdapterT, StateT]):
     def max_sequence_length(self) -> int:
         """The most tokens of prompt and response together."""
 
+    @property
+    def max_num_tokens(self) -> int:
+        """About the most tokens of prompts that one iteration should read."""
+
     def load_adapter(self, lora: LoraInputs) -> AdapterT:
         """Load an adapter from its checked wire tensors. Copy them: their memory is the request's."""
 
     def begin(self, request: GenerationRequest, adapter: AdapterT | None) -> StateT:
         """The state of a request between its tokens."""
 
+    def forward(self, states: Sequence[StateT]) -> None:
+        """Compute what `next_token` needs, for all active requests at once."""
+
     def next_token(self, state: StateT) -> int:
-        """Compute the next token."""
+        """Choose the next token of a request."""
 
 
 class Sender(Protocol):
@@ -145,7 +152,8 @@ class Executor(Generic[AdapterT, StateT]):
             if asks:
                 self._next_cancellation_check = began + self._cancellation_check_seconds
             self._active = [active for active in self._active if self._is_wanted(active, asks)]
-            self._ensure_loaded()
+            if self._active:
+                self._forward()
             self._active = [active for active in self._active if self._advance(active)]
             left = began + self._model.iteration_seconds - time.monotonic()
             if left > 0 and self._active:
@@ -159,8 +167,10 @@ class Executor(Generic[AdapterT, StateT]):
         return not self._closing.is_set()
 
     def _take(self) -> None:
-        while self._queue and len(self._active) < self._max_num_requests:
+        tokens = 0
+        while self._queue and len(self._active) < self._max_num_requests and tokens < self._model.max_num_tokens:
             submitted = self._queue[0]  # where `stop` finds it until it is active
+            tokens += len(submitted.request.prompt)
             try:
                 self._active.append(self._begin(submitted))
             except TaskNotCachedError as error:
@@ -196,12 +206,16 @@ class Executor(Generic[AdapterT, StateT]):
             raise
         return _Active(submitted, min(request.max_tokens, room), state)
 
-    def _ensure_loaded(self) -> None:
-        """End all active requests if the adapter of one of them could not be loaded, as upstream does."""
+    def _forward(self) -> None:
+        """Run the model for all active requests. An error ends all of them, as upstream's does.
+
+        So does an adapter that could not be loaded.
+        """
         task_ids = (active.submitted.request.lora.task_id for active in self._active)
         try:
             self._peft.check_batch(task_id for task_id in task_ids if self._geometry and task_id is not None)
-        except BatchError as error:
+            self._model.forward([active.state for active in self._active])
+        except Exception as error:  # noqa: BLE001  the thread must go on
             ended, self._active = self._active, []
             for active in ended:
                 self._release(active.submitted)
@@ -218,7 +232,7 @@ class Executor(Generic[AdapterT, StateT]):
         return False
 
     def _advance(self, active: _Active[StateT]) -> bool:
-        """Compute the next token of a request, and send what is due. Returns whether the request goes on."""
+        """Choose the next token of a request, and send what is due. Returns whether the request goes on."""
         submitted = active.submitted
         request, sender = submitted.request, submitted.sender
         try:

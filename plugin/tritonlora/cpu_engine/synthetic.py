@@ -9,7 +9,7 @@ cached and evicted as with a real model, but not used for tokens. Sampling input
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from tritonlora.cpu_engine.request import GenerationRequest, LoraInputs
@@ -21,6 +21,7 @@ class SyntheticModel:
 
     iteration_seconds: float = 0.0
     max_sequence_length: int = 1 << 30
+    max_num_tokens: int = 1 << 30
 
     def load_adapter(self, lora: LoraInputs) -> None:
         """Load nothing."""
@@ -30,6 +31,9 @@ class SyntheticModel:
         task_id = request.lora.task_id
         tag = f"[{task_id}]" if task_id else "[base]"
         return itertools.cycle([*tag.encode(), *request.prompt])
+
+    def forward(self, states: Sequence[Iterator[int]]) -> None:
+        """Compute nothing."""
 
     def next_token(self, state: Iterator[int]) -> int:
         """The next token."""
