@@ -338,6 +338,11 @@ PLANTED: dict[str, tuple[Callable[[Repository], object], str, str]] = {
         "error",
         "ensemble/config.pbtxt: it has a step for 'postprocessing', and there is no such model",
     ),
+    "a step of an ensemble takes smaller batches": (
+        lambda opened: edit(opened.root / "preprocessing" / "config.pbtxt", "max_batch_size: 64", "max_batch_size: 8"),
+        "error",
+        "ensemble/config.pbtxt: max_batch_size is 64, and its step preprocessing allows 8",
+    ),
     "another model's config cannot be read": (
         lambda opened: _model(opened.root, "aa", 'name: "aa'),
         "error",
@@ -433,6 +438,7 @@ OF_ANOTHER_ENGINE = {
 IN_WORDS = {
     "Triton keeps the responses of the resolver",
     "a step of an ensemble has no model",
+    "a step of an ensemble takes smaller batches",
     "another model's config cannot be read",
     "the tokenizer's place is still a placeholder",
     "the engine was built without LoRA",
@@ -692,7 +698,7 @@ def test_init_puts_the_router_right(opened: Repository, name: str) -> None:
 def test_a_small_dev_shm_is_found(opened: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
     """Docker gives 64 MiB, and an adapter that is sent again needs room for all of it."""
     usage = shutil.disk_usage("/")._replace(total=2 * 1024**2)
-    monkeypatch.setattr("tritonlora.check.around.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr("tritonlora.check.machine.shutil.disk_usage", lambda _: usage)
     problem = f"{SHARED_MEMORY}: to send an adapter again takes 2105392 bytes of shared memory, more than there is"
 
     assert [("warning", problem)] == found(opened)
@@ -704,7 +710,7 @@ def test_a_dev_shm_that_is_too_small_for_both_copies_of_the_resolver_is_found(
 ) -> None:
     """It keeps what it has sent; where no adapter is ever sent again, it needs none of it."""
     usage = shutil.disk_usage("/")._replace(total=2 * 2105392 - 1)
-    monkeypatch.setattr("tritonlora.check.around.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr("tritonlora.check.machine.shutil.disk_usage", lambda _: usage)
     if not cold:
         registry.remove(opened, "cold")
 

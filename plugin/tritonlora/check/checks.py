@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 
-from tritonlora.check import adapters, around, engine
+from tritonlora.check import adapters, engine, files, machine, routes
 from tritonlora.check.findings import REPAIR, Finding, Subject, error
 from tritonlora.errors import TritonLoraError
 from tritonlora.files import reading
@@ -20,12 +20,12 @@ from tritonlora.repository.paths import Repository
 from tritonlora.repository.state import read_state
 
 CHECKS: tuple[Callable[[Subject], Iterator[Finding]], ...] = (
-    around.placeholders,
-    around.steps,
+    files.placeholders,
+    routes.steps,
     engine.takes_adapters,
     engine.reported,
     engine.beam_width,
-    around.router,
+    routes.router,
     adapters.files,
     adapters.rows,
     adapters.compositions,
@@ -34,16 +34,16 @@ CHECKS: tuple[Callable[[Subject], Iterator[Finding]], ...] = (
     engine.cache,
     engine.pauses,
     engine.pins,
-    around.leftovers,
-    around.response_caches,
-    around.resolver,
-    around.models_past_the_router,
-    around.left_streams,
-    around.torn_streams,
-    around.forwarded_streams,
-    around.serving_code,
-    around.shared_memory,
-    around.ports,
+    files.leftovers,
+    routes.response_caches,
+    routes.resolver,
+    routes.models_past_the_router,
+    routes.left_streams,
+    routes.torn_streams,
+    routes.forwarded_streams,
+    files.serving_code,
+    machine.shared_memory,
+    machine.ports,
 )
 
 

@@ -12,8 +12,8 @@ import re
 from collections.abc import Sequence
 
 from tritonlora import extras
-from tritonlora.check.around import LETS_GO_VERSION, batched_streams, cached_responses
 from tritonlora.check.findings import Finding
+from tritonlora.check.routes import LETS_GO_VERSION, batched_streams, cached_responses
 from tritonlora.errors import ServerError, TritonLoraError, one_message
 from tritonlora.launch import client
 from tritonlora.launch.tritonserver import World

@@ -1,69 +1,46 @@
 # SPDX-FileCopyrightText: the tritonlora authors
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of what is around the engine's model: the other models, files that were left behind, and the machine."""
+"""Checks of the ways that lead to the engine's model: the ensembles, the router and the resolver."""
 
 from __future__ import annotations
 
 import shlex
-import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
-from tritonlora import __version__
-from tritonlora.check.findings import REPAIR, Finding, Subject, error, warning
-from tritonlora.machine import SHARED_MEMORY, ports_in_use
-from tritonlora.pbtxt.model_config import ModelConfig, Step, Unfilled, has_template
-from tritonlora.repository import generated, init, shipped, warmup
-from tritonlora.repository.paths import (
-    COPY_AGAIN,
-    LISTING,
-    RESOLVER,
-    ROUTER,
-    dead_links,
-    half_written,
-    served_version,
-)
-from tritonlora.repository.undo import WITH_CODE
-from tritonlora.serving.file_version import has_content
+from tritonlora.check.findings import Finding, Subject, error, warning
+from tritonlora.pbtxt.model_config import ModelConfig, Step
+from tritonlora.repository import init
+from tritonlora.repository.paths import LISTING, RESOLVER, ROUTER
 from tritonlora.serving.response_cache import CACHED
-from tritonlora.serving.tickets import MOST_CARRIED_NBYTES
 from tritonlora.serving.wire import STATE
 from tritonlora.targets import target_of
 
-# Upstream's models do not load without these parameters. Other parameters that are still a ${…} get default values.
-_OF_THE_ENGINE = ("gpt_model_path",)
-_OF_THE_TEXT_MODELS = ("tokenizer_dir",)
 LETS_GO = "26.02"  # the first release whose ensembles end a stream that its client has left
 LETS_GO_VERSION = (2, 66)  # of the server in that release
 
 
-def placeholders(subject: Subject) -> Iterator[Finding]:
-    """An error for each value, in any model, that is needed and is still a placeholder, ${…}."""
-    for name, config in subject.configs.items():
-        values: list[object] = [config.max_batch_size, config.decoupled, config.instance_count, config.response_cache]
-        for spec in (*config.inputs, *config.outputs):
-            values += [spec.data_type, spec.dims, spec.optional]
-        unfilled = [(value.what, value.template) for value in values if isinstance(value, Unfilled)]
-        needed = _OF_THE_ENGINE if name == subject.repository.target else _OF_THE_TEXT_MODELS
-        parameters = {key: config.parameters.get(key, "") for key in needed}
-        unfilled += [(key, value) for key, value in parameters.items() if has_template(value)]
-        for what, template in unfilled:
-            yield error(
-                f"{name}/config.pbtxt",
-                f"{what} is still {template}",
-                "fill it in with upstream's tools/fill_template.py, or edit the file",
-            )
-
-
 def steps(subject: Subject) -> Iterator[Finding]:
-    """An error for each step of an ensemble whose model is missing. By default Triton then loads no model at all."""
+    """An error for each step whose model is missing or takes smaller batches than its ensemble.
+
+    Triton does not load such an ensemble, and by default no other model either.
+    """
     root = subject.repository.root
     for name, config in subject.configs.items():
+        most = config.max_batch_size
         for step in config.steps:
+            model = subject.configs.get(step.model_name)
+            limit = model.max_batch_size if model else 0
             if not (root / step.model_name).is_dir():
                 yield error(
                     f"{name}/config.pbtxt",
                     f"it has a step for {step.model_name!r}, and there is no such model",
                     f"put the model into the repository, or move {name} out of it",
+                )
+            elif isinstance(most, int) and isinstance(limit, int) and 0 < limit < most:
+                yield error(
+                    f"{name}/config.pbtxt",
+                    f"max_batch_size is {most}, and its step {step.model_name} allows {limit}",
+                    f"set max_batch_size to {limit} in {name}/config.pbtxt",
                 )
 
 
@@ -84,6 +61,35 @@ def router(subject: Subject) -> Iterator[Finding]:
     for name, config in subject.configs.items():
         if config.leads_to(target) and not config.leads_to(ROUTER) and not config.leads_to(RESOLVER):
             yield error(f"{name}/config.pbtxt", f"it leads to {target} past the router: names have no effect", remedy)
+
+
+def resolver(subject: Subject) -> Iterator[Finding]:
+    """The resolver declares its tensors as the engine's model does, and the engine's step requires its outputs.
+
+    Triton does not load an ensemble whose tensors differ between steps. An empty response of the resolver must make the
+    engine's step fail, so that step takes a required input from the resolver.
+    """
+    root, target = subject.repository.root, subject.repository.target
+    required = target_of(subject.config).WIRE.required
+    for name, config in subject.configs.items():
+        given = {tensor for step in config.steps if step.model_name == RESOLVER for tensor in step.output_map.values()}
+        past = [step for step in config.steps if step.model_name == target]
+        if given and any(step.input_map.get(required) not in given for step in past):
+            yield warning(
+                f"{name}/config.pbtxt",
+                f"{required} goes past {RESOLVER}: {target} would take an empty response for a base model request",
+                f"tritonlora init {shlex.quote(str(root))}",
+            )
+    for spec in subject.configs[RESOLVER].outputs if RESOLVER in subject.configs else ():
+        if spec.name == STATE:
+            continue
+        declared = subject.config.input(spec.name)
+        if declared is None or declared.data_type != spec.data_type:
+            yield error(
+                f"{RESOLVER}/config.pbtxt",
+                f"{spec.name} is not declared as {target} declares it",
+                f"tritonlora init {shlex.quote(str(root))}",
+            )
 
 
 def models_past_the_router(subject: Subject) -> Iterator[Finding]:
@@ -193,106 +199,3 @@ def cached_responses(configs: Mapping[str, ModelConfig], target: str) -> Iterato
     for name, config in configs.items():
         if name in concerned and config.response_cache is True:
             yield error(f"{name}/config.pbtxt", f"response_cache is on: {CACHED}", "take response_cache out of it")
-
-
-def resolver(subject: Subject) -> Iterator[Finding]:
-    """The resolver declares its tensors as the engine's model does, and the engine's step requires its outputs.
-
-    Triton does not load an ensemble whose tensors differ between steps. An empty response of the resolver must make the
-    engine's step fail, so that step takes a required input from the resolver.
-    """
-    root, target = subject.repository.root, subject.repository.target
-    required = target_of(subject.config).WIRE.required
-    for name, config in subject.configs.items():
-        given = {tensor for step in config.steps if step.model_name == RESOLVER for tensor in step.output_map.values()}
-        past = [step for step in config.steps if step.model_name == target]
-        if given and any(step.input_map.get(required) not in given for step in past):
-            yield warning(
-                f"{name}/config.pbtxt",
-                f"{required} goes past {RESOLVER}: {target} would take an empty response for a base model request",
-                f"tritonlora init {shlex.quote(str(root))}",
-            )
-    for spec in subject.configs[RESOLVER].outputs if RESOLVER in subject.configs else ():
-        if spec.name == STATE:
-            continue
-        declared = subject.config.input(spec.name)
-        if declared is None or declared.data_type != spec.data_type:
-            yield error(
-                f"{RESOLVER}/config.pbtxt",
-                f"{spec.name} is not declared as {target} declares it",
-                f"tritonlora init {shlex.quote(str(root))}",
-            )
-
-
-def serving_code(subject: Subject) -> Iterator[Finding]:
-    """The models that tritonlora wrote have all the code of the installed version, unaltered."""
-    root = subject.repository.root
-    for link in dead_links(root):
-        yield error(link.relative_to(root).as_posix(), "the link leads nowhere: the model does not load", COPY_AGAIN)
-    remedy = f"tritonlora init {shlex.quote(str(root))}"
-    for model in (model for model in WITH_CODE if (root / model).is_dir()):
-        version = served_version(root, model)
-        if version is None:
-            yield error(
-                f"{model}/1", "it has no code that a version of tritonlora wrote: the model does not load", remedy
-            )
-        elif version != __version__:
-            problem = f"it runs the code of tritonlora {version}, and {__version__} is installed here"
-            yield warning(f"{model}/1", problem, f"{remedy} puts {__version__} there; or install tritonlora {version}")
-        else:
-            for name, content in shipped.code_of(model).items():
-                if not (root / name).exists():
-                    yield error(name, "it is missing: the model does not load", remedy)
-                elif not has_content(root / name, content.encode()):
-                    yield warning(name, "it was edited since tritonlora wrote it", remedy)
-
-
-def leftovers(subject: Subject) -> Iterator[Finding]:
-    """Files that a stopped command or a replaced adapter left behind."""
-    for path in half_written(subject.repository.root):
-        yield warning(subject.repository.relative(path), "a command that was stopped left it half-written", REPAIR)
-    outlived = {*generated.left_over(subject.state)}
-    mine = subject.state.foreign_files
-    for path in sorted(subject.repository.warmup_directory.glob("*")):
-        task_id = warmup.task_id_of(path.name)
-        if path in outlived:
-            yield warning(f"warmup/{path.name}", "it belongs to an adapter that was removed or replaced", REPAIR)
-        elif path.name not in mine and (task_id or 0) >= subject.table.next_lora_task_id:
-            yield warning(
-                f"warmup/{path.name}",
-                "no adapter has it: an `add` that was stopped left it, or it is a file of your own",
-                "add that adapter again, or delete the file",
-            )
-
-
-def shared_memory(subject: Subject) -> Iterator[Finding]:
-    """Shared memory has the capacity for the weights that the resolver sends. Triton never gives any of it back."""
-    plan = subject.plan
-    if plan is None or not SHARED_MEMORY.is_dir():
-        return
-    there_is = shutil.disk_usage(SHARED_MEMORY).total
-    kept = plan.resend_shm_bytes + min(plan.resend_shm_bytes, MOST_CARRIED_NBYTES)
-    if there_is < plan.resend_shm_bytes:
-        yield warning(
-            str(SHARED_MEMORY),
-            f"to send an adapter again takes {plan.resend_shm_bytes} bytes of shared memory, more than there is",
-            "docker run --shm-size …",
-        )
-    elif there_is < kept and not (plan.fits and all(adapter.warm for adapter in plan.adapters)):
-        yield warning(
-            str(SHARED_MEMORY),
-            f"{RESOLVER} keeps shared memory for the largest adapter that it loads, and for the largest one that goes "
-            f"along with requests: {kept} bytes in all, more than there is",
-            "docker run --shm-size …",
-        )
-
-
-def ports(subject: Subject) -> Iterator[Finding]:
-    """A warning where a port is in use. The server of this very repository may be the one that uses it."""
-    if subject.ports and (taken := ports_in_use(subject.ports)):
-        options = [f"{option} PORT" for option, port in subject.ports.by_option.items() if port in taken]
-        yield warning(
-            f"port {', '.join(map(str, taken))}",
-            "in use: a server listens there already, and tritonlora serve cannot start a second one there",
-            f"nothing if it is this repository's server; else stop it, or choose: tritonlora serve {' '.join(options)}",
-        )
