@@ -88,6 +88,12 @@ def _resolve_as_before(opened: Repository) -> None:
     lead_as_before(opened)
 
 
+def _set_batches(opened: Repository, **sizes: int) -> None:
+    """Set max_batch_size of the named models, which is 64."""
+    for model, size in sizes.items():
+        edit(opened.root / model / "config.pbtxt", "max_batch_size: 64", f"max_batch_size: {size}")
+
+
 def _engine(opened: Repository) -> Path:
     return opened.target_directory / "1" / "config.json"
 
@@ -338,10 +344,15 @@ PLANTED: dict[str, tuple[Callable[[Repository], object], str, str]] = {
         "error",
         "ensemble/config.pbtxt: it has a step for 'postprocessing', and there is no such model",
     ),
-    "a step of an ensemble takes smaller batches": (
-        lambda opened: edit(opened.root / "preprocessing" / "config.pbtxt", "max_batch_size: 64", "max_batch_size: 8"),
+    "an ensemble takes larger batches than its steps": (
+        lambda opened: _set_batches(opened, ensemble=65),
         "error",
-        "ensemble/config.pbtxt: max_batch_size is 64, and its step preprocessing allows 8",
+        "ensemble/config.pbtxt: max_batch_size is 65, and its step lora_router takes 64: the ensemble does not load",
+    ),
+    "an ensemble takes larger batches than the router": (
+        lambda opened: _set_batches(opened, lora_router=32),
+        "error",
+        "ensemble/config.pbtxt: max_batch_size is 64, and its step lora_router takes 32: the ensemble does not load",
     ),
     "another model's config cannot be read": (
         lambda opened: _model(opened.root, "aa", 'name: "aa'),
@@ -438,7 +449,7 @@ OF_ANOTHER_ENGINE = {
 IN_WORDS = {
     "Triton keeps the responses of the resolver",
     "a step of an ensemble has no model",
-    "a step of an ensemble takes smaller batches",
+    "an ensemble takes larger batches than its steps",
     "another model's config cannot be read",
     "the tokenizer's place is still a placeholder",
     "the engine was built without LoRA",
@@ -567,6 +578,27 @@ def test_several_instances_behind_a_stream_are_found(opened: Repository, topolog
 
     wrong = [("error", "last/config.pbtxt"), ("error", "postprocessing/config.pbtxt")]
     assert (wrong if decoupled else []) == sorted(found)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "remedies"),
+    [
+        ({"preprocessing": 32, "postprocessing": 16}, ["set max_batch_size to 16 in ensemble/config.pbtxt"]),
+        ({"ensemble": 65, "lora_router": 32}, ["set max_batch_size to 32 in ensemble/config.pbtxt"]),
+        ({"tensorrt_llm": 65, "ensemble": 65, "lora_router": 32}, ["tritonlora init"]),
+        ({"ensemble": 63}, []),
+        ({"preprocessing": 0}, []),
+        ({"ensemble": 0}, []),
+    ],
+)
+def test_the_remedy_for_batches_is_for_the_smallest_step(
+    opened: Repository, sizes: dict[str, int], remedies: list[str]
+) -> None:
+    """A step without batches is no limit, and an ensemble may take smaller batches than its steps."""
+    _set_batches(opened, **sizes)
+    found = [one.remedy for one in checks.check(opened) if "the ensemble does not load" in one.problem]
+
+    assert remedies == [remedy.removesuffix(f" {opened.root}") for remedy in found]
 
 
 def test_an_altered_file_is_found_by_its_digest(opened: Repository) -> None:

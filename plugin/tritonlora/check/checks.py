@@ -22,6 +22,7 @@ from tritonlora.repository.state import read_state
 CHECKS: tuple[Callable[[Subject], Iterator[Finding]], ...] = (
     files.placeholders,
     routes.steps,
+    routes.batch_sizes,
     engine.takes_adapters,
     engine.reported,
     engine.beam_width,

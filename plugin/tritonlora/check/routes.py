@@ -11,6 +11,7 @@ from tritonlora.check.findings import Finding, Subject, error, warning
 from tritonlora.pbtxt.model_config import ModelConfig, Step
 from tritonlora.repository import init
 from tritonlora.repository.paths import LISTING, RESOLVER, ROUTER
+from tritonlora.repository.undo import OURS
 from tritonlora.serving.response_cache import CACHED
 from tritonlora.serving.wire import STATE
 from tritonlora.targets import target_of
@@ -20,28 +21,42 @@ LETS_GO_VERSION = (2, 66)  # of the server in that release
 
 
 def steps(subject: Subject) -> Iterator[Finding]:
-    """An error for each step whose model is missing or takes smaller batches than its ensemble.
-
-    Triton does not load such an ensemble, and by default no other model either.
-    """
+    """An error for each step of an ensemble whose model is missing. By default Triton then loads no model at all."""
     root = subject.repository.root
     for name, config in subject.configs.items():
-        most = config.max_batch_size
         for step in config.steps:
-            model = subject.configs.get(step.model_name)
-            limit = model.max_batch_size if model else 0
             if not (root / step.model_name).is_dir():
                 yield error(
                     f"{name}/config.pbtxt",
                     f"it has a step for {step.model_name!r}, and there is no such model",
                     f"put the model into the repository, or move {name} out of it",
                 )
-            elif isinstance(most, int) and isinstance(limit, int) and 0 < limit < most:
-                yield error(
-                    f"{name}/config.pbtxt",
-                    f"max_batch_size is {most}, and its step {step.model_name} allows {limit}",
-                    f"set max_batch_size to {limit} in {name}/config.pbtxt",
-                )
+
+
+def batch_sizes(subject: Subject) -> Iterator[Finding]:
+    """An error for each ensemble that takes larger batches than one of its steps. Triton does not load it.
+
+    A step without batches, max_batch_size 0, is no limit (core, src/ensemble_scheduler/ensemble_utils.cc).
+    """
+    # `steps` reports models that are missing, and `placeholders` numbers that are not filled in.
+    sizes = {name: config.max_batch_size for name, config in subject.configs.items()}
+    taken = {name: size for name, size in sizes.items() if isinstance(size, int) and size > 0}
+    for name in taken:
+        steps = [
+            (taken[step.model_name], step.model_name)
+            for step in subject.configs[name].steps
+            if step.model_name in taken
+        ]
+        most, smallest = min(steps, default=(taken[name], name))
+        if most < taken[name]:
+            remedy = f"set max_batch_size to {most} in {name}/config.pbtxt"
+            if smallest in OURS and taken.get(subject.repository.target, 0) >= taken[name]:
+                remedy = f"tritonlora init {shlex.quote(str(subject.repository.root))}"
+            yield error(
+                f"{name}/config.pbtxt",
+                f"max_batch_size is {taken[name]}, and its step {smallest} takes {most}: the ensemble does not load",
+                remedy,
+            )
 
 
 def router(subject: Subject) -> Iterator[Finding]:
