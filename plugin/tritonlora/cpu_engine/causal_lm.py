@@ -59,7 +59,7 @@ class CausalLM:
     """The model of one checkpoint. One pass computes a token for each of its requests."""
 
     iteration_seconds = 0.0
-    max_num_tokens = 256  # a second on a laptop, for a small model
+    max_num_tokens = 256  # a small model reads them within a second on a laptop
 
     def __init__(self, checkpoint: Path, profile: EngineProfile, *, compute_dtype: str = "float32") -> None:
         """Load the checkpoint. EngineMismatch if there is none, or if a LoRA module of `profile` has no own layer."""

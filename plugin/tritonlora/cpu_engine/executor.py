@@ -207,9 +207,9 @@ class Executor(Generic[AdapterT, StateT]):
         return _Active(submitted, min(request.max_tokens, room), state)
 
     def _forward(self) -> None:
-        """Run the model for all active requests. An error ends all of them, as upstream's does.
+        """Run the model for all active requests.
 
-        So does an adapter that could not be loaded.
+        An error of the model, or an adapter that could not be loaded, ends all of them, as upstream's does.
         """
         task_ids = (active.submitted.request.lora.task_id for active in self._active)
         try:
